@@ -1,0 +1,59 @@
+"""Every error that crossdock raises on purpose.
+
+    CrossdockError                exit code 1
+    ├── UserError                 exit code 2: the input is wrong; the message says what, where and what to do
+    │   ├── ConfigError           the YAML file or a RunConfig
+    │   ├── CheckpointError       the model directory
+    │   ├── RequestError          the arguments of one generation
+    │   └── LaunchError           what the machine lacks: GPUs, a free port, an optional package
+    ├── CompositionError          offloading and sharding do not compose; carries the violations
+    └── RankError                 a rank raised, died or did not answer in time; carries the rank
+
+`offload/` and `parallel/` stand below this module and raise built-in exceptions.
+"""
+
+from __future__ import annotations
+
+
+class CrossdockError(Exception):
+    """Base of all; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class UserError(CrossdockError):
+    """The user's input is wrong. One message: what, where, what to do."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """The parallel-config YAML file, or a `RunConfig` built in Python."""
+
+
+class CheckpointError(UserError):
+    """The model directory: a missing, truncated or unsuitable file or tensor."""
+
+
+class RequestError(UserError):
+    """The arguments of one generation: size, steps, output path."""
+
+
+class LaunchError(UserError):
+    """What the machine or the installation lacks."""
+
+
+class CompositionError(CrossdockError):
+    """The composition contract does not hold; the run is stopped before (or right after) a step."""
+
+
+class RankError(CrossdockError):
+    """A rank raised, died or did not answer in time."""
+
+    def __init__(self, rank: int, message: str) -> None:
+        super().__init__(rank, message)
+        self.rank = rank
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}: {self.message}"
