@@ -22,9 +22,20 @@ class CrossdockError(Exception):
 
 
 class UserError(CrossdockError):
-    """The user's input is wrong. One message: what, where, what to do."""
+    """The user's input is wrong. One message: what, where, what to do.
+
+    `key` is the key path in the config that the message is about, where there is one: `parallel.tp_degree`.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str, key: str | None = None) -> None:
+        super().__init__(message, key)
+        self.message = message
+        self.key = key
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.message}" if self.key else self.message
 
 
 class ConfigError(UserError):

@@ -1,0 +1,141 @@
+"""The `generate` command's arguments, shared by `crossdock` and `python -m crossdock.launch.torchrun`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from crossdock.runtime.errors import CheckpointError, CrossdockError, RequestError
+from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.yaml_config import load_config
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where the results go. None: not written."""
+
+    image: Path
+    latents: Path | None = None
+    report: Path | None = None
+
+    def check(self, images: int = 1) -> None:
+        """Raise `RequestError` when one of the files for `images` pictures could not be written."""
+        if self.image.suffix.lower() not in IMAGE_SUFFIXES:
+            raise RequestError(f"--out {self.image}: allowed: a file ending in {', '.join(IMAGE_SUFFIXES)}")
+        named = [("--out", path) for path in self.image_paths(images)]
+        named += [("--latents", self.latents)] if self.latents else []
+        named += [("--report", self.report)] if self.report else []
+        taken: dict[Path, str] = {}
+        for option, path in named:
+            _check_writable(option, path)
+            other = taken.setdefault(path.resolve(), option)
+            if other != option:
+                raise RequestError(f"{option} {path}: is the same file as {other}; give each output its own")
+
+    def image_paths(self, images: int) -> list[Path]:
+        """One path for each picture: `out.png`, or `out_0.png`, `out_1.png`, ... for several."""
+        if images == 1:
+            return [self.image]
+        return [self.image.with_stem(f"{self.image.stem}_{index}") for index in range(images)]
+
+
+RunGenerate = Callable[[Path, Path, GenerateRequest, Outputs], None]
+"""Takes the config file, the model directory, the request and the outputs, all checked."""
+
+
+def build_app(run: RunGenerate) -> typer.Typer:
+    """An app with the command `generate`, which checks its arguments and calls `run`."""
+    app = typer.Typer(pretty_exceptions_enable=False, no_args_is_help=True, add_completion=False)
+
+    @app.callback()
+    def _group() -> None:
+        """Distributed inference for diffusion transformers that are larger than one GPU."""
+
+    @app.command()
+    def generate(
+        model_dir: Annotated[
+            Path, typer.Argument(metavar="MODEL_DIR", help="Checkpoint directory in the diffusers format.")
+        ],
+        config: Annotated[Path, typer.Option(help="YAML file with the layout; see `config-schema`.")],
+        prompt: Annotated[list[str], typer.Option(help="What to draw; repeat it for several pictures.")],
+        seed: Annotated[int, typer.Option(help="Seed of the initial noise, which is drawn on the CPU.")] = 0,
+        steps: Annotated[int, typer.Option(help="Denoising steps.")] = 4,
+        height: Annotated[int, typer.Option(help="Height in pixels.")] = 256,
+        width: Annotated[int, typer.Option(help="Width in pixels.")] = 256,
+        guidance_scale: Annotated[
+            float | None, typer.Option(help="Guidance; by default the pipeline's own.", show_default=False)
+        ] = None,
+        out: Annotated[Path, typer.Option(help="Picture; several get _0, _1, ... before the suffix.")] = Path(
+            "out.png"
+        ),
+        latents: Annotated[
+            Path | None, typer.Option(help="Also write the final latents (safetensors, key `latents`).")
+        ] = None,
+        report: Annotated[Path | None, typer.Option(help="Also write the run's report (JSON).")] = None,
+    ) -> None:
+        """Draw one picture for each prompt."""
+        request = GenerateRequest(tuple(prompt), seed, steps, height, width, guidance_scale)
+        outputs = Outputs(out, latents, report)
+        request.validate()
+        outputs.check(len(request.prompts))
+        load_config(config)  # read again by the run; here so that a mistake shows before the heavy imports
+        if not model_dir.is_dir():
+            raise CheckpointError(
+                f"{model_dir}: no such directory; give a checkpoint in the diffusers format"
+            )
+        run(config, model_dir, request, outputs)
+
+    return app
+
+
+def run_app(app: typer.Typer, arguments: list[str] | None = None) -> int:
+    """Run `app` on `arguments` (the process's own by default) and return the exit code.
+
+    0: done; 2: the user's input is wrong; 130: interrupted; 1: anything else. Only an error that this project
+    did not raise on purpose prints a traceback.
+    """
+    try:
+        typer.main.get_command(app).main(args=arguments, prog_name="crossdock")
+    except CrossdockError as error:
+        _complain(f"error: {error}")
+        return error.exit_code
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if code == INTERRUPTED:
+            _complain("interrupted")
+        return code
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _complain(message: str) -> None:
+    console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+    console.print("crossdock:", style="bold red", end=" ")
+    console.print(message, markup=False)
+
+
+def _check_writable(option: str, path: Path) -> None:
+    folder = path.parent
+    if not folder.is_dir():
+        raise RequestError(f"{option} {path}: the folder {folder} does not exist; create it first")
+    if path.is_dir():
+        raise RequestError(f"{option} {path}: is a directory; give a file")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise RequestError(f"{option} {path}: cannot be written: no permission")

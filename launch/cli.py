@@ -1,0 +1,58 @@
+"""The `crossdock` command.
+
+Imports of torch, diffusers and ray are inside the commands: `--help` and config errors come at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from crossdock.launch.arguments import Outputs, build_app, run_app
+from crossdock.runtime.request import GenerateRequest
+
+
+def _run_on_ray(config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs) -> None:
+    from crossdock.launch.engine import run_generate
+
+    run_generate(config, model_dir, request, outputs, launcher="ray")
+
+
+app = build_app(_run_on_ray)
+
+
+@app.command("make-checkpoint")
+def make_checkpoint_command(
+    family: Annotated[str, typer.Argument(metavar="FAMILY", help="flux2-klein or z-image.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty directory to write.")],
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.", min=0)] = 0,
+) -> None:
+    """Write a tiny random pipeline in the diffusers format, for tests and demos."""
+    from crossdock.runtime.tiny_checkpoint import make_checkpoint
+
+    make_checkpoint(family, directory, seed)
+    Console(highlight=False, soft_wrap=True).print(
+        f"wrote a tiny {family} checkpoint to {directory}", markup=False
+    )
+
+
+@app.command("config-schema")
+def config_schema_command() -> None:
+    """Print the JSON schema of the YAML file, for editors."""
+    from crossdock.runtime.yaml_config import config_schema
+
+    Console(soft_wrap=True).print_json(json.dumps(config_schema()))
+
+
+def main() -> None:
+    """Entry point of the `crossdock` script."""
+    sys.exit(run_app(app))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Copy engines: asynchronous work with stream and event semantics, on CUDA and on the CPU.
+
+An engine has two lanes, `copy` (host to device) and `gather` (collectives). Work on a lane runs in the order of
+submission, each piece after the events it names. The compute stream waits for an event, or records one.
+
+On the CPU a lane is a thread. An ordering bug therefore shows up without a GPU: a copy that does not wait for the
+slot's last reader really overwrites weights that are in use.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Lane = Literal["copy", "gather"]
+LANES: tuple[Lane, ...] = ("copy", "gather")
+
+
+class Event(Protocol):
+    """Set when the work before it has run; made by an engine, and only understood by it."""
+
+
+class CopyEngine(Protocol):
+    def submit(self, lane: Lane, work: Callable[[], None], after: Sequence[Event]) -> Event:
+        """Queue `work` on `lane` behind the events `after`; returns the event of its completion."""
+
+    def move(self, target: Tensor, source: Tensor) -> None:
+        """Inside a piece of work: copy `source` (uint8, host or device) to `target` (uint8, device)."""
+
+    def wait(self, event: Event) -> None:
+        """Make the compute stream wait for `event`. Raises what the work raised, or TimeoutError."""
+
+    def record(self) -> Event:
+        """An event for everything that the compute stream was given so far."""
+
+    def close(self) -> None:
+        """Run what is queued, then end the lanes."""
+
+
+class _CpuEvent:
+    def __init__(self, is_set: bool = False) -> None:
+        self.done = threading.Event()
+        self.error: BaseException | None = None
+        if is_set:
+            self.done.set()
+
+
+class CpuCopyEngine:
+    """One worker thread per lane.
+
+    Args:
+        timeout_s: how long `wait` and a lane wait for one event.
+        delay: called before every piece of work; tests make it sleep at random.
+    """
+
+    def __init__(self, timeout_s: float = 300.0, delay: Callable[[], None] | None = None) -> None:
+        self._timeout_s = timeout_s
+        self._delay = delay
+        self._queues: dict[Lane, queue.SimpleQueue[_Job | None]] = {lane: queue.SimpleQueue() for lane in LANES}
+        self._threads = [
+            threading.Thread(target=self._run, args=(self._queues[lane],), name=f"crossdock-{lane}", daemon=True)
+            for lane in LANES
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, lane: Lane, work: Callable[[], None], after: Sequence[Event]) -> Event:
+        done = _CpuEvent()
+        self._queues[lane].put((work, [event for event in after if isinstance(event, _CpuEvent)], done))
+        return done
+
+    def move(self, target: Tensor, source: Tensor) -> None:
+        # numpy copies on this thread alone and lets go of the GIL; torch would start a team of compute threads
+        np.copyto(target.numpy(), source.numpy())
+
+    def wait(self, event: Event) -> None:
+        assert isinstance(event, _CpuEvent)
+        if not event.done.wait(self._timeout_s):
+            raise TimeoutError(f"a copy did not finish within {self._timeout_s:g} s")
+        if event.error is not None:
+            raise event.error
+
+    def record(self) -> Event:
+        return _CpuEvent(is_set=True)  # compute on the CPU is synchronous: it has run when this is called
+
+    def close(self) -> None:
+        for lane_queue in self._queues.values():
+            lane_queue.put(None)
+        for thread in self._threads:
+            thread.join(self._timeout_s)
+
+    def _run(self, lane_queue: queue.SimpleQueue[_Job | None]) -> None:
+        while (job := lane_queue.get()) is not None:
+            work, after, done = job
+            try:
+                for event in after:
+                    self.wait(event)
+                if self._delay is not None:
+                    self._delay()
+                work()
+            except BaseException as error:  # handed to whoever waits for it
+                done.error = error
+            done.done.set()
+
+
+_Job = tuple[Callable[[], None], list[_CpuEvent], _CpuEvent]
+
+
+class CudaCopyEngine:
+    """One CUDA stream per lane; waiting is done by the device, never by the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._streams = {lane: torch.cuda.Stream(device) for lane in LANES}  # type: ignore[no-untyped-call]
+
+    def submit(self, lane: Lane, work: Callable[[], None], after: Sequence[Event]) -> Event:
+        stream = self._streams[lane]
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            for event in after:
+                stream.wait_event(event)  # type: ignore[arg-type]
+            work()
+            done.record(stream)
+        return done
+
+    def move(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
+    def wait(self, event: Event) -> None:
+        torch.cuda.current_stream(self._device).wait_event(event)  # type: ignore[arg-type]
+
+    def record(self) -> Event:
+        return torch.cuda.current_stream(self._device).record_event()
+
+    def close(self) -> None:
+        for stream in self._streams.values():
+            stream.synchronize()
+
+
+def make_copy_engine(device: torch.device, timeout_s: float = 300.0) -> CopyEngine:
+    return CudaCopyEngine(device) if device.type == "cuda" else CpuCopyEngine(timeout_s)

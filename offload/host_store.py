@@ -1,0 +1,91 @@
+"""Host memory for block bytes: exactly sized, one copy per node, gone with its last process.
+
+A store is an anonymous memory file (`memfd_create`). Other ranks of the node map the same pages through
+`/proc/<pid>/fd/<fd>`. Nothing ever appears in /dev/shm or on disk, so there is nothing to clean up after a crash or
+kill -9: the kernel frees the pages with the last mapping. On CUDA the mapping is registered (pinned) as it is;
+torch's pinned allocator would round it up to a power of two.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PREFIX = "crossdock-blocks"
+"""How a store is called in /proc/<pid>/maps, for whoever measures its share."""
+
+
+@dataclass(frozen=True)
+class HostStoreHandle:
+    """What another process of the node (same user, same pid namespace) needs to map a store."""
+
+    pid: int
+    fd: int
+    nbytes: int
+
+
+class HostStore:
+    """`bytes`: uint8 `[nbytes]`, shared with every process that maps the same store."""
+
+    def __init__(self, fd: int, nbytes: int) -> None:
+        self._fd = fd
+        self.nbytes = nbytes
+        self._map = mmap.mmap(fd, max(nbytes, 1), mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        self.bytes: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)[:nbytes]
+        self._registered = False
+
+    @classmethod
+    def create(cls, nbytes: int) -> HostStore:
+        fd = os.memfd_create(PREFIX, os.MFD_CLOEXEC)
+        os.ftruncate(fd, max(nbytes, 1))
+        return cls(fd, nbytes)
+
+    @classmethod
+    def attach(cls, handle: HostStoreHandle) -> HostStore:
+        """Map a store of another process of this node.
+
+        Raises:
+            OSError: the owner is gone, belongs to another user, or lives in another pid namespace.
+        """
+        return cls(os.open(f"/proc/{handle.pid}/fd/{handle.fd}", os.O_RDWR | os.O_CLOEXEC), handle.nbytes)
+
+    @property
+    def handle(self) -> HostStoreHandle:
+        return HostStoreHandle(os.getpid(), self._fd, self.nbytes)
+
+    def register(self) -> None:
+        """Pin the pages for asynchronous copies to a CUDA device. Call it once the bytes are written.
+
+        Raises:
+            RuntimeError: CUDA refused; usually the locked-memory limit.
+        """
+        if self.nbytes == 0 or self._registered:
+            return
+        error = torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), self.nbytes, 0)
+        if int(error) != 0:
+            raise RuntimeError(f"pinning {self.nbytes} bytes of host memory failed with CUDA error {int(error)}")
+        self._registered = True
+
+    def close(self) -> None:
+        """Unmap. The tensor views must not be used afterwards."""
+        if self._registered:
+            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
+            self._registered = False
+        del self.bytes
+        os.close(self._fd)
+
+
+def mapped_share_bytes() -> int:
+    """This process's proportional share (PSS) of all stores it maps: shared pages are divided by their users."""
+    total, inside = 0, False
+    with open("/proc/self/smaps") as smaps:
+        for line in smaps:
+            if "-" in line.split(" ", 1)[0]:
+                inside = PREFIX in line
+            elif inside and line.startswith("Pss:"):
+                total += int(line.split()[1]) * 1024
+    return total

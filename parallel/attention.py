@@ -1,0 +1,269 @@
+"""Sequence-parallel attention: Ulysses inside, ring outside.
+
+Ulysses (DeepSpeed-Ulysses, arXiv 2309.14509) trades tokens for heads: one all-to-all gives every rank all tokens of
+its Ulysses group for a share of the heads, another one takes the output back. Ring (Ring Attention, arXiv
+2310.01889) keeps the queries and passes keys and values on from rank to rank. With both, a ring rank is what a
+Ulysses group holds together.
+
+Nothing needs to divide: a rank may own more heads or tokens than its neighbour, or none, and it takes part in every
+exchange all the same, so that all ranks issue the same ones in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from crossdock.parallel.kernels import attention, attention_with_lse, merge
+from crossdock.parallel.sequence import SequenceLayout, shard_lengths
+
+
+class SequenceParallelAttention:
+    """Attention over a sequence whose tokens are spread over `ring_degree * ulysses_degree` ranks. For inference."""
+
+    def __init__(
+        self,
+        *,
+        ulysses_group: dist.ProcessGroup | None,
+        ulysses_rank: int,
+        ulysses_degree: int,
+        ring_group: dist.ProcessGroup | None,
+        ring_rank: int,
+        ring_degree: int,
+    ) -> None:
+        """
+        Raises:
+            ValueError: a degree above 1 without a group.
+        """
+        for name, group, degree in (("ulysses", ulysses_group, ulysses_degree), ("ring", ring_group, ring_degree)):
+            if degree > 1 and group is None:
+                raise ValueError(f"{name}_degree is {degree}, but {name}_group is None")
+        self._index = ring_rank * ulysses_degree + ulysses_rank
+        self._parts = ring_degree * ulysses_degree
+        self._ring_rank = ring_rank
+        self._ulysses = None if ulysses_group is None else _Ulysses(ulysses_group, ulysses_rank, ulysses_degree)
+        self._ring = None if ring_group is None else _Ring(ring_group, ring_rank, ring_degree)
+        self._ulysses_degree = ulysses_degree
+
+    @torch.no_grad()
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layout: SequenceLayout,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+        is_causal: bool = False,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Self- or joint attention of this rank's tokens to all tokens. Collective over both groups.
+
+        Args:
+            query: `[batch, local tokens, heads, head_dim]`.
+            key, value: `[batch, local tokens, kv_heads, head_dim]`; `kv_heads` is `heads`, or divides it under
+                `enable_gqa`.
+            layout: the joint sequence; its parts are the ranks, in the order of their part index
+                `ring_rank * ulysses_degree + ulysses_rank`.
+            mask: which keys are padding, over the whole sequence in the model's order: `[batch, total]` or
+                `[batch, 1, 1, total]` (batch 1 serves all), bool (True = attend) or float (added to the scores).
+            scale: of the scores; None is `head_dim ** -0.5`.
+
+        Returns:
+            `[batch, local tokens, heads, head_dim]`; 0 for an item of the batch whose keys are all masked.
+
+        Raises:
+            ValueError: shapes, mask or options that this attention does not have.
+        """
+        check_call(
+            query, key, value, layout,
+            parts=self._parts, index=self._index, is_causal=is_causal, enable_gqa=enable_gqa,
+        )
+        bias = key_bias(mask, layout, query)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        starts = layout.bounds[:: self._ulysses_degree]  # one Ulysses group's tokens after the other's
+        if self._ulysses is None:
+            return self._over_keys(query, key, value, bias, scale, starts)
+        first = self._ring_rank * self._ulysses_degree
+        tokens = layout.lengths[first : first + self._ulysses_degree]
+        heads = query.shape[2]
+        query, key, value = self._ulysses.to_heads(query, key, value, tokens)
+        out = self._over_keys(query, key, value, bias, scale, starts)
+        return self._ulysses.to_tokens(out, tokens, heads)
+
+    def _over_keys(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, starts: tuple[int, ...]
+    ) -> Tensor:
+        if self._ring is None:
+            return attention(query, key, value, bias, scale)
+        return self._ring.attend(query, key, value, bias, scale, starts)
+
+
+class _Ulysses:
+    """The two all-to-alls. Messages are token-major, `[tokens, batch, width]`, so that what arrives from all ranks
+    is the joined sequence without another copy."""
+
+    def __init__(self, group: dist.ProcessGroup, rank: int, degree: int) -> None:
+        self._group = group
+        self._rank = rank
+        self._degree = degree
+
+    def to_heads(
+        self, query: Tensor, key: Tensor, value: Tensor, tokens: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`[batch, own tokens, all heads, head_dim]` -> `[batch, the group's tokens, own heads, head_dim]`.
+
+        One all-to-all for all three. Key heads that cannot be dealt out evenly are repeated first.
+        """
+        if key.shape[2] % self._degree and key.shape[2] != query.shape[2]:
+            groups = query.shape[2] // key.shape[2]
+            key, value = key.repeat_interleave(groups, dim=2), value.repeat_interleave(groups, dim=2)
+        batch, own_tokens, _, head_dim = query.shape
+        tensors = [tensor.transpose(0, 1) for tensor in (query, key, value)]
+        heads = [shard_lengths(tensor.shape[2], self._degree) for tensor in tensors]
+        widths = [sum(counts) * head_dim for counts in zip(*heads, strict=True)]
+        parts = [tensor.split(counts, dim=2) for tensor, counts in zip(tensors, heads, strict=True)]
+        sizes = [own_tokens * batch * width for width in widths]
+        message = query.new_empty(sum(sizes))
+        for slot, share in zip(message.split(sizes), zip(*parts, strict=True), strict=True):
+            torch.cat(share, dim=2, out=slot.view(own_tokens, batch, -1, head_dim))
+        arrived = self._exchange(message, sizes, [count * batch * widths[self._rank] for count in tokens])
+        joined = arrived.view(sum(tokens), batch, widths[self._rank] // head_dim, head_dim).transpose(0, 1)
+        q, k, v = joined.split([counts[self._rank] for counts in heads], dim=2)
+        return q, k, v
+
+    def to_tokens(self, out: Tensor, tokens: tuple[int, ...], heads: int) -> Tensor:
+        """`[batch, the group's tokens, own heads, head_dim]` -> `[batch, own tokens, all heads, head_dim]`."""
+        batch, _, own_heads, head_dim = out.shape
+        own_tokens, row = tokens[self._rank], batch * head_dim
+        counts = shard_lengths(heads, self._degree)
+        sizes = [own_tokens * row * count for count in counts]
+        message = out.transpose(0, 1).contiguous().view(-1)
+        arrived = self._exchange(message, [count * row * own_heads for count in tokens], sizes)
+        shares = [
+            share.view(own_tokens, batch, count, head_dim)
+            for share, count in zip(arrived.split(sizes), counts, strict=True)
+        ]
+        return torch.cat(shares, dim=2).transpose(0, 1)
+
+    def _exchange(self, message: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Tensor:
+        arrived = message.new_empty(sum(receive_sizes))
+        dist.all_to_all_single(arrived, message, receive_sizes, send_sizes, group=self._group)
+        return arrived
+
+
+class _Ring:
+    """Keys and values go round; the next ones are on their way while the present ones are worked on."""
+
+    def __init__(self, group: dist.ProcessGroup, rank: int, degree: int) -> None:
+        self._group = group
+        self._rank = rank
+        self._degree = degree
+        self._next = dist.get_global_rank(group, (rank + 1) % degree)
+        self._previous = dist.get_global_rank(group, (rank - 1) % degree)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, starts: tuple[int, ...]
+    ) -> Tensor:
+        """Ring rank r's keys are tokens `[starts[r], starts[r + 1])` of the gathered order, and columns of `bias`.
+
+        The parts are merged in the order in which they arrive: own, previous rank's, and so on; always the same one.
+        """
+        pair, source = torch.stack([key, value]), self._rank
+        merged: tuple[Tensor, Tensor] | None = None
+        for step in range(self._degree):
+            before = (source - 1) % self._degree
+            hop = self._pass_on(pair, starts[before + 1] - starts[before]) if step + 1 < self._degree else None
+            columns = None if bias is None else bias[:, starts[source] : starts[source + 1]]
+            out, lse = attention_with_lse(query, pair[0], pair[1], columns, scale)
+            merged = (out.float(), lse) if merged is None else merge(*merged, out, lse)
+            if hop is not None:
+                pair, source = hop.arrive(), before
+        assert merged is not None
+        return merged[0].to(query.dtype)
+
+    def _pass_on(self, pair: Tensor, tokens: int) -> _Hop:
+        """Start sending `pair` `[2, batch, own tokens, kv_heads, head_dim]`, and receiving one with `tokens` tokens."""
+        shape = (*pair.shape[:2], tokens, *pair.shape[3:])
+        # an empty message still is one: every rank has a send and a receive in every hop
+        sent = pair.view(-1) if pair.numel() else pair.new_zeros(1)
+        received = pair.new_empty(max(1, math.prod(shape)))
+        operations = [
+            dist.P2POp(dist.isend, sent, self._next, self._group),
+            dist.P2POp(dist.irecv, received, self._previous, self._group),
+        ]
+        return _Hop(received[: math.prod(shape)].view(shape), dist.batch_isend_irecv(operations))
+
+
+@dataclass(frozen=True)
+class _Hop:
+    received: Tensor
+    requests: list[dist.Work]
+
+    def arrive(self) -> Tensor:
+        for request in self.requests:
+            request.wait()
+        return self.received
+
+
+def check_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: SequenceLayout,
+    *,
+    parts: int,
+    index: int,
+    is_causal: bool,
+    enable_gqa: bool,
+) -> None:
+    """Whether sequence-parallel attention can take these, on part `index` of `parts`.
+
+    Raises:
+        ValueError: it cannot; says what was found and what is possible.
+    """
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if is_causal:
+        raise ValueError("is_causal=True: sequence-parallel attention is bidirectional only")
+    if layout.parts != parts:
+        raise ValueError(f"the layout has {layout.parts} parts, but the sequence is spread over {parts} ranks")
+    if key.shape != value.shape or query.shape[::3] != key.shape[::3]:
+        raise ValueError(f"{shapes}: batch and head_dim must agree, and key and value must have one shape")
+    expected = layout.lengths[index]
+    if query.shape[1] != expected or key.shape[1] != expected:
+        raise ValueError(
+            f"{shapes}: part {index} of {layout.segments} tokens over {parts} ranks has {expected}; query, key and "
+            "value must be this rank's tokens of one sequence (cross-attention belongs outside)"
+        )
+    heads, kv_heads = query.shape[2], key.shape[2]
+    if heads != kv_heads and not (enable_gqa and kv_heads and heads % kv_heads == 0):
+        raise ValueError(f"{shapes}: {kv_heads} key heads must be {heads}, or divide it with enable_gqa=True")
+
+
+def key_bias(mask: Tensor | None, layout: SequenceLayout, query: Tensor) -> Tensor | None:
+    """A key padding mask in the model's order, as what is added to the scores: `[batch, total]` in gathered order.
+
+    Raises:
+        ValueError: another shape or dtype than `attend` takes.
+    """
+    if mask is None:
+        return None
+    batch = query.shape[0]
+    per_key = mask[:, 0, 0] if mask.ndim == 4 and mask.shape[1:3] == (1, 1) else mask
+    if per_key.ndim != 2 or per_key.shape[0] not in (1, batch) or per_key.shape[1] != layout.total:
+        raise ValueError(
+            f"an attention mask of shape {tuple(mask.shape)} is not a key padding mask over the whole sequence; "
+            f"possible: [{batch}, {layout.total}] and [{batch}, 1, 1, {layout.total}]"
+        )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"an attention mask of {mask.dtype}; possible: bool (True = attend) and float (added)")
+    if mask.dtype == torch.bool:
+        per_key = per_key.new_zeros(per_key.shape, dtype=query.dtype).masked_fill(~per_key, -torch.inf)
+    if len(layout.segments) > 1:
+        per_key = per_key.index_select(-1, layout.order(mask.device))
+    return per_key.to(query.dtype).expand(batch, -1)

@@ -1,0 +1,26 @@
+"""HSDP: each block's bytes are cut evenly over a shard group and gathered into a slot just in time.
+
+After PyTorch FSDP's hybrid sharding (arXiv 2304.11277), with the packed byte range of a block in place of a flat
+parameter: the all-gather writes straight into the slot, without a copy in or out.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+def shard_range(nbytes: int, parts: int, index: int) -> tuple[int, int]:
+    """The bytes [start, stop) of a block of `nbytes` that shard `index` of `parts` holds."""
+    if nbytes % parts:
+        raise ValueError(f"{nbytes} bytes do not divide into {parts} shards")
+    size = nbytes // parts
+    return index * size, (index + 1) * size
+
+
+def all_gather_bytes(whole: Tensor, shard: Tensor, group: dist.ProcessGroup) -> None:
+    """Fill `whole` (uint8 `[parts * size]`) with every rank's `shard` (uint8 `[size]`), in group order.
+
+    `shard` may be this rank's own range of `whole`. Blocks the calling thread (CPU) or stream (CUDA) until done.
+    """
+    dist.all_gather_into_tensor(whole, shard, group=group)

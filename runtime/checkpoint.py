@@ -1,0 +1,192 @@
+"""Reading a diffusers model directory: what is in it, whether it is whole, and just the bytes that a rank needs.
+
+Format: https://github.com/huggingface/safetensors#format; sharded files with an index as written by diffusers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from crossdock.parallel.tensor import TensorSlice
+from crossdock.runtime.errors import CheckpointError
+
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is stored, and as what."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from `path`.
+
+    Raises:
+        CheckpointError: missing, unreadable, not JSON, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; a diffusers model directory has one") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def read_model_index(model_dir: Path) -> dict[str, Any]:
+    """`model_index.json` of a diffusers pipeline.
+
+    Raises:
+        CheckpointError: no such directory, or not a diffusers pipeline.
+    """
+    if not model_dir.is_dir():
+        raise CheckpointError(f"{model_dir}: no such directory; give a diffusers model directory")
+    index = read_json(model_dir / "model_index.json")
+    if not isinstance(index.get("_class_name"), str):
+        raise CheckpointError(f"{model_dir / 'model_index.json'}: has no _class_name; is this a diffusers pipeline?")
+    return index
+
+
+def component_names(index: Mapping[str, Any]) -> list[str]:
+    """The pipeline's components that have files of their own."""
+    return [
+        name
+        for name, value in index.items()
+        if not name.startswith("_") and isinstance(value, list) and len(value) == 2 and value[0] is not None
+    ]
+
+
+def check_components(model_dir: Path, index: Mapping[str, Any]) -> None:
+    """Every component has its folder, and none of its safetensors files is truncated; headers only are read.
+
+    Raises:
+        CheckpointError: names the folder or the file.
+    """
+    for name in component_names(index):
+        folder = model_dir / name
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder, but model_index.json lists the component {name!r}")
+        for file in sorted(folder.glob("*.safetensors")):
+            _header(file)
+
+
+def stored_tensors(component_dir: Path) -> dict[str, StoredTensor]:
+    """fqn -> where it is stored, for one component; headers only are read.
+
+    Raises:
+        CheckpointError: no safetensors files, a file of the index is missing or truncated, or an unknown dtype.
+    """
+    files = sorted(component_dir.glob("*.safetensors"))
+    for index_file in component_dir.glob("*.safetensors.index.json"):
+        weight_map = read_json(index_file).get("weight_map", {})
+        files = [component_dir / name for name in sorted(set(weight_map.values()))]
+    if not files:
+        raise CheckpointError(f"{component_dir}: holds no safetensors files")
+    found: dict[str, StoredTensor] = {}
+    for file in files:
+        found |= _header(file)
+    return found
+
+
+def _header(file: Path) -> dict[str, StoredTensor]:
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file, but the index lists it; download the checkpoint again")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+            return {
+                name: StoredTensor(file, _dtype(file, name, part.get_dtype()), tuple(part.get_shape()))
+                for name, part in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        size = file.stat().st_size
+        raise CheckpointError(
+            f"{file}: not a whole safetensors file ({size} bytes): {error}; download the file again"
+        ) from None
+
+
+def _dtype(file: Path, name: str, code: str) -> torch.dtype:
+    if code not in _DTYPES:
+        raise CheckpointError(f"{file}: {name} is stored as {code}, which is not supported: {', '.join(_DTYPES)}")
+    return _DTYPES[code]
+
+
+class TensorReader:
+    """Reads tensors and parts of tensors; files are memory-mapped, so only the touched pages come from disk."""
+
+    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+        self._stored = stored
+        self._files: dict[Path, Any] = {}
+
+    def read(self, fqn: str, part: TensorSlice | None = None) -> Tensor:
+        """The tensor, or this rank's slice of it, in its stored dtype."""
+        shape = self._stored[fqn].shape
+        if not shape:
+            return self._open(fqn).get_tensor(fqn)  # type: ignore[no-any-return]
+        rows = part.size if part is not None and part.dim == 0 else shape[0]
+        return self._rows(fqn, part, 0, rows)
+
+    def read_flat(self, fqn: str, part: TensorSlice | None, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the (sliced) tensor in C order, as a 1-d tensor; reads only the rows they are in."""
+        stored = self._stored[fqn]
+        if not stored.shape:
+            return self.read(fqn).reshape(1)[start:stop]
+        shape = list(stored.shape)
+        if part is not None:
+            shape[part.dim] = part.size
+        width = max(math.prod(shape[1:]), 1)
+        first, last = start // width, -(-stop // width)
+        flat = self._rows(fqn, part, first, last).reshape(-1)
+        return flat[start - first * width : stop - first * width]
+
+    def _rows(self, fqn: str, part: TensorSlice | None, first: int, last: int) -> Tensor:
+        """Rows [first, last) of the sliced tensor."""
+        opened = self._open(fqn).get_slice(fqn)
+        if part is None:
+            return opened[first:last]  # type: ignore[no-any-return]
+        if part.dim == 1:
+            return torch.cat([opened[first:last, start:stop] for start, stop in part.ranges], dim=1)
+        pieces, offset = [], 0
+        for start, stop in part.ranges:
+            low, high = max(first - offset, 0), min(last - offset, stop - start)
+            if low < high:
+                pieces.append(opened[start + low : start + high])
+            offset += stop - start
+        return torch.cat(pieces)
+
+    def _open(self, fqn: str) -> Any:
+        file = self._stored[fqn].file
+        if file not in self._files:
+            self._files[file] = safe_open(file, framework="pt")
+        return self._files[file]
+
+    def close(self) -> None:
+        self._files.clear()

@@ -1,0 +1,255 @@
+"""The run configuration: how the work is split over ranks, what is streamed, how the ranks are started.
+
+A `RunConfig` is plain frozen data. It holds no mesh, no rank and no module. `RunConfig.parse` turns a mapping
+into one and raises `ConfigError`; `crossdock.runtime.yaml_config.load_config` does the same for a file and
+adds the line numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from crossdock.runtime.config_problems import problems_of, refusal
+from crossdock.runtime.errors import ConfigError
+
+Degree = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(B|KiB|MiB|GiB|TiB)")
+_UNIT_BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, no unknown keys, no conversion between types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class HsdpConfig(Section):
+    """Weights sharded over `shard` ranks, in `replicate` copies (hybrid sharded data parallelism)."""
+
+    replicate: Degree = Field(default=1, description="How many copies of the sharded weights there are.")
+    shard: Degree = Field(default=1, description="How many ranks one copy is spread over.")
+
+
+class ParallelConfig(Section):
+    """How the work is split. The product of the five degrees is the number of ranks."""
+
+    ulysses_degree: Degree = Field(
+        default=1,
+        description="Ranks that split the sequence and exchange attention heads (Ulysses, all-to-all).",
+    )
+    ring_degree: Degree = Field(
+        default=1, description="Ranks that split the sequence and rotate keys and values (ring attention)."
+    )
+    tp_degree: Degree = Field(
+        default=1,
+        description="Ranks that split every block's matrices (tensor parallelism); divides the heads.",
+    )
+    cfg_degree: Degree = Field(
+        default=1,
+        description="Ranks that split the guided and unguided branch. Only 1 works in this version.",
+    )
+    dp_degree: Degree = Field(default=1, description="Ranks that split the prompts (data parallelism).")
+    hsdp: HsdpConfig | None = Field(
+        default=None,
+        description="Shard the block weights; replicate x shard is the number of ranks / tp_degree.",
+    )
+    attention: Literal["native", "xfuser"] = Field(
+        default="native",
+        description="native: this project's attention. xfuser: USP of the xfuser package (CUDA only).",
+    )
+
+    @property
+    def sequence_degree(self) -> int:
+        """Ranks that one sequence is split over."""
+        return self.ulysses_degree * self.ring_degree
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """Degree by mesh axis, outermost first."""
+        return {
+            "dp": self.dp_degree,
+            "cfg": self.cfg_degree,
+            "ring": self.ring_degree,
+            "ulysses": self.ulysses_degree,
+            "tp": self.tp_degree,
+        }
+
+    @property
+    def world_size(self) -> int:
+        """The product of the degrees."""
+        return math.prod(self.degrees.values())
+
+    @field_validator("cfg_degree")
+    @classmethod
+    def _only_one_cfg_rank(cls, degree: int) -> int:
+        if degree > 1:
+            raise refusal(
+                f"found {degree}; allowed: 1 (splitting the guidance branches is not supported yet)"
+            )
+        return degree
+
+    @model_validator(mode="after")
+    def _xfuser_needs_whole_heads(self) -> Self:
+        if self.attention == "xfuser" and self.tp_degree > 1:
+            raise refusal(
+                f"xfuser works with tp_degree 1 only, but tp_degree is {self.tp_degree}; "
+                "use attention: native or tp_degree: 1",
+                at="attention",
+            )
+        return self
+
+
+class OffloadConfig(Section):
+    """What rests in host memory instead of on the device."""
+
+    layerwise: bool = Field(
+        default=False, description="Keep the transformer blocks in host memory and stream each just in time."
+    )
+    prefetch: int = Field(
+        default=1, ge=1, le=8, description="How many blocks ahead of the computation are fetched."
+    )
+    device_budget: str | None = Field(
+        default=None, description="Device memory the weights may take; needs layerwise.", examples=["18GiB"]
+    )
+    host: Literal["shared"] = Field(
+        default="shared", description="shared: one copy of the block bytes per node, shared by its ranks."
+    )
+
+    @property
+    def device_budget_bytes(self) -> int | None:
+        """`device_budget` in bytes."""
+        return None if self.device_budget is None else _size_bytes(self.device_budget)
+
+    @field_validator("device_budget")
+    @classmethod
+    def _budget_is_a_size(cls, budget: str | None) -> str | None:
+        if budget is not None and not _size_bytes(budget):
+            raise refusal(
+                f'found "{budget}"; allowed: a size above zero in {", ".join(_UNIT_BYTES)}, such as "18GiB"'
+            )
+        return budget
+
+    @model_validator(mode="after")
+    def _budget_needs_layerwise(self) -> Self:
+        if self.device_budget is not None and not self.layerwise:
+            raise refusal(
+                f'found "{self.device_budget}", but nothing is offloaded; '
+                "set offload.layerwise: true or remove it",
+                at="device_budget",
+            )
+        return self
+
+
+class TimeoutConfig(Section):
+    """How long each phase may take; no wait is without a limit."""
+
+    launch_s: Seconds = Field(default=180.0, description="Seconds until every rank must be up.")
+    load_s: Seconds = Field(
+        default=1800.0, description="Seconds until every rank must have read its weights."
+    )
+    collective_s: Seconds = Field(default=300.0, description="Seconds one collective may take.")
+    request_s: Seconds = Field(default=3600.0, description="Seconds one generation may take.")
+
+
+class LaunchConfig(Section):
+    """How the ranks are started, and on what."""
+
+    launcher: Literal["auto", "ray", "torchrun"] = Field(
+        default="auto", description="What starts the ranks. auto: the command in use."
+    )
+    world_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Number of ranks; by default the product of the degrees, which it must equal.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto: CUDA where there is a GPU, else CPU."
+    )
+    ray_address: str | None = Field(
+        default=None,
+        description="Address of a running Ray cluster to join; by default a local one is started.",
+    )
+    port: int = Field(default=0, ge=0, le=65535, description="Rendezvous port; 0: chosen by rank 0.")
+    cpus_per_rank: float = Field(
+        default=0.25, ge=0, allow_inf_nan=False, description="CPUs that Ray reserves for each rank."
+    )
+    timeouts: TimeoutConfig = Field(default=TimeoutConfig(), description="Time limits of the phases.")
+
+
+class RunConfig(Section):
+    """Everything about a run except the model directory and the request."""
+
+    parallel: ParallelConfig = Field(
+        default=ParallelConfig(), description="How the work is split over the ranks."
+    )
+    offload: OffloadConfig = Field(default=OffloadConfig(), description="What is streamed from host memory.")
+    launch: LaunchConfig = Field(default=LaunchConfig(), description="How the ranks are started.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Type of weights and computation; auto: as stored in the checkpoint."
+    )
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.parallel.world_size
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any], source: str | None = None) -> Self:
+        """Build from a mapping as read from YAML or JSON.
+
+        Raises `ConfigError` with one line for each problem, each starting with `source` where it is given.
+        """
+        try:
+            return cls.model_validate(dict(data))
+        except ValidationError as error:
+            prefix = f"{source}: " if source else ""
+            lines = [f"{prefix}{'.'.join(p.path)}: {p.text}" for p in problems_of(error, cls)]
+            raise ConfigError("\n".join(lines)) from None
+
+    @model_validator(mode="after")
+    def _degrees_make_the_world(self) -> Self:
+        wanted = self.launch.world_size
+        if wanted is not None and wanted != self.parallel.world_size:
+            product = " * ".join(f"{axis}({degree})" for axis, degree in self.parallel.degrees.items())
+            raise refusal(
+                f"{product} = {self.parallel.world_size}, but world_size is {wanted}; "
+                "change the degrees, or leave launch.world_size out",
+                at="launch.world_size",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _hsdp_covers_the_slice_holders(self) -> Self:
+        hsdp = self.parallel.hsdp
+        tp_degree = self.parallel.tp_degree
+        holders = self.world_size // tp_degree
+        if hsdp is not None and hsdp.replicate * hsdp.shard != holders:
+            raise refusal(
+                f"replicate({hsdp.replicate}) * shard({hsdp.shard}) = {hsdp.replicate * hsdp.shard}, but "
+                f"world_size({self.world_size}) / tp_degree({tp_degree}) = {holders} ranks hold the same "
+                "TP slice",
+                at="parallel.hsdp",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _xfuser_needs_cuda(self) -> Self:
+        if self.parallel.attention == "xfuser" and self.launch.device == "cpu":
+            raise refusal(
+                "xfuser runs on CUDA only, but launch.device is cpu; use attention: native",
+                at="parallel.attention",
+            )
+        return self
+
+
+def _size_bytes(text: str) -> int:
+    """Bytes in a size such as `1.5GiB`; 0 when the text is not a size."""
+    match = _SIZE.fullmatch(text)
+    return int(float(match[1]) * _UNIT_BYTES[match[2]]) if match else 0

@@ -1,0 +1,131 @@
+"""The diffusers pipeline around a sharded transformer: encode, denoise, decode."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor, nn
+
+from crossdock.parallel.mesh import Mesh
+from crossdock.runtime.errors import CheckpointError
+from crossdock.runtime.plan import RunPlan
+from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.text_encoder import ReplicatedTextEncoder
+
+
+@dataclass
+class Denoised:
+    """`latents` is what the diffusers pipeline returns with `output_type="latent"`, in fp32 on the CPU."""
+
+    latents: Tensor
+    encode_s: float
+    denoise_s: float
+    step_ms: list[float] = field(default_factory=list)
+
+
+class RankPipeline:
+    """One rank's pipeline. The loop runs on every rank; the text encoder on the first of each replica."""
+
+    def __init__(self, plan: RunPlan, mesh: Mesh, transformer: nn.Module, device: torch.device) -> None:
+        self._spec = plan.spec
+        self._device = device
+        first = mesh.rank == mesh.ranks["replica"][0]
+        given = {"transformer": transformer} | ({} if first else {"text_encoder": None})
+        self.pipe = _load_pipeline(plan, given)
+        self._encoder = ReplicatedTextEncoder(self.pipe.text_encoder, plan.pipeline_dtype, device, mesh)
+        self.pipe.text_encoder = self._encoder
+        self.pipe.vae.to(device)
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def denoise(self, prompt: str, seed: int, request: GenerateRequest, on_step: Callable[[int], None]) -> Denoised:
+        """Run the denoise loop; `on_step` gets the number of finished steps. The noise is drawn on the CPU."""
+        clock = _StepClock(self._device, on_step)
+        guidance = {} if request.guidance_scale is None else {"guidance_scale": request.guidance_scale}
+        self._encoder.spent_s = 0.0
+        began = time.perf_counter()
+        with clock.watching(self.pipe.transformer):
+            output = self.pipe(
+                prompt=prompt,
+                num_inference_steps=request.steps,
+                height=request.height,
+                width=request.width,
+                generator=torch.Generator("cpu").manual_seed(seed),
+                output_type="latent",
+                return_dict=False,
+                callback_on_step_end=clock.tick,
+                **guidance,
+            )
+        latents = output[0].to("cpu", torch.float32)
+        encode_s = self._encoder.spent_s
+        return Denoised(latents, encode_s, time.perf_counter() - began - encode_s, clock.step_ms())
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Image.Image:
+        """latents: `[1, channels, height, width]`, as `denoise` returned them."""
+        vae = self.pipe.vae
+        latents = latents.to(self._device, vae.dtype)
+        if self._spec.vae_input == "scale_and_shift":
+            latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        pixels = vae.decode(latents, return_dict=False)[0]
+        image: Image.Image = self.pipe.image_processor.postprocess(pixels, output_type="pil")[0]
+        return image
+
+
+def _load_pipeline(plan: RunPlan, given: dict[str, nn.Module | None]) -> Any:
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return getattr(diffusers, plan.spec.pipeline).from_pretrained(
+            plan.model_dir, dtype=plan.pipeline_dtype, local_files_only=True, **given
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{plan.model_dir}: {plan.spec.pipeline} cannot be loaded: {error}") from error
+
+
+class _StepClock:
+    """Time of each denoise step; on CUDA by device events, so that no step is made to wait for the device."""
+
+    def __init__(self, device: torch.device, on_step: Callable[[int], None]) -> None:
+        self._cuda = device.type == "cuda"
+        self._on_step = on_step
+        self._marks: list[Any] = []
+
+    @contextmanager
+    def watching(self, transformer: nn.Module) -> Iterator[None]:
+        """The first step begins with the transformer's first call."""
+        handle = transformer.register_forward_pre_hook(self._begin, prepend=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def tick(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        self._marks.append(self._now())
+        self._on_step(step + 1)
+        return tensors
+
+    def step_ms(self) -> list[float]:
+        if self._cuda:
+            torch.cuda.synchronize()
+            return [before.elapsed_time(after) for before, after in pairwise(self._marks)]
+        return [(after - before) * 1e3 for before, after in pairwise(self._marks)]
+
+    def _begin(self, *_: Any) -> None:
+        if not self._marks:
+            self._marks.append(self._now())
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()  # type: ignore[no-untyped-call]
+        return event

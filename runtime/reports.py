@@ -1,0 +1,106 @@
+"""What ranks tell the coordinator: what they hold before the first step, and what happened in each request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from crossdock.offload.block_stream import Home, TraceEvent
+from crossdock.parallel.tensor import TensorSlice
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One name of a parameter or buffer, as found in the live model.
+
+    Attributes:
+        place: where its bytes lie: "slot 1", "block transformer_blocks.0" (resident), "outside" or "nowhere".
+        offset: bytes from the start of that slot or block; 0 outside.
+        device: as torch prints it; "meta" where it was never loaded.
+        part: the slice of the checkpoint's tensor that was read; None: all of it.
+        checksum: of its bytes; None where a slot holds it, whose bytes change.
+    """
+
+    fqn: str
+    place: str
+    offset: int
+    device: str
+    dtype: str
+    shape: tuple[int, ...]
+    part: TensorSlice | None
+    checksum: int | None
+
+
+@dataclass(frozen=True)
+class HomeRecord:
+    """Where one block rests. `start` and `stop` are the bytes of its `nbytes` that this rank holds."""
+
+    block: str
+    home: Home
+    slot: int | None
+    nbytes: int
+    start: int
+    stop: int
+    checksum: int
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What a rank holds before the first step.
+
+    Attributes:
+        order: names of the streamed blocks in the order in which they will be fetched.
+        foreign_hooks: offload or sharding hooks of other libraries: (module path, what).
+        trace: of the rehearsal, in which every block was streamed once.
+    """
+
+    rank: int
+    tensors: tuple[TensorRecord, ...]
+    homes: tuple[HomeRecord, ...]
+    order: tuple[str, ...]
+    slot_bytes: tuple[int, ...]
+    foreign_hooks: tuple[tuple[str, str], ...]
+    trace: tuple[TraceEvent, ...]
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """One rank's row of `report.json`, for one request. Sizes in bytes, times in ms; None where there is no CUDA.
+
+    `*_per_step` are means over the request's denoise steps. `host_bytes` is what the rank maps of host stores;
+    `host_pss_bytes` is its proportional share of them, shared pages divided by their users.
+    """
+
+    rank: int
+    host: str
+    device: str
+    peak_weight_bytes: int
+    resident_weight_bytes: int
+    slot_bytes: int
+    shard_bytes: int
+    host_bytes: int
+    host_pss_bytes: int
+    h2d_bytes_per_step: int
+    gathered_bytes_per_step: int
+    misses: int
+    step_ms: list[float]
+    peak_device_bytes: int | None
+    reserved_device_bytes: int | None
+    phases_s: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A broken rule of the composition contract: which check, who, what was expected, what was found, what to do."""
+
+    check: str
+    rank: int
+    where: str
+    expected: str
+    found: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.check}: rank {self.rank}: {self.where}: expected {self.expected}, found {self.found}; {self.remedy}"
+        )

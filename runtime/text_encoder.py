@@ -1,0 +1,96 @@
+"""One text encoder per replica: the first rank runs it, the others get what it returned.
+
+The pipeline does not notice: it calls its text encoder on every rank, and the proxy that stands there answers with
+the same output everywhere. So no rank but the first holds its weights, and it is on the device only while it runs.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from crossdock.parallel.mesh import Mesh
+
+
+class ReplicatedTextEncoder(nn.Module):
+    """Stands in a pipeline for its text encoder.
+
+    Args:
+        encoder: the real one on the replica's first rank, None on the others.
+        device: where it runs, and where its output is put.
+    """
+
+    def __init__(self, encoder: nn.Module | None, dtype: torch.dtype, device: torch.device, mesh: Mesh) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.device = device
+        self.spent_s = 0.0
+        self._held = [encoder]  # in a list: not a submodule, so that it is moved by nobody else
+        self._mesh = mesh
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        output = _broadcast(self._encode(*args, **kwargs), self.device, self._mesh)
+        self.spent_s += time.perf_counter() - began
+        return output
+
+    def _encode(self, *args: Any, **kwargs: Any) -> Any:
+        encoder = self._held[0]
+        if encoder is None:
+            return None
+        encoder.to(self.device)
+        try:
+            with torch.no_grad():
+                return encoder(*args, **kwargs)
+        finally:
+            if self.device.type != "cpu":
+                encoder.to("cpu")
+
+
+def _broadcast(value: Any, device: torch.device, mesh: Mesh) -> Any:
+    """`value` of the replica's first rank, on all its ranks. Collective over the replica."""
+    group, source = mesh.groups["replica"], mesh.ranks["replica"][0]
+    if group is None:
+        return value
+    tensors: list[Tensor] = []
+    envelope: list[Any] = [None]
+    if mesh.rank == source:
+        structure = _dump(value, tensors)
+        envelope = [(structure, [(t.shape, t.dtype) for t in tensors])]
+    dist.broadcast_object_list(envelope, src=source, group=group)
+    structure, shapes = envelope[0]
+    if mesh.rank != source:
+        tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
+    tensors = [tensor.to(device).contiguous() for tensor in tensors]
+    for tensor in tensors:
+        dist.broadcast(tensor, src=source, group=group)
+    return value if mesh.rank == source else _load(structure, tensors)
+
+
+def _dump(value: Any, tensors: list[Tensor]) -> bytes:
+    """Pickle `value` with its tensors taken out, into `tensors`."""
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, item: Any) -> int | None:
+            if isinstance(item, Tensor):
+                tensors.append(item)
+                return len(tensors) - 1
+            return None
+
+    buffer = io.BytesIO()
+    Pickler(buffer).dump(value)
+    return buffer.getvalue()
+
+
+def _load(structure: bytes, tensors: list[Tensor]) -> Any:
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, number: int) -> Tensor:
+            return tensors[number]
+
+    return Unpickler(io.BytesIO(structure)).load()

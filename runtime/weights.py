@@ -1,0 +1,144 @@
+"""Bringing a rank's bytes from the checkpoint to where they rest: host store, shard, or device."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from crossdock.offload.block_stream import Home, StreamedBlock
+from crossdock.offload.host_store import HostStore
+from crossdock.offload.layout import aligned_bytes
+from crossdock.parallel.hsdp import shard_range
+from crossdock.parallel.mesh import Mesh
+from crossdock.parallel.tensor import TensorSlice
+from crossdock.runtime.checkpoint import TensorReader
+from crossdock.runtime.meta_model import non_persistent_buffers
+from crossdock.runtime.plan import PlannedBlock, RunPlan
+
+
+def exchange(value: Any, world_size: int) -> list[Any]:
+    """`value` of every rank, by rank. Collective over the world."""
+    if world_size == 1:
+        return [value]
+    values: list[Any] = [None] * world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def node_id() -> str:
+    """The same on all ranks that can share memory: host name and boot."""
+    return f"{socket.gethostname()}|{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+
+
+@dataclass
+class RankWeights:
+    """What a rank holds of the transformer, outside the module itself."""
+
+    blocks: list[StreamedBlock]
+    store: HostStore | None
+    shares_store_with: tuple[int, ...]
+
+
+class WeightLoader:
+    """Reads one rank's part of the transformer: TP slices, HSDP shards, and nothing else."""
+
+    def __init__(self, plan: RunPlan, mesh: Mesh, model: nn.Module, device: torch.device) -> None:
+        self._plan = plan
+        self._mesh = mesh
+        self._model = model
+        self._device = device
+        self._slices: Mapping[str, TensorSlice] = plan.slices[mesh.shape.coordinates(mesh.rank)["tp"]]
+        self._reader = TensorReader(plan.stored)
+        self._unstored = non_persistent_buffers(model)
+
+    def load_blocks(self) -> RankWeights:
+        """Fill every block's home. Collective over the world where blocks rest in host memory."""
+        store, sharers = self._host_store()
+        offset, blocks = 0, []
+        for number, block in enumerate(self._plan.blocks):
+            start, stop = self._range(block)
+            if block.home.on_host:
+                assert store is not None
+                source = store.bytes[offset : offset + stop - start]
+                offset += stop - start
+                mine = number % len(sharers) == sharers.index(self._mesh.rank)
+            else:
+                source, mine = aligned_bytes(stop - start, self._device).zero_(), True
+            if mine:
+                self._fill(block, source, start, stop)
+            blocks.append(
+                StreamedBlock(block.name, self._model.get_submodule(block.name), block.layout, block.home, source)
+            )
+        if store is not None:
+            exchange("filled", self._mesh.shape.world_size)
+            if self._device.type == "cuda":
+                store.register()
+        return RankWeights(blocks, store, sharers)
+
+    def load_outside(self) -> None:
+        """Everything outside the blocks goes to the device: parameters, buffers, tensors kept as plain attributes."""
+        for fqn in self._plan.outside:
+            path, _, leaf = fqn.rpartition(".")
+            module = self._model.get_submodule(path)
+            value = self._value(fqn).to(self._device, self._plan.dtypes[fqn], copy=True)
+            if leaf in module._parameters:
+                module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            else:
+                module._buffers[leaf] = value
+        for module in self._model.modules():
+            for name, value in list(vars(module).items()):
+                if isinstance(value, Tensor):
+                    setattr(module, name, value.to(self._device))
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def _range(self, block: PlannedBlock) -> tuple[int, int]:
+        """The bytes of the block that rest on this rank."""
+        if not block.home.sharded:
+            return 0, block.layout.nbytes
+        parts = self._mesh.shape.hsdp_shard
+        return shard_range(block.layout.nbytes, parts, self._mesh.index_in("weights"))
+
+    def _host_store(self) -> tuple[HostStore | None, tuple[int, ...]]:
+        """One store per node and slice: the first rank that holds the slice makes it, the others map it."""
+        on_host = [block for block in self._plan.blocks if block.home.on_host]
+        if not on_host:
+            return None, (self._mesh.rank,)
+        world_size, rank = self._mesh.shape.world_size, self._mesh.rank
+        shard = self._mesh.index_in("weights") if on_host[0].home is Home.HOST_SHARD else 0
+        key = (node_id(), self._mesh.shape.coordinates(rank)["tp"], shard)
+        keys = exchange(key, world_size)
+        sharers = tuple(other for other in range(world_size) if keys[other] == key)
+        sizes = [stop - start for start, stop in map(self._range, on_host)]
+        store = HostStore.create(sum(sizes)) if rank == sharers[0] else None
+        handles = exchange(store.handle if store else None, world_size)
+        return store or HostStore.attach(handles[sharers[0]]), sharers
+
+    def _fill(self, block: PlannedBlock, target: Tensor, start: int, stop: int) -> None:
+        """Bytes [start, stop) of the block into `target` (uint8, stop - start long)."""
+        for entry in block.layout.entries:
+            low, high = max(entry.offset, start), min(entry.offset + entry.nbytes, stop)
+            if low >= high:
+                continue
+            fqn = f"{block.name}.{entry.name}"
+            size = entry.dtype.itemsize
+            flat = self._flat(fqn, (low - entry.offset) // size, (high - entry.offset) // size)
+            target[low - start : high - start].view(entry.dtype).copy_(flat)
+
+    def _flat(self, fqn: str, start: int, stop: int) -> Tensor:
+        if fqn in self._unstored:
+            return self._model.get_buffer(fqn).reshape(-1)[start:stop]
+        return self._reader.read_flat(fqn, self._slices.get(fqn), start, stop)
+
+    def _value(self, fqn: str) -> Tensor:
+        if fqn in self._unstored:
+            return self._model.get_buffer(fqn)
+        return self._reader.read(fqn, self._slices.get(fqn))

@@ -1,0 +1,239 @@
+"""One rank: holds its part of the model, streams it, and runs the denoise loop."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor, nn
+
+from crossdock.offload.block_stream import BlockStream, Gather, TraceEvent
+from crossdock.offload.copy_engine import make_copy_engine
+from crossdock.offload.host_store import mapped_share_bytes
+from crossdock.parallel.attention import SequenceParallelAttention
+from crossdock.parallel.hsdp import all_gather_bytes, shard_range
+from crossdock.parallel.mesh import Mesh
+from crossdock.parallel.regions import Attend, SequenceParallelism
+from crossdock.parallel.tensor import TensorParallelism
+from crossdock.parallel.xfuser_attention import XFuserAttention
+from crossdock.runtime.attention import AttentionBinding
+from crossdock.runtime.inspection import device_weight_bytes, foreign_hooks, record_homes, record_tensors
+from crossdock.runtime.meta_model import build_on_meta
+from crossdock.runtime.pipeline import RankPipeline
+from crossdock.runtime.plan import TRANSFORMER, RunPlan
+from crossdock.runtime.reports import Measurements, RankReport
+from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.weights import RankWeights, WeightLoader
+
+TRACED_STEPS = 2
+"""How many of a request's last steps a rank keeps the trace of."""
+
+
+@dataclass
+class RankResult:
+    """What a rank returns for one request; the picture comes from the first rank of each replica with a prompt."""
+
+    rank: int
+    measurements: Measurements
+    trace: tuple[TraceEvent, ...]
+    latents: Tensor | None = None
+    image: Image.Image | None = None
+
+
+def compute_threads(world_size: int) -> int:
+    """Threads per rank on the CPU: an even share of the cores, less the one on which blocks are copied."""
+    return max(1, (os.cpu_count() or 1) // world_size - 1)
+
+
+class RankWorker:
+    """Hosted by a Ray actor or a torchrun process, which tell it its place and how to meet the others."""
+
+    def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.device = device
+        self.finished_steps = 0
+        self.on_progress: Callable[[int], None] | None = None
+        self.ready = False
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        else:
+            torch.set_num_threads(compute_threads(world_size))
+
+    def join(self, store: dist.Store, timeout_s: float) -> None:
+        """Meet the other ranks. Collective; `timeout_s` then bounds every collective."""
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timedelta(seconds=timeout_s)
+        )
+
+    def setup(self, plan: RunPlan) -> RankReport:
+        """Load, shard and stream the model of `plan`; the report says what this rank now holds. Collective."""
+        began = time.perf_counter()
+        self.plan = plan
+        timeout_s = plan.config.launch.timeouts.collective_s
+        self.mesh = Mesh.connect(plan.mesh, self.rank, timeout_s)
+        self.model = build_on_meta(plan.spec.transformer, plan.model_dir / TRANSFORMER)
+        self.tensor = self._apply_tensor_parallelism(self.model)
+        self.sequence, self.attention = self._apply_sequence_parallelism(self.model)
+        loader = WeightLoader(plan, self.mesh, self.model, self.device)
+        self.weights: RankWeights = loader.load_blocks()
+        loader.load_outside()
+        loader.close()
+        self.stream = BlockStream(
+            self.weights.blocks, plan.schedule, self.device, make_copy_engine(self.device, timeout_s), self._gather()
+        )
+        self.stream.attach()
+        self.pipeline = RankPipeline(plan, self.mesh, self.model, self.device)
+        self.ready = True
+        self.load_s = time.perf_counter() - began
+        self.stream.rehearse()
+        return self.report()
+
+    def report(self) -> RankReport:
+        """What this rank holds now, read off the live model."""
+        parts = self.plan.slices[self.mesh.index_in("tp")]
+        return RankReport(
+            rank=self.rank,
+            tensors=record_tensors(self.model, self.stream, parts),
+            homes=record_homes(self.plan, self.stream, self._starts()),
+            order=self.stream.order,
+            slot_bytes=tuple(memory.nbytes for memory in self.stream.slot_memory),
+            foreign_hooks=foreign_hooks(self.model),
+            trace=tuple(self.stream.trace),
+        )
+
+    def generate(self, request: GenerateRequest) -> RankResult:
+        """One prompt per replica; a replica without one computes a copy that is dropped. Collective."""
+        replica = self.mesh.shape.coordinates(self.rank)["dp"]
+        has_prompt = replica < len(request.prompts)
+        number = replica if has_prompt else 0
+        before = (self.stream.counters.h2d_bytes, self.stream.counters.gathered_bytes, self.stream.counters.misses)
+        self.finished_steps = 0
+        done = self.pipeline.denoise(request.prompts[number], request.seed + number, request, self._on_step)
+        result = RankResult(self.rank, self._measure(request.steps, before, done.step_ms), self._last_trace())
+        began = time.perf_counter()
+        if has_prompt and self.rank == self.mesh.ranks["replica"][0]:
+            result.latents = done.latents
+            result.image = self.pipeline.decode(done.latents)
+        phases = {"encode": done.encode_s, "denoise": done.denoise_s, "decode": time.perf_counter() - began}
+        result.measurements.phases_s.update(phases)
+        return result
+
+    def teardown(self) -> None:
+        """Give the model up and leave the groups of its mesh; `setup` may follow."""
+        if not self.ready:
+            return
+        self.ready = False
+        self.stream.remove()
+        if self.attention is not None:
+            self.attention.remove()
+        if self.sequence is not None:
+            self.sequence.remove()
+        self.tensor.remove()
+        store = self.weights.store
+        del self.pipeline, self.stream, self.weights, self.model
+        gc.collect()
+        if store is not None:
+            store.close()
+        self.mesh.disconnect()
+
+    def leave(self) -> None:
+        """Leave the world."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    # -- parts of setup ------------------------------------------------------------------------------------------
+
+    def _apply_tensor_parallelism(self, model: nn.Module) -> TensorParallelism:
+        plan, degree = self.plan.spec.tensor_plan, self.mesh.shape.tp
+        return TensorParallelism.apply(model, plan, self.mesh.index_in("tp"), degree, self.mesh.groups["tp"])
+
+    def _apply_sequence_parallelism(
+        self, model: nn.Module
+    ) -> tuple[SequenceParallelism | None, AttentionBinding | None]:
+        group = self.mesh.groups["sequence"]
+        if group is None:
+            return None, None
+        shape = self.mesh.shape
+        attention = self._make_attention()
+        sequence = SequenceParallelism(attention, shape.sequence_index(self.rank), shape.sequence, group)
+        sequence.apply(model, self.plan.spec.regions)
+        return sequence, AttentionBinding(model, sequence)
+
+    def _make_attention(self) -> Attend:
+        shape, groups = self.mesh.shape, self.mesh.groups
+        kind = XFuserAttention if self.plan.config.parallel.attention == "xfuser" else SequenceParallelAttention
+        return kind(
+            ulysses_group=groups["ulysses"],
+            ulysses_rank=self.mesh.index_in("ulysses"),
+            ulysses_degree=shape.ulysses,
+            ring_group=groups["ring"],
+            ring_rank=self.mesh.index_in("ring"),
+            ring_degree=shape.ring,
+        )
+
+    def _gather(self) -> Gather | None:
+        group = self.mesh.groups["weights"]
+        if group is None:
+            return None
+        return Gather(
+            self.mesh.shape.hsdp_shard,
+            self.mesh.index_in("weights"),
+            lambda whole, shard: all_gather_bytes(whole, shard, group),
+        )
+
+    def _starts(self) -> dict[str, int]:
+        """Block -> the first of its bytes that rests here."""
+        parts, index = self.mesh.shape.hsdp_shard, self.mesh.index_in("weights")
+        return {
+            block.name: shard_range(block.layout.nbytes, parts, index)[0] if block.home.sharded else 0
+            for block in self.plan.blocks
+        }
+
+    # -- parts of generate ---------------------------------------------------------------------------------------
+
+    def _on_step(self, finished: int) -> None:
+        self.finished_steps = finished
+        if self.on_progress is not None:
+            self.on_progress(finished)
+
+    def _last_trace(self) -> tuple[TraceEvent, ...]:
+        """The events of about the last `TRACED_STEPS` steps."""
+        events = list(self.stream.trace)
+        return tuple(events[-TRACED_STEPS * 6 * len(self.plan.streamed) :])
+
+    def _measure(self, steps: int, before: tuple[int, int, int], step_ms: list[float]) -> Measurements:
+        counters, blocks = self.stream.counters, self.weights.blocks
+        slots = self.stream.slot_memory
+        shards = sum(b.source.nbytes for b in blocks if b.home.sharded and not b.home.on_host)
+        slot_bytes = sum(memory.nbytes for memory in slots)
+        resident = device_weight_bytes(self.model) - sum(memory.untyped_storage().nbytes() for memory in slots)
+        cuda = self.device.type == "cuda"
+        store = self.weights.store
+        return Measurements(
+            rank=self.rank,
+            host=socket.gethostname(),
+            device=torch.cuda.get_device_name(self.device) if cuda else "cpu",
+            peak_weight_bytes=resident + slot_bytes + shards,
+            resident_weight_bytes=resident,
+            slot_bytes=slot_bytes,
+            shard_bytes=shards,
+            host_bytes=store.nbytes if store else 0,
+            host_pss_bytes=mapped_share_bytes(),
+            h2d_bytes_per_step=(counters.h2d_bytes - before[0]) // steps,
+            gathered_bytes_per_step=(counters.gathered_bytes - before[1]) // steps,
+            misses=counters.misses - before[2],
+            step_ms=[round(ms, 3) for ms in step_ms],
+            peak_device_bytes=torch.cuda.max_memory_allocated(self.device) if cuda else None,
+            reserved_device_bytes=torch.cuda.max_memory_reserved(self.device) if cuda else None,
+            phases_s={"load": self.load_s},
+        )

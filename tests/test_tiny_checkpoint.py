@@ -1,0 +1,243 @@
+"""The tiny checkpoints: diffusers' format, one seed, one set of bytes, every part shows in the picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+
+from crossdock.runtime import tiny_checkpoint
+from crossdock.runtime.errors import CheckpointError, RequestError
+from crossdock.runtime.tiny_checkpoint import FAMILIES, make_checkpoint
+
+SIZE_LIMIT_BYTES = 20_000_000
+STACKS = {
+    "flux2-klein": {"transformer_blocks": 3, "single_transformer_blocks": 5},
+    "z-image": {"noise_refiner": 2, "context_refiner": 2, "layers": 5},
+}
+CLASSES = {
+    "flux2-klein": {
+        "_class_name": "Flux2KleinPipeline",
+        "transformer": ["diffusers", "Flux2Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLFlux2"],
+        "text_encoder": ["transformers", "Qwen3ForCausalLM"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    },
+    "z-image": {
+        "_class_name": "ZImagePipeline",
+        "transformer": ["diffusers", "ZImageTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "Qwen3Model"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    },
+}
+RELATIVE_NOISE = 1e-6
+VISIBLE = 5e-4
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Each family's checkpoint with seed 0, made once."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def get(family: str) -> Path:
+        directory: Path = root / family
+        if not directory.exists():
+            make_checkpoint(family, directory)
+        return directory
+
+    return get
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def pipeline(request: pytest.FixtureRequest, checkpoints: Callable[[str], Path]) -> Any:
+    pipe = DiffusionPipeline.from_pretrained(checkpoints(request.param))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def latents_of(
+    pipe: Any, prompt: str = "a red fox in the snow", noise: torch.Tensor | None = None
+) -> torch.Tensor:
+    generator = torch.Generator("cpu").manual_seed(0)
+    latents: torch.Tensor = pipe(
+        prompt=prompt,
+        height=128,
+        width=112,
+        num_inference_steps=2,
+        generator=generator,
+        latents=noise,
+        output_type="latent",
+    ).images
+    return latents
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_format(family: str, checkpoints: Callable[[str], Path]) -> None:
+    directory = checkpoints(family)
+    index = json.loads((directory / "model_index.json").read_text())
+    assert CLASSES[family].items() <= index.items()
+    for name in (
+        "transformer/config.json",
+        "vae/config.json",
+        "text_encoder/config.json",
+        "tokenizer/tokenizer.json",
+    ):
+        assert (directory / name).is_file()
+    assert sum(len(data) for data in files_of(directory).values()) < SIZE_LIMIT_BYTES
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_transformer_is_sharded(family: str, checkpoints: Callable[[str], Path]) -> None:
+    folder = checkpoints(family) / "transformer"
+    index = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    shards = set(index["weight_map"].values())
+    assert len(shards) >= 2
+    assert shards == {path.name for path in folder.glob("*.safetensors")}
+    blocks: dict[str, set[str]] = {stack: set() for stack in STACKS[family]}
+    for shard in shards:
+        with safe_open(folder / shard, framework="pt") as tensors:
+            names = list(tensors.keys())
+            assert {tensors.get_tensor(name).dtype for name in names} == {torch.float32}
+        assert all(index["weight_map"][name] == shard for name in names)
+        for name in names:
+            stack, _, rest = name.partition(".")
+            if stack in blocks:
+                blocks[stack].add(rest.partition(".")[0])
+    assert {stack: len(numbers) for stack, numbers in blocks.items()} == STACKS[family]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes_follow_from_the_seed(family: str, tmp_path: Path, checkpoints: Callable[[str], Path]) -> None:
+    torch.rand(3)  # the global generator is neither read nor moved
+    state = torch.random.get_rng_state()
+    make_checkpoint(family, tmp_path / "same")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    make_checkpoint(family, tmp_path / "other", seed=1)
+    first, same, other = (files_of(d) for d in (checkpoints(family), tmp_path / "same", tmp_path / "other"))
+    assert same == first
+    assert {name for name in first if other[name] != first[name]} == {
+        n for n in first if n.endswith(".safetensors")
+    }
+
+
+@pytest.mark.parametrize(("height", "width"), [(256, 256), (208, 176)])
+def test_diffusers_draws_a_picture(pipeline: Any, tmp_path: Path, height: int, width: int) -> None:
+    image = pipeline(prompt="a boat", height=height, width=width, num_inference_steps=4).images[0]
+    image.save(tmp_path / "out.png")
+    assert image.size == (width, height)
+    assert all(high - low > 100 for low, high in image.getextrema())
+
+
+def test_one_word_changes_the_latents(pipeline: Any) -> None:
+    fox = latents_of(pipeline)
+    assert torch.equal(latents_of(pipeline), fox)
+    assert 0.5 < fox.std() < 2.0
+    assert (latents_of(pipeline, "a red box in the snow") - fox).abs().max() > 0.05
+
+
+@torch.no_grad()
+def test_every_tensor_shows(pipeline: Any) -> None:
+    """Half of a tensor drawn anew moves one unguided velocity by more than two runs may differ (1e-4)."""
+    transformer = pipeline.transformer
+    calls: list[tuple[Any, Any]] = []
+    hook = transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+    )
+    latents_of(pipeline)
+    hook.remove()
+    args, kwargs = calls[0]
+
+    def velocity() -> torch.Tensor:
+        output: torch.Tensor = transformer(*args, **kwargs)[0][0]
+        return output
+
+    expected = velocity()
+    generator = torch.Generator().manual_seed(1)
+    unseen = {}
+    for name, parameter in transformer.named_parameters():
+        kept = parameter.data
+        parameter.data = kept + 0.5 * kept.std(correction=0) * torch.randn(kept.shape, generator=generator)
+        moved = float((velocity() - expected).abs().max())
+        parameter.data = kept
+        if moved < VISIBLE:
+            unseen[name] = moved
+    assert not unseen
+
+
+def test_pad_tokens_and_norms_are_not_trivial(pipeline: Any) -> None:
+    for name, parameter in pipeline.transformer.named_parameters():
+        assert parameter.std(correction=0) > 0, name
+    if hasattr(pipeline.vae, "bn"):
+        assert pipeline.vae.bn.running_mean.std() > 0.1
+        assert 0.5 <= pipeline.vae.bn.running_var.min() < pipeline.vae.bn.running_var.max() <= 1.5
+
+
+def test_rounding_of_the_noise_is_not_amplified(pipeline: Any) -> None:
+    transformer = pipeline.transformer.config
+    shape = (
+        (1, transformer.in_channels, 8, 7)
+        if hasattr(pipeline.vae, "bn")
+        else (1, transformer.in_channels, 16, 14)
+    )
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    relative = 2 * torch.rand(shape, generator=torch.Generator().manual_seed(3)) - 1
+    moved = latents_of(pipeline, noise=noise * (1 + RELATIVE_NOISE * relative)) - latents_of(
+        pipeline, noise=noise
+    )
+    assert moved.abs().max() < 1e-5
+
+
+def test_unknown_family(tmp_path: Path) -> None:
+    with pytest.raises(
+        RequestError, match=r"found 'zimage'; did you mean z-image\? allowed: flux2-klein, z-image"
+    ):
+        make_checkpoint("zimage", tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_directories_that_cannot_take_a_checkpoint(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("kept")
+    with pytest.raises(CheckpointError, match="is not empty"):
+        make_checkpoint("z-image", tmp_path)
+    with pytest.raises(CheckpointError, match="is a file"):
+        make_checkpoint("z-image", file)
+    with pytest.raises(CheckpointError, match="cannot write here: Not a directory"):
+        make_checkpoint("z-image", file / "new")
+    with pytest.raises(CheckpointError, match="cannot write here: No such file"):
+        make_checkpoint("z-image", tmp_path / "no" / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert file.read_text() == "kept"
+
+
+def test_nothing_is_left_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pipeline:
+        def save_pretrained(self, directory: Path, max_shard_size: str) -> None:
+            (directory / "model_index.json").write_text("{}")
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tiny_checkpoint, "_build", lambda recipe, seed: Pipeline())
+    with pytest.raises(CheckpointError, match="cannot be written: No space left on device"):
+        make_checkpoint("z-image", tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_directory_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pipeline:
+        def save_pretrained(self, directory: Path, max_shard_size: str) -> None:
+            (directory / "model_index.json").write_text("{}")
+
+    monkeypatch.setattr(tiny_checkpoint, "_build", lambda recipe, seed: Pipeline())
+    make_checkpoint("z-image", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model_index.json"]
