@@ -18,7 +18,7 @@ from crossdock.runtime.request import GenerateRequest
 
 
 def _run_on_ray(config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs) -> None:
-    from crossdock.launch.engine import run_generate
+    from crossdock.launch.generate import run_generate
 
     run_generate(config, model_dir, request, outputs, launcher="ray")
 

@@ -203,7 +203,8 @@ class RayGang:
                 raise RankError(min(pending.values()), "did not answer in time; see launch.timeouts")
             done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=_POLL_S)
             for future in done:
-                results[pending[future]] = _result_of(future, pending.pop(future))
+                rank = pending.pop(future)
+                results[rank] = _result_of(future, rank)
             if progress is not None:
                 progress.poll()
         return [results[rank] for rank in range(len(futures))]

@@ -1,12 +1,12 @@
 """Sequence-parallel attention: Ulysses inside, ring outside.
 
-Ulysses (DeepSpeed-Ulysses, arXiv 2309.14509) trades tokens for heads: one all-to-all gives every rank all tokens of
-its Ulysses group for a share of the heads, another one takes the output back. Ring (Ring Attention, arXiv
-2310.01889) keeps the queries and passes keys and values on from rank to rank. With both, a ring rank is what a
-Ulysses group holds together.
+Ulysses (DeepSpeed-Ulysses, arXiv 2309.14509) trades tokens for heads: one all-to-all gives every rank all
+tokens of its Ulysses group for a share of the heads, another one takes the output back. Ring (Ring Attention,
+arXiv 2310.01889) keeps the queries and passes keys and values on from rank to rank. With both, what a Ulysses
+group holds together is one station of the ring.
 
-Nothing needs to divide: a rank may own more heads or tokens than its neighbour, or none, and it takes part in every
-exchange all the same, so that all ranks issue the same ones in the same order.
+Nothing needs to divide: a rank may own more heads or tokens than its neighbour, or none, and it takes part in
+every exchange all the same, so that all ranks issue the same ones in the same order.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from crossdock.parallel.sequence import SequenceLayout, shard_lengths
 
 
 class SequenceParallelAttention:
-    """Attention over a sequence whose tokens are spread over `ring_degree * ulysses_degree` ranks. For inference."""
+    """Attention over a sequence spread over `ring_degree * ulysses_degree` ranks. No gradients."""
 
     def __init__(
         self,
@@ -39,15 +39,16 @@ class SequenceParallelAttention:
         Raises:
             ValueError: a degree above 1 without a group.
         """
-        for name, group, degree in (("ulysses", ulysses_group, ulysses_degree), ("ring", ring_group, ring_degree)):
-            if degree > 1 and group is None:
-                raise ValueError(f"{name}_degree is {degree}, but {name}_group is None")
+        if ulysses_degree > 1 and ulysses_group is None:
+            raise ValueError(f"ulysses_degree is {ulysses_degree}, but ulysses_group is None")
+        if ring_degree > 1 and ring_group is None:
+            raise ValueError(f"ring_degree is {ring_degree}, but ring_group is None")
         self._index = ring_rank * ulysses_degree + ulysses_rank
         self._parts = ring_degree * ulysses_degree
         self._ring_rank = ring_rank
-        self._ulysses = None if ulysses_group is None else _Ulysses(ulysses_group, ulysses_rank, ulysses_degree)
-        self._ring = None if ring_group is None else _Ring(ring_group, ring_rank, ring_degree)
         self._ulysses_degree = ulysses_degree
+        self._ulysses = _Ulysses(ulysses_group, ulysses_rank, ulysses_degree) if ulysses_group else None
+        self._ring = _Ring(ring_group, ring_rank, ring_degree) if ring_group else None
 
     @torch.no_grad()
     def attend(
@@ -66,12 +67,12 @@ class SequenceParallelAttention:
 
         Args:
             query: `[batch, local tokens, heads, head_dim]`.
-            key, value: `[batch, local tokens, kv_heads, head_dim]`; `kv_heads` is `heads`, or divides it under
+            key, value: `[batch, local tokens, kv_heads, head_dim]`; `kv_heads` is `heads`, or divides it with
                 `enable_gqa`.
             layout: the joint sequence; its parts are the ranks, in the order of their part index
                 `ring_rank * ulysses_degree + ulysses_rank`.
             mask: which keys are padding, over the whole sequence in the model's order: `[batch, total]` or
-                `[batch, 1, 1, total]` (batch 1 serves all), bool (True = attend) or float (added to the scores).
+                `[batch, 1, 1, total]` (batch 1 serves all); bool (True = attend) or float (added to scores).
             scale: of the scores; None is `head_dim ** -0.5`.
 
         Returns:
@@ -80,10 +81,8 @@ class SequenceParallelAttention:
         Raises:
             ValueError: shapes, mask or options that this attention does not have.
         """
-        check_call(
-            query, key, value, layout,
-            parts=self._parts, index=self._index, is_causal=is_causal, enable_gqa=enable_gqa,
-        )
+        check_layout(query, layout, self._parts, self._index)
+        check_inputs(query, key, value, is_causal, enable_gqa)
         bias = key_bias(mask, layout, query)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         starts = layout.bounds[:: self._ulysses_degree]  # one Ulysses group's tokens after the other's
@@ -97,7 +96,13 @@ class SequenceParallelAttention:
         return self._ulysses.to_tokens(out, tokens, heads)
 
     def _over_keys(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, starts: tuple[int, ...]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        starts: tuple[int, ...],
     ) -> Tensor:
         if self._ring is None:
             return attention(query, key, value, bias, scale)
@@ -105,8 +110,11 @@ class SequenceParallelAttention:
 
 
 class _Ulysses:
-    """The two all-to-alls. Messages are token-major, `[tokens, batch, width]`, so that what arrives from all ranks
-    is the joined sequence without another copy."""
+    """The two all-to-alls.
+
+    Messages are token-major, `[tokens, batch, heads, head_dim]`: what arrives from all ranks is the joined
+    sequence, without another copy.
+    """
 
     def __init__(self, group: dist.ProcessGroup, rank: int, degree: int) -> None:
         self._group = group
@@ -116,7 +124,7 @@ class _Ulysses:
     def to_heads(
         self, query: Tensor, key: Tensor, value: Tensor, tokens: tuple[int, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`[batch, own tokens, all heads, head_dim]` -> `[batch, the group's tokens, own heads, head_dim]`.
+        """`[batch, own tokens, all heads, head_dim]` -> `[batch, group's tokens, own heads, head_dim]`.
 
         One all-to-all for all three. Key heads that cannot be dealt out evenly are repeated first.
         """
@@ -127,18 +135,18 @@ class _Ulysses:
         tensors = [tensor.transpose(0, 1) for tensor in (query, key, value)]
         heads = [shard_lengths(tensor.shape[2], self._degree) for tensor in tensors]
         widths = [sum(counts) * head_dim for counts in zip(*heads, strict=True)]
-        parts = [tensor.split(counts, dim=2) for tensor, counts in zip(tensors, heads, strict=True)]
+        parts = [part.split_with_sizes(counts, dim=2) for part, counts in zip(tensors, heads, strict=True)]
         sizes = [own_tokens * batch * width for width in widths]
         message = query.new_empty(sum(sizes))
-        for slot, share in zip(message.split(sizes), zip(*parts, strict=True), strict=True):
+        for slot, share in zip(message.split_with_sizes(sizes), zip(*parts, strict=True), strict=True):
             torch.cat(share, dim=2, out=slot.view(own_tokens, batch, -1, head_dim))
         arrived = self._exchange(message, sizes, [count * batch * widths[self._rank] for count in tokens])
         joined = arrived.view(sum(tokens), batch, widths[self._rank] // head_dim, head_dim).transpose(0, 1)
-        q, k, v = joined.split([counts[self._rank] for counts in heads], dim=2)
+        q, k, v = joined.split_with_sizes([counts[self._rank] for counts in heads], dim=2)
         return q, k, v
 
     def to_tokens(self, out: Tensor, tokens: tuple[int, ...], heads: int) -> Tensor:
-        """`[batch, the group's tokens, own heads, head_dim]` -> `[batch, own tokens, all heads, head_dim]`."""
+        """`[batch, group's tokens, own heads, head_dim]` -> `[batch, own tokens, all heads, head_dim]`."""
         batch, _, own_heads, head_dim = out.shape
         own_tokens, row = tokens[self._rank], batch * head_dim
         counts = shard_lengths(heads, self._degree)
@@ -147,7 +155,7 @@ class _Ulysses:
         arrived = self._exchange(message, [count * row * own_heads for count in tokens], sizes)
         shares = [
             share.view(own_tokens, batch, count, head_dim)
-            for share, count in zip(arrived.split(sizes), counts, strict=True)
+            for share, count in zip(arrived.split_with_sizes(sizes), counts, strict=True)
         ]
         return torch.cat(shares, dim=2).transpose(0, 1)
 
@@ -168,17 +176,24 @@ class _Ring:
         self._previous = dist.get_global_rank(group, (rank - 1) % degree)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, starts: tuple[int, ...]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        starts: tuple[int, ...],
     ) -> Tensor:
-        """Ring rank r's keys are tokens `[starts[r], starts[r + 1])` of the gathered order, and columns of `bias`.
+        """Ring rank r has the keys `[starts[r], starts[r + 1])` of the gathered order, the columns of `bias`.
 
-        The parts are merged in the order in which they arrive: own, previous rank's, and so on; always the same one.
+        The parts are merged in one fixed order: this rank's, the previous rank's, and so on round the ring.
         """
         pair, source = torch.stack([key, value]), self._rank
         merged: tuple[Tensor, Tensor] | None = None
         for step in range(self._degree):
             before = (source - 1) % self._degree
-            hop = self._pass_on(pair, starts[before + 1] - starts[before]) if step + 1 < self._degree else None
+            more = step + 1 < self._degree
+            hop = self._pass_on(pair, starts[before + 1] - starts[before]) if more else None
             columns = None if bias is None else bias[:, starts[source] : starts[source + 1]]
             out, lse = attention_with_lse(query, pair[0], pair[1], columns, scale)
             merged = (out.float(), lse) if merged is None else merge(*merged, out, lse)
@@ -188,7 +203,7 @@ class _Ring:
         return merged[0].to(query.dtype)
 
     def _pass_on(self, pair: Tensor, tokens: int) -> _Hop:
-        """Start sending `pair` `[2, batch, own tokens, kv_heads, head_dim]`, and receiving one with `tokens` tokens."""
+        """Start sending `pair` `[2, batch, its tokens, kv_heads, head_dim]` and receiving one of `tokens`."""
         shape = (*pair.shape[:2], tokens, *pair.shape[3:])
         # an empty message still is one: every rank has a send and a receive in every hop
         sent = pair.view(-1) if pair.numel() else pair.new_zeros(1)
@@ -211,42 +226,44 @@ class _Hop:
         return self.received
 
 
-def check_call(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: SequenceLayout,
-    *,
-    parts: int,
-    index: int,
-    is_causal: bool,
-    enable_gqa: bool,
-) -> None:
-    """Whether sequence-parallel attention can take these, on part `index` of `parts`.
+def check_layout(query: Tensor, layout: SequenceLayout, parts: int, index: int) -> None:
+    """Whether `query` holds the tokens of part `index` of `parts`.
 
     Raises:
-        ValueError: it cannot; says what was found and what is possible.
+        ValueError: it does not; says what was found and what was expected.
     """
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    if is_causal:
-        raise ValueError("is_causal=True: sequence-parallel attention is bidirectional only")
     if layout.parts != parts:
-        raise ValueError(f"the layout has {layout.parts} parts, but the sequence is spread over {parts} ranks")
-    if key.shape != value.shape or query.shape[::3] != key.shape[::3]:
-        raise ValueError(f"{shapes}: batch and head_dim must agree, and key and value must have one shape")
-    expected = layout.lengths[index]
-    if query.shape[1] != expected or key.shape[1] != expected:
+        raise ValueError(f"the layout has {layout.parts} parts, but its tokens are spread over {parts} ranks")
+    if query.shape[1] != layout.lengths[index]:
         raise ValueError(
-            f"{shapes}: part {index} of {layout.segments} tokens over {parts} ranks has {expected}; query, key and "
-            "value must be this rank's tokens of one sequence (cross-attention belongs outside)"
+            f"query {tuple(query.shape)} has {query.shape[1]} tokens, but part {index} of segments "
+            f"{layout.segments} over {parts} ranks has {layout.lengths[index]}"
+        )
+
+
+def check_inputs(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> None:
+    """Whether sequence-parallel attention has what is asked of it.
+
+    Raises:
+        ValueError: it has not; says what was found and what is possible.
+    """
+    if is_causal:
+        raise ValueError("is_causal=True is not possible: sequence-parallel attention is bidirectional")
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if query.ndim != 4 or key.shape != value.shape or query.shape[::3] != key.shape[::3]:
+        raise ValueError(f"{shapes}: possible is one batch size and head_dim, and one shape for key and value")
+    if query.shape[1] != key.shape[1]:
+        raise ValueError(
+            f"{shapes}: possible is attention of a sequence to itself, the same tokens in all three; "
+            "cross-attention runs outside the sequence-parallel region"
         )
     heads, kv_heads = query.shape[2], key.shape[2]
     if heads != kv_heads and not (enable_gqa and kv_heads and heads % kv_heads == 0):
-        raise ValueError(f"{shapes}: {kv_heads} key heads must be {heads}, or divide it with enable_gqa=True")
+        raise ValueError(f"{shapes}: possible are {heads} key heads, or a divisor of it with enable_gqa=True")
 
 
 def key_bias(mask: Tensor | None, layout: SequenceLayout, query: Tensor) -> Tensor | None:
-    """A key padding mask in the model's order, as what is added to the scores: `[batch, total]` in gathered order.
+    """A key padding mask -> what is added to the scores, in gathered order: `[batch, total]`, query's dtype.
 
     Raises:
         ValueError: another shape or dtype than `attend` takes.
@@ -257,11 +274,11 @@ def key_bias(mask: Tensor | None, layout: SequenceLayout, query: Tensor) -> Tens
     per_key = mask[:, 0, 0] if mask.ndim == 4 and mask.shape[1:3] == (1, 1) else mask
     if per_key.ndim != 2 or per_key.shape[0] not in (1, batch) or per_key.shape[1] != layout.total:
         raise ValueError(
-            f"an attention mask of shape {tuple(mask.shape)} is not a key padding mask over the whole sequence; "
+            f"an attention mask of shape {tuple(mask.shape)} does not mask the keys of the whole sequence; "
             f"possible: [{batch}, {layout.total}] and [{batch}, 1, 1, {layout.total}]"
         )
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(f"an attention mask of {mask.dtype}; possible: bool (True = attend) and float (added)")
+        raise ValueError(f"an attention mask of {mask.dtype}; possible: bool (True = attend), float (added)")
     if mask.dtype == torch.bool:
         per_key = per_key.new_zeros(per_key.shape, dtype=query.dtype).masked_fill(~per_key, -torch.inf)
     if len(layout.segments) > 1:

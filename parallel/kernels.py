@@ -1,11 +1,11 @@
 """Attention over the tokens that one rank holds, and how partial results are put together.
 
-Ring attention needs the log-sum-exp of the scores next to the output, which `scaled_dot_product_attention` does not
-return; the fused kernels beneath it do, each in its own way. What differs between them ends here.
+Ring attention needs the log-sum-exp of the scores next to the output, which `scaled_dot_product_attention`
+does not return; the fused kernels beneath it do, each in its own way. What differs between them ends here.
 
-The mask is a bias, `[batch, keys]` in the query's dtype, -inf where a key is not attended. Whether an item of the
-batch has no key at all is read from the bias and never from a kernel's output: for such rows some kernels return a
-log-sum-exp of 0, others NaN.
+The mask is a bias, `[batch, keys]` in the query's dtype, -inf where a key is not attended. Whether an item of
+the batch has no key at all is read from the bias and never from a kernel's output: what kernels return for
+such rows differs (the CPU one says log-sum-exp 0).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def attention_with_lse(
     """Attention over some of the keys, and the log-sum-exp (natural) of the scores. Shapes as in `attention`.
 
     Returns:
-        out `[batch, seq, heads, head_dim]`, lse fp32 `[batch, heads, seq]`; 0 and -inf for rows without any key.
+        out `[batch, seq, heads, head_dim]`, lse fp32 `[batch, heads, seq]`: 0 and -inf where there is no key.
     """
     batch, seq, heads, _ = query.shape
     if query.numel() == 0 or key.numel() == 0:
@@ -96,12 +96,13 @@ def _repeat_heads(tensor: Tensor, heads: int) -> Tensor:
     return tensor if groups == 1 else tensor.repeat_interleave(groups, dim=2)
 
 
-# -- kernels: q, k, v `[batch, heads, seq, head_dim]` -> the same, lse `[batch, heads, seq or more]` -----------------
+# -- kernels: q, k, v `[batch, heads, seq, head_dim]` -> the same, lse `[batch, heads, seq or more]` ---------
 
 
 def _cpu_kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     mask = None if bias is None else bias[:, None, None, :]
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = kernel(q, k, v, attn_mask=mask, scale=scale)
     return out, lse
 
 
@@ -112,7 +113,8 @@ def _cuda_kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: fl
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
     else:
         wide = None if bias is None else _aligned_bias(bias, (*q.shape[:3], k.shape[2]))
-        out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, wide, True, scale=scale)[:2]
+        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+        out, lse = kernel(q, k, v, wide, True, scale=scale)[:2]
     return out[..., :head_dim], lse
 
 

@@ -1,8 +1,8 @@
 """How a token sequence is cut over the ranks of a sequence group: no padding, and lengths need not divide.
 
 Every segment of the joint sequence (text, image) is cut over all parts by itself, so part r holds
-`[text_r, image_r]`. Putting the parts' tokens side by side therefore gives an order that differs from the model's;
-`SequenceLayout.order` is the way from one to the other.
+`[text_r, image_r]`. Putting the parts' tokens side by side therefore gives another order than the model's:
+the gathered order. `SequenceLayout.order` leads from one to the other.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class SequenceLayout:
     """The joint sequence and its parts.
 
     Attributes:
-        segments: global lengths, in the order in which attention sees the segments: (text, image), or (unified,).
+        segments: global lengths, in the order in which attention sees them: (text, image), or (unified,).
         parts: ranks that the sequence is cut over.
     """
 
@@ -56,9 +56,9 @@ class SequenceLayout:
         return (0, *accumulate(self.lengths))
 
     def order(self, device: torch.device | str = "cpu") -> Tensor:
-        """The model's index of every token in gathered order (all parts' tokens side by side): int64 `[total]`.
+        """The model's index of every token, in gathered order: int64 `[total]`.
 
-        `mask.index_select(-1, layout.order(mask.device))` brings a mask from the model's order to the gathered one.
+        `mask.index_select(-1, layout.order(mask.device))` brings a mask into gathered order.
         """
         return _order(self.segments, self.parts, torch.device(device))
 
@@ -67,7 +67,7 @@ class SequenceLayout:
 def _order(segments: tuple[int, ...], parts: int, device: torch.device) -> Tensor:
     ends = accumulate(segments)
     indices = [torch.arange(end - size, end) for size, end in zip(segments, ends, strict=True)]
-    shards = [index.split(shard_lengths(len(index), parts)) for index in indices]
+    shards = [index.split_with_sizes(shard_lengths(len(index), parts)) for index in indices]
     empty = torch.empty(0, dtype=torch.int64)
     return torch.cat([empty, *(shard[part] for part in range(parts) for shard in shards)]).to(device)
 
@@ -109,5 +109,6 @@ def gather_shards(
     gathered = rows.new_empty(parts * lengths[0], *rows.shape[1:])
     dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
     if total < len(gathered):
-        gathered = torch.cat([rows[:length] for rows, length in zip(gathered.chunk(parts), lengths, strict=True)])
+        padded = gathered.chunk(parts)
+        gathered = torch.cat([part[:length] for part, length in zip(padded, lengths, strict=True)])
     return gathered.movedim(0, dim).contiguous()
