@@ -100,24 +100,27 @@ def build_app(run: RunGenerate) -> typer.Typer:
     return app
 
 
-def run_app(app: typer.Typer, arguments: list[str] | None = None) -> int:
+def run_app(
+    app: typer.Typer, arguments: list[str] | None = None, complain: Callable[[str], None] | None = None
+) -> int:
     """Run `app` on `arguments` (the process's own by default) and return the exit code.
 
-    0: done; 2: the user's input is wrong; 130: interrupted; 1: anything else. Only an error that this project
-    did not raise on purpose prints a traceback.
+    0: done; 2: the user's input is wrong; 130: interrupted; 1: anything else. Only an error that this project did
+    not raise on purpose prints a traceback. `complain` says what went wrong; by default it is said on stderr.
     """
+    say = complain or complain_on_stderr
     try:
         typer.main.get_command(app).main(args=arguments, prog_name="crossdock")
     except CrossdockError as error:
-        _complain(f"error: {error}")
+        say(f"error: {error}")
         return error.exit_code
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if code == INTERRUPTED:
-            _complain("interrupted")
+            say("interrupted")
         return code
     except KeyboardInterrupt:
-        _complain("interrupted")
+        say("interrupted")
         return INTERRUPTED
     except Exception:
         traceback.print_exc()
@@ -125,7 +128,7 @@ def run_app(app: typer.Typer, arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _complain(message: str) -> None:
+def complain_on_stderr(message: str) -> None:
     console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
     console.print("crossdock:", style="bold red", end=" ")
     console.print(message, markup=False)

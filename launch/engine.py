@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from crossdock.launch.arguments import Outputs
-from crossdock.runtime.config import RunConfig
+from crossdock.runtime.config import LaunchConfig, RunConfig
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError
 from crossdock.runtime.gang import Gang
@@ -27,6 +28,10 @@ from crossdock.runtime.worker import RankResult, RankWorker
 
 Progress = Callable[[int, int], None]
 """Called with (finished steps, all steps)."""
+
+
+MakeGang = Callable[[LaunchConfig, int, str], Gang]
+"""Makes a gang from (launch section, number of ranks, "cpu" or "cuda")."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,18 @@ class Engine:
         self._phases = {"launch": launch_s, "load": 0.0, "verify": 0.0}
 
     @classmethod
-    def start(cls, config: RunConfig, model_dir: str | os.PathLike[str], gang: Gang | None = None) -> Engine:
+    def start(
+        cls,
+        config: RunConfig,
+        model_dir: str | os.PathLike[str],
+        gang: Gang | None = None,
+        make_gang: MakeGang | None = None,
+    ) -> Engine:
         """Plan, launch, load, verify.
 
         Args:
-            gang: a started gang to run on; it is left running at `close`. None: Ray actors of its own.
+            gang: a started gang to run on; it is left running at `close`.
+            make_gang: without `gang`, makes the engine's own; by default one of Ray actors.
 
         Raises:
             UserError: the config, the checkpoint or the machine does not do.
@@ -68,19 +80,16 @@ class Engine:
         device = choose_device(config)
         plan = make_plan(config, Path(model_dir), device)
         began = time.perf_counter()
-        owned = gang is None
-        if gang is None:
-            from crossdock.launch.ray_gang import RayGang
-
-            gang = RayGang(config.launch, config.world_size, device)
+        if gang is not None:
+            engine = cls(plan, gang, owns_gang=False, launch_s=0.0)
+        else:
+            gang = (make_gang or _ray_gang)(config.launch, config.world_size, device)
+            gang.start()
+            engine = cls(plan, gang, owns_gang=True, launch_s=time.perf_counter() - began)
         try:
-            if owned:
-                gang.start()
-            engine = cls(plan, gang, owned, time.perf_counter() - began)
             engine._load()
         except BaseException:
-            if owned:
-                gang.close()
+            engine.close()
             raise
         return engine
 
@@ -125,7 +134,7 @@ class Engine:
         else:
             try:
                 self.gang.call(RankWorker.teardown, timeout_s=self.plan.config.launch.timeouts.launch_s)
-            except RankError:
+            except RankError:  # a rank hangs or is gone: the gang is of no use to its owner either
                 self.gang.close()
 
     def __enter__(self) -> Self:
@@ -174,8 +183,16 @@ class Engine:
         }
 
 
+def _ray_gang(config: LaunchConfig, world_size: int, device: str) -> Gang:
+    try:
+        from crossdock.launch.ray_gang import RayGang
+    except ImportError:
+        raise LaunchError("ray is not installed; run: pip install 'crossdock[ray]', or start with torchrun") from None
+    return RayGang(config, world_size, device)
+
+
 def choose_device(config: RunConfig) -> str:
-    """"cuda" or "cpu", from `launch.device`.
+    """ "cuda" or "cpu", from `launch.device`.
 
     Raises:
         LaunchError: more ranks than GPUs, on this machine; a cluster is asked when the gang starts.
@@ -196,7 +213,7 @@ def write_outputs(generation: Generation, outputs: Outputs) -> list[Path]:
     """Write the pictures, and the latents and the report where asked for; each file appears whole or not at all."""
     paths = outputs.image_paths(len(generation.images))
     for image, path in zip(generation.images, paths, strict=True):
-        _write(path, lambda part, image=image, path=path: image.save(part, format=_format(path)))
+        _write(path, partial(image.save, format=_format(path)))
     if outputs.latents is not None:
         latents = torch.cat(generation.latents).contiguous()
         _write(outputs.latents, lambda part: save_file({"latents": latents}, part))

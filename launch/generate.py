@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from crossdock.launch.arguments import Outputs
-from crossdock.launch.engine import Engine, Generation, choose_device, write_outputs
+from crossdock.launch.engine import Engine, Generation, MakeGang, write_outputs
 from crossdock.runtime.config import RunConfig
 from crossdock.runtime.errors import ConfigError, UserError
-from crossdock.runtime.gang import Gang
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.yaml_config import load_config, locate
 
@@ -26,7 +26,11 @@ Launcher = Literal["ray", "torchrun"]
 
 
 def run_generate(
-    config_path: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs, launcher: Launcher,
+    config_path: Path,
+    model_dir: Path,
+    request: GenerateRequest,
+    outputs: Outputs,
+    launcher: Launcher,
     quiet: bool = False,
 ) -> None:
     """Generate and write the outputs. `quiet`: another rank prints and writes.
@@ -38,9 +42,9 @@ def run_generate(
     console = Console(highlight=False, soft_wrap=True, quiet=quiet)
     signal.signal(signal.SIGTERM, _end)
     try:
-        gang = _choose_gang(config, launcher)
+        make_gang = _choose_gang(config, launcher)
         console.print(f"{model_dir}: starting {config.world_size} ranks ({launcher})", markup=False)
-        with Engine.start(config, model_dir, gang) as engine:
+        with Engine.start(config, model_dir, make_gang=make_gang) as engine:
             console.print(f"layout: {engine.plan.layout_name}; composition verified", markup=False)
             generation = _generate(engine, request, console)
     except UserError as error:
@@ -53,8 +57,8 @@ def run_generate(
         console.print(summary(generation.report))
 
 
-def _choose_gang(config: RunConfig, launcher: Launcher) -> Gang | None:
-    """None: the engine starts Ray actors of its own."""
+def _choose_gang(config: RunConfig, launcher: Launcher) -> MakeGang | None:
+    """None: the engine's own choice, Ray."""
     wanted = config.launch.launcher
     if wanted not in ("auto", launcher):
         way = (
@@ -65,9 +69,9 @@ def _choose_gang(config: RunConfig, launcher: Launcher) -> Gang | None:
         raise ConfigError(f"found {wanted}, but this is {launcher}; start it with: {way}", "launch.launcher")
     if launcher == "ray":
         return None
-    from crossdock.launch.torchrun import join_gang
+    from crossdock.launch.torchrun import TorchrunGang
 
-    return join_gang(config, choose_device(config))
+    return TorchrunGang
 
 
 def _generate(engine: Engine, request: GenerateRequest, console: Console) -> Generation:
@@ -96,23 +100,19 @@ def _step_bar(console: Console) -> Iterator[Any]:
 
 
 def summary(report: dict[str, Any]) -> Table:
-    """One row per rank: what it held, what it moved, how long a step took."""
-    table = Table(title=f"{report['layout']} - " + ", ".join(f"{k} {v:.2f} s" for k, v in report["phases_s"].items()))
-    for name in ("rank", "device", "weights", "slots", "shards", "host (share)", "h2d/step", "gathered/step", "ms/step"):
+    """One row per rank: what it held, what it moved (MiB), and its median time per step."""
+    phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in report["phases_s"].items())
+    table = Table(title=report["layout"], caption=phases)
+    for name in ("rank", "device", "weights", "slots", "shards", "host", "h2d/step", "gather/step", "ms/step"):
         table.add_column(name, justify="left" if name == "device" else "right")
     for row in report["ranks"]:
-        steps = sorted(row["step_ms"])
+        sizes = [row[f"{name}_bytes"] for name in ("peak_weight", "slot", "shard", "host_pss")]
+        sizes += [row["h2d_bytes_per_step"], row["gathered_bytes_per_step"]]
         table.add_row(
             str(row["rank"]),
             row["device"],
-            *(
-                f"{row[key] / 2**20:.2f} MiB"
-                for key in (
-                    "peak_weight_bytes", "slot_bytes", "shard_bytes", "host_pss_bytes", "h2d_bytes_per_step",
-                    "gathered_bytes_per_step",
-                )
-            ),
-            f"{steps[len(steps) // 2]:.1f}",
+            *(f"{size / 2**20:.1f}" for size in sizes),
+            f"{statistics.median(row['step_ms']):.1f}",
         )
     return table
 

@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 
 import ray
 import torch
-import torch.distributed as dist
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from crossdock.runtime.config import LaunchConfig
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError
@@ -28,7 +28,14 @@ from crossdock.runtime.worker import RankWorker, compute_threads
 T = TypeVar("T")
 
 _RENDEZVOUS_VARIABLES = (
-    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
 )
 _POLL_S = 0.1
 _OBJECT_STORE_BYTES = 256 * 2**20
@@ -42,13 +49,13 @@ class _RankActor:
         for name in _RENDEZVOUS_VARIABLES:
             os.environ.pop(name, None)
         self._worker = RankWorker(rank, world_size, torch.device("cuda:0" if device == "cuda" else "cpu"))
-        self._store: dist.TCPStore | None = None
+        self._store: TCPStore | None = None
 
     def open_store(self, port: int) -> tuple[str, int]:
         """Rank 0: the rendezvous, on `port`, or on a free one that the system picks."""
         host = ray.util.get_node_ip_address()
         try:
-            self._store = dist.TCPStore(host, port, self._worker.world_size, is_master=True, wait_for_workers=False)
+            self._store = TCPStore(host, port, self._worker.world_size, is_master=True, wait_for_workers=False)
         except (RuntimeError, OSError) as error:
             raise LaunchError(
                 f"port {port} on {host} cannot be used for the rendezvous ({error}); free it, or use port: 0",
@@ -57,7 +64,7 @@ class _RankActor:
         return host, self._store.port
 
     def join(self, host: str, port: int, timeout_s: float, collective_s: float) -> None:
-        store = self._store or dist.TCPStore(
+        store = self._store or TCPStore(
             host, port, self._worker.world_size, is_master=False, timeout=timedelta(seconds=timeout_s)
         )
         self._worker.join(store, collective_s)
@@ -191,9 +198,7 @@ class RayGang:
 
     # -- waiting -------------------------------------------------------------------------------------------------
 
-    def _await(
-        self, futures: Sequence[Any], deadline: float, watch: Callable[[int], None] | None = None
-    ) -> list[Any]:
+    def _await(self, futures: Sequence[Any], deadline: float, watch: Callable[[int], None] | None = None) -> list[Any]:
         """All results; the first failure ends the wait, for the other ranks may hang in a collective."""
         results: dict[int, Any] = {}
         progress = _Progress(self._actors[0], watch) if watch else None
@@ -243,7 +248,7 @@ def _result_of(future: Any, rank: int) -> Any:
             raise cause from None
         raise RankError(rank, f"{type(cause).__name__}: {cause}") from error
     except ray.exceptions.RayActorError as error:
-        raise RankError(rank, f"its process died: {str(error).splitlines()[0]}") from None
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise RankError(rank, f"its process died: {lines[0]} {lines[-1] if len(lines) > 1 else ''}") from None
     except ray.exceptions.GetTimeoutError:
         raise RankError(rank, "its result did not arrive within 60 s") from None
-

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
-from crossdock.launch.arguments import Outputs, build_app, complain, run_app
-from crossdock.runtime.config import LaunchConfig, RunConfig
+from crossdock.launch.arguments import Outputs, build_app, complain_on_stderr, run_app
+from crossdock.runtime.config import LaunchConfig
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.weights import exchange
@@ -43,6 +43,13 @@ class TorchrunGang:
         self._worker = RankWorker(int(os.environ["RANK"]), world_size, place)
 
     def start(self) -> None:
+        there = int(os.environ["WORLD_SIZE"])
+        if there != self.world_size:
+            raise LaunchError(
+                f"the degrees ask for {self.world_size} ranks, but torchrun started {there}; "
+                f"use --nproc-per-node {self.world_size}",
+                "parallel",
+            )
         self._worker.join(connect_store(self._config.timeouts.launch_s), self._config.timeouts.collective_s)
 
     def call(
@@ -70,27 +77,9 @@ class TorchrunGang:
         self._worker.leave()
 
 
-def join_gang(config: RunConfig, device: str) -> TorchrunGang:
-    """This process's gang, started.
-
-    Raises:
-        LaunchError: torchrun started another number of processes than the config asks for.
-    """
-    there = int(os.environ["WORLD_SIZE"])
-    if there != config.world_size:
-        raise LaunchError(
-            f"the degrees ask for {config.world_size} ranks, but torchrun started {there}; "
-            f"use --nproc-per-node {config.world_size}",
-            "parallel",
-        )
-    gang = TorchrunGang(config.launch, config.world_size, device)
-    gang.start()
-    return gang
-
-
-def connect_store(timeout_s: float) -> dist.Store:
+def connect_store(timeout_s: float) -> Store:
     """torchrun's own rendezvous store."""
-    return dist.TCPStore(
+    return TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         int(os.environ["WORLD_SIZE"]),
@@ -109,7 +98,7 @@ def main() -> None:
     """Entry point of every rank."""
     missing = [name for name in _STARTED_BY_TORCHRUN if name not in os.environ]
     if missing:
-        complain(
+        complain_on_stderr(
             f"error: {missing[0]} is not set; start it with: "
             "torchrun --nproc-per-node N -m crossdock.launch.torchrun generate ..."
         )
@@ -120,7 +109,7 @@ def main() -> None:
 
 def _complain_first(message: str) -> None:
     """Rank 0 speaks for all, then lets the others end."""
-    complain(message)
+    complain_on_stderr(message)
     with contextlib.suppress(Exception):
         connect_store(_REPORT_WAIT_S).set(_REPORTED, "1")
 
@@ -130,7 +119,7 @@ def _complain_if_first_is_silent(message: str) -> None:
     try:
         connect_store(_REPORT_WAIT_S).wait([_REPORTED], timedelta(seconds=_REPORT_WAIT_S))
     except Exception:  # rank 0 said nothing in time
-        complain(f"rank {os.environ['RANK']}: {message}")
+        complain_on_stderr(f"rank {os.environ['RANK']}: {message}")
 
 
 if __name__ == "__main__":

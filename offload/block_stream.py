@@ -12,7 +12,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,7 @@ from crossdock.offload.layout import BlockLayout, TensorEntry, aligned_bytes
 from crossdock.offload.schedule import SlotSchedule, slot_sizes
 
 
-class Home(str, Enum):
+class Home(StrEnum):
     """Where a block's bytes rest."""
 
     RESIDENT = "resident"
@@ -164,8 +164,10 @@ class BlockStream:
             handle.remove()
         self._handles.clear()
         for module, name, tensor in reversed(self._unbound):
-            target = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
-            target[name] = tensor  # type: ignore[index]
+            if isinstance(tensor, nn.Parameter):
+                module._parameters[name] = tensor
+            else:
+                module._buffers[name] = tensor
         self._unbound.clear()
         self.engine.close()
 

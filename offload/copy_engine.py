@@ -136,7 +136,8 @@ class CudaCopyEngine:
         torch.cuda.current_stream(self._device).wait_event(event)  # type: ignore[arg-type]
 
     def record(self) -> Event:
-        return torch.cuda.current_stream(self._device).record_event()
+        event: Event = torch.cuda.current_stream(self._device).record_event()
+        return event
 
     def close(self) -> None:
         for stream in self._streams.values():

@@ -65,7 +65,8 @@ class HostStore:
         """
         if self.nbytes == 0 or self._registered:
             return
-        error = torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), self.nbytes, 0)
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        error = runtime.cudaHostRegister(self.bytes.data_ptr(), self.nbytes, 0)
         if int(error) != 0:
             raise RuntimeError(f"pinning {self.nbytes} bytes of host memory failed with CUDA error {int(error)}")
         self._registered = True
@@ -73,7 +74,8 @@ class HostStore:
     def close(self) -> None:
         """Unmap. The tensor views must not be used afterwards."""
         if self._registered:
-            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
+            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            runtime.cudaHostUnregister(self.bytes.data_ptr())
             self._registered = False
         del self.bytes
         os.close(self._fd)

@@ -84,8 +84,9 @@ class BlockLayout:
     def pack(self, block: nn.Module, memory: Tensor) -> None:
         """Copy the block's live tensors into `memory` (uint8, `nbytes` long)."""
         for entry in self.entries:
-            entry.view(memory).copy_(block.get_parameter(entry.name) if entry.kind == "parameter"
-                                     else block.get_buffer(entry.name))
+            entry.view(memory).copy_(
+                block.get_parameter(entry.name) if entry.kind == "parameter" else block.get_buffer(entry.name)
+            )
 
 
 def _tensors_by_identity(

@@ -131,18 +131,23 @@ class _Ulysses:
         if key.shape[2] % self._degree and key.shape[2] != query.shape[2]:
             groups = query.shape[2] // key.shape[2]
             key, value = key.repeat_interleave(groups, dim=2), value.repeat_interleave(groups, dim=2)
+        counts = [shard_lengths(tensor.shape[2], self._degree) for tensor in (query, key, value)]
+        together = [sum(of_rank) for of_rank in zip(*counts, strict=True)]
         batch, own_tokens, _, head_dim = query.shape
-        tensors = [tensor.transpose(0, 1) for tensor in (query, key, value)]
-        heads = [shard_lengths(tensor.shape[2], self._degree) for tensor in tensors]
-        widths = [sum(counts) * head_dim for counts in zip(*heads, strict=True)]
-        parts = [part.split_with_sizes(counts, dim=2) for part, counts in zip(tensors, heads, strict=True)]
-        sizes = [own_tokens * batch * width for width in widths]
+        sizes = [own_tokens * batch * heads * head_dim for heads in together]
         message = query.new_empty(sum(sizes))
-        for slot, share in zip(message.split_with_sizes(sizes), zip(*parts, strict=True), strict=True):
-            torch.cat(share, dim=2, out=slot.view(own_tokens, batch, -1, head_dim))
-        arrived = self._exchange(message, sizes, [count * batch * widths[self._rank] for count in tokens])
-        joined = arrived.view(sum(tokens), batch, widths[self._rank] // head_dim, head_dim).transpose(0, 1)
-        q, k, v = joined.split_with_sizes([counts[self._rank] for counts in heads], dim=2)
+        # what one rank gets: its heads of q, of k and of v, side by side
+        cuts = [
+            tensor.transpose(0, 1).split_with_sizes(cut, dim=2)
+            for tensor, cut in zip((query, key, value), counts, strict=True)
+        ]
+        slots = message.split_with_sizes(sizes)
+        for slot, heads, *shares in zip(slots, together, *cuts, strict=True):
+            torch.cat(shares, dim=2, out=slot.view(own_tokens, batch, heads, head_dim))
+        row = batch * together[self._rank] * head_dim
+        arrived = self._exchange(message, sizes, [count * row for count in tokens])
+        joined = arrived.view(sum(tokens), batch, together[self._rank], head_dim).transpose(0, 1)
+        q, k, v = joined.split_with_sizes([cut[self._rank] for cut in counts], dim=2)
         return q, k, v
 
     def to_tokens(self, out: Tensor, tokens: tuple[int, ...], heads: int) -> Tensor:
@@ -251,10 +256,10 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, ena
         raise ValueError("is_causal=True is not possible: sequence-parallel attention is bidirectional")
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if query.ndim != 4 or key.shape != value.shape or query.shape[::3] != key.shape[::3]:
-        raise ValueError(f"{shapes}: possible is one batch size and head_dim, and one shape for key and value")
+        raise ValueError(f"{shapes}: possible is one batch size, one head_dim, one shape for key and value")
     if query.shape[1] != key.shape[1]:
         raise ValueError(
-            f"{shapes}: possible is attention of a sequence to itself, the same tokens in all three; "
+            f"{shapes}: possible is attention of a sequence to itself, not to another; "
             "cross-attention runs outside the sequence-parallel region"
         )
     heads, kv_heads = query.shape[2], key.shape[2]

@@ -37,7 +37,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sc
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     mask = None if bias is None else bias[:, None, None, :]
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2)
-    return out if bias is None else out.masked_fill(_keyless(bias)[:, None, None, None], 0.0)
+    return out if bias is None else out.masked_fill(keyless(bias)[:, None, None, None], 0.0)
 
 
 def attention_with_lse(
@@ -57,10 +57,15 @@ def attention_with_lse(
     out, lse = kernel(q, k, v, bias, scale)
     out, lse = out.transpose(1, 2), lse[..., :seq].float()
     if bias is not None:
-        keyless = _keyless(bias)
-        out = out.masked_fill(keyless[:, None, None, None], 0.0)
-        lse = lse.masked_fill(keyless[:, None, None], -torch.inf)
+        nothing = keyless(bias)
+        out = out.masked_fill(nothing[:, None, None, None], 0.0)
+        lse = lse.masked_fill(nothing[:, None, None], -torch.inf)
     return out, lse
+
+
+def keyless(bias: Tensor) -> Tensor:
+    """bias `[batch, keys]` -> which items of the batch have no key to attend to: bool `[batch]`."""
+    return (bias == -torch.inf).all(-1)
 
 
 def merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,11 +88,6 @@ def merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> tuple
 def _per_row(weight: Tensor) -> Tensor:
     """`[batch, heads, seq]` -> `[batch, seq, heads, 1]`"""
     return weight.transpose(1, 2).unsqueeze(-1)
-
-
-def _keyless(bias: Tensor) -> Tensor:
-    """bool `[batch]`"""
-    return (bias == -torch.inf).all(-1)
 
 
 def _repeat_heads(tensor: Tensor, heads: int) -> Tensor:

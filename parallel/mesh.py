@@ -123,4 +123,3 @@ def describe(shape: MeshShape) -> str:
         holders = shape.world_size // shape.tp
         parts.append(f"hsdp {holders // shape.hsdp_shard}x{shape.hsdp_shard}")
     return " x ".join(parts) or "one rank"
-

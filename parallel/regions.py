@@ -50,8 +50,16 @@ class Attend(Protocol):
     """Attention over local tokens, `[batch, local tokens, heads, head_dim]`; see `SequenceParallelAttention.attend`."""
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, layout: SequenceLayout, mask: Tensor | None = None,
-        scale: float | None = None, is_causal: bool = False, enable_gqa: bool = False,
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layout: SequenceLayout,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+        is_causal: bool = False,
+        enable_gqa: bool = False,
     ) -> Tensor: ...
 
 
@@ -124,9 +132,8 @@ class SequenceParallelism:
 
     def _cut_along(self, segment: str, value: Tensor) -> Tensor:
         if value.shape[FOLLOW_DIM] != self._lengths[segment]:
-            raise ValueError(
-                f"a tensor of shape {tuple(value.shape)} does not follow the {self._lengths[segment]} tokens of {segment}"
-            )
+            tokens = f"{self._lengths[segment]} tokens of {segment}"
+            raise ValueError(f"a tensor of shape {tuple(value.shape)} does not follow the {tokens}")
         return take_shard(value, FOLLOW_DIM, self._parts, self._index)
 
     def _join(self, region: SequenceRegion, output: Tensor) -> Tensor:

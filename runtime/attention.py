@@ -64,7 +64,7 @@ class AttentionBinding:
         """
         self._before: list[tuple[Any, Any, Any]] = []
         for module in model.modules():
-            processor = getattr(module, "processor", None)
+            processor: Any = getattr(module, "processor", None)
             if hasattr(processor, "_attention_backend") and hasattr(processor, "_parallel_config"):
                 self._before.append((processor, processor._attention_backend, processor._parallel_config))
                 processor._attention_backend = BACKEND

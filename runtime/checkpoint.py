@@ -155,7 +155,7 @@ class TensorReader:
         return self._rows(fqn, part, 0, rows)
 
     def read_flat(self, fqn: str, part: TensorSlice | None, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the (sliced) tensor in C order, as a 1-d tensor; reads only the rows they are in."""
+        """Elements [start, stop) of the (sliced) tensor in C order, as a 1-d tensor; reads only their rows."""
         stored = self._stored[fqn]
         if not stored.shape:
             return self.read(fqn).reshape(1)[start:stop]

@@ -39,4 +39,3 @@ class Gang(Protocol):
 
     def close(self) -> None:
         """End every rank. Leaves nothing behind; may be called twice."""
-

@@ -65,7 +65,13 @@ def record_tensors(
         steady = place == "outside" or place.startswith("block ")
         records.append(
             TensorRecord(
-                fqn, place, offset, str(tensor.device), str(tensor.dtype), tuple(tensor.shape), slices.get(fqn),
+                fqn,
+                place,
+                offset,
+                str(tensor.device),
+                str(tensor.dtype),
+                tuple(tensor.shape),
+                slices.get(fqn),
                 checksum(tensor) if steady else None,
             )
         )
@@ -77,8 +83,13 @@ def record_homes(plan: RunPlan, stream: BlockStream, starts: Mapping[str, int]) 
     planned = {block.name: block for block in plan.blocks}
     return tuple(
         HomeRecord(
-            block.name, block.home, stream.slot_of(block.name), planned[block.name].layout.nbytes,
-            starts[block.name], starts[block.name] + block.source.nbytes, checksum(block.source),
+            block.name,
+            block.home,
+            stream.slot_of(block.name),
+            planned[block.name].layout.nbytes,
+            starts[block.name],
+            starts[block.name] + block.source.nbytes,
+            checksum(block.source),
         )
         for block in stream.blocks
     )

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -122,8 +123,19 @@ def make_plan(config: RunConfig, model_dir: Path, device: str) -> RunPlan:
         for name, layout, home in zip(names, layouts, homes, strict=True)
     )
     return RunPlan(
-        config, model_dir, spec, mesh, device, blocks, schedule, outside, stored, dtypes, slices,
-        _pipeline_dtype(stored, config), _pixel_multiple(model_dir),
+        config,
+        model_dir,
+        spec,
+        mesh,
+        device,
+        blocks,
+        schedule,
+        outside,
+        stored,
+        dtypes,
+        slices,
+        _pipeline_dtype(stored, config),
+        _pixel_multiple(model_dir),
     )
 
 
@@ -213,7 +225,8 @@ def _check_attention(model: nn.Module, spec: ModelSpec, config: RunConfig, devic
 
 
 def _heads(model: nn.Module, spec: ModelSpec) -> int:
-    return int(model.config[spec.tensor_plan.head_count])  # type: ignore[index]
+    config: Any = model.config
+    return int(config[spec.tensor_plan.head_count])
 
 
 def _tensor_slices(model: nn.Module, spec: ModelSpec, degree: int) -> tuple[dict[str, TensorSlice], ...]:
@@ -265,7 +278,8 @@ def _pipeline_dtype(stored: Mapping[str, StoredTensor], config: RunConfig) -> to
 def _pixel_multiple(model_dir: Path) -> int:
     """Pixels per latent, times the 2x2 patches of the transformer."""
     config = read_json(model_dir / "vae" / "config.json")
-    return 2 * 2 ** (len(config.get("block_out_channels", ())) - 1)
+    halvings = max(len(config.get("block_out_channels", ())) - 1, 0)
+    return 2 << halvings
 
 
 def _layout(model: nn.Module, name: str, dtypes: Mapping[str, torch.dtype], shards: int) -> BlockLayout:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from crossdock.offload.block_stream import Home, TraceEvent
@@ -86,7 +85,7 @@ class Measurements:
     step_ms: list[float]
     peak_device_bytes: int | None
     reserved_device_bytes: int | None
-    phases_s: Mapping[str, float]
+    phases_s: dict[str, float]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from crossdock.offload.block_stream import Home, TraceEvent
 from crossdock.parallel.hsdp import shard_range
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.plan import RunPlan
-from crossdock.runtime.reports import HomeRecord, RankReport, TensorRecord, Violation
+from crossdock.runtime.reports import RankReport, TensorRecord, Violation
 
 _REPORT_IT = "this is a fault of crossdock or of a hook added to the model: report it with the report.json"
 _RELOAD = "load the model again; if it stays, the checkpoint differs between nodes"
@@ -132,7 +132,11 @@ def _tiles(fqn: str, parts: Sequence[tuple[int, TensorSlice]], holders: int) -> 
             what = "twice" if start < at else "by nobody"
             low, high = sorted((start, at))
             yield Violation(
-                "covers", owner, fqn, "every element held once", f"[{low}, {high}) of dim {first.dim} held {what}",
+                "covers",
+                owner,
+                fqn,
+                "every element held once",
+                f"[{low}, {high}) of dim {first.dim} held {what}",
                 _REPORT_IT,
             )
             return
@@ -172,7 +176,7 @@ def _replicas_agree(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[V
         for rank, (checksum, name) in holders.items():
             if checksum != common:
                 yield Violation(
-                    "covers", rank, name, f"the bytes of the other ranks (checksum {common:#x})", f"{checksum:#x}", _RELOAD
+                    "covers", rank, name, f"the other ranks' bytes (checksum {common:#x})", f"{checksum:#x}", _RELOAD
                 )
 
 
@@ -186,7 +190,8 @@ def in_order(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation
         computed = {event.block for event in report.trace if event.kind == "compute_begin"}
         for block in plan.streamed:
             if block.name not in computed:
-                yield Violation("in-order", report.rank, block.name, "streamed in the rehearsal", "it was not", _REPORT_IT)
+                expected = "streamed in the rehearsal"
+                yield Violation("in-order", report.rank, block.name, expected, "it was not", _REPORT_IT)
 
 
 def _in_order(plan: RunPlan, rank: int, trace: Sequence[TraceEvent]) -> Iterator[Violation]:
@@ -240,4 +245,3 @@ def _part_shape(shape: tuple[int, ...], part: TensorSlice | None) -> tuple[int, 
     if part is None:
         return shape
     return (*shape[: part.dim], part.size, *shape[part.dim + 1 :])
-

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from crossdock.offload.block_stream import BlockStream, Gather, TraceEvent
 from crossdock.offload.copy_engine import make_copy_engine
@@ -68,7 +69,7 @@ class RankWorker:
         else:
             torch.set_num_threads(compute_threads(world_size))
 
-    def join(self, store: dist.Store, timeout_s: float) -> None:
+    def join(self, store: Store, timeout_s: float) -> None:
         """Meet the other ranks. Collective; `timeout_s` then bounds every collective."""
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(

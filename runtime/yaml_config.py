@@ -33,6 +33,13 @@ def load_config(path: Path) -> RunConfig:
         raise document.error(problems_of(error, RunConfig)) from None
 
 
+def locate(path: Path, key: str) -> str:
+    """`file:line` of a key path such as `parallel.tp_degree`, or of the closest section that the file has."""
+    document = _Document(path)
+    document.read()
+    return f"{path}:{document.line_of(tuple(key.split('.')))}"
+
+
 def config_schema() -> dict[str, Any]:
     """The JSON schema of the file, for editors."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunConfig.model_json_schema()}
@@ -75,7 +82,7 @@ class _Document:
 
     def error(self, problems: list[Problem]) -> ConfigError:
         """All problems, by line."""
-        located = sorted(((self._line_of(p.path), p) for p in problems), key=lambda pair: pair[0])
+        located = sorted(((self.line_of(p.path), p) for p in problems), key=lambda pair: pair[0])
         return ConfigError(
             "\n".join(f"{self.path}:{line}: {'.'.join(p.path)}: {p.text}" for line, p in located)
         )
@@ -122,7 +129,7 @@ class _Document:
             return None
         return value
 
-    def _line_of(self, path: KeyPath) -> int:
+    def line_of(self, path: KeyPath) -> int:
         """The line of the key, or of the closest section around it that the file has."""
         while path and path not in self.lines:
             path = path[:-1]

@@ -1,0 +1,74 @@
+"""Fixtures that are made once per session: checkpoints and gangs."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: ranks and the reference share two cores
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from crossdock.runtime.config import RunConfig
+from crossdock.runtime.gang import Gang
+from crossdock.runtime.tiny_checkpoint import make_checkpoint
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def flux2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny flux2-klein checkpoint; read it, do not change it."""
+    return _checkpoint(tmp_path_factory, "flux2-klein")
+
+
+@pytest.fixture(scope="session")
+def z_image_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny z-image checkpoint; read it, do not change it."""
+    return _checkpoint(tmp_path_factory, "z-image")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(flux2_dir: Path, z_image_dir: Path) -> dict[str, Path]:
+    """Family -> tiny checkpoint."""
+    return {"flux2-klein": flux2_dir, "z-image": z_image_dir}
+
+
+@pytest.fixture(scope="session")
+def gang_of() -> Iterator[Callable[[int], Gang]]:
+    """World size -> a running gang of Ray actors, started on first use and shared by all tests."""
+    ray = pytest.importorskip("ray", reason="ray is not installed: the torchrun tests cover the same layouts")
+    from crossdock.launch.ray_gang import RayGang
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    gangs: dict[int, RayGang] = {}
+
+    def gang_of(world_size: int) -> Gang:
+        if not ray.is_initialized():
+            ray.init(
+                address="local",
+                num_cpus=4,
+                include_dashboard=False,
+                object_store_memory=256 * 2**20,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        if world_size not in gangs:
+            gangs[world_size] = RayGang(RunConfig().launch, world_size, "cpu")
+            gangs[world_size].start()
+        return gangs[world_size]
+
+    yield gang_of
+    for gang in gangs.values():
+        gang.close()
+    ray.shutdown()
+
+
+def _checkpoint(factory: pytest.TempPathFactory, family: str) -> Path:
+    folder = factory.mktemp("checkpoints") / family
+    make_checkpoint(family, folder)
+    return folder

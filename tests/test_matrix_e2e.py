@@ -1,0 +1,132 @@
+"""The matrix: every shipped layout, for every family, against a plain single-process diffusers run.
+
+Through Ray here, on gangs that are shared by all tests; the layouts named in the mission through torchrun as well.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from crossdock.launch.engine import Engine
+from crossdock.runtime.config import OffloadConfig, RunConfig
+from crossdock.runtime.gang import Gang
+from crossdock.runtime.yaml_config import load_config
+from layouts import FAMILIES, LAYOUTS, Layout
+from reference import EVEN_SIZE, ODD_SIZE, OTHER_PROMPT, PROMPT, TOLERANCE, max_error, reference_latents
+
+GangOf = Callable[[int], Gang]
+Checkpoints = dict[str, Path]
+
+
+def _id(layout: Layout) -> str:
+    return layout.name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=_id)
+def test_latents_equal_diffusers(layout: Layout, family: str, gang_of: GangOf, checkpoints: Checkpoints) -> None:
+    """Within 1e-4 of diffusers, at a token count that divides by the ranks and at one that does not.
+
+    And streamed or resident, bit-identical: offloading must not change a single bit at the same layout.
+    """
+    config, directory = load_config(layout.config), checkpoints[family]
+    gang = gang_of(config.world_size)
+    found = {}
+    with Engine.start(config, directory, gang) as engine:
+        for size in (EVEN_SIZE, ODD_SIZE):
+            generation = engine.generate(PROMPT, height=size[0], width=size[1])
+            found[size] = generation.latents[0]
+            error = max_error(found[size], reference_latents(directory, size=size))
+            print(f"{layout.name} {family} {size[0]}x{size[1]}: max error {error:.2e}")
+            assert error <= TOLERANCE
+            assert generation.images[0].size == (size[1], size[0])
+    if config.offload.layerwise:
+        resident = config.model_copy(update={"offload": OffloadConfig()})
+        with Engine.start(resident, directory, gang) as engine:
+            for size, streamed in found.items():
+                again = engine.generate(PROMPT, height=size[0], width=size[1]).latents[0]
+                assert torch.equal(streamed, again), "layerwise on and off differ"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.through_torchrun], ids=_id)
+def test_torchrun_equals_diffusers(layout: Layout, family: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """The same command line under torchrun, in an environment where ray cannot be imported."""
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "__init__.py").write_text("raise ImportError('no ray here')\n")
+    config, latents = load_config(layout.config), tmp_path / "latents.safetensors"
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.world_size)),
+        *("-m", "crossdock.launch.torchrun", "generate", str(checkpoints[family])),
+        *("--config", str(layout.config), "--prompt", PROMPT, "--height", str(ODD_SIZE[0]), "--width", str(ODD_SIZE[1])),
+        *("--out", str(tmp_path / "out.png"), "--latents", str(latents), "--report", str(tmp_path / "report.json")),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "step 4/4" in done.stdout
+    assert done.stdout.count("step 4/4") == 1, "more than one rank prints"
+    error = max_error(load_file(latents)["latents"], reference_latents(checkpoints[family], size=ODD_SIZE))
+    print(f"torchrun {layout.name} {family}: max error {error:.2e}")
+    assert error <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_three_generations_in_one_engine(family: str, gang_of: GangOf, checkpoints: Checkpoints) -> None:
+    """Two, then one of another size and step count: no state of a request reaches the next one."""
+    config = load_config(next(layout for layout in LAYOUTS if layout.name == "layerwise_ulysses2_ring2").config)
+    directory = checkpoints[family]
+    with Engine.start(config, directory, gang_of(config.world_size)) as engine:
+        for prompt, size, seed, steps in (
+            (PROMPT, EVEN_SIZE, 0, 4),
+            (OTHER_PROMPT, EVEN_SIZE, 7, 4),
+            (PROMPT, ODD_SIZE, 1, 3),
+        ):
+            generation = engine.generate(prompt, seed=seed, steps=steps, height=size[0], width=size[1])
+            error = max_error(generation.latents[0], reference_latents(directory, prompt, size, seed, steps))
+            print(f"{family} {prompt[:12]}... {size} seed {seed}: max error {error:.2e}")
+            assert error <= TOLERANCE
+            assert [len(row["step_ms"]) for row in generation.report["ranks"]] == [steps] * 4
+
+
+@pytest.mark.parametrize("prompts", [(PROMPT, OTHER_PROMPT, PROMPT), (PROMPT, OTHER_PROMPT, PROMPT, OTHER_PROMPT, PROMPT)])
+def test_prompts_are_spread_over_replicas(
+    prompts: tuple[str, ...], gang_of: GangOf, checkpoints: Checkpoints
+) -> None:
+    """Four replicas, three prompts: the fourth computes a copy that is dropped. Five: a second round of one."""
+    config = load_config(next(layout for layout in LAYOUTS if layout.name == "layerwise_hsdp").config)
+    directory = checkpoints["z-image"]
+    with Engine.start(config, directory, gang_of(config.world_size)) as engine:
+        generation = engine.generate(prompts, seed=3, height=ODD_SIZE[0], width=ODD_SIZE[1])
+    assert len(generation.images) == len(generation.latents) == len(prompts)
+    for number, (prompt, latents) in enumerate(zip(prompts, generation.latents, strict=True)):
+        assert max_error(latents, reference_latents(directory, prompt, ODD_SIZE, 3 + number)) <= TOLERANCE
+
+
+COMBINED = {
+    "hsdp2_ulysses2_tp2": {"parallel": {"ulysses_degree": 2, "tp_degree": 2, "hsdp": {"shard": 2}}},
+    "ring2_tp2": {"parallel": {"ring_degree": 2, "tp_degree": 2}},
+    "hsdp4_ulysses2_ring2": {"parallel": {"ulysses_degree": 2, "ring_degree": 2, "hsdp": {"shard": 4}}},
+    "dp2_ulysses2": {"parallel": {"dp_degree": 2, "ulysses_degree": 2}},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", COMBINED)
+def test_combinations_layerwise(name: str, family: str, gang_of: GangOf, checkpoints: Checkpoints) -> None:
+    """HSDP on the ranks of a sequence group, TP inside of both: every mechanism at once, with part of it resident."""
+    offload = {"layerwise": True, "prefetch": 2, "device_budget": "4MiB"}
+    config = RunConfig.parse({**COMBINED[name], "offload": offload})
+    with Engine.start(config, checkpoints[family], gang_of(config.world_size)) as engine:
+        latents = engine.generate(PROMPT, height=ODD_SIZE[0], width=ODD_SIZE[1]).latents[0]
+    error = max_error(latents, reference_latents(checkpoints[family], size=ODD_SIZE))
+    print(f"{name} {family}: max error {error:.2e}")
+    assert error <= TOLERANCE

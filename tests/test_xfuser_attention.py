@@ -1,0 +1,179 @@
+"""The xfuser adapter: its limits, and its numbers against softmax attention in float64.
+
+The numbers come from xfuser's real USP on four gloo processes. Only what probes for an accelerator is stubbed, in
+those processes alone: see `import_without_accelerator`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import time
+import types
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from crossdock.parallel.sequence import SequenceLayout
+from crossdock.parallel.xfuser_attention import XFuserAttention, xfuser_installed, xfuser_limits
+
+RANKS = 4
+TIME_LIMIT_S = 120
+LAYOUTS = {"ulysses 4": (4, 1), "ring 4": (1, 4), "ulysses 2 x ring 2": (2, 2)}
+SEGMENTS, HEADS = (16, 144), 8
+ERRORS = {
+    "uneven": r"segments \(5, 143\) give \(38, 37, 37, 36\); use parallel.attention: native",
+    "scale": "the scale asked for is 0.7; use parallel.attention: native",
+    "causal": "bidirectional",
+    "mask": "it takes no mask with ring",
+    "float32": "its ring needs float16 or bfloat16",
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("cuda", 1, 24, 4), None),
+        (("cuda", 1, 30, 1), None),
+        (("cpu", 1, 24, 4), "it runs on CUDA only, and the device is cpu"),
+        (("cuda", 2, 24, 4), "it works with tp_degree 1 only, and tp_degree is 2"),
+        (("cuda", 1, 30, 4), "30 attention heads do not divide by ulysses_degree 4"),
+    ],
+)
+def test_limits(arguments: tuple[str, int, int, int], reason: str | None) -> None:
+    assert xfuser_limits(*arguments) == reason
+
+
+def test_importing_the_adapter_does_not_import_xfuser() -> None:
+    code = "import sys, crossdock.parallel.xfuser_attention; sys.exit('xfuser' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What every rank wrote down: errors in numbers, and the messages of refused calls."""
+    if not xfuser_installed():
+        pytest.skip("xfuser is not installed: pip install 'crossdock[xdit]'")
+    folder = tmp_path_factory.mktemp("gang")
+    gang = [start_rank(folder, rank) for rank in range(RANKS)]
+    deadline = time.monotonic() + TIME_LIMIT_S
+    try:
+        codes = [process.wait(max(0.1, deadline - time.monotonic())) for process in gang]
+    finally:
+        for process in gang:
+            process.kill()
+            process.wait()
+    logs = [(folder / f"log{rank}").read_text()[-2000:] for rank in range(RANKS)]
+    assert codes == [0] * RANKS, "\n".join(logs)
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
+
+
+def start_rank(folder: Path, rank: int) -> subprocess.Popen[bytes]:
+    with (folder / f"log{rank}").open("w") as log:
+        return subprocess.Popen(
+            [sys.executable, __file__, str(folder), str(rank)], stdout=log, stderr=subprocess.STDOUT
+        )
+
+
+@pytest.mark.parametrize(
+    ("layout", "call", "limit"),
+    [
+        ("ulysses 4", "plain", 2e-6),
+        ("ulysses 4", "masked", 2e-6),
+        ("ulysses 4", "gqa", 2e-6),
+        ("ring 4", "plain", 2e-3),
+        ("ring 4", "gqa", 2e-3),
+        ("ulysses 2 x ring 2", "plain", 2e-3),
+        ("ulysses 2 x ring 2", "gqa", 2e-3),
+    ],
+)
+def test_numbers(measured: list[dict[str, Any]], layout: str, call: str, limit: float) -> None:
+    error = max(of_rank[f"{layout}: {call}"] for of_rank in measured)
+    print(f"{layout}: {call}: {error:.1e}")
+    assert error < limit
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("call", ERRORS)
+def test_refuses(measured: list[dict[str, Any]], layout: str, call: str) -> None:
+    if layout == "ulysses 4" and call in ("mask", "float32"):
+        pytest.skip("a limit of ring only")
+    for of_rank in measured:
+        assert pytest.raises(ValueError, match=ERRORS[call]).matches(ValueError(of_rank[f"{layout}: {call}"]))
+
+
+# -- in the four processes -----------------------------------------------------------------------------------
+
+
+def import_without_accelerator() -> None:
+    """xfuser 0.7.0 imports on no machine without CUDA and triton; and its flash kernel for the ring is CUDA's."""
+    triton_kernels: Any = types.ModuleType("xfuser.core.sparge_attention.block_mask")
+    triton_kernels.get_block_map_meansim = None
+    sys.modules[triton_kernels.__name__] = triton_kernels
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.version, "cuda", "12.8")
+        backend = importlib.import_module("xfuser.core.distributed.attention_backend")
+        importlib.import_module("xfuser.model_executor.layers.usp")
+
+    def flash(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
+        return out, lse
+
+    backend.ATTENTION_FUNCTION_REGISTRY[backend.AttentionBackendType.SDPA_FLASH] = flash
+
+
+def work(folder: Path, rank: int) -> None:
+    from test_sequence_attention import Case, Place, difference, make_bias, random_heads, softmax_attention
+
+    torch.set_num_threads(1)
+    import_without_accelerator()
+    store, timeout = f"file://{folder}/store", timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=timeout)
+    layout = SequenceLayout(SEGMENTS, RANKS)
+    found: dict[str, Any] = {}
+
+    def measure(place: Place, attention: XFuserAttention, dtype: torch.dtype, kv_heads: int, mask: str) -> float:
+        torch.manual_seed(0)
+        heads = (HEADS, kv_heads, kv_heads)
+        full = [random_heads(2, layout.total, count, dtype=dtype) for count in heads]
+        bias, keep = make_bias(Case(SEGMENTS, HEADS, mask=mask))
+        local = [place.local(tensor, layout) for tensor in full]
+        out = attention.attend(*local, layout=layout, mask=keep, enable_gqa=kv_heads != HEADS)
+        return difference(out, place.local(softmax_attention(*full, bias)[0], layout))
+
+    def refusal(attention: XFuserAttention, segments: tuple[int, ...] = SEGMENTS, **options: Any) -> str:
+        odd = SequenceLayout(segments, RANKS)
+        dtype = options.pop("dtype", torch.float16)
+        query = random_heads(1, odd.lengths[rank], HEADS, dtype=dtype)
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is checked by the test
+            attention.attend(query, query, query, layout=odd, **options)
+        return str(caught.value)
+
+    for name, degrees in LAYOUTS.items():
+        place = Place.connect(rank, *degrees)
+        attention = place.attention(XFuserAttention)
+        dtype = torch.float32 if degrees[1] == 1 else torch.float16
+        found[f"{name}: plain"] = measure(place, attention, dtype, HEADS, "")
+        found[f"{name}: gqa"] = measure(place, attention, dtype, HEADS // 2, "")
+        found[f"{name}: uneven"] = refusal(attention, (5, 143))
+        found[f"{name}: scale"] = refusal(attention, scale=0.7)
+        found[f"{name}: causal"] = refusal(attention, is_causal=True)
+        if degrees[1] == 1:
+            found[f"{name}: masked"] = measure(place, attention, dtype, HEADS, "tail bool 2")
+        else:
+            found[f"{name}: mask"] = refusal(attention, mask=torch.ones(1, layout.total, dtype=torch.bool))
+            found[f"{name}: float32"] = refusal(attention, dtype=torch.float32)
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]), int(sys.argv[2]))
