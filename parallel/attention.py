@@ -288,4 +288,4 @@ def key_bias(mask: Tensor | None, layout: SequenceLayout, query: Tensor) -> Tens
         per_key = per_key.new_zeros(per_key.shape, dtype=query.dtype).masked_fill(~per_key, -torch.inf)
     if len(layout.segments) > 1:
         per_key = per_key.index_select(-1, layout.order(mask.device))
-    return per_key.to(query.dtype).expand(batch, -1)
+    return per_key.to(query).expand(batch, -1)

@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -318,7 +319,7 @@ class Place:
             groups.append(next((group for group in made if dist.get_rank(group) >= 0), None))
         return cls(rank, ulysses, ring, *groups)
 
-    def attention(self, kind: type[Attention]) -> Attention:
+    def attention(self, kind: Callable[..., Attention]) -> Attention:
         ring_rank, ulysses_rank = divmod(self.rank, self.ulysses)
         return kind(
             ulysses_group=self.ulysses_group,

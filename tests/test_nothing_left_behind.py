@@ -1,0 +1,253 @@
+"""Faults and interruptions: one clear message, the right exit code, and no process or shared memory afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from crossdock.launch.engine import Engine
+from crossdock.runtime.config import RunConfig
+from crossdock.runtime.errors import CompositionError, RankError
+from crossdock.runtime.gang import Gang
+from layouts import CONFIGS
+from reference import PROMPT
+
+Checkpoints = dict[str, Path]
+CLI = (sys.executable, "-m", "crossdock.launch.cli")
+LIMIT_S = 150
+
+
+def _shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm"))
+
+
+class Watched:
+    """A command, and every process that came out of it."""
+
+    def __init__(self, command: list[str], environment: dict[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **(environment or {})}
+        )
+        self.family: dict[int, psutil.Process] = {}
+        self.output = ""
+
+    def look(self) -> None:
+        try:
+            parents = [psutil.Process(self.process.pid), *self.family.values()]
+        except psutil.NoSuchProcess:
+            parents = list(self.family.values())
+        for parent in parents:
+            try:
+                self.family |= {child.pid: child for child in parent.children(recursive=True)}
+            except psutil.NoSuchProcess:
+                continue
+
+    def wait_for_line(self, text: str) -> None:
+        assert self.process.stdout is not None
+        deadline = time.monotonic() + LIMIT_S
+        while text not in self.output:
+            assert time.monotonic() < deadline, f"{text!r} did not appear:\n{self.output}"
+            line = self.process.stdout.readline()
+            assert line or self.process.poll() is None, f"ended before {text!r}:\n{self.output}"
+            self.output += line
+        self.look()
+
+    def finish(self) -> int:
+        """The exit code; looks for new processes until the end."""
+        deadline = time.monotonic() + LIMIT_S
+        while self.process.poll() is None and time.monotonic() < deadline:
+            self.look()
+            time.sleep(0.05)
+        out, _ = self.process.communicate(timeout=10)
+        self.output += out
+        return self.process.returncode
+
+    def survivors(self, patience_s: float = 20.0) -> list[str]:
+        """Processes that are still there, after they had time to end."""
+        gone, alive = psutil.wait_procs(list(self.family.values()), timeout=patience_s)
+        del gone
+        return [" ".join(process.cmdline()[:4]) for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+@contextmanager
+def _watched(command: list[str], environment: dict[str, str] | None = None) -> Iterator[Watched]:
+    watched = Watched(command, environment)
+    try:
+        yield watched
+    finally:
+        for process in [*watched.family.values()]:
+            if process.is_running():
+                process.kill()
+        watched.process.kill()
+
+
+def _generate(directory: Path, config: Path, out: Path, *more: str) -> list[str]:
+    return [*CLI, "generate", str(directory), "--config", str(config), "--prompt", PROMPT, "--out", str(out), *more]
+
+
+def test_a_run_ends_clean(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Also with a rendezvous of someone else in the environment: nothing is inherited by accident."""
+    before = _shared_memory()
+    foreign = {"RANK": "7", "WORLD_SIZE": "9", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "1", "LOCAL_RANK": "5"}
+    report = tmp_path / "report.json"
+    command = _generate(
+        checkpoints["flux2-klein"], CONFIGS / "layerwise_tp2.yaml", tmp_path / "out.png", "--report", str(report)
+    )
+    with _watched(command, foreign) as run:
+        assert run.finish() == 0, run.output
+        assert run.survivors() == []
+    assert _shared_memory() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.png", "report.json"]
+    content = json.loads(report.read_text())
+    assert {row["check"]: row["status"] for row in content["composition"]} == dict.fromkeys(
+        ("same-schedule", "owned-once", "covers", "in-order"), "holds"
+    )
+    assert set(content["phases_s"]) == {"launch", "load", "verify", "encode", "denoise", "decode"}
+    assert [row["rank"] for row in content["ranks"]] == [0, 1]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_interrupted_in_the_middle(number: int, code: int, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Ctrl-C, a scheduler's SIGTERM, and kill -9 of the driver, in the middle of the denoise loop."""
+    before = _shared_memory()
+    command = _generate(
+        checkpoints["z-image"], CONFIGS / "layerwise_tp2.yaml", tmp_path / "out.png", "--steps", "2000"
+    )
+    with _watched(command) as run:
+        run.wait_for_line("step 3/2000")
+        os.kill(run.process.pid, number)
+        assert run.finish() == code, run.output
+        assert run.survivors() == []
+    assert "Traceback" not in run.output
+    assert _shared_memory() == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_is_killed(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """kill -9 of one rank: an error that names the rank, exit code 1, the others are ended."""
+    before = _shared_memory()
+    command = _generate(checkpoints["z-image"], CONFIGS / "layerwise_tp2.yaml", tmp_path / "out.png", "--steps", "2000")
+    with _watched(command) as run:
+        run.wait_for_line("step 3/2000")
+        actors = [p for p in run.family.values() if "RankActor" in " ".join(p.cmdline())]
+        assert len(actors) == 2, [p.cmdline() for p in run.family.values()]
+        actors[1].kill()
+        assert run.finish() == 1, run.output
+        assert run.survivors() == []
+    assert "rank 0:" in run.output or "rank 1:" in run.output
+    assert _shared_memory() == before
+    assert list(tmp_path.iterdir()) == []
+
+
+
+def test_a_rank_that_raises_names_itself(gang_of: Callable[[int], Gang]) -> None:
+    """The error says which rank and what; the gang of an engine that failed is closed by the engine."""
+
+    def raise_on_rank_1(worker: Any) -> None:
+        if worker.rank == 1:
+            raise ValueError("planted")
+
+    with pytest.raises(RankError, match=r"rank 1: ValueError: planted"):
+        gang_of(2).call(raise_on_rank_1, timeout_s=60)
+
+
+def test_a_rank_that_hangs_is_not_waited_for(gang_of: Callable[[int], Gang]) -> None:
+    """Every wait has a limit."""
+
+    def sleep(worker: Any) -> None:
+        import time
+
+        time.sleep(4 if worker.rank == 1 else 0)
+
+    with pytest.raises(RankError, match="rank 1: did not answer in time"):
+        gang_of(2).call(sleep, timeout_s=1)
+    gang_of(2).call(lambda worker: worker.rank, timeout_s=60)  # it was only slow: the next call finds it again
+
+
+def test_a_violation_stops_the_run(gang_of: Callable[[int], Gang], checkpoints: Checkpoints) -> None:
+    """The coordinator fails closed: a foreign hook put on one rank's model stops the engine before any step."""
+    config = RunConfig.parse({"parallel": {"tp_degree": 2}, "offload": {"layerwise": True}})
+    gang = gang_of(2)
+    with Engine.start(config, checkpoints["z-image"], gang) as engine:
+
+        def rebind(worker: Any) -> Any:
+            import torch
+
+            linear = worker.model.get_submodule("layers.1.feed_forward.w1")
+            if worker.rank == 1:
+                linear.weight = torch.nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
+            return worker.report()
+
+        with pytest.raises(CompositionError) as caught:
+            engine._coordinator.admit(gang.call(rebind, timeout_s=60))
+    assert "owned-once: rank 1: layers.1.feed_forward.w1.weight: expected slot" in str(caught.value)
+
+
+def _expect_user_error(command: list[str], *texts: str) -> None:
+    with _watched(command) as run:
+        assert run.finish() == 2, run.output
+        assert run.survivors() == []
+    assert "Traceback" not in run.output
+    assert run.output.count("error:") == 1, run.output
+    for text in texts:
+        assert text in run.output, run.output
+
+
+def test_an_occupied_rendezvous_port(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Found by rank 0, in its own process; still one message with file and line, and nothing is left."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        config = tmp_path / "layout.yaml"
+        config.write_text(f"parallel:\n  tp_degree: 2\nlaunch:\n  port: {taken.getsockname()[1]}\n")
+        command = _generate(checkpoints["z-image"], config, tmp_path / "out.png")
+        _expect_user_error(command, f"{config}:4: launch.port: port {taken.getsockname()[1]}", "free it, or use port: 0")
+
+
+def test_more_ranks_than_gpus(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    config = tmp_path / "layout.yaml"
+    config.write_text("parallel:\n  ulysses_degree: 64\nlaunch:\n  device: cuda\n")
+    command = _generate(checkpoints["z-image"], config, tmp_path / "out.png")
+    _expect_user_error(command, f"{config}:4: launch.device: 64 ranks need 64 GPUs, but this machine has")
+
+
+def test_heads_not_divisible_names_file_and_line(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    config = tmp_path / "layout.yaml"
+    config.write_text("# six heads do not go into four\nparallel:\n  tp_degree: 4\n")
+    command = _generate(checkpoints["z-image"], config, tmp_path / "out.png")
+    _expect_user_error(command, f"{config}:3: parallel.tp_degree: found 4", "allowed: 1, 2, 3, 6")
+
+
+def test_under_torchrun_one_rank_speaks(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """What is wrong with the input is wrong on every rank: it is said once, and every rank exits with 2."""
+    config = tmp_path / "layout.yaml"
+    config.write_text("parallel:\n  tp_degree: 4\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    command = [*torchrun, "-m", "crossdock.launch.torchrun"]
+    arguments = _generate(checkpoints["z-image"], config, tmp_path / "out.png")[len(CLI) :]
+    with _watched([*command, *arguments]) as run:
+        assert run.finish() != 0
+        assert run.survivors() == []
+    assert run.output.count("parallel.tp_degree: found 4") == 1, run.output
+    assert "exitcode  : 2" in run.output
+
+
+def test_torchrun_with_another_number_of_processes(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = _generate(checkpoints["z-image"], CONFIGS / "ring4.yaml", tmp_path / "out.png")[len(CLI) :]
+    with _watched([*torchrun, "-m", "crossdock.launch.torchrun", *arguments]) as run:
+        assert run.finish() != 0
+        assert run.survivors() == []
+    assert "the degrees ask for 4 ranks, but torchrun started 2; use --nproc-per-node 4" in run.output
