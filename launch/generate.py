@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import statistics
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,5 +117,5 @@ def summary(report: dict[str, Any]) -> Table:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    """SIGTERM ends the run like an exception would: the gang is closed on the way out."""
-    sys.exit(128 + number)
+    """SIGTERM ends the run like Ctrl-C: the gang is closed on the way out."""
+    raise KeyboardInterrupt

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -117,9 +119,13 @@ class RayGang:
     ) -> list[T]:
         if not self._actors:
             raise RankError(0, "this gang is closed; start a new engine")
+        progress = _Progress(self._actors[0], watch) if watch else None
         shared = ray.put(args)
         futures = [actor.call.remote(work, shared) for actor in self._actors]
-        return self._await(futures, time.monotonic() + timeout_s, watch)
+        results = self._await(futures, time.monotonic() + timeout_s, progress)
+        if progress is not None:
+            progress.poll(patience_s=_POLL_S)  # the steps since the last question
+        return results
 
     def close(self) -> None:
         for actor in self._actors:
@@ -143,6 +149,11 @@ class RayGang:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if ray.is_initialized():
             return
+        with _own_signal_handlers():
+            self._init_ray(quiet)
+        self._owns_ray = True
+
+    def _init_ray(self, quiet: dict[str, Any]) -> None:
         if self._config.ray_address is not None:
             try:
                 ray.init(address=self._config.ray_address, **quiet)
@@ -160,7 +171,6 @@ class RayGang:
                 object_store_memory=_OBJECT_STORE_BYTES,
                 **quiet,
             )
-        self._owns_ray = True
 
     def _place(self, deadline: float) -> None:
         need = {"CPU": self._config.cpus_per_rank} | ({"GPU": 1.0} if self._device == "cuda" else {})
@@ -198,10 +208,9 @@ class RayGang:
 
     # -- waiting -------------------------------------------------------------------------------------------------
 
-    def _await(self, futures: Sequence[Any], deadline: float, watch: Callable[[int], None] | None = None) -> list[Any]:
+    def _await(self, futures: Sequence[Any], deadline: float, progress: _Progress | None = None) -> list[Any]:
         """All results; the first failure ends the wait, for the other ranks may hang in a collective."""
         results: dict[int, Any] = {}
-        progress = _Progress(self._actors[0], watch) if watch else None
         pending = {future: rank for rank, future in enumerate(futures)}
         while pending:
             if time.monotonic() > deadline:
@@ -215,24 +224,34 @@ class RayGang:
         return [results[rank] for rank in range(len(futures))]
 
 
+@contextlib.contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Ray puts its own handlers in place; a SIGTERM would then end the driver without closing the gang."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
 class _Progress:
     """Asks rank 0 for its finished steps, one question at a time."""
 
     def __init__(self, actor: Any, watch: Callable[[int], None]) -> None:
         self._actor = actor
         self._watch = watch
-        self._seen = 0
+        self._before = ray.get(actor.finished_steps.remote(), timeout=60)
+        self._seen = self._before
         self._question: Any = None
 
-    def poll(self) -> None:
+    def poll(self, patience_s: float = 0) -> None:
         if self._question is None:
             self._question = self._actor.finished_steps.remote()
-        elif ray.wait([self._question], timeout=0)[0]:
-            finished = ray.get(self._question, timeout=_POLL_S)
+        if ray.wait([self._question], timeout=patience_s)[0]:
+            finished = ray.get(self._question, timeout=60)
             self._question = None
-            if finished != self._seen:
-                self._seen = finished
-                self._watch(finished)
+            for step in range(self._seen + 1, finished + 1):  # more than one may have finished since the last question
+                self._watch(step - self._before)
+            self._seen = finished
 
 
 def _watchable(actor: type[_RankActor]) -> type[_RankActor]:

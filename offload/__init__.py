@@ -1,0 +1,1 @@
+"""Block layout, host store, block stream, residency schedule, copy engines."""

@@ -204,10 +204,11 @@ class BlockStream:
         if slot.holder != index:
             self.counters.misses += 1
             self._enqueue(index)
-        following = index
+        following, taken = index, {self._slot_of[index]}
         for _ in range(self.schedule.prefetch):
             following = self._successor[following]
-            if self._slot_of[following] != self._slot_of[index]:
+            if self._slot_of[following] not in taken:  # else it would push out a block that runs before it
+                taken.add(self._slot_of[following])
                 self._enqueue(following)
         try:
             self.engine.wait(slot.ready)

@@ -77,7 +77,7 @@ class HostStore:
             runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
             runtime.cudaHostUnregister(self.bytes.data_ptr())
             self._registered = False
-        del self.bytes
+        del self.bytes, self._map  # a view that is still held elsewhere keeps the mapping
         os.close(self._fd)
 
 

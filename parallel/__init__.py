@@ -1,0 +1,1 @@
+"""Mesh, tensor parallelism, sequence parallelism, HSDP."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
+from crossdock.parallel.collectives import all_gather_single
+
 
 def shard_range(nbytes: int, parts: int, index: int) -> tuple[int, int]:
     """The bytes [start, stop) of a block of `nbytes` that shard `index` of `parts` holds."""
@@ -23,4 +25,4 @@ def all_gather_bytes(whole: Tensor, shard: Tensor, group: dist.ProcessGroup) -> 
 
     `shard` may be this rank's own range of `whole`. Blocks the calling thread (CPU) or stream (CUDA) until done.
     """
-    dist.all_gather_into_tensor(whole, shard, group=group)
+    all_gather_single(whole, shard, group)

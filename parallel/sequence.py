@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from crossdock.parallel.collectives import all_gather_single
+
 
 def shard_lengths(total: int, parts: int) -> tuple[int, ...]:
     """Tokens (or heads) per part: the first `total % parts` parts get one more; a part may get none.
@@ -107,7 +109,7 @@ def gather_shards(
     if len(rows) < lengths[0]:
         rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
     gathered = rows.new_empty(parts * lengths[0], *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+    all_gather_single(gathered, rows.contiguous(), group)
     if total < len(gathered):
         padded = gathered.chunk(parts)
         gathered = torch.cat([part[:length] for part, length in zip(padded, lengths, strict=True)])

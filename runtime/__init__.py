@@ -1,0 +1,5 @@
+"""Config, plan, model specs, rank worker, reports, coordinator and verifier."""
+
+from crossdock.runtime.config import RunConfig
+
+__all__ = ["RunConfig"]

@@ -61,7 +61,7 @@ class RankWorker:
         self.rank = rank
         self.world_size = world_size
         self.device = device
-        self.finished_steps = 0
+        self.finished_steps = 0  # of all requests
         self.on_progress: Callable[[int], None] | None = None
         self.ready = False
         if device.type == "cuda":
@@ -118,7 +118,6 @@ class RankWorker:
         has_prompt = replica < len(request.prompts)
         number = replica if has_prompt else 0
         before = (self.stream.counters.h2d_bytes, self.stream.counters.gathered_bytes, self.stream.counters.misses)
-        self.finished_steps = 0
         done = self.pipeline.denoise(request.prompts[number], request.seed + number, request, self._on_step)
         result = RankResult(self.rank, self._measure(request.steps, before, done.step_ms), self._last_trace())
         began = time.perf_counter()
@@ -203,7 +202,7 @@ class RankWorker:
     # -- parts of generate ---------------------------------------------------------------------------------------
 
     def _on_step(self, finished: int) -> None:
-        self.finished_steps = finished
+        self.finished_steps += 1
         if self.on_progress is not None:
             self.on_progress(finished)
 

@@ -118,18 +118,19 @@ def test_a_run_ends_clean(checkpoints: Checkpoints, tmp_path: Path) -> None:
     assert [row["rank"] for row in content["ranks"]] == [0, 1]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
 def test_interrupted_in_the_middle(number: int, code: int, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Ctrl-C, a scheduler's SIGTERM, and kill -9 of the driver, in the middle of the denoise loop."""
     before = _shared_memory()
     command = _generate(
-        checkpoints["z-image"], CONFIGS / "layerwise_tp2.yaml", tmp_path / "out.png", "--steps", "2000"
+        checkpoints["z-image"], CONFIGS / "layerwise_tp2.yaml", tmp_path / "out.png", "--steps", "3000"
     )
     with _watched(command) as run:
-        run.wait_for_line("step 3/2000")
+        run.wait_for_line("step 3/3000")
         os.kill(run.process.pid, number)
         assert run.finish() == code, run.output
-        assert run.survivors() == []
+        # after kill -9 of the driver, Ray's own agents look for it once a minute
+        assert run.survivors(patience_s=100.0) == []
     assert "Traceback" not in run.output
     assert _shared_memory() == before
     assert list(tmp_path.iterdir()) == []
@@ -138,9 +139,9 @@ def test_interrupted_in_the_middle(number: int, code: int, checkpoints: Checkpoi
 def test_a_rank_that_is_killed(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """kill -9 of one rank: an error that names the rank, exit code 1, the others are ended."""
     before = _shared_memory()
-    command = _generate(checkpoints["z-image"], CONFIGS / "layerwise_tp2.yaml", tmp_path / "out.png", "--steps", "2000")
+    command = _generate(checkpoints["z-image"], CONFIGS / "layerwise_tp2.yaml", tmp_path / "out.png", "--steps", "3000")
     with _watched(command) as run:
-        run.wait_for_line("step 3/2000")
+        run.wait_for_line("step 3/3000")
         actors = [p for p in run.family.values() if "RankActor" in " ".join(p.cmdline())]
         assert len(actors) == 2, [p.cmdline() for p in run.family.values()]
         actors[1].kill()

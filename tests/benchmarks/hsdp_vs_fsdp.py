@@ -2,21 +2,22 @@
 
     python tests/benchmarks/hsdp_vs_fsdp.py [--steps 2] [--rounds 5] [--tokens 256] [--json figures.json]
 
-Two comparisons, each with the sides interleaved round by round, so that drift of a shared machine hits all of them:
+Two comparisons, each with the sides interleaved round by round, so that drift of a shared machine hits all:
 
 - HSDP: blocks at home in `device_shard`, against `fully_shard` with forward prefetch;
 - layerwise HSDP: blocks at home in `host_shard`, against `fully_shard` with `CPUOffloadPolicy`.
 
-The model is a FLUX transformer with 283M parameters in fp32 (4 double-stream and 8 single-stream blocks). 256 image
-tokens are a 256 x 256 picture, the size that `crossdock generate` has as its default.
+The model is a FLUX transformer with 283M parameters in fp32 (4 double-stream and 8 single-stream blocks). 256
+image tokens are a 256 x 256 picture, the size that `crossdock generate` has as its default.
 
-The peer twice: as documented, where on CPU every all-gather blocks the computing thread, because its overlap comes
-from CUDA streams; and with the private `_set_unshard_async_op(True)`, which lets gloo's threads gather while the block
-before computes. The second is the strongest `fully_shard` there is on this backend. Its root group keeps the default
-`reshard_after_forward` and so stays gathered, as the part outside the blocks is resident on our side.
+The peer runs twice: as documented, where on CPU every all-gather blocks the computing thread, because its
+overlap comes from CUDA streams; and with the private `_set_unshard_async_op(True)`, which lets gloo's
+threads gather while the block before computes. Its root group keeps the default `reshard_after_forward` and
+so stays gathered, as the part outside the blocks is resident on our side.
 
-`CPUOffloadPolicy(pin_memory=True)`, its default, needs an accelerator; with `pin_memory=False` it runs on a CPU mesh.
-Its copy to the device is then no copy at all (the shard is on that device already), while ours copies every byte.
+`CPUOffloadPolicy(pin_memory=True)`, the default, needs an accelerator; with `pin_memory=False` it runs on a
+CPU mesh. Its copy to the device is then no copy at all (the shard is there already), while ours copies
+every byte.
 """
 
 from __future__ import annotations
@@ -32,23 +33,24 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import typer
-from crossdock.offload.block_stream import BlockStream, Gather, Home, StreamedBlock
-from crossdock.offload.copy_engine import make_copy_engine
-from crossdock.offload.layout import BlockLayout, aligned_bytes
-from crossdock.offload.schedule import assign_slots
-from crossdock.parallel.hsdp import all_gather_bytes, shard_range
 from diffusers import FluxTransformer2DModel
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+
+from crossdock.offload.block_stream import BlockStream, Gather, Home, StreamedBlock
+from crossdock.offload.copy_engine import make_copy_engine
+from crossdock.offload.layout import BlockLayout, aligned_bytes
+from crossdock.offload.schedule import assign_slots
+from crossdock.parallel.hsdp import all_gather_bytes, shard_range
 
 RANKS = 2
 TIMEOUT_S = 120.0
@@ -68,7 +70,7 @@ CONFIG = {
 CPU = torch.device("cpu")
 
 
-# -- the model ----------------------------------------------------------------------------------------------------
+# -- the model -------------------------------------------------------------------------------------
 
 
 def make_inputs(tokens: int) -> dict[str, Tensor]:
@@ -98,16 +100,16 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-# -- the sides ----------------------------------------------------------------------------------------------------
+# -- the sides -------------------------------------------------------------------------------------
 
 
 def _nothing() -> None:
-    """Where there is nothing to wait for or to close."""
+    """For a side with nothing to wait for or to close."""
 
 
 @dataclass
 class Side:
-    """One way of running the model. `drain` waits for what the last step fetched ahead; it belongs to the time."""
+    """One way of running the model. `drain` waits for what was fetched ahead; the time includes it."""
 
     name: str
     model: nn.Module
@@ -128,12 +130,10 @@ def crossdock_side(name: str, plain: nn.Module, home: Home, rank: int, group: di
         if not fqn.startswith(tuple(f"{block}." for block in sources))
     }
     model.load_state_dict(outside, strict=False, assign=True)
-    blocks = [
-        StreamedBlock(
-            fqn, block, layout := BlockLayout.of(block, multiple=RANKS), home, _shard(layout, source, rank)
-        )
-        for (fqn, block), source in zip(blocks_of(model).items(), sources.values(), strict=True)
-    ]
+    blocks = []
+    for (fqn, block), source in zip(blocks_of(model).items(), sources.values(), strict=True):
+        layout = BlockLayout.of(block, multiple=RANKS)
+        blocks.append(StreamedBlock(fqn, block, layout, home, _shard(layout, source, rank)))
     engine = make_copy_engine(CPU, TIMEOUT_S)
     gather = Gather(RANKS, rank, lambda whole, shard: all_gather_bytes(whole, shard, group))
     stream = BlockStream(blocks, assign_slots(len(blocks), PREFETCH), CPU, engine, gather)
@@ -173,11 +173,11 @@ def fully_shard_side(name: str, plain: nn.Module, policy: OffloadPolicy, overlap
     return Side(name, model, sum(tensor.untyped_storage().nbytes() for tensor in local))
 
 
-# -- measuring ----------------------------------------------------------------------------------------------------
+# -- measuring -------------------------------------------------------------------------------------
 
 
 def live_bytes() -> int:
-    """Storages of all plain tensors of this process, each once. A DTensor's local part counts, the wrapper does not."""
+    """Storages of all plain tensors of this process, each once. Of a DTensor, only the local part counts."""
     storages: dict[int, int] = {}
     for found in gc.get_objects():
         if type(found) in (Tensor, nn.Parameter) and found.device.type == "cpu":
@@ -204,7 +204,7 @@ def run_step(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 @dataclass
 class Comparison:
-    """`step_ms[side][round]`: a round's time, over its steps. The first side is ours, the others are its peers."""
+    """`step_ms[side][round]`: a round's time, over its steps. The first side is ours."""
 
     title: str
     step_ms: dict[str, list[float]] = field(default_factory=dict)
@@ -216,6 +216,10 @@ class Comparison:
         """Ours by `peer`, per round."""
         ours = next(iter(self.step_ms.values()))
         return [mine / theirs for mine, theirs in zip(ours, self.step_ms[peer], strict=True)]
+
+    def figures(self) -> dict[str, Any]:
+        """What the JSON file holds of it."""
+        return asdict(self) | {"ratios": {peer: self.ratios(peer) for peer in self.peers}}
 
     @property
     def peers(self) -> list[str]:
@@ -240,8 +244,8 @@ def compare(
         result.peak_bytes[side.name] = peak_bytes(side, inputs) - before
         result.shard_bytes[side.name] = side.shard_bytes
         result.step_ms[side.name] = []
-    for _ in range(rounds):
-        for side in sides:
+    for number in range(rounds):
+        for side in sides if number % 2 == 0 else reversed(sides):
             took_ms, output = _timed(side, inputs, steps)
             result.step_ms[side.name].append(took_ms)
             result.bit_identical &= torch.equal(output, expected)
@@ -262,7 +266,7 @@ def _timed(side: Side, inputs: dict[str, Tensor], steps: int) -> tuple[float, Te
     return round(float(took_ms), 1), output
 
 
-# -- ranks --------------------------------------------------------------------------------------------------------
+# -- ranks -----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -279,11 +283,15 @@ def run_rank(rank: int, folder: str, tokens: int, steps: int, rounds: int) -> No
     inputs = make_inputs(tokens)
     expected = run_step(plain, inputs)
     results = []
-    for title, home, policy in (
-        ("HSDP", Home.DEVICE_SHARD, OffloadPolicy()),
-        ("layerwise HSDP", Home.HOST_SHARD, CPUOffloadPolicy(pin_memory=False)),
+    for title, home, peer, policy in (
+        ("HSDP", Home.DEVICE_SHARD, "fully_shard", OffloadPolicy()),
+        (
+            "layerwise HSDP",
+            Home.HOST_SHARD,
+            "fully_shard, CPUOffloadPolicy",
+            CPUOffloadPolicy(pin_memory=False),
+        ),
     ):
-        peer = "fully_shard" if home is Home.DEVICE_SHARD else "fully_shard, CPUOffloadPolicy"
         makers = _makers(title, peer, plain, home, policy, rank, group)
         results.append(compare(title, makers, inputs, expected, steps, rounds))
     if rank == 0:
@@ -323,7 +331,7 @@ def run_ranks(tokens: int, steps: int, rounds: int, limit_s: float) -> list[Comp
         return [Comparison(**figures) for figures in json.loads(Path(folder, "figures.json").read_text())]
 
 
-# -- the report ---------------------------------------------------------------------------------------------------
+# -- the report ------------------------------------------------------------------------------------
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
@@ -360,17 +368,14 @@ def main(
     results = run_ranks(tokens, steps, rounds, limit)
     console = Console()
     console.print(
-        f"{tokens} image + {TEXT_TOKENS} text tokens, {RANKS} gloo ranks, one thread each, {rounds} rounds of "
-        f"{steps} steps, prefetch {PREFETCH}",
+        f"{tokens} image + {TEXT_TOKENS} text tokens, {RANKS} gloo ranks, one thread each, {rounds} rounds "
+        f"of {steps} steps, prefetch {PREFETCH}",
         highlight=False,
         soft_wrap=True,
     )
     show(results, console)
     if json_path is not None:
-        figures = [
-            asdict(result) | {"ratios": {peer: result.ratios(peer) for peer in result.peers}}
-            for result in results
-        ]
+        figures = [result.figures() for result in results]
         json_path.write_text(json.dumps({"tokens": tokens, "comparisons": figures}, indent=2) + "\n")
     if not all(result.bit_identical for result in results):
         raise typer.Exit(1)

@@ -1,0 +1,53 @@
+# Needs Python 3.11 or newer, make, and the package registry. Everything is installed into .venv.
+PYTHON ?= python3
+GPU_PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
+
+CHECKPOINT := demo/flux2-klein
+DEMO_CONFIG ?= launch/configs/layerwise_ulysses2_ring2.yaml
+PROMPT ?= a lighthouse on a cliff above a stormy sea
+
+.PHONY: demo test test-gpu bench bench-gpu lint typecheck clean
+
+.venv/.installed: pyproject.toml .ci/constraints.txt .ci/oracles.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) "torch==$$(sed -n 's/^torch==//p' .ci/constraints.txt)"
+	$(PIP) -c .ci/constraints.txt -e ".[ray,dev]"
+	$(PIP) --no-deps -r .ci/oracles.txt
+	touch $@
+
+$(CHECKPOINT): | .venv/.installed
+	mkdir -p demo
+	$(BIN)/crossdock make-checkpoint flux2-klein $@
+
+demo: .venv/.installed $(CHECKPOINT)
+	$(BIN)/crossdock generate $(CHECKPOINT) --config $(DEMO_CONFIG) --prompt "$(PROMPT)" \
+		--out demo/out.png --report demo/report.json
+
+test: .venv/.installed
+	$(BIN)/python -m pytest
+
+# The tree of links makes `import crossdock` work without an installation, for mypy and for a GPU machine's own python.
+.typecheck/crossdock:
+	mkdir -p $@
+	for folder in launch offload parallel runtime; do ln -sfn ../../$$folder $@/$$folder; done
+
+test-gpu: .typecheck/crossdock
+	PYTHONPATH=.typecheck $(GPU_PYTHON) -m pytest -m gpu
+
+bench: .venv/.installed
+	$(BIN)/python tests/benchmarks/hsdp_vs_fsdp.py
+
+bench-gpu: .typecheck/crossdock
+	PYTHONPATH=.typecheck $(GPU_PYTHON) tests/benchmarks/layerwise_gpu.py
+
+lint: .venv/.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+typecheck: .venv/.installed .typecheck/crossdock
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv .typecheck demo .pytest_cache .mypy_cache .ruff_cache *.egg-info
