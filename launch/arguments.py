@@ -92,17 +92,13 @@ def build_app(run: RunGenerate) -> typer.Typer:
         outputs.check(len(request.prompts))
         load_config(config)  # read again by the run; here so that a mistake shows before the heavy imports
         if not model_dir.is_dir():
-            raise CheckpointError(
-                f"{model_dir}: no such directory; give a checkpoint in the diffusers format"
-            )
+            raise CheckpointError(f"{model_dir}: no such directory; give a checkpoint in the diffusers format")
         run(config, model_dir, request, outputs)
 
     return app
 
 
-def run_app(
-    app: typer.Typer, arguments: list[str] | None = None, complain: Callable[[str], None] | None = None
-) -> int:
+def run_app(app: typer.Typer, arguments: list[str] | None = None, complain: Callable[[str], None] | None = None) -> int:
     """Run `app` on `arguments` (the process's own by default) and return the exit code.
 
     0: done; 2: the user's input is wrong; 130: interrupted; 1: anything else. Only an error that this project did

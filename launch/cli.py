@@ -36,9 +36,7 @@ def make_checkpoint_command(
     from crossdock.runtime.tiny_checkpoint import make_checkpoint
 
     make_checkpoint(family, directory, seed)
-    Console(highlight=False, soft_wrap=True).print(
-        f"wrote a tiny {family} checkpoint to {directory}", markup=False
-    )
+    Console(highlight=False, soft_wrap=True).print(f"wrote a tiny {family} checkpoint to {directory}", markup=False)
 
 
 @app.command("config-schema")

@@ -101,8 +101,8 @@ def _step_bar(console: Console) -> Iterator[Any]:
 def summary(report: dict[str, Any]) -> Table:
     """One row per rank: what it held, what it moved (MiB), and its median time per step."""
     phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in report["phases_s"].items())
-    table = Table(title=report["layout"], caption=phases)
-    for name in ("rank", "device", "weights", "slots", "shards", "host", "h2d/step", "gather/step", "ms/step"):
+    table = Table(title=f"{report['layout']} (MiB; h2d and gather per step)", caption=phases)
+    for name in ("rank", "device", "weights", "slots", "shards", "host", "h2d", "gather", "ms/step"):
         table.add_column(name, justify="left" if name == "device" else "right")
     for row in report["ranks"]:
         sizes = [row[f"{name}_bytes"] for name in ("peak_weight", "slot", "shard", "host_pss")]

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def all_gather_single(output: Tensor, input: Tensor, group: dist.ProcessGroup) -> None:
+def all_gather_single(output: Tensor, input: Tensor, group: dist.ProcessGroup | None) -> None:
     """Fill `output` with the `input` of every rank, one after the other in group order. Collective."""
     newer = getattr(dist, "all_gather_single", None)  # torch 2.13 deprecates the older name
     (newer or dist.all_gather_into_tensor)(output, input, group=group)

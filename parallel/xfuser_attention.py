@@ -115,9 +115,7 @@ class XFuserAttention:
         out: Tensor = self._usp(q, k, v, **call).transpose(1, 2)
         return out if bias is None else out.masked_fill(keyless(bias)[:, None, None, None], 0.0)
 
-    def _limits(
-        self, query: Tensor, layout: SequenceLayout, mask: Tensor | None, scale: float | None
-    ) -> str | None:
+    def _limits(self, query: Tensor, layout: SequenceLayout, mask: Tensor | None, scale: float | None) -> str | None:
         heads, head_dim = query.shape[2:]
         if len(set(layout.lengths)) > 1:
             return f"it needs as many tokens on every rank, and segments {layout.segments} give {layout.lengths}"

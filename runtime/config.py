@@ -90,9 +90,7 @@ class ParallelConfig(Section):
     @classmethod
     def _only_one_cfg_rank(cls, degree: int) -> int:
         if degree > 1:
-            raise refusal(
-                f"found {degree}; allowed: 1 (splitting the guidance branches is not supported yet)"
-            )
+            raise refusal(f"found {degree}; allowed: 1 (splitting the guidance branches is not supported yet)")
         return degree
 
     @model_validator(mode="after")
@@ -112,9 +110,7 @@ class OffloadConfig(Section):
     layerwise: bool = Field(
         default=False, description="Keep the transformer blocks in host memory and stream each just in time."
     )
-    prefetch: int = Field(
-        default=1, ge=1, le=8, description="How many blocks ahead of the computation are fetched."
-    )
+    prefetch: int = Field(default=1, ge=1, le=8, description="How many blocks ahead of the computation are fetched.")
     device_budget: str | None = Field(
         default=None, description="Device memory the weights may take; needs layerwise.", examples=["18GiB"]
     )
@@ -131,17 +127,14 @@ class OffloadConfig(Section):
     @classmethod
     def _budget_is_a_size(cls, budget: str | None) -> str | None:
         if budget is not None and not _size_bytes(budget):
-            raise refusal(
-                f'found "{budget}"; allowed: a size above zero in {", ".join(_UNIT_BYTES)}, such as "18GiB"'
-            )
+            raise refusal(f'found "{budget}"; allowed: a size above zero in {", ".join(_UNIT_BYTES)}, such as "18GiB"')
         return budget
 
     @model_validator(mode="after")
     def _budget_needs_layerwise(self) -> Self:
         if self.device_budget is not None and not self.layerwise:
             raise refusal(
-                f'found "{self.device_budget}", but nothing is offloaded; '
-                "set offload.layerwise: true or remove it",
+                f'found "{self.device_budget}", but nothing is offloaded; set offload.layerwise: true or remove it',
                 at="device_budget",
             )
         return self
@@ -151,9 +144,7 @@ class TimeoutConfig(Section):
     """How long each phase may take; no wait is without a limit."""
 
     launch_s: Seconds = Field(default=180.0, description="Seconds until every rank must be up.")
-    load_s: Seconds = Field(
-        default=1800.0, description="Seconds until every rank must have read its weights."
-    )
+    load_s: Seconds = Field(default=1800.0, description="Seconds until every rank must have read its weights.")
     collective_s: Seconds = Field(default=300.0, description="Seconds one collective may take.")
     request_s: Seconds = Field(default=3600.0, description="Seconds one generation may take.")
 
@@ -186,9 +177,7 @@ class LaunchConfig(Section):
 class RunConfig(Section):
     """Everything about a run except the model directory and the request."""
 
-    parallel: ParallelConfig = Field(
-        default=ParallelConfig(), description="How the work is split over the ranks."
-    )
+    parallel: ParallelConfig = Field(default=ParallelConfig(), description="How the work is split over the ranks.")
     offload: OffloadConfig = Field(default=OffloadConfig(), description="What is streamed from host memory.")
     launch: LaunchConfig = Field(default=LaunchConfig(), description="How the ranks are started.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from crossdock.offload.block_stream import BlockStream
+from crossdock.offload.block_stream import BlockStream, Home
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.reports import HomeRecord, TensorRecord
@@ -56,13 +56,15 @@ class Places:
 
 
 def record_tensors(
-    model: nn.Module, stream: BlockStream, slices: Mapping[str, TensorSlice]
+    model: nn.Module, stream: BlockStream, slices: Mapping[str, TensorSlice], filled: Collection[str]
 ) -> tuple[TensorRecord, ...]:
+    """`slices`: what was read of the tensors that are cut; `filled`: the blocks that this rank answers for."""
     places = Places(stream)
+    resting = _replicated_on_host(stream, slices, filled)
     records = []
     for fqn, tensor in named_tensors(model):
         place, offset = places.find(tensor)
-        steady = place == "outside" or place.startswith("block ")
+        steady = tensor if place == "outside" or place.startswith("block ") else resting.get(fqn)
         records.append(
             TensorRecord(
                 fqn,
@@ -72,14 +74,32 @@ def record_tensors(
                 str(tensor.dtype),
                 tuple(tensor.shape),
                 slices.get(fqn),
-                checksum(tensor) if steady else None,
+                None if steady is None else checksum(steady),
             )
         )
     return tuple(records)
 
 
-def record_homes(plan: RunPlan, stream: BlockStream, starts: Mapping[str, int]) -> tuple[HomeRecord, ...]:
-    """`starts`: block -> the first byte of it that this rank holds."""
+def _replicated_on_host(
+    stream: BlockStream, slices: Mapping[str, TensorSlice], filled: Collection[str]
+) -> dict[str, Tensor]:
+    """fqn -> its bytes in the host store, for what tensor parallelism leaves whole: it must be equal on all ranks."""
+    if not slices:
+        return {}
+    return {
+        f"{block.name}.{name}": entry.view(block.source)
+        for block in stream.blocks
+        if block.home is Home.HOST and block.name in filled
+        for entry in block.layout.entries
+        for name in entry.names
+        if f"{block.name}.{name}" not in slices
+    }
+
+
+def record_homes(
+    plan: RunPlan, stream: BlockStream, starts: Mapping[str, int], filled: Collection[str]
+) -> tuple[HomeRecord, ...]:
+    """`starts`: block -> the first byte of it that this rank holds; `filled`: the blocks that it answers for."""
     planned = {block.name: block for block in plan.blocks}
     return tuple(
         HomeRecord(
@@ -89,7 +109,7 @@ def record_homes(plan: RunPlan, stream: BlockStream, starts: Mapping[str, int]) 
             planned[block.name].layout.nbytes,
             starts[block.name],
             starts[block.name] + block.source.nbytes,
-            checksum(block.source),
+            checksum(block.source) if block.name in filled else None,
         )
         for block in stream.blocks
     )

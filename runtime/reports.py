@@ -17,7 +17,8 @@ class TensorRecord:
         offset: bytes from the start of that slot or block; 0 outside.
         device: as torch prints it; "meta" where it was never loaded.
         part: the slice of the checkpoint's tensor that was read; None: all of it.
-        checksum: of its bytes; None where a slot holds it, whose bytes change.
+        checksum: of its bytes where they rest; None for a cut tensor of a streamed block, and where another rank
+            answers for it.
     """
 
     fqn: str
@@ -32,7 +33,10 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class HomeRecord:
-    """Where one block rests. `start` and `stop` are the bytes of its `nbytes` that this rank holds."""
+    """Where one block rests. `start` and `stop` are the bytes of its `nbytes` that this rank holds.
+
+    `checksum` is of those bytes; None where another rank read them into the store that both share.
+    """
 
     block: str
     home: Home
@@ -40,7 +44,7 @@ class HomeRecord:
     nbytes: int
     start: int
     stop: int
-    checksum: int
+    checksum: int | None
 
 
 @dataclass(frozen=True)

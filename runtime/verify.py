@@ -166,7 +166,8 @@ def _replicas_agree(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[V
     for rank, report in by_rank.items():
         tp = plan.mesh.coordinates(rank)["tp"]
         for home in report.homes:
-            sums[("block", home.block, tp, home.start, home.stop)][rank] = (home.checksum, home.block)
+            if home.checksum is not None:
+                sums[("block", home.block, tp, home.start, home.stop)][rank] = (home.checksum, home.block)
         for record in report.tensors:
             if record.checksum is not None:
                 part = record.part.ranges if record.part else None

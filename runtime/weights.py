@@ -39,9 +39,13 @@ def node_id() -> str:
 
 @dataclass
 class RankWeights:
-    """What a rank holds of the transformer, outside the module itself."""
+    """What a rank holds of the transformer, outside the module itself.
+
+    `filled` are the blocks whose bytes this rank read; the ranks that share a store divide that work.
+    """
 
     blocks: list[StreamedBlock]
+    filled: frozenset[str]
     store: HostStore | None
     shares_store_with: tuple[int, ...]
 
@@ -61,7 +65,7 @@ class WeightLoader:
     def load_blocks(self) -> RankWeights:
         """Fill every block's home. Collective over the world where blocks rest in host memory."""
         store, sharers = self._host_store()
-        offset, blocks = 0, []
+        offset, blocks, filled = 0, [], []
         for number, block in enumerate(self._plan.blocks):
             start, stop = self._range(block)
             if block.home.on_host:
@@ -73,6 +77,7 @@ class WeightLoader:
                 source, mine = aligned_bytes(stop - start, self._device).zero_(), True
             if mine:
                 self._fill(block, source, start, stop)
+                filled.append(block.name)
             blocks.append(
                 StreamedBlock(block.name, self._model.get_submodule(block.name), block.layout, block.home, source)
             )
@@ -80,7 +85,7 @@ class WeightLoader:
             exchange("filled", self._mesh.shape.world_size)
             if self._device.type == "cuda":
                 store.register()
-        return RankWeights(blocks, store, sharers)
+        return RankWeights(blocks, frozenset(filled), store, sharers)
 
     def load_outside(self) -> None:
         """Everything outside the blocks goes to the device: parameters, buffers, tensors kept as plain attributes."""

@@ -104,8 +104,8 @@ class RankWorker:
         parts = self.plan.slices[self.mesh.index_in("tp")]
         return RankReport(
             rank=self.rank,
-            tensors=record_tensors(self.model, self.stream, parts),
-            homes=record_homes(self.plan, self.stream, self._starts()),
+            tensors=record_tensors(self.model, self.stream, parts, self.weights.filled),
+            homes=record_homes(self.plan, self.stream, self._starts(), self.weights.filled),
             order=self.stream.order,
             slot_bytes=tuple(memory.nbytes for memory in self.stream.slot_memory),
             foreign_hooks=foreign_hooks(self.model),

@@ -69,9 +69,7 @@ class _Document:
             if not isinstance(root, yaml.MappingNode):
                 keys = ", ".join(RunConfig.model_fields)
                 line = root.start_mark.line + 1
-                raise ConfigError(
-                    f"{self.path}:{line}: found {_kind(root)} at the top; allowed: the keys {keys}"
-                )
+                raise ConfigError(f"{self.path}:{line}: found {_kind(root)} at the top; allowed: the keys {keys}")
             return self._mapping(root, ())
         except yaml.MarkedYAMLError as error:
             raise ConfigError(f"{self.path}{_line(error)}: not valid YAML: {_reason(error)}") from None
@@ -83,9 +81,7 @@ class _Document:
     def error(self, problems: list[Problem]) -> ConfigError:
         """All problems, by line."""
         located = sorted(((self.line_of(p.path), p) for p in problems), key=lambda pair: pair[0])
-        return ConfigError(
-            "\n".join(f"{self.path}:{line}: {'.'.join(p.path)}: {p.text}" for line, p in located)
-        )
+        return ConfigError("\n".join(f"{self.path}:{line}: {'.'.join(p.path)}: {p.text}" for line, p in located))
 
     def _text(self) -> str:
         try:

@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 PROMPT = (
-    "a lighthouse on a cliff above a stormy sea at dusk, seen from a small boat, with gulls, long waves, a red roof and "
-    "one lit window"
+    "a lighthouse on a cliff above a stormy sea at dusk, seen from a small boat, with gulls, long waves, a red roof "
+    "and one lit window"
 )
 """Long enough that its padded length differs from the empty prompt's: under guidance, Z-Image then needs a mask."""
 OTHER_PROMPT = "two tin robots playing chess under a lamp"

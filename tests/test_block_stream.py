@@ -1,7 +1,7 @@
 """The block stream against the resident run, bit for bit, in hundreds of random cases on two copy engines.
 
 `CpuCopyEngine` computes synchronously. `QueuedEngine` also queues the compute, as CUDA does: the host runs
-ahead, and a load that does not wait for the last reader of its slot overwrites weights that are still to be read.
+ahead, and a load that does not wait for the last reader of its slot overwrites weights still to be read.
 """
 
 from __future__ import annotations
@@ -162,6 +162,9 @@ class ShardGroup:
         return Gather(self.parts, self.index, self._all_gather)
 
     def _all_gather(self, out: Tensor, shard: Tensor) -> None:
+        within = shard.data_ptr() - out.data_ptr()
+        in_place = within == self.index * shard.nbytes
+        assert in_place or not 0 <= within < out.nbytes, "in place, a shard lies where the gather puts it"
         whole = self._wholes.get(shard.numpy().tobytes())
         assert whole is not None, "the gather began before the shard was there"
         if whole.data_ptr() in self.fail:

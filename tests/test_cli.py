@@ -87,9 +87,7 @@ def test_errors_are_one_message(
     assert capsys.readouterr() == ("", message)
 
 
-def test_an_unforeseen_error_shows_its_traceback(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unforeseen_error_shows_its_traceback(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_with(ZeroDivisionError("oops"), arguments)[0] == 1
     stderr = capsys.readouterr().err
     assert stderr.startswith("Traceback")
@@ -186,8 +184,7 @@ def test_config_schema_is_plain_json(capsys: pytest.CaptureFixture[str]) -> None
 def test_make_checkpoint_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_app(cli.app, ["make-checkpoint", "flux2klein", str(tmp_path / "new")]) == 2
     assert capsys.readouterr().err == (
-        "crossdock: error: family: found 'flux2klein'; did you mean flux2-klein? "
-        "allowed: flux2-klein, z-image\n"
+        "crossdock: error: family: found 'flux2klein'; did you mean flux2-klein? allowed: flux2-klein, z-image\n"
     )
 
 
@@ -199,13 +196,9 @@ def test_the_command_starts_without_torch(arguments: list[str], tmp_path: Path) 
         "heavy = {'torch', 'diffusers', 'transformers', 'ray'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else code)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stderr.startswith(
-        f'crossdock: error: {tmp_path / "run.yaml"}:1: dtype: found "int8" (a string);'
-    )
+    assert done.stderr.startswith(f'crossdock: error: {tmp_path / "run.yaml"}:1: dtype: found "int8" (a string);')
     assert done.stderr.count("\n") == 1
 
 

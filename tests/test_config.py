@@ -69,13 +69,11 @@ MISTAKES = {
     ),
     "list for a section": (
         "offload:\n- layerwise\n",
-        ":1: offload: found a list; allowed: a section with the keys layerwise, prefetch, device_budget, "
-        "host",
+        ":1: offload: found a list; allowed: a section with the keys layerwise, prefetch, device_budget, host",
     ),
     "nothing for a section": (
         "offload:\n",
-        ":1: offload: found nothing; allowed: a section with the keys layerwise, prefetch, device_budget, "
-        "host",
+        ":1: offload: found nothing; allowed: a section with the keys layerwise, prefetch, device_budget, host",
     ),
     "integer for an optional string": (
         "offload: {layerwise: true, device_budget: 18}\n",
@@ -95,23 +93,19 @@ MISTAKES = {
     ),
     "word that is not in the list": (
         "parallel:\n  attention: xfusr\n",
-        ':2: parallel.attention: found "xfusr" (a string); did you mean xfuser? allowed: one of native, '
-        "xfuser",
+        ':2: parallel.attention: found "xfusr" (a string); did you mean xfuser? allowed: one of native, xfuser',
     ),
     "size without a unit": (
         "offload:\n  layerwise: true\n  device_budget: '18'\n",
-        ':3: offload.device_budget: found "18"; allowed: a size above zero in B, KiB, MiB, GiB, TiB, such as '
-        '"18GiB"',
+        ':3: offload.device_budget: found "18"; allowed: a size above zero in B, KiB, MiB, GiB, TiB, such as "18GiB"',
     ),
     "size that is zero": (
         "offload:\n  layerwise: true\n  device_budget: 0GiB\n",
-        ':3: offload.device_budget: found "0GiB"; allowed: a size above zero in B, KiB, MiB, GiB, TiB, such '
-        'as "18GiB"',
+        ':3: offload.device_budget: found "0GiB"; allowed: a size above zero in B, KiB, MiB, GiB, TiB, such as "18GiB"',
     ),
     "budget without layerwise": (
         "offload:\n  device_budget: 18GiB\n",
-        ':2: offload.device_budget: found "18GiB", but nothing is offloaded; set offload.layerwise: true or '
-        "remove it",
+        ':2: offload.device_budget: found "18GiB", but nothing is offloaded; set offload.layerwise: true or remove it',
     ),
     "cfg degree": (
         "parallel:\n  cfg_degree: 2\n",
@@ -155,13 +149,11 @@ MISTAKES = {
     ),
     "broken YAML": (
         "parallel:\n  tp_degree: 2\n ring_degree: 2\n",
-        ":3: not valid YAML: while parsing a block mapping, expected <block end>, but found "
-        "'<block mapping start>'",
+        ":3: not valid YAML: while parsing a block mapping, expected <block end>, but found '<block mapping start>'",
     ),
     "tag for a Python object": (
         "dtype: !!python/name:os.system ''\n",
-        ":1: not valid YAML: could not determine a constructor for the tag "
-        "'tag:yaml.org,2002:python/name:os.system'",
+        ":1: not valid YAML: could not determine a constructor for the tag 'tag:yaml.org,2002:python/name:os.system'",
     ),
     "section that holds itself": ("parallel: &a\n  hsdp: *a\n", ": not valid YAML: nested too deeply"),
 }

@@ -66,7 +66,16 @@ def test_torchrun_equals_diffusers(layout: Layout, family: str, checkpoints: Che
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.world_size)),
         *("-m", "crossdock.launch.torchrun", "generate", str(checkpoints[family])),
-        *("--config", str(layout.config), "--prompt", PROMPT, "--height", str(ODD_SIZE[0]), "--width", str(ODD_SIZE[1])),
+        *(
+            "--config",
+            str(layout.config),
+            "--prompt",
+            PROMPT,
+            "--height",
+            str(ODD_SIZE[0]),
+            "--width",
+            str(ODD_SIZE[1]),
+        ),
         *("--out", str(tmp_path / "out.png"), "--latents", str(latents), "--report", str(tmp_path / "report.json")),
     ]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
@@ -97,10 +106,10 @@ def test_three_generations_in_one_engine(family: str, gang_of: GangOf, checkpoin
             assert [len(row["step_ms"]) for row in generation.report["ranks"]] == [steps] * 4
 
 
-@pytest.mark.parametrize("prompts", [(PROMPT, OTHER_PROMPT, PROMPT), (PROMPT, OTHER_PROMPT, PROMPT, OTHER_PROMPT, PROMPT)])
-def test_prompts_are_spread_over_replicas(
-    prompts: tuple[str, ...], gang_of: GangOf, checkpoints: Checkpoints
-) -> None:
+@pytest.mark.parametrize(
+    "prompts", [(PROMPT, OTHER_PROMPT, PROMPT), (PROMPT, OTHER_PROMPT, PROMPT, OTHER_PROMPT, PROMPT)]
+)
+def test_prompts_are_spread_over_replicas(prompts: tuple[str, ...], gang_of: GangOf, checkpoints: Checkpoints) -> None:
     """Four replicas, three prompts: the fourth computes a copy that is dropped. Five: a second round of one."""
     config = load_config(next(layout for layout in LAYOUTS if layout.name == "layerwise_hsdp").config)
     directory = checkpoints["z-image"]

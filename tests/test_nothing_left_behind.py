@@ -38,7 +38,11 @@ class Watched:
 
     def __init__(self, command: list[str], environment: dict[str, str] | None = None) -> None:
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **(environment or {})}
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **(environment or {})},
         )
         self.family: dict[int, psutil.Process] = {}
         self.output = ""
@@ -122,9 +126,7 @@ def test_a_run_ends_clean(checkpoints: Checkpoints, tmp_path: Path) -> None:
 def test_interrupted_in_the_middle(number: int, code: int, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Ctrl-C, a scheduler's SIGTERM, and kill -9 of the driver, in the middle of the denoise loop."""
     before = _shared_memory()
-    command = _generate(
-        checkpoints["z-image"], CONFIGS / "layerwise_tp2.yaml", tmp_path / "out.png", "--steps", "3000"
-    )
+    command = _generate(checkpoints["z-image"], CONFIGS / "layerwise_tp2.yaml", tmp_path / "out.png", "--steps", "3000")
     with _watched(command) as run:
         run.wait_for_line("step 3/3000")
         os.kill(run.process.pid, number)
@@ -150,7 +152,6 @@ def test_a_rank_that_is_killed(checkpoints: Checkpoints, tmp_path: Path) -> None
     assert "rank 0:" in run.output or "rank 1:" in run.output
     assert _shared_memory() == before
     assert list(tmp_path.iterdir()) == []
-
 
 
 def test_a_rank_that_raises_names_itself(gang_of: Callable[[int], Gang]) -> None:
@@ -214,7 +215,9 @@ def test_an_occupied_rendezvous_port(checkpoints: Checkpoints, tmp_path: Path) -
         config = tmp_path / "layout.yaml"
         config.write_text(f"parallel:\n  tp_degree: 2\nlaunch:\n  port: {taken.getsockname()[1]}\n")
         command = _generate(checkpoints["z-image"], config, tmp_path / "out.png")
-        _expect_user_error(command, f"{config}:4: launch.port: port {taken.getsockname()[1]}", "free it, or use port: 0")
+        _expect_user_error(
+            command, f"{config}:4: launch.port: port {taken.getsockname()[1]}", "free it, or use port: 0"
+        )
 
 
 def test_more_ranks_than_gpus(checkpoints: Checkpoints, tmp_path: Path) -> None:

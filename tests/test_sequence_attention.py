@@ -417,9 +417,7 @@ def work(folder: Path, rank: int) -> None:
         attention = place.attention(SequenceParallelAttention)
         for case in CASES:
             print(f"{name}: {case}", flush=True)
-            errors[f"{name}: {case}"], errors[f"{name}: {case}, again"] = attend_case(
-                place, attention, CASES[case]
-            )
+            errors[f"{name}: {case}"], errors[f"{name}: {case}, again"] = attend_case(place, attention, CASES[case])
         if 1 in degrees and importlib.util.find_spec("yunchang"):
             errors[f"{name}: yunchang"] = yunchang_error(place, attention)
     (folder / f"rank{rank}.json").write_text(json.dumps(errors))

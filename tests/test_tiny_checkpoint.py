@@ -62,9 +62,7 @@ def pipeline(request: pytest.FixtureRequest, checkpoints: Callable[[str], Path])
     return pipe
 
 
-def latents_of(
-    pipe: Any, prompt: str = "a red fox in the snow", noise: torch.Tensor | None = None
-) -> torch.Tensor:
+def latents_of(pipe: Any, prompt: str = "a red fox in the snow", noise: torch.Tensor | None = None) -> torch.Tensor:
     generator = torch.Generator("cpu").manual_seed(0)
     latents: torch.Tensor = pipe(
         prompt=prompt,
@@ -126,9 +124,7 @@ def test_bytes_follow_from_the_seed(family: str, tmp_path: Path, checkpoints: Ca
     make_checkpoint(family, tmp_path / "other", seed=1)
     first, same, other = (files_of(d) for d in (checkpoints(family), tmp_path / "same", tmp_path / "other"))
     assert same == first
-    assert {name for name in first if other[name] != first[name]} == {
-        n for n in first if n.endswith(".safetensors")
-    }
+    assert {name for name in first if other[name] != first[name]} == {n for n in first if n.endswith(".safetensors")}
 
 
 @pytest.mark.parametrize(("height", "width"), [(256, 256), (208, 176)])
@@ -151,9 +147,7 @@ def test_every_tensor_shows(pipeline: Any) -> None:
     """Half of a tensor drawn anew moves one unguided velocity by more than two runs may differ (1e-4)."""
     transformer = pipeline.transformer
     calls: list[tuple[Any, Any]] = []
-    hook = transformer.register_forward_pre_hook(
-        lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
-    )
+    hook = transformer.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
     latents_of(pipeline)
     hook.remove()
     args, kwargs = calls[0]
@@ -185,23 +179,15 @@ def test_pad_tokens_and_norms_are_not_trivial(pipeline: Any) -> None:
 
 def test_rounding_of_the_noise_is_not_amplified(pipeline: Any) -> None:
     transformer = pipeline.transformer.config
-    shape = (
-        (1, transformer.in_channels, 8, 7)
-        if hasattr(pipeline.vae, "bn")
-        else (1, transformer.in_channels, 16, 14)
-    )
+    shape = (1, transformer.in_channels, 8, 7) if hasattr(pipeline.vae, "bn") else (1, transformer.in_channels, 16, 14)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     relative = 2 * torch.rand(shape, generator=torch.Generator().manual_seed(3)) - 1
-    moved = latents_of(pipeline, noise=noise * (1 + RELATIVE_NOISE * relative)) - latents_of(
-        pipeline, noise=noise
-    )
+    moved = latents_of(pipeline, noise=noise * (1 + RELATIVE_NOISE * relative)) - latents_of(pipeline, noise=noise)
     assert moved.abs().max() < 1e-5
 
 
 def test_unknown_family(tmp_path: Path) -> None:
-    with pytest.raises(
-        RequestError, match=r"found 'zimage'; did you mean z-image\? allowed: flux2-klein, z-image"
-    ):
+    with pytest.raises(RequestError, match=r"found 'zimage'; did you mean z-image\? allowed: flux2-klein, z-image"):
         make_checkpoint("zimage", tmp_path / "new")
     assert not list(tmp_path.iterdir())
 

@@ -1,0 +1,163 @@
+"""What only a GPU shows: stream ordering by events, pinned copies, the attention kernels that CUDA picks.
+
+Run with `make test-gpu`, by the python at hand there; skipped with a reason elsewhere.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from crossdock.offload.block_stream import BlockStream, Home, StreamedBlock
+from crossdock.offload.copy_engine import make_copy_engine
+from crossdock.offload.host_store import HostStore
+from crossdock.offload.layout import BlockLayout, aligned_bytes
+from crossdock.offload.schedule import assign_slots
+from crossdock.parallel.kernels import attention_with_lse, merge
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; this machine has none"),
+]
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
+
+
+def _stream(blocks: list[_Block], device: torch.device, home: Home, prefetch: int) -> tuple[BlockStream, HostStore]:
+    layouts = [BlockLayout.of(block) for block in blocks]
+    store, offset, streamed = HostStore.create(sum(layout.nbytes for layout in layouts)), 0, []
+    for number, (block, layout) in enumerate(zip(blocks, layouts, strict=True)):
+        host = store.bytes[offset : offset + layout.nbytes]
+        layout.pack(block, host)
+        source = host if home is Home.HOST else aligned_bytes(layout.nbytes, device).copy_(host)
+        streamed.append(StreamedBlock(f"blocks.{number}", block, layout, home, source))
+        offset += layout.nbytes
+    store.register()
+    schedule = assign_slots(len(blocks) if home is Home.HOST else 0, prefetch)
+    stream = BlockStream(streamed, schedule, device, make_copy_engine(device))
+    stream.attach()
+    return stream, store
+
+
+@pytest.mark.parametrize("prefetch", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streamed_is_bit_identical_to_resident(prefetch: int, dtype: torch.dtype) -> None:
+    """Ordering by events: copies and compute race on a GPU if any wait is missing. Freed slots are poisoned."""
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    blocks = [_Block(1024).to(dtype) for _ in range(9)]
+    x = torch.randn(64, 1024, device=device, dtype=dtype)
+    outputs = []
+    with torch.no_grad():
+        for home in (Home.RESIDENT, Home.HOST):
+            stream, store = _stream(blocks, device, home, prefetch)
+            stream.poison_freed = True
+            for _ in range(20):
+                y = x
+                for block in blocks:
+                    y = block(y)
+            torch.cuda.synchronize()
+            outputs.append(y)
+            stream.remove()
+            store.close()
+    assert torch.equal(outputs[0], outputs[1])
+
+
+def test_device_memory_falls() -> None:
+    """Pitfall 1: allocated device bytes with layerwise are the slots', not the model's."""
+    device = torch.device("cuda")
+    blocks = [_Block(2048) for _ in range(12)]
+    before = torch.cuda.memory_allocated()
+    stream, store = _stream(blocks, device, Home.HOST, prefetch=1)
+    held, largest = torch.cuda.memory_allocated() - before, max(b.layout.nbytes for b in stream.blocks)
+    stream.remove()
+    store.close()
+    print(f"held {held / 2**20:.1f} MiB of {store.nbytes / 2**20:.1f} MiB")
+    assert held <= 3 * (largest + 1024)
+
+
+def test_copies_are_asynchronous() -> None:
+    """Enqueuing a copy returns before it is done: the memory really is pinned."""
+    device = torch.device("cuda")
+    store = HostStore.create(2**30)
+    store.register()
+    target = torch.empty(2**30, dtype=torch.uint8, device=device)
+    engine = make_copy_engine(device)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    event = engine.submit("copy", lambda: engine.move(target, store.bytes), ())
+    enqueued = time.perf_counter() - began
+    engine.wait(event)
+    torch.cuda.synchronize()
+    done = time.perf_counter() - began
+    store.close()
+    print(f"1 GiB: enqueued in {enqueued * 1e3:.2f} ms, copied in {done * 1e3:.1f} ms")
+    assert enqueued < done / 4
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)], ids=str
+)
+@pytest.mark.parametrize(("queries", "keys"), [(143, 100), (33, 7), (256, 256)])
+def test_attention_parts_merge_to_the_whole(
+    queries: int, keys: int, dtype: torch.dtype, tolerance: float, masked: bool
+) -> None:
+    """Output and log-sum-exp of the kernels that CUDA picks, against fp64: two halves merged are the whole."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 6, 64, device="cuda", dtype=dtype) for n in (queries, keys, keys))
+    bias = torch.zeros(2, keys, device="cuda", dtype=dtype)
+    if masked:
+        bias[1, keys // 2 :] = float("-inf")  # the whole second part of one item
+    half = keys // 2
+    parts = [
+        attention_with_lse(q, k[:, span], v[:, span], bias[:, span] if masked else None, 0.125)
+        for span in (slice(None, half), slice(half, None))
+    ]
+    found, _ = merge(*parts[0], *parts[1])
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / 8 + bias.double()[:, None, None]
+    expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.double())
+    error = float((found.double() - expected).abs().max())
+    print(f"{dtype} masked={masked} {queries}x{keys}: max error {error:.1e}")
+    assert error < tolerance
+
+
+@pytest.mark.parametrize("family", ["flux2-klein", "z-image"])
+def test_layerwise_picture_equals_resident(family: str, tmp_path: Path) -> None:
+    """The whole pipeline on one GPU: layerwise on and off are bit-identical; within 1e-3 of diffusers on the CPU."""
+    pytest.importorskip("diffusers", reason="diffusers is not installed here")
+    from crossdock.runtime.config import RunConfig
+    from crossdock.runtime.coordinator import Coordinator
+    from crossdock.runtime.plan import make_plan
+    from crossdock.runtime.request import GenerateRequest
+    from crossdock.runtime.tiny_checkpoint import make_checkpoint
+    from crossdock.runtime.worker import RankWorker
+    from reference import PROMPT, max_error, reference_latents
+
+    directory = tmp_path / family
+    make_checkpoint(family, directory)
+    found = []
+    for layerwise in (False, True):
+        plan = make_plan(RunConfig.parse({"offload": {"layerwise": layerwise}}), directory, "cuda")
+        worker = RankWorker(0, 1, torch.device("cuda:0"))
+        Coordinator(plan).admit([worker.setup(plan)])
+        latents = worker.generate(GenerateRequest((PROMPT,))).latents
+        assert latents is not None
+        found.append(latents)
+        worker.teardown()
+    assert torch.equal(found[0], found[1])
+    error = max_error(found[1], reference_latents(directory))
+    print(f"{family} on {torch.cuda.get_device_name()}: max error {error:.1e}")
+    assert error <= 1e-3
