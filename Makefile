@@ -38,9 +38,10 @@ test-gpu: .typecheck/crossdock
 
 bench: .venv/.installed
 	$(BIN)/python tests/benchmarks/hsdp_vs_fsdp.py
+	$(BIN)/python tests/benchmarks/layerwise.py
 
 bench-gpu: .typecheck/crossdock
-	PYTHONPATH=.typecheck $(GPU_PYTHON) tests/benchmarks/layerwise_gpu.py
+	PYTHONPATH=.typecheck $(GPU_PYTHON) tests/benchmarks/layerwise.py --size flux-dev
 
 lint: .venv/.installed
 	$(BIN)/ruff check

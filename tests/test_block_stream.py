@@ -105,7 +105,8 @@ class Toy(nn.Module):
         self.up = nn.Linear(WIDTH, hidden, dtype=torch.bfloat16)
         self.down = nn.Linear(hidden, WIDTH)
         if choice.random() < 0.5:
-            self.alias = self.down  # tied
+            self.alias = nn.Linear(hidden, WIDTH)
+            self.alias.weight = self.down.weight  # tied
             self.norm = nn.LayerNorm(WIDTH)
         square = (WIDTH, WIDTH)
         self.int8 = nn.Parameter(torch.randint(-99, 99, square, dtype=torch.int8), requires_grad=False)

@@ -144,8 +144,9 @@ def test_tied_tensors_are_placed_once_with_all_names() -> None:
     block.first, block.second = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
     block.second.weight = block.first.weight
     block.shared = block.first  # one module under two names
-    block.register_buffer("table", torch.arange(4.0))
-    block.second.register_buffer("table", block.table)
+    table = torch.arange(4.0)
+    block.register_buffer("table", table)
+    block.second.register_buffer("table", table)
     layout = BlockLayout.of(block)
     _check_layout(layout, block, 1)
     assert [set(entry.names) for entry in layout.entries] == [

@@ -366,7 +366,7 @@ def main(
 ) -> None:
     """Time crossdock's HSDP against fully_shard; exit code 1 when an output differs."""
     results = run_ranks(tokens, steps, rounds, limit)
-    console = Console()
+    console = Console(width=110)
     console.print(
         f"{tokens} image + {TEXT_TOKENS} text tokens, {RANKS} gloo ranks, one thread each, {rounds} rounds "
         f"of {steps} steps, prefetch {PREFETCH}",
