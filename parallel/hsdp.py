@@ -6,6 +6,7 @@ parameter: the all-gather writes straight into the slot, without a copy in or ou
 
 from __future__ import annotations
 
+import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
@@ -21,8 +22,26 @@ def shard_range(nbytes: int, parts: int, index: int) -> tuple[int, int]:
 
 
 def all_gather_bytes(whole: Tensor, shard: Tensor, group: dist.ProcessGroup) -> None:
-    """Fill `whole` (uint8 `[parts * size]`) with every rank's `shard` (uint8 `[size]`), in group order.
+    """Fill `whole` (uint8 `[parts * size]`) with every rank's `shard` (uint8 `[size]`), in group order. Collective.
 
     `shard` may be this rank's own range of `whole`. Blocks the calling thread (CPU) or stream (CUDA) until done.
     """
-    all_gather_single(whole, shard, group)
+    if whole.device.type == "cpu":
+        _all_gather_by_broadcasts(whole, shard, group)
+    else:
+        all_gather_single(whole, shard, group)
+
+
+def _all_gather_by_broadcasts(whole: Tensor, shard: Tensor, group: dist.ProcessGroup) -> None:
+    """gloo's all-gather takes 2 to 3 times as long as one broadcast per rank, all under way at once."""
+    mine = dist.get_rank(group)
+    parts = whole.chunk(dist.get_world_size(group))
+    works = [
+        dist.broadcast(shard if owner == mine else part, group=group, group_src=owner, async_op=True)
+        for owner, part in enumerate(parts)
+    ]
+    if parts[mine].data_ptr() != shard.data_ptr():
+        np.copyto(parts[mine].numpy(), shard.numpy())  # on this thread alone, while the others send
+    for work in works:
+        assert work is not None
+        work.wait()
