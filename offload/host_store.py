@@ -49,9 +49,12 @@ class HostStore:
         """Map a store of another process of this node.
 
         Raises:
-            OSError: the owner is gone, belongs to another user, or lives in another pid namespace.
+            OSError: the owner is gone, belongs to another user, lives in another pid namespace, or closed the store.
         """
-        return cls(os.open(f"/proc/{handle.pid}/fd/{handle.fd}", os.O_RDWR | os.O_CLOEXEC), handle.nbytes)
+        path = f"/proc/{handle.pid}/fd/{handle.fd}"
+        if not os.readlink(path).startswith(f"/memfd:{PREFIX}"):
+            raise FileNotFoundError(f"{path} is no host store any more: its owner closed it")
+        return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC), handle.nbytes)
 
     @property
     def handle(self) -> HostStoreHandle:

@@ -41,10 +41,13 @@ def node_id() -> str:
 class RankWeights:
     """What a rank holds of the transformer, outside the module itself.
 
-    `filled` are the blocks whose bytes this rank read; the ranks that share a store divide that work.
+    `starts`: block -> the first of its bytes that rests here. `slices`: fqn -> the part that was read, of what is cut.
+    `filled`: the blocks whose bytes this rank read itself; the ranks that share a store divide that work.
     """
 
     blocks: list[StreamedBlock]
+    starts: dict[str, int]
+    slices: Mapping[str, TensorSlice]
     filled: frozenset[str]
     store: HostStore | None
     shares_store_with: tuple[int, ...]
@@ -65,9 +68,10 @@ class WeightLoader:
     def load_blocks(self) -> RankWeights:
         """Fill every block's home. Collective over the world where blocks rest in host memory."""
         store, sharers = self._host_store()
-        offset, blocks, filled = 0, [], []
+        offset, blocks, filled, starts = 0, [], [], {}
         for number, block in enumerate(self._plan.blocks):
             start, stop = self._range(block)
+            starts[block.name] = start
             if block.home.on_host:
                 assert store is not None
                 source = store.bytes[offset : offset + stop - start]
@@ -85,7 +89,7 @@ class WeightLoader:
             exchange("filled", self._mesh.shape.world_size)
             if self._device.type == "cuda":
                 store.register()
-        return RankWeights(blocks, frozenset(filled), store, sharers)
+        return RankWeights(blocks, starts, self._slices, frozenset(filled), store, sharers)
 
     def load_outside(self) -> None:
         """Everything outside the blocks goes to the device: parameters, buffers, tensors kept as plain attributes."""

@@ -20,7 +20,7 @@ from crossdock.offload.block_stream import BlockStream, Gather, TraceEvent
 from crossdock.offload.copy_engine import make_copy_engine
 from crossdock.offload.host_store import mapped_share_bytes
 from crossdock.parallel.attention import SequenceParallelAttention
-from crossdock.parallel.hsdp import all_gather_bytes, shard_range
+from crossdock.parallel.hsdp import all_gather_bytes
 from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.regions import Attend, SequenceParallelism
 from crossdock.parallel.tensor import TensorParallelism
@@ -101,11 +101,11 @@ class RankWorker:
 
     def report(self) -> RankReport:
         """What this rank holds now, read off the live model."""
-        parts = self.plan.slices[self.mesh.index_in("tp")]
+        weights = self.weights
         return RankReport(
             rank=self.rank,
-            tensors=record_tensors(self.model, self.stream, parts, self.weights.filled),
-            homes=record_homes(self.plan, self.stream, self._starts(), self.weights.filled),
+            tensors=record_tensors(self.model, self.stream, weights.slices, weights.filled),
+            homes=record_homes(self.plan, self.stream, weights.starts, weights.filled),
             order=self.stream.order,
             slot_bytes=tuple(memory.nbytes for memory in self.stream.slot_memory),
             foreign_hooks=foreign_hooks(self.model),
@@ -190,14 +190,6 @@ class RankWorker:
             self.mesh.index_in("weights"),
             lambda whole, shard: all_gather_bytes(whole, shard, group),
         )
-
-    def _starts(self) -> dict[str, int]:
-        """Block -> the first of its bytes that rests here."""
-        parts, index = self.mesh.shape.hsdp_shard, self.mesh.index_in("weights")
-        return {
-            block.name: shard_range(block.layout.nbytes, parts, index)[0] if block.home.sharded else 0
-            for block in self.plan.blocks
-        }
 
     # -- parts of generate ---------------------------------------------------------------------------------------
 
