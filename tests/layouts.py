@@ -21,6 +21,7 @@ class Layout:
 
 
 LAYOUTS = (
+    Layout("single"),
     Layout("layerwise"),
     Layout("tp2"),
     Layout("layerwise_tp2", through_torchrun=True),
