@@ -19,7 +19,7 @@ from crossdock.offload.block_stream import Home
 from crossdock.offload.layout import BlockLayout
 from crossdock.offload.schedule import SlotSchedule, assign_slots, choose_resident, minimum_bytes
 from crossdock.parallel.mesh import MeshShape, describe
-from crossdock.parallel.tensor import TensorParallelism, TensorSlice
+from crossdock.parallel.tensor import TensorParallelism, TensorSlice, tensor_slices
 from crossdock.parallel.xfuser_attention import xfuser_installed, xfuser_limits
 from crossdock.runtime.checkpoint import StoredTensor, check_components, read_json, read_model_index, stored_tensors
 from crossdock.runtime.config import RunConfig
@@ -105,7 +105,7 @@ def make_plan(config: RunConfig, model_dir: Path, device: str) -> RunPlan:
     model = build_on_meta(spec.transformer, folder)
     stored = stored_tensors(folder)
     _check_tensors(model, stored, folder)
-    _check_heads(model, spec, config)
+    _check_degree(model, spec, config)
     _check_attention(model, spec, config, device)
 
     mesh = mesh_shape(config)
@@ -202,15 +202,23 @@ def _check_tensors(model: nn.Module, stored: Mapping[str, StoredTensor], folder:
             )
 
 
-def _check_heads(model: nn.Module, spec: ModelSpec, config: RunConfig) -> None:
+def _check_degree(model: nn.Module, spec: ModelSpec, config: RunConfig) -> None:
+    """The TP degree divides the heads and every part of every planned linear."""
     degree, heads = config.parallel.tp_degree, _heads(model, spec)
-    if heads % degree:
-        allowed = ", ".join(str(d) for d in range(1, heads + 1) if heads % d == 0)
-        raise ConfigError(
-            f"found {degree}, which does not divide the {heads} attention heads of {spec.transformer}; "
-            f"allowed: {allowed}",
-            "parallel.tp_degree",
-        )
+    reasons = {d: _why_not(model, spec, d) for d in {degree, *(d for d in range(1, heads + 1) if heads % d == 0)}}
+    if reasons[degree] is not None:
+        allowed = ", ".join(str(d) for d in sorted(reasons) if reasons[d] is None)
+        raise ConfigError(f"found {degree}: {reasons[degree]}; allowed: {allowed}", "parallel.tp_degree")
+
+
+def _why_not(model: nn.Module, spec: ModelSpec, degree: int) -> str | None:
+    if _heads(model, spec) % degree:
+        return f"it does not divide the {_heads(model, spec)} attention heads of {spec.transformer}"
+    try:
+        tensor_slices(model, spec.tensor_plan, 0, degree)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _check_attention(model: nn.Module, spec: ModelSpec, config: RunConfig, device: str) -> None:
@@ -233,15 +241,12 @@ def _tensor_slices(model: nn.Module, spec: ModelSpec, degree: int) -> tuple[dict
     """Per TP rank; leaves `model` with local shapes, which are the same on every rank."""
     if degree == 1:
         return ({},)
-    try:
-        slices = []
-        for rank in range(degree):
-            handle = TensorParallelism.apply(model, spec.tensor_plan, rank, degree, group=None)
-            slices.append(dict(handle.slices))
-            if rank < degree - 1:
-                handle.remove()
-    except ValueError as error:
-        raise ConfigError(f"found {degree}: {error}", "parallel.tp_degree") from None
+    slices = []
+    for rank in range(degree):
+        handle = TensorParallelism.apply(model, spec.tensor_plan, rank, degree, group=None)
+        slices.append(dict(handle.slices))
+        if rank < degree - 1:
+            handle.remove()
     return tuple(slices)
 
 

@@ -116,15 +116,20 @@ def _slices_cover(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[Vio
                 if record.shape != expected:
                     yield Violation("covers", rank, fqn, f"shape {expected}", f"shape {record.shape}", _REPORT_IT)
             cut = [(rank, record.part) for rank, record in held if record.part is not None]
-            if cut:
-                yield from _tiles(fqn, cut, len(held))
+            whole = [rank for rank, record in held if record.part is None]
+            if cut and whole:
+                others = f"cut along dim {cut[0][1].dim}, as on rank {cut[0][0]}"
+                yield Violation("covers", whole[0], fqn, others, "not cut", _REPORT_IT)
+            elif cut:
+                yield from _tiles(fqn, cut)
 
 
-def _tiles(fqn: str, parts: Sequence[tuple[int, TensorSlice]], holders: int) -> Iterator[Violation]:
+def _tiles(fqn: str, parts: Sequence[tuple[int, TensorSlice]]) -> Iterator[Violation]:
     rank, first = parts[0]
-    if len(parts) != holders or any(part.dim != first.dim for _, part in parts):
-        yield Violation("covers", rank, fqn, f"cut along dim {first.dim} on all ranks", "not on all", _REPORT_IT)
-        return
+    for other, part in parts:
+        if part.dim != first.dim:
+            yield Violation("covers", other, fqn, f"cut along dim {first.dim}", f"along dim {part.dim}", _REPORT_IT)
+            return
     ranges = sorted((span, rank) for rank, part in parts for span in part.ranges)
     at = 0
     for (start, stop), owner in ranges:
@@ -148,16 +153,18 @@ def _tiles(fqn: str, parts: Sequence[tuple[int, TensorSlice]], holders: int) -> 
 
 def _shards_cover(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[Violation]:
     """The shards of a group tile every block, in group order: that is the order of the all-gather."""
+    sizes = {block.name: block.layout.nbytes for block in plan.blocks}
     for group in _groups(plan, "weights"):
         for index, rank in enumerate(group):
             for home in by_rank[rank].homes:
-                expected = (0, home.nbytes)
+                if home.block not in sizes:
+                    continue  # same-schedule says so
+                expected = (0, sizes[home.block])
                 if home.home.sharded:
-                    expected = shard_range(home.nbytes, len(group), index)
-                if (home.start, home.stop) != expected:
-                    yield Violation(
-                        "covers", rank, home.block, f"bytes {expected}", f"bytes {(home.start, home.stop)}", _REPORT_IT
-                    )
+                    expected = shard_range(sizes[home.block], len(group), index)
+                found = (home.start, home.stop)
+                if found != expected:
+                    yield Violation("covers", rank, home.block, f"bytes {expected}", f"bytes {found}", _REPORT_IT)
 
 
 def _replicas_agree(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[Violation]:
@@ -174,11 +181,11 @@ def _replicas_agree(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[V
                 sums[("tensor", record.fqn, part)][rank] = (record.checksum, record.fqn)
     for holders in sums.values():
         common, _ = Counter(checksum for checksum, _ in holders.values()).most_common(1)[0]
+        agreeing = [rank for rank, (checksum, _) in holders.items() if checksum == common]
         for rank, (checksum, name) in holders.items():
             if checksum != common:
-                yield Violation(
-                    "covers", rank, name, f"the other ranks' bytes (checksum {common:#x})", f"{checksum:#x}", _RELOAD
-                )
+                expected = f"the bytes of rank {agreeing[0]} (checksum {common:#x})"
+                yield Violation("covers", rank, name, expected, f"{checksum:#x}", _RELOAD)
 
 
 # -- in-order -----------------------------------------------------------------------------------------------------

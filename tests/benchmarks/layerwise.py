@@ -107,9 +107,7 @@ def main(
             "txt_ids": torch.zeros(512, 3),
             "guidance": torch.tensor([3.5]),
         }
-    inputs = {
-        name: value.to(device, value.dtype if name.endswith("_ids") else dtype) for name, value in inputs.items()
-    }
+    inputs = {name: value.to(device, value.dtype if name.endswith("_ids") else dtype) for name, value in inputs.items()}
     config = CONFIG if small else FLUX_DEV_CONFIG
     sides = {name: make_side(config, dtype, device, home) for name, home in _HOMES.items()}
     outputs = {name: run_step(model, inputs) for name, (model, _) in sides.items()}

@@ -1,0 +1,332 @@
+"""The composition contract, broken on purpose: real reports of real gangs, with one fault planted in each.
+
+Every fault must be caught by the check that is responsible, with the rank and the tensor or block in the message; and
+there is no false alarm on any healthy layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from crossdock.launch.engine import Engine
+from crossdock.parallel.tensor import TensorSlice
+from crossdock.runtime.coordinator import Coordinator
+from crossdock.runtime.errors import CompositionError
+from crossdock.runtime.gang import Gang
+from crossdock.runtime.inspection import checksum, foreign_hooks
+from crossdock.runtime.plan import RunPlan
+from crossdock.runtime.reports import HomeRecord, RankReport, TensorRecord
+from crossdock.runtime.verify import CHECKS, verify_composition, verify_trace
+from crossdock.runtime.worker import RankWorker
+from crossdock.runtime.yaml_config import load_config
+from layouts import FAMILIES, LAYOUTS
+
+Healthy = tuple[RunPlan, tuple[RankReport, ...]]
+BAD = 1
+"""The rank on which faults are planted."""
+
+
+@pytest.fixture(scope="module")
+def healthy(gang_of: Callable[[int], Gang], checkpoints: dict[str, Path]) -> Callable[[str, str], Healthy]:
+    """(layout, family) -> the plan and what the ranks really report."""
+    known: dict[tuple[str, str], Healthy] = {}
+
+    def healthy(name: str, family: str = "z-image") -> Healthy:
+        if (name, family) not in known:
+            config = load_config(next(layout for layout in LAYOUTS if layout.name == name).config)
+            with Engine.start(config, checkpoints[family], gang_of(config.world_size)) as engine:
+                known[name, family] = engine.plan, tuple(engine.gang.call(RankWorker.report, timeout_s=60))
+        return known[name, family]
+
+    return healthy
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", [layout.name for layout in LAYOUTS])
+def test_no_false_alarm(name: str, family: str, healthy: Callable[[str, str], Healthy]) -> None:
+    plan, reports = healthy(name, family)
+    assert verify_composition(plan, reports) == []
+
+
+# -- faults: each takes the bad rank's healthy report and returns a broken one ---------------------------------------
+
+
+def _swap(items: Sequence[Any], i: int, j: int) -> tuple[Any, ...]:
+    swapped = list(items)
+    swapped[i], swapped[j] = swapped[j], swapped[i]
+    return tuple(swapped)
+
+
+def _home(report: RankReport, index: int, **changes: Any) -> RankReport:
+    homes = list(report.homes)
+    homes[index] = replace(homes[index], **changes)
+    return replace(report, homes=tuple(homes))
+
+
+def _tensor(report: RankReport, fqn: str, **changes: Any) -> RankReport:
+    assert any(record.fqn == fqn for record in report.tensors), fqn
+    change = lambda record: replace(record, **changes) if record.fqn == fqn else record  # noqa: E731
+    return replace(report, tensors=tuple(change(record) for record in report.tensors))
+
+
+def _record(report: RankReport, fqn: str) -> TensorRecord:
+    return next(record for record in report.tensors if record.fqn == fqn)
+
+
+def _events(report: RankReport, kinds: Sequence[str]) -> RankReport:
+    """The rehearsal with the first block's events replaced by `kinds`; "other:kind" is another block's event."""
+    first = report.trace[0]
+    other = next(event.block for event in report.trace if event.slot == first.slot and event.block != first.block)
+    events = [
+        replace(first, sequence=number, kind=kind.split(":")[-1], block=other if ":" in kind else first.block)
+        for number, kind in enumerate(kinds)
+    ]
+    return replace(report, trace=tuple(events) + tuple(e for e in report.trace if e.slot != first.slot))
+
+
+def _slice_of_rank_0(report: RankReport) -> RankReport:
+    part = _record(report, CUT).part
+    assert part is not None
+    size = part.size
+    return _tensor(report, CUT, part=TensorSlice(part.dim, ((0, size),), part.full_size))
+
+
+def _gap(report: RankReport) -> RankReport:
+    part = _record(report, CUT).part
+    assert part is not None
+    (start, stop) = part.ranges[0]
+    return _tensor(report, CUT, part=replace(part, ranges=((start + 1, stop),)))
+
+
+CUT = "layers.1.attention.to_q.weight"
+NORM = "layers.1.attention_norm1.weight"
+OUTSIDE = "x_pad_token"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`plant` breaks a report; `check` must catch it and say `text`; on these layouts."""
+
+    name: str
+    check: str
+    text: str
+    plant: Callable[[RankReport], RankReport]
+    layouts: tuple[str, ...]
+
+
+STREAMED = ("layerwise_tp2", "layerwise_hsdp", "layerwise_ulysses2_ring2")
+ANY = (*STREAMED, "hsdp", "tp2")
+FAULTS = (
+    Fault(
+        "blocks swapped",
+        "same-schedule",
+        "streamed block 1",
+        lambda r: replace(r, order=_swap(r.order, 1, 2)),
+        STREAMED,
+    ),
+    Fault("block left out", "same-schedule", "None", lambda r: replace(r, order=r.order[:-1]), STREAMED),
+    Fault("another slot", "same-schedule", "noise_refiner.0", lambda r: _home(r, 0, slot=2), STREAMED),
+    Fault("other slot sizes", "same-schedule", "slot sizes", lambda r: replace(r, slot_bytes=(1, 2)), STREAMED),
+    Fault("another block size", "same-schedule", "noise_refiner.1", lambda r: _home(r, 1, nbytes=1), STREAMED),
+    Fault("homes swapped", "same-schedule", "layers", lambda r: replace(r, homes=_swap(r.homes, 4, 5)), ANY),
+    Fault("left on meta", "owned-once", OUTSIDE, partial(_tensor, fqn=OUTSIDE, device="meta", place="nowhere"), ANY),
+    Fault("off the device", "owned-once", OUTSIDE, partial(_tensor, fqn=OUTSIDE, device="cuda:0"), ANY),
+    Fault(
+        "tensor missing",
+        "owned-once",
+        OUTSIDE,
+        lambda r: replace(r, tensors=tuple(t for t in r.tensors if t.fqn != OUTSIDE)),
+        ANY,
+    ),
+    Fault("tensor twice", "owned-once", OUTSIDE, lambda r: replace(r, tensors=(*r.tensors, _record(r, OUTSIDE))), ANY),
+    Fault(
+        "unplanned tensor",
+        "owned-once",
+        "extra",
+        lambda r: replace(r, tensors=(*r.tensors, replace(r.tensors[0], fqn="extra"))),
+        ANY,
+    ),
+    Fault("wrong dtype", "owned-once", NORM, partial(_tensor, fqn=NORM, dtype="torch.float16"), ANY),
+    Fault("bound to another slot", "owned-once", CUT, partial(_tensor, fqn=CUT, place="slot 9"), ANY),
+    Fault("bound to another offset", "owned-once", CUT, partial(_tensor, fqn=CUT, offset=12345), ANY),
+    Fault("private copy", "owned-once", CUT, partial(_tensor, fqn=CUT, place="outside", offset=0), ANY),
+    Fault(
+        "foreign hook",
+        "owned-once",
+        "accelerate",
+        lambda r: replace(r, foreign_hooks=(("layers.0", "an accelerate hook"),)),
+        ANY,
+    ),
+    Fault("slice of another rank", "covers", CUT, _slice_of_rank_0, ("layerwise_tp2", "tp2")),
+    Fault("gap in a slice", "covers", CUT, _gap, ("layerwise_tp2", "tp2")),
+    Fault("not cut", "covers", CUT, partial(_tensor, fqn=CUT, part=None), ("layerwise_tp2", "tp2")),
+    Fault("wrong shape", "covers", NORM, partial(_tensor, fqn=NORM, shape=(3,)), ANY),
+    Fault(
+        "shard of another rank",
+        "covers",
+        "noise_refiner.0",
+        lambda r: _home(r, 0, start=0, stop=r.homes[0].nbytes // 2),
+        ("hsdp", "layerwise_hsdp"),
+    ),
+    Fault("half a block", "covers", "noise_refiner.0", lambda r: _home(r, 0, stop=8), ("layerwise_ulysses2_ring2",)),
+    Fault("replicas differ", "covers", "noise_refiner.0", lambda r: _home(r, 0, checksum=1), ("hsdp",)),
+    Fault("replicated tensor differs", "covers", OUTSIDE, partial(_tensor, fqn=OUTSIDE, checksum=1), ANY),
+    Fault("replicated norm differs", "covers", NORM, partial(_tensor, fqn=NORM, checksum=1), ("tp2", "layerwise_tp2")),
+    Fault("not rehearsed", "in-order", "not", lambda r: replace(r, trace=()), STREAMED),
+    Fault(
+        "computed too early",
+        "in-order",
+        "its own bytes",
+        partial(_events, kinds=("load_begin", "compute_begin", "load_end", "compute_end")),
+        ("layerwise_tp2",),
+    ),
+    Fault(
+        "overwritten under its reader",
+        "in-order",
+        "the slot's last block",
+        partial(_events, kinds=("load_begin", "load_end", "compute_begin", "other:load_begin", "compute_end")),
+        ("layerwise_tp2",),
+    ),
+    Fault(
+        "another block computed",
+        "in-order",
+        "its own bytes",
+        partial(_events, kinds=("load_begin", "load_end", "other:compute_begin", "other:compute_end")),
+        ("layerwise_tp2",),
+    ),
+    Fault(
+        "end without begin",
+        "in-order",
+        "compute_begin",
+        partial(_events, kinds=("load_begin", "load_end", "compute_end")),
+        ("layerwise_tp2",),
+    ),
+    Fault(
+        "gathered before its shard",
+        "in-order",
+        "its own shard",
+        partial(
+            _events, kinds=("load_begin", "gather_begin", "load_end", "gather_end", "compute_begin", "compute_end")
+        ),
+        ("layerwise_hsdp",),
+    ),
+    Fault(
+        "shard of another block gathered",
+        "in-order",
+        "its own shard",
+        partial(
+            _events,
+            kinds=("other:load_begin", "other:load_end", "gather_begin", "gather_end", "compute_begin", "compute_end"),
+        ),
+        ("layerwise_hsdp",),
+    ),
+    Fault(
+        "computed before the gather",
+        "in-order",
+        "its own bytes",
+        partial(_events, kinds=("load_begin", "load_end", "compute_begin", "compute_end")),
+        ("layerwise_hsdp",),
+    ),
+    Fault(
+        "more slots than the window",
+        "in-order",
+        "window",
+        lambda r: replace(r, trace=(*r.trace, *(replace(e, slot=7) for e in r.trace[:2]))),
+        STREAMED,
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("fault", "layout"),
+    [
+        pytest.param(fault, layout, id=f"{fault.name.replace(' ', '-')}-{layout}")
+        for fault in FAULTS
+        for layout in fault.layouts
+    ],
+)
+def test_planted_fault_is_caught(fault: Fault, layout: str, healthy: Callable[[str], Healthy]) -> None:
+    plan, reports = healthy(layout)
+    broken = [fault.plant(report) if report.rank == BAD else report for report in reports]
+    assert broken[BAD] != reports[BAD], "nothing was planted"
+    violations = verify_composition(plan, broken)
+    assert fault.check in {violation.check for violation in violations}
+    mine = [str(violation) for violation in violations if violation.check == fault.check]
+    assert any(fault.text in text for text in mine), mine
+    assert any(f"rank {BAD}" in text for text in mine), mine
+    assert all("expected" in text and "found" in text for text in mine)
+
+
+def test_a_missing_rank_is_a_violation(healthy: Callable[[str], Healthy]) -> None:
+    plan, reports = healthy("layerwise_tp2")
+    assert verify_composition(plan, reports[:1])
+    assert verify_composition(plan, [])
+
+
+def test_a_request_is_reviewed_with_the_same_rule(healthy: Callable[[str], Healthy]) -> None:
+    plan, reports = healthy("layerwise_tp2")
+    trace = reports[0].trace
+    assert verify_trace(plan, 0, trace) == []
+    without_load = [event for event in trace if not event.kind.startswith("load")]
+    assert verify_trace(plan, 0, without_load)
+
+
+def test_the_coordinator_fails_closed(healthy: Callable[[str], Healthy]) -> None:
+    """The error lists what is broken, and the verdict for report.json says which check."""
+    plan, reports = healthy("layerwise_tp2")
+    coordinator = Coordinator(plan)
+    coordinator.admit(reports)
+    assert [row["status"] for row in coordinator.composition] == ["holds"] * len(CHECKS)
+    broken = [_tensor(reports[0], OUTSIDE, device="meta", place="nowhere"), reports[1]]
+    with pytest.raises(CompositionError, match=rf"owned-once: rank 0: {OUTSIDE}: expected on cpu, found on meta"):
+        coordinator.admit(broken)
+    assert {row["check"]: row["status"] for row in coordinator.composition}["owned-once"] == "violated"
+    with pytest.raises(CompositionError):
+        coordinator.admit([])
+
+
+def test_foreign_mechanisms_are_seen() -> None:
+    """Pitfalls 1, 2 and 4: an accelerate hook, FSDP and DTensor parameters would own the same weights."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    assert foreign_hooks(model) == ()
+    add_hook_to_module(model[0], ModelHook())
+    model[1].weight = nn.Parameter(torch.Tensor._make_subclass(_Subclass, torch.ones(2, 2)))
+    assert [what for _, what in foreign_hooks(model)] == ["an accelerate hook (ModelHook)", "a _Subclass"]
+
+
+class _Subclass(torch.Tensor):
+    """Stands for a DTensor, which needs a process group."""
+
+
+def test_checksum_sees_order_and_every_byte() -> None:
+    """Sums alone would not see two swapped rows."""
+    torch.manual_seed(0)
+    tensor = torch.randn(1003, 7)
+    same = checksum(tensor)
+    assert checksum(tensor.clone()) == same
+    assert checksum(tensor[torch.randperm(1003)]) != same
+    for place in (0, 500, 1002):
+        changed = tensor.clone()
+        changed[place, 6] += 1e-6
+        assert checksum(changed) != same
+    assert checksum(tensor.bfloat16()) != checksum(tensor.half())
+    assert isinstance(checksum(torch.zeros(0)), int)
+
+
+def test_home_records_are_what_they_say(healthy: Callable[[str], Healthy]) -> None:
+    """The reports that the faults are planted in are not empty: every block, every tensor, both ranks."""
+    plan, reports = healthy("layerwise_tp2")
+    for report in reports:
+        assert len(report.homes) == len(plan.blocks) == 9
+        assert {record.fqn for record in report.tensors} == set(plan.dtypes)
+        assert all(isinstance(home, HomeRecord) for home in report.homes)
