@@ -117,6 +117,8 @@ class RankWorker:
         replica = self.mesh.shape.coordinates(self.rank)["dp"]
         has_prompt = replica < len(request.prompts)
         number = replica if has_prompt else 0
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         before = (self.stream.counters.h2d_bytes, self.stream.counters.gathered_bytes, self.stream.counters.misses)
         done = self.pipeline.denoise(request.prompts[number], request.seed + number, request, self._on_step)
         result = RankResult(self.rank, self._measure(request.steps, before, done.step_ms), self._last_trace())
