@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -58,9 +57,6 @@ class TensorSlice:
     @property
     def size(self) -> int:
         return sum(stop - start for start, stop in self.ranges)
-
-    def take(self, tensor: Tensor) -> Tensor:
-        return torch.cat([tensor.narrow(self.dim, start, stop - start) for start, stop in self.ranges], self.dim)
 
 
 def matching_modules(model: nn.Module, pattern: str) -> list[str]:

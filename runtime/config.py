@@ -66,11 +66,6 @@ class ParallelConfig(Section):
     )
 
     @property
-    def sequence_degree(self) -> int:
-        """Ranks that one sequence is split over."""
-        return self.ulysses_degree * self.ring_degree
-
-    @property
     def degrees(self) -> dict[str, int]:
         """Degree by mesh axis, outermost first."""
         return {

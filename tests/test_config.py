@@ -215,7 +215,6 @@ def test_shipped_configs_load() -> None:
 def test_degrees_are_in_mesh_order() -> None:
     parallel = ParallelConfig(ulysses_degree=2, ring_degree=3, tp_degree=5, dp_degree=7)
     assert list(parallel.degrees.items()) == [("dp", 7), ("cfg", 1), ("ring", 3), ("ulysses", 2), ("tp", 5)]
-    assert parallel.sequence_degree == 6
     assert parallel.world_size == 210
     config = RunConfig.parse({"parallel": {"tp_degree": 2}, "launch": {"world_size": 2}})
     assert config.world_size == 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import Flux2Transformer2DModel, ZImageTransformer2DModel
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from crossdock.parallel.tensor import (
     COLUMN,
@@ -18,6 +18,7 @@ from crossdock.parallel.tensor import (
     RowParallelLinear,
     TensorParallelism,
     TensorPlan,
+    TensorSlice,
     tensor_slices,
 )
 from crossdock.runtime.checkpoint import TensorReader, stored_tensors
@@ -29,6 +30,10 @@ MODELS = {"flux2-klein": Flux2Transformer2DModel, "z-image": ZImageTransformer2D
 def _load(family: str, directory: Path) -> nn.Module:
     model: nn.Module = MODELS[family].from_pretrained(directory / "transformer")
     return model.eval()
+
+
+def _take(part: TensorSlice, tensor: Tensor) -> Tensor:
+    return torch.cat([tensor.narrow(part.dim, start, stop - start) for start, stop in part.ranges], part.dim)
 
 
 DEGREES = [("flux2-klein", 2), ("flux2-klein", 3), ("z-image", 2)]
@@ -53,7 +58,7 @@ def test_fused_projections_are_cut_part_by_part(checkpoints: dict[str, Path]) ->
     """Pitfall 37: a rank gets its share of q, of k, of v, of the gate and of the up half; by hand."""
     model = _load("flux2-klein", checkpoints["flux2-klein"])
     fqn = "single_transformer_blocks.0.attn.to_qkv_mlp_proj.weight"
-    found = tensor_slices(model, SPECS["flux2-klein"].tensor_plan, 1, 2)[fqn].take(model.get_parameter(fqn))
+    found = _take(tensor_slices(model, SPECS["flux2-klein"].tensor_plan, 1, 2)[fqn], model.get_parameter(fqn))
     attention = model.get_submodule("single_transformer_blocks.0.attn")
     inner, hidden = attention.inner_dim, attention.mlp_hidden_dim
     parts = model.get_parameter(fqn).split([inner, inner, inner, hidden, hidden])
@@ -73,9 +78,9 @@ def test_partial_sums_add_up(block: str, checkpoints: dict[str, Path]) -> None:
         handle = TensorParallelism.apply(local, plan, rank, 2, group=None)
         for fqn in [name for name, parameter in local.named_parameters() if parameter.is_meta]:
             path, _, leaf = fqn.rpartition(".")
-            value = handle.slices[fqn].take(weights[fqn]) if fqn in handle.slices else weights[fqn]
+            value = _take(handle.slices[fqn], weights[fqn]) if fqn in handle.slices else weights[fqn]
             setattr(local.get_submodule(path), leaf, nn.Parameter(value))
-        own = x if not isinstance(whole, nn.Linear) else handle.slices[f"{block}.weight"].take(x)
+        own = x if not isinstance(whole, nn.Linear) else _take(handle.slices[f"{block}.weight"], x)
         total += local.get_submodule(block)(own)
     assert torch.allclose(total, expected, atol=1e-12)
 
@@ -126,7 +131,7 @@ def test_the_reader_reads_slices_and_ranges(family: str, degree: int, checkpoint
         slices = tensor_slices(model, SPECS[family].tensor_plan, rank, degree)
         for fqn, tensor in whole.items():
             part = slices.get(fqn)
-            expected = tensor if part is None else part.take(tensor)
+            expected = tensor if part is None else _take(part, tensor)
             assert torch.equal(reader.read(fqn, part), expected), fqn
             start, stop = sorted(torch.randint(0, expected.numel() + 1, (2,), generator=generator).tolist())
             if start < stop:
