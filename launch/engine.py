@@ -65,12 +65,14 @@ class Engine:
         model_dir: str | os.PathLike[str],
         gang: Gang | None = None,
         make_gang: MakeGang | None = None,
+        first_request: GenerateRequest | None = None,
     ) -> Engine:
         """Plan, launch, load, verify.
 
         Args:
             gang: a started gang to run on; it is left running at `close`.
             make_gang: without `gang`, makes the engine's own; by default one of Ray actors.
+            first_request: what is asked for first, where that is known; refused before anything is started.
 
         Raises:
             UserError: the config, the checkpoint or the machine does not do.
@@ -79,6 +81,8 @@ class Engine:
         """
         device = choose_device(config)
         plan = make_plan(config, Path(model_dir), device)
+        if first_request is not None:
+            check_request(plan, first_request)
         began = time.perf_counter()
         if gang is not None:
             engine = cls(plan, gang, owns_gang=False, launch_s=0.0)

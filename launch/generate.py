@@ -43,7 +43,7 @@ def run_generate(
     try:
         make_gang = _choose_gang(config, launcher)
         console.print(f"{model_dir}: starting {config.world_size} ranks ({launcher})", markup=False)
-        with Engine.start(config, model_dir, make_gang=make_gang) as engine:
+        with Engine.start(config, model_dir, make_gang=make_gang, first_request=request) as engine:
             console.print(f"layout: {engine.plan.layout_name}; composition verified", markup=False)
             generation = _generate(engine, request, console)
     except UserError as error:

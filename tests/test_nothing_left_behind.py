@@ -234,6 +234,15 @@ def test_heads_not_divisible_names_file_and_line(checkpoints: Checkpoints, tmp_p
     _expect_user_error(command, f"{config}:3: parallel.tp_degree: found 4", "allowed: 1, 2")
 
 
+def test_a_size_that_does_not_fit_starts_nothing(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Known from the model directory alone: refused before a rank exists."""
+    command = _generate(checkpoints["z-image"], CONFIGS / "tp2.yaml", tmp_path / "out.png", "--height", "250")
+    with _watched(command) as run:
+        assert run.finish() == 2, run.output
+        assert not run.family
+    assert "height: found 250; allowed for z-image: a multiple of 16, such as 240" in run.output
+
+
 def test_under_torchrun_one_rank_speaks(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """What is wrong with the input is wrong on every rank: it is said once, and every rank exits with 2."""
     config = tmp_path / "layout.yaml"
