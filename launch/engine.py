@@ -20,7 +20,7 @@ from torch import Tensor
 from crossdock.launch.arguments import Outputs
 from crossdock.runtime.config import LaunchConfig, RunConfig
 from crossdock.runtime.coordinator import Coordinator
-from crossdock.runtime.errors import CrossdockError, LaunchError, RankError
+from crossdock.runtime.errors import CrossdockError, LaunchError
 from crossdock.runtime.gang import Gang
 from crossdock.runtime.plan import RunPlan, check_request, make_plan
 from crossdock.runtime.request import GenerateRequest
@@ -52,11 +52,16 @@ class Engine:
     """Use it as a context manager; `close` ends all ranks."""
 
     def __init__(self, plan: RunPlan, gang: Gang, owns_gang: bool, launch_s: float) -> None:
-        self.plan = plan
         self.gang = gang
         self._owns_gang = owns_gang
+        self._idle = False  # the ranks wait for work: nobody was interrupted in the middle of it
         self._coordinator = Coordinator(plan)
         self._phases = {"launch": launch_s, "load": 0.0, "verify": 0.0}
+
+    @property
+    def plan(self) -> RunPlan:
+        """What the ranks hold now."""
+        return self._coordinator.plan
 
     @classmethod
     def start(
@@ -132,14 +137,18 @@ class Engine:
         )
 
     def close(self) -> None:
-        """End all ranks, or hand a borrowed gang back without the model. May be called twice."""
-        if self._owns_gang:
-            self.gang.close()
-        else:
+        """Give the model up, its host memory included, and end all ranks, unless they were borrowed. Twice is fine.
+
+        After a failed request the ranks are gone already, and what they had in host memory is kept for a while: an
+        engine that is started again with the same layout does not read the checkpoint again.
+        """
+        if self._idle or not self._owns_gang:
             try:
                 self.gang.call(RankWorker.teardown, timeout_s=self.plan.config.launch.timeouts.launch_s)
-            except RankError:  # a rank hangs or is gone: the gang is of no use to its owner either
+            except CrossdockError:  # a rank hangs or is gone: the gang is of no use to its owner either
                 self.gang.close()
+        if self._owns_gang:
+            self.gang.close()
 
     def __enter__(self) -> Self:
         return self
@@ -152,8 +161,13 @@ class Engine:
     def _load(self) -> None:
         timeouts = self.plan.config.launch.timeouts
         began = time.perf_counter()
+        if self.plan.config.offload.is_relative:
+            device_bytes = min(self.gang.call(RankWorker.device_bytes, timeout_s=timeouts.launch_s))
+            plan = make_plan(self.plan.config, self.plan.model_dir, self.plan.device, device_bytes)
+            self._coordinator = Coordinator(plan)
         reports = self.gang.call(RankWorker.setup, self.plan, timeout_s=timeouts.load_s)
         loaded = time.perf_counter()
+        self._idle = True
         self._coordinator.admit(reports)
         self._phases |= {"load": loaded - began, "verify": time.perf_counter() - loaded}
 
@@ -163,12 +177,14 @@ class Engine:
                 progress(finished, request.steps)
 
         timeout_s = self.plan.config.launch.timeouts.request_s
+        self._idle = False
         try:
             results = self.gang.call(RankWorker.generate, request, timeout_s=timeout_s, watch=watch)
             self._coordinator.review(results)
         except CrossdockError:
             self.gang.close()  # the other ranks may hang in a collective
             raise
+        self._idle = True
         return results
 
     def _report(self, results: Sequence[RankResult]) -> dict[str, Any]:
@@ -182,6 +198,7 @@ class Engine:
         return {
             "layout": self.plan.layout_name,
             "ranks": rows,
+            "schedule": asdict(self.plan.schedule_report(results[0].verdict)),
             "composition": self._coordinator.composition,
             "phases_s": {phase: round(seconds, 4) for phase, seconds in phases.items()},
         }

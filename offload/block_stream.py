@@ -1,113 +1,47 @@
 """The block stream: the one mechanism behind layerwise offload and HSDP.
 
 Every block has a home where its bytes rest. A streamed block also has a slot: device memory to which its parameters
-are bound once, at attach time. Before a block computes, the stream waits for its bytes and has already enqueued the
-next `prefetch` blocks; after it computes, the slot is free for its next block. Prediction may be wrong (a cache
-skipped blocks, a custom entry point): a block whose slot holds another is loaded on demand and counted as a miss.
+are bound. Before a block computes, the stream waits for its bytes and has already enqueued the next `prefetch`
+blocks; after it computes, the slot is free for its next block. A block with a slot of its own stays on the device once
+it is loaded: it is resident. Prediction may be wrong (a cache skipped blocks, a custom entry point, another component
+took the memory): a block whose slot holds another is loaded on demand and counted as a miss.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any, Literal
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from crossdock.offload.copy_engine import CopyEngine, Event
-from crossdock.offload.layout import BlockLayout, TensorEntry, aligned_bytes
+from crossdock.offload.arena import Arena, Slot
+from crossdock.offload.block import StreamedBlock
+from crossdock.offload.copy_engine import CopyEngine
+from crossdock.offload.layout import BlockLayout, aligned_bytes
+from crossdock.offload.loader import BlockLoader, EventLog, Gather, fill_nan
 from crossdock.offload.schedule import SlotSchedule, slot_sizes
-
-
-class Home(StrEnum):
-    """Where a block's bytes rest."""
-
-    RESIDENT = "resident"
-    """the whole block on the device"""
-    HOST = "host"
-    """the whole block in host memory, shared by the ranks of the node; copied into a slot"""
-    DEVICE_SHARD = "device_shard"
-    """1/S of the block on each rank's device; gathered into a slot"""
-    HOST_SHARD = "host_shard"
-    """1/S of the block in host memory; copied, then gathered into a slot"""
-
-    @property
-    def streamed(self) -> bool:
-        return self is not Home.RESIDENT
-
-    @property
-    def sharded(self) -> bool:
-        return self in (Home.DEVICE_SHARD, Home.HOST_SHARD)
-
-    @property
-    def on_host(self) -> bool:
-        return self in (Home.HOST, Home.HOST_SHARD)
-
-
-@dataclass(frozen=True)
-class StreamedBlock:
-    """One transformer block. `source` is uint8: the whole block, or this rank's shard, where `home` says."""
-
-    name: str
-    module: nn.Module
-    layout: BlockLayout
-    home: Home
-    source: Tensor
-
-
-@dataclass(frozen=True)
-class Gather:
-    """All-gather of equal shards: `all_gather(out, shard)` fills `out` (uint8) with the shards of all `parts` ranks."""
-
-    parts: int
-    index: int
-    all_gather: Callable[[Tensor, Tensor], None]
-
-
-EventKind = Literal["load_begin", "load_end", "gather_begin", "gather_end", "compute_begin", "compute_end"]
-
-
-@dataclass(frozen=True)
-class TraceEvent:
-    """What happened, in order: `sequence` counts over both lanes and the compute stream of this rank."""
-
-    sequence: int
-    kind: EventKind
-    block: str
-    slot: int
-
-
-@dataclass
-class StreamCounters:
-    """Totals since the stream was attached."""
-
-    h2d_bytes: int = 0
-    gathered_bytes: int = 0
-    misses: int = 0
-
-
-class _Slot:
-    def __init__(self, memory: Tensor, idle: Event) -> None:
-        self.memory = memory
-        self.holder: int | None = None  # the block that is in it, or on its way into it
-        self.ready = idle  # its bytes have arrived
-        self.free = idle  # its last reader is done
+from crossdock.offload.trace import EventKind, StreamCounters, TraceEvent
 
 
 class BlockStream:
     """Streams `blocks` through slots on `device`.
 
     Args:
-        blocks: every block, resident ones included, in the order in which they are expected to run.
-        schedule: slots of the streamed blocks, in the same order.
+        blocks: every block, in the order in which they are expected to run.
+        schedule: slots of the blocks that are streamed and not in `resident`, in the same order.
         gather: the shard group; needed where a home is sharded.
+        resident: indices of blocks with a streamed home that get a slot of their own.
+        arena: where the slots lie; by default memory of their own.
         trace_limit: how many trace events are kept.
-        poison_freed: overwrite a slot with NaN as soon as its block has computed; shows reads of freed memory.
+        poison_freed: overwrite a shared slot with NaN as soon as its block has computed; shows reads of freed memory.
+
+    Attributes:
+        scheduled_at: sequence number of the first event under the present schedule.
     """
 
     def __init__(
@@ -117,49 +51,54 @@ class BlockStream:
         device: torch.device,
         engine: CopyEngine,
         gather: Gather | None = None,
+        *,
+        resident: Collection[int] = (),
+        arena: Arena | None = None,
         trace_limit: int = 100_000,
         poison_freed: bool = False,
     ) -> None:
         self.blocks = tuple(blocks)
-        self.schedule = schedule
         self.engine = engine
-        self.counters = StreamCounters()
-        self.trace: deque[TraceEvent] = deque(maxlen=trace_limit)
         self.poison_freed = poison_freed
         self._device = device
-        self._gather = gather
-        self._sequence = itertools.count()
-        self._streamed = [i for i, block in enumerate(self.blocks) if block.home.streamed]
-        if len(self._streamed) != len(schedule.slots):
-            raise ValueError(f"{len(self._streamed)} streamed blocks, but slots for {len(schedule.slots)}")
+        self._log = EventLog(engine, trace_limit)
+        self._loader = BlockLoader(engine, gather, self._log)
         if gather is None and any(block.home.sharded for block in self.blocks):
             raise ValueError("a sharded home needs a shard group")
-        self._slot_of = dict(zip(self._streamed, schedule.slots, strict=True))
-        self._successor = dict(zip(self._streamed, self._streamed[1:] + self._streamed[:1], strict=True))
+        self._index = {block.name: index for index, block in enumerate(self.blocks)}
+        self._ring = [i for i, block in enumerate(self.blocks) if block.home.streamed and block.runs]
+        self._held = [i for i, block in enumerate(self.blocks) if block.home.streamed and not block.runs]
         self._recorded: list[int] = []  # the order of the first pass, until it closes
         self._order_known = False
-        self._slots = self._allocate_slots()
+        self._reading: int | None = None
         self._handles: list[RemovableHandle] = []
         self._unbound: list[tuple[nn.Module, str, Tensor]] = []
+        self._shared: list[Slot] = []
+        self._own: dict[int, Slot] = {}
+        self._slots: dict[int, Slot] = {}
+        self._set_schedule(schedule, resident)
+        self.arena = arena or Arena(self._nbytes(), device)
+        self.arena.enter(self)
+        self._lease()
 
     # -- attach and remove ---------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Bind every block's parameters to their memory, once, and hook the streamed blocks. Not twice."""
+        """Bind every block's parameters to their memory and hook the blocks. Not twice."""
         if self._handles or self._unbound:
             raise RuntimeError("this block stream is attached already")
         for index, block in enumerate(self.blocks):
-            memory = self._memory_of(index)
-            for entry in block.layout.entries:
-                self._bind(block.module, entry, entry.view(memory))
-            if block.home.streamed:
+            self._unbound += [(owner, leaf, getattr(owner, leaf)) for owner, leaf in block.owners()]
+            if block.runs:
+                before, after = (self._before, self._after) if block.home.streamed else (self._begin, self._end)
                 self._handles += [
-                    block.module.register_forward_pre_hook(self._hook(self._before, index), prepend=True),
-                    block.module.register_forward_hook(self._hook(self._after, index), always_call=True),
+                    block.module.register_forward_pre_hook(_hook(before, index), prepend=True),
+                    block.module.register_forward_hook(_hook(after, index), always_call=True),
                 ]
+        self._bind()
 
     def remove(self) -> None:
-        """Take the hooks off and give the modules the parameters back that they had before `attach`."""
+        """Take the hooks off and give the modules the tensors back that they had before `attach`."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -169,113 +108,179 @@ class BlockStream:
             else:
                 module._buffers[name] = tensor
         self._unbound.clear()
-        self.engine.close()
+        self.vacate()
+        self.arena.leave(self)
 
     def rehearse(self) -> None:
         """Stream every block once without computing, so that ordering is proven before the first step."""
-        for index in self._streamed:
+        for index in self._ring:
             self._before(index)
             self._after(index)
         self._recorded.clear()  # the order of a rehearsal is the assumed one, not a fact
 
+    def reschedule(self, schedule: SlotSchedule, resident: Collection[int], order: Sequence[int]) -> None:
+        """Other slots and other residents, between two passes; parameters get new addresses.
+
+        Args:
+            schedule: slots of the streamed blocks in the order in which `order` names them.
+            order: indices of all streamable blocks in the order in which they run.
+        """
+        self.vacate()
+        self._ring = list(order)
+        self._order_known = True
+        self._set_schedule(schedule, resident)
+        self.move_in()
+
+    def vacate(self) -> None:
+        self.settle()
+        for slot in [*self._shared, *self._own.values()]:
+            with suppress(Exception):  # a load that failed is of no interest any more; one under way must end first
+                self.engine.wait(slot.ready)
+        self.arena.release([*self._shared, *self._own.values()])
+        self._shared, self._own, self._slots = [], {}, {}
+
+    def move_in(self) -> None:
+        self._lease()
+        if self._unbound:
+            self._bind()
+
+    # -- what it knows -------------------------------------------------------------------------------------------
+
     @property
     def order(self) -> tuple[str, ...]:
-        """Names of the streamed blocks in the order in which they are prefetched."""
-        if not self._streamed:
-            return ()
-        indices = [self._streamed[0]]
-        while (following := self._successor[indices[-1]]) != indices[0]:
-            indices.append(following)
-        return tuple(self.blocks[i].name for i in indices)
+        """Names of the blocks that share slots in the order in which they are prefetched."""
+        return tuple(self.blocks[i].name for i in self._ring if i not in self._own)
+
+    @property
+    def recorded_order(self) -> tuple[int, ...] | None:
+        """Indices of all streamable blocks as they ran in the first pass; None before it closed or if it skipped."""
+        return tuple(self._ring) if self._order_known and len(self._recorded) == len(self._ring) else None
 
     @property
     def slot_memory(self) -> tuple[Tensor, ...]:
-        return tuple(slot.memory for slot in self._slots)
+        """The slots that blocks share."""
+        return tuple(slot.memory for slot in self._shared)
+
+    @property
+    def resident_memory(self) -> dict[str, Tensor]:
+        """Block -> its memory, for those that stay on the device."""
+        memory = {self.blocks[index].name: slot.memory for index, slot in self._own.items()}
+        for block in self.blocks:
+            if not block.home.streamed and isinstance(block.source, Tensor):
+                memory[block.name] = block.source
+        return memory
+
+    @property
+    def counters(self) -> StreamCounters:
+        return self._loader.counters
+
+    def trace(self, last: int | None = None) -> tuple[TraceEvent, ...]:
+        """The last events (all that are kept by default), oldest first; waits for the device."""
+        return self._log.last(last)
 
     def slot_of(self, name: str) -> int | None:
         """The slot of the block called `name`; None for a resident one."""
-        return self._slot_of.get(next(i for i, block in enumerate(self.blocks) if block.name == name))
+        return self._shared_slot.get(self._index[name])
 
     # -- one block -----------------------------------------------------------------------------------------------
 
-    def _before(self, index: int) -> None:
+    def prepare(self) -> None:
+        """Begin to load the first blocks of a pass: call it when this component's turn begins."""
+        if self._ring:
+            self.settle()
+            self._enqueue(self._ring[0])
+            self._fetch_ahead(self._ring[0])
+
+    @contextmanager
+    def hold(self, name: str) -> Iterator[None]:
+        """Keep a block on the device meanwhile, whatever runs."""
+        index = self._index[name]
+        slot = self._slots[index]
+        self._enqueue(index)
+        self.engine.wait(slot.ready)
+        slot.begin_reading()
+        try:
+            yield
+        finally:
+            slot.end_reading(self.engine.record())
+
+    @contextmanager
+    def gathered(self, name: str, write_back: bool = False) -> Iterator[dict[str, Tensor]]:
+        """The true and whole weights of a block, by their names in it: copies on the device. Collective when sharded.
+
+        Args:
+            write_back: what was changed goes to where the block rests, unless the body raises. Processes that share a
+                host store must all have read before one of them writes, and must make the same change.
+        """
+        index = self._index[name]
+        block = self.blocks[index]
+        if not block.home.streamed:
+            assert isinstance(block.source, Tensor)
+            yield _named(block.layout, block.source)
+            return
+        memory = aligned_bytes(block.layout.nbytes, self._device)
+        self.engine.wait(self._loader.load(block, memory, (self.engine.record(),), None, noted=False))
+        yield _named(block.layout, memory)
+        if write_back:
+            self._forget(self._slots[index])
+            self._loader.store(block, memory)
+
+    def _begin(self, index: int, call: FrameType | None = None) -> None:
+        self._note("compute_begin", index)
+
+    def _end(self, index: int, call: FrameType | None = None) -> None:
+        self._note("compute_end", index)
+
+    def _before(self, index: int, call: FrameType | None = None) -> None:
         self._learn(index)
-        slot = self._slots[self._slot_of[index]]
+        self.settle()
+        slot = self._slots[index]
+        self._note("wait_begin", index)
         if slot.holder != index:
             self.counters.misses += 1
             self._enqueue(index)
-        following, taken = index, {self._slot_of[index]}
-        for _ in range(self.schedule.prefetch):
-            following = self._successor[following]
-            if self._slot_of[following] not in taken:  # else it would push out a block that runs before it
-                taken.add(self._slot_of[following])
-                self._enqueue(following)
+        self._fetch_ahead(index)
         try:
             self.engine.wait(slot.ready)
         except BaseException:
             slot.holder = None  # half filled: the next request loads it again
             raise
-        slot.free = _NEVER  # replaced in _after; nothing is enqueued to this slot in between
-        self._note("compute_begin", index)
+        slot.begin_reading(call)
+        self._reading = index
+        self._begin(index)
 
-    def _after(self, index: int) -> None:
-        slot = self._slots[self._slot_of[index]]
-        if slot.free is not _NEVER:
+    def _after(self, index: int, call: FrameType | None = None) -> None:
+        if self._reading != index:
             return  # the block never began: its own load failed
-        self._note("compute_end", index)
-        slot.free = self.engine.record()
-        if self.poison_freed:
-            slot.ready = self.engine.submit("copy", lambda: _fill_nan(slot.memory), (slot.free,))
+        self.settle()
+
+    def settle(self) -> None:
+        """End the reading of the block that ran last: also of one that an interrupt threw out, without its hook."""
+        if self._reading is None:
+            return
+        index, self._reading = self._reading, None
+        self._end(index)
+        slot = self._slots[index]
+        done = self.engine.record()
+        slot.end_reading(done)
+        if self.poison_freed and index not in self._own:
+            slot.ready = self.engine.submit("copy", lambda: fill_nan(slot.memory), (done,))
             slot.holder = None
+
+    def _fetch_ahead(self, index: int) -> None:
+        taken = {self._slots[index]}
+        for following in self._ahead[index]:
+            slot = self._slots[following]
+            if slot not in taken:  # else it would push out a block that runs before it
+                taken.add(slot)
+                self._enqueue(following)
 
     def _enqueue(self, index: int) -> None:
         """Load block `index` into its slot, behind the slot's last reader and its last load."""
-        slot = self._slots[self._slot_of[index]]
-        if slot.holder == index:
-            return
-        if slot.free is _NEVER:
-            raise RuntimeError(f"slot {self._slot_of[index]} is being read while {self.blocks[index].name} wants it")
-        slot.holder = index
-        slot.ready = self._load(index, slot.memory, (slot.free, *self._if_done(slot.ready)))
-
-    def _if_done(self, ready: Event) -> tuple[Event, ...]:
-        """The slot's earlier load, unless it failed: a failed load is no reason not to load again."""
-        return () if getattr(ready, "error", None) is not None else (ready,)
-
-    def _load(self, index: int, memory: Tensor, after: Sequence[Event]) -> Event:
-        block = self.blocks[index]
-        whole = memory[: block.layout.nbytes]
-        if block.home is Home.HOST:
-            return self._copy(index, whole, after)
-        assert self._gather is not None
-        if block.home is Home.DEVICE_SHARD:
-            return self._all_gather(index, whole, block.source, after)
-        size = block.layout.shard_nbytes(self._gather.parts)
-        mine = whole[self._gather.index * size : (self._gather.index + 1) * size]
-        return self._all_gather(index, whole, mine, (self._copy(index, mine, after),))
-
-    def _copy(self, index: int, target: Tensor, after: Sequence[Event]) -> Event:
-        source = self.blocks[index].source
-
-        def work() -> None:
-            self._note("load_begin", index)
-            self.engine.move(target, source)
-            self._note("load_end", index)
-
-        self.counters.h2d_bytes += source.nbytes
-        return self.engine.submit("copy", work, after)
-
-    def _all_gather(self, index: int, whole: Tensor, shard: Tensor, after: Sequence[Event]) -> Event:
-        gather = self._gather
-        assert gather is not None
-
-        def work() -> None:
-            self._note("gather_begin", index)
-            gather.all_gather(whole, shard)
-            self._note("gather_end", index)
-
-        self.counters.gathered_bytes += whole.nbytes - shard.nbytes
-        return self.engine.submit("gather", work, after)
+        slot, block = self._slots[index], self.blocks[index]
+        if slot.holder != index:
+            waits = slot.claim(index)
+            slot.ready = self._loader.load(block, slot.memory, waits, self.slot_of(block.name))
 
     # -- the order in which blocks run ---------------------------------------------------------------------------
 
@@ -287,48 +292,82 @@ class BlockStream:
             self._recorded.append(index)
             return
         self._order_known = True
-        if len(self._recorded) == len(self._streamed):
-            ring = self._recorded
-            self._successor = dict(zip(ring, ring[1:] + ring[:1], strict=True))
+        if len(self._recorded) == len(self._ring):
+            self._ring = list(self._recorded)
+            self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        """Per block, what is to be on its way while it runs: the next `prefetch` streamed ones, residents between."""
+        count = len(self._ring)
+        self._ahead: dict[int, tuple[int, ...]] = {}
+        for place, index in enumerate(self._ring):
+            following: list[int] = []
+            streamed = residents = 0
+            for step in range(1, count):
+                other = self._ring[(place + step) % count]
+                own = other in self._residents
+                streamed, residents = streamed + (not own), residents + own
+                if streamed > self._prefetch:
+                    break
+                if not own or residents <= self._prefetch + 1:  # a resident is loaded once: its neighbours see to it
+                    following.append(other)
+            self._ahead[index] = tuple(following)
 
     # -- memory --------------------------------------------------------------------------------------------------
 
-    def _allocate_slots(self) -> list[_Slot]:
-        sizes = slot_sizes([self.blocks[i].layout.nbytes for i in self._streamed], self.schedule.slots)
-        idle = self.engine.record()
-        return [_Slot(aligned_bytes(size, self._device), idle) for size in sizes]
+    def _set_schedule(self, schedule: SlotSchedule, resident: Collection[int]) -> None:
+        self._residents = frozenset(resident)
+        sharing = [i for i in self._ring if i not in self._residents]
+        if len(sharing) != len(schedule.slots):
+            raise ValueError(f"{len(sharing)} streamed blocks, but slots for {len(schedule.slots)}")
+        self.schedule = schedule
+        self.scheduled_at = self._log.upcoming
+        self._prefetch = max(schedule.prefetch, 1) if self._residents else schedule.prefetch
+        self._shared_slot = dict(zip(sharing, schedule.slots, strict=True))
+        self._look_ahead()
 
-    def _memory_of(self, index: int) -> Tensor:
-        block = self.blocks[index]
-        return self._slots[self._slot_of[index]].memory if block.home.streamed else block.source
+    def _sizes(self) -> tuple[list[int], list[int], list[int]]:
+        """Bytes of the shared slots; the blocks with a slot of their own, and their bytes."""
+        sizes = slot_sizes([self.blocks[i].layout.nbytes for i in self._shared_slot], list(self._shared_slot.values()))
+        alone = [*self._held, *(i for i in self._ring if i in self._residents)]
+        return sizes, alone, [self.blocks[i].layout.nbytes for i in alone]
 
-    def _bind(self, block: nn.Module, entry: TensorEntry, view: Tensor) -> None:
-        tensor = nn.Parameter(view, requires_grad=False) if entry.kind == "parameter" else view
-        for name in entry.names:
-            path, _, leaf = name.rpartition(".")
-            module = block.get_submodule(path)
-            owner = module._parameters if entry.kind == "parameter" else module._buffers
-            before = owner[leaf]
-            assert before is not None
-            self._unbound.append((module, leaf, before))
-            owner[leaf] = tensor  # type: ignore[assignment]
+    def _nbytes(self) -> int:
+        shared, _, own = self._sizes()
+        return sum(shared) + sum(own)
 
-    def _hook(self, act: Callable[[int], None], index: int) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            act(index)
+    def _lease(self) -> None:
+        shared, alone, own = self._sizes()
+        slots = self.arena.lease(self, [*shared, *own], self.engine.record())
+        self._shared = slots[: len(shared)]
+        self._own = dict(zip(alone, slots[len(shared) :], strict=True))
+        self._slots = {i: self._shared[slot] for i, slot in self._shared_slot.items()} | self._own
 
-        return hook
+    def _forget(self, slot: Slot) -> None:
+        """What the slot holds is out of date."""
+        self.engine.wait(slot.ready)
+        slot.holder = None
+
+    def _bind(self) -> None:
+        for index, block in enumerate(self.blocks):
+            memory = self._slots[index].memory if block.home.streamed else block.source
+            assert isinstance(memory, Tensor)
+            block.bind(memory)
 
     def _note(self, kind: EventKind, index: int) -> None:
-        self.trace.append(TraceEvent(next(self._sequence), kind, self.blocks[index].name, self._slot_of[index]))
+        name = self.blocks[index].name
+        self._log.note(kind, name, self.slot_of(name), "compute")
 
 
-class _Never:
-    """Stands in a slot's `free` while its block computes."""
+def _named(layout: BlockLayout, memory: Tensor) -> dict[str, Tensor]:
+    return {name: entry.view(memory) for entry in layout.entries for name in entry.names}
 
 
-_NEVER = _Never()
+def _hook(act: Callable[[int, FrameType | None], None], index: int) -> Callable[..., None]:
+    """A hook that a compiled caller calls but does not trace."""
 
+    def hook(*_: Any) -> None:
+        act(index, sys._getframe(2))  # beyond the wrapper: the module's own call
 
-def _fill_nan(memory: Tensor) -> None:
-    memory.fill_(0xFF)  # NaN in every floating-point dtype
+    disabled: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return disabled

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +25,10 @@ LANES: tuple[Lane, ...] = ("copy", "gather")
 
 class Event(Protocol):
     """Set when the work before it has run; made by an engine, and only understood by it."""
+
+
+Mark = Any
+"""A point in time on a lane or on the compute stream; made by an engine, and only understood by it."""
 
 
 class CopyEngine(Protocol):
@@ -38,6 +43,12 @@ class CopyEngine(Protocol):
 
     def record(self) -> Event:
         """An event for everything that the compute stream was given so far."""
+
+    def mark(self, lane: Lane | Literal["compute"]) -> Mark:
+        """The time at which the device gets here; inside a piece of work on its lane, else on the compute stream."""
+
+    def seconds(self, mark: Mark) -> float:
+        """`mark` on this node's monotonic clock (`time.perf_counter`); waits until the device got there."""
 
     def close(self) -> None:
         """Run what is queued, then end the lanes."""
@@ -89,6 +100,12 @@ class CpuCopyEngine:
     def record(self) -> Event:
         return _CpuEvent(is_set=True)  # compute on the CPU is synchronous: it has run when this is called
 
+    def mark(self, lane: Lane | Literal["compute"]) -> Mark:
+        return time.perf_counter()
+
+    def seconds(self, mark: Mark) -> float:
+        return float(mark)
+
     def close(self) -> None:
         for lane_queue in self._queues.values():
             lane_queue.put(None)
@@ -118,6 +135,10 @@ class CudaCopyEngine:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._streams = {lane: torch.cuda.Stream(device) for lane in LANES}  # type: ignore[no-untyped-call]
+        self._epoch = _timing_event()
+        self._epoch.record(torch.cuda.current_stream(device))
+        self._epoch.synchronize()
+        self._epoch_s = time.perf_counter()
 
     def submit(self, lane: Lane, work: Callable[[], None], after: Sequence[Event]) -> Event:
         stream = self._streams[lane]
@@ -139,9 +160,26 @@ class CudaCopyEngine:
         event: Event = torch.cuda.current_stream(self._device).record_event()
         return event
 
+    def mark(self, lane: Lane | Literal["compute"]) -> Mark:
+        if torch.cuda.is_current_stream_capturing():
+            return None  # a captured event has no time of its own
+        event = _timing_event()
+        event.record(torch.cuda.current_stream(self._device) if lane == "compute" else self._streams[lane])
+        return event
+
+    def seconds(self, mark: Mark) -> float:
+        if mark is None:
+            return 0.0
+        mark.synchronize()
+        return self._epoch_s + float(self._epoch.elapsed_time(mark)) / 1e3
+
     def close(self) -> None:
         for stream in self._streams.values():
             stream.synchronize()
+
+
+def _timing_event() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def make_copy_engine(device: torch.device, timeout_s: float = 300.0) -> CopyEngine:

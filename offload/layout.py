@@ -7,7 +7,7 @@ dtype, shape and stride, so that column-major weights stay column-major.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,16 +59,25 @@ class BlockLayout:
     nbytes: int
 
     @classmethod
-    def of(cls, block: nn.Module, dtypes: dict[str, torch.dtype] | None = None, multiple: int = 1) -> BlockLayout:
+    def of(
+        cls,
+        block: nn.Module,
+        dtypes: dict[str, torch.dtype] | None = None,
+        multiple: int = 1,
+        without: Collection[int] = (),
+    ) -> BlockLayout:
         """Lay out `block` (meta tensors will do).
 
         Args:
             dtypes: name relative to the block -> dtype, where it differs from what the module has now.
             multiple: the block is cut into this many equal shards; each starts at a multiple of `ALIGNMENT`.
+            without: `id`s of tensors that are placed elsewhere.
         """
         entries: list[TensorEntry] = []
         offset = 0
         for names, kind, tensor in _tensors_by_identity(block):
+            if id(tensor) in without:
+                continue
             dtype = (dtypes or {}).get(names[0], tensor.dtype)
             shape, stride = tuple(tensor.shape), tuple(tensor.stride())
             nbytes = _span(shape, stride) * dtype.itemsize

@@ -106,23 +106,42 @@ class OffloadConfig(Section):
         default=False, description="Keep the transformer blocks in host memory and stream each just in time."
     )
     prefetch: int = Field(default=1, ge=1, le=8, description="How many blocks ahead of the computation are fetched.")
-    device_budget: str | None = Field(
-        default=None, description="Device memory the weights may take; needs layerwise.", examples=["18GiB"]
+    device_budget: str | float | None = Field(
+        default=None,
+        description="Device memory that all weights together may take: a size, a fraction of the device, or auto (what "
+        "the first steps leave free); needs layerwise.",
+        examples=["18GiB", 0.8, "auto"],
     )
-    host: Literal["shared"] = Field(
-        default="shared", description="shared: one copy of the block bytes per node, shared by its ranks."
+    host: Literal["shared", "mmap"] = Field(
+        default="shared",
+        description="shared: one copy of the block bytes per node, shared by its ranks. mmap: none; blocks are read "
+        "from the page cache of the checkpoint's files.",
     )
 
+    def budget_bytes(self, device_bytes: int | None) -> int | None:
+        """`device_budget` in bytes; None: as little as possible, or not known before the device is."""
+        if isinstance(self.device_budget, float):
+            return None if device_bytes is None else int(self.device_budget * device_bytes)
+        return None if self.device_budget in (None, "auto") else _size_bytes(str(self.device_budget))
+
     @property
-    def device_budget_bytes(self) -> int | None:
-        """`device_budget` in bytes."""
-        return None if self.device_budget is None else _size_bytes(self.device_budget)
+    def is_relative(self) -> bool:
+        """The budget is a fraction of the device."""
+        return isinstance(self.device_budget, float)
 
     @field_validator("device_budget")
     @classmethod
-    def _budget_is_a_size(cls, budget: str | None) -> str | None:
-        if budget is not None and not _size_bytes(budget):
-            raise refusal(f'found "{budget}"; allowed: a size above zero in {", ".join(_UNIT_BYTES)}, such as "18GiB"')
+    def _budget_is_a_size(cls, budget: str | float | None) -> str | float | None:
+        if isinstance(budget, float):
+            good = 0 < budget <= 1
+        else:
+            good = budget is None or budget == "auto" or _size_bytes(budget) > 0
+        if not good:
+            found = f'"{budget}"' if isinstance(budget, str) else f"{budget:g}"
+            raise refusal(
+                f'found {found}; allowed: a size above zero in {", ".join(_UNIT_BYTES)}, such as "18GiB", '
+                "a fraction of the device above 0 and up to 1, or auto"
+            )
         return budget
 
     @model_validator(mode="after")
@@ -132,6 +151,12 @@ class OffloadConfig(Section):
                 f'found "{self.device_budget}", but nothing is offloaded; set offload.layerwise: true or remove it',
                 at="device_budget",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _mmap_needs_layerwise(self) -> Self:
+        if self.host == "mmap" and not self.layerwise:
+            raise refusal('found "mmap", but nothing is offloaded; set offload.layerwise: true', at="host")
         return self
 
 

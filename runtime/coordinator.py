@@ -15,10 +15,10 @@ SHOWN = 5
 
 
 class Coordinator:
-    """Judges what the ranks report; `composition` is the verdict for `report.json`."""
+    """Judges what the ranks report; `composition` is the verdict for `report.json`, `plan` what holds now."""
 
     def __init__(self, plan: RunPlan) -> None:
-        self._plan = plan
+        self.plan = plan
         self.composition: list[dict[str, str]] = []
 
     def admit(self, reports: Sequence[RankReport]) -> None:
@@ -27,18 +27,25 @@ class Coordinator:
         Raises:
             CompositionError: some part of the contract does not hold.
         """
-        violations = verify_composition(self._plan, reports)
-        self._judge(violations, f"{len(reports)} ranks, {len(self._plan.blocks)} blocks")
+        violations = verify_composition(self.plan, reports)
+        self._judge(violations, f"{len(reports)} ranks, {len(self.plan.blocks)} blocks")
 
     def review(self, results: Sequence[RankResult]) -> None:
-        """After a request, before its pictures are handed out.
+        """After a request, before its pictures are handed out; a changed schedule is judged like the first.
 
         Raises:
-            CompositionError: a rank did not stream in order.
+            CompositionError: a rank did not stream in order, or the new schedule does not compose.
         """
-        violations = [v for result in results for v in verify_trace(self._plan, result.rank, result.trace)]
+        if any(result.plan is not None for result in results):
+            self._adopt(results)
+        violations = [v for result in results for v in verify_trace(self.plan, result.rank, result.trace)]
         if violations:
             self._judge(violations, "")
+
+    def _adopt(self, results: Sequence[RankResult]) -> None:
+        plan = next(result.plan for result in results if result.plan is not None)
+        self.plan = plan
+        self.admit([result.report for result in results if result.report is not None])
 
     def _judge(self, violations: list[Violation], detail: str) -> None:
         broken = {check: [v for v in violations if v.check == check] for check in CHECKS}

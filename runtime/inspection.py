@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from crossdock.offload.block_stream import BlockStream, Home
+from crossdock.offload.block import Home
+from crossdock.offload.block_stream import BlockStream
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.reports import HomeRecord, TensorRecord
@@ -41,7 +42,7 @@ class Places:
 
     def __init__(self, stream: BlockStream) -> None:
         slots = {f"slot {i}": memory for i, memory in enumerate(stream.slot_memory)}
-        blocks = {f"block {block.name}": block.source for block in stream.blocks if not block.home.streamed}
+        blocks = {f"block {name}": memory for name, memory in stream.resident_memory.items()}
         self._ranges = [(name, m.data_ptr(), m.data_ptr() + m.nbytes) for name, m in (slots | blocks).items()]
 
     def find(self, tensor: Tensor) -> tuple[str, int]:
@@ -89,7 +90,7 @@ def _replicated_on_host(
     return {
         f"{block.name}.{name}": entry.view(block.source)
         for block in stream.blocks
-        if block.home is Home.HOST and block.name in filled
+        if block.home is Home.HOST and block.name in filled and isinstance(block.source, Tensor)
         for entry in block.layout.entries
         for name in entry.names
         if f"{block.name}.{name}" not in slices
@@ -108,19 +109,20 @@ def record_homes(
             stream.slot_of(block.name),
             planned[block.name].layout.nbytes,
             starts[block.name],
-            starts[block.name] + block.source.nbytes,
-            checksum(block.source) if block.name in filled else None,
+            starts[block.name] + block.source_bytes,
+            checksum(block.source) if block.name in filled and isinstance(block.source, Tensor) else None,
         )
         for block in stream.blocks
     )
 
 
-def device_weight_bytes(model: nn.Module) -> int:
-    """Bytes of all distinct storages that the model's parameters and buffers keep alive, meta ones aside."""
+def device_weight_bytes(models: Iterable[nn.Module], device: torch.device) -> int:
+    """Bytes of all distinct storages on `device` that the models' parameters and buffers keep alive."""
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for model in models
         for _, tensor in named_tensors(model)
-        if not tensor.is_meta
+        if tensor.device.type == device.type
     }
     return sum(storages.values())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -15,7 +15,10 @@ import transformers
 from PIL import Image
 from torch import Tensor, nn
 
+from crossdock.offload.arena import Arena
+from crossdock.offload.copy_engine import CopyEngine
 from crossdock.parallel.mesh import Mesh
+from crossdock.runtime.components import TEXT_ENCODER, VAE, place_component
 from crossdock.runtime.errors import CheckpointError
 from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.request import GenerateRequest
@@ -33,18 +36,54 @@ class Denoised:
 
 
 class RankPipeline:
-    """One rank's pipeline. The loop runs on every rank; the text encoder on the first of each replica."""
+    """One rank's pipeline. The loop runs on every rank; the text encoder and the VAE on the first of each replica."""
 
-    def __init__(self, plan: RunPlan, mesh: Mesh, transformer: nn.Module, device: torch.device) -> None:
-        self._spec = plan.spec
+    def __init__(
+        self,
+        plan: RunPlan,
+        mesh: Mesh,
+        transformer: nn.Module,
+        device: torch.device,
+        engine: CopyEngine,
+        arena: Arena | None,
+    ) -> None:
+        self._plan = plan
         self._device = device
+        self._arena = arena
         first = mesh.rank == mesh.ranks["replica"][0]
         given = {"transformer": transformer} | ({} if first else {"text_encoder": None})
         self.pipe = _load_pipeline(plan, given)
-        self._encoder = ReplicatedTextEncoder(self.pipe.text_encoder, plan.pipeline_dtype, device, mesh)
+        self._modules = {name: getattr(self.pipe, name) for name in (TEXT_ENCODER, VAE) if first}
+        self._components = {
+            name: place_component(name, module, device, engine, arena, plan.config.offload.prefetch)
+            for name, module in self._modules.items()
+        }
+        self._encoder = ReplicatedTextEncoder(
+            self.pipe.text_encoder, plan.pipeline_dtype, device, mesh, lambda: self.turn(TEXT_ENCODER)
+        )
         self.pipe.text_encoder = self._encoder
-        self.pipe.vae.to(device)
         self.pipe.set_progress_bar_config(disable=True)
+
+    @property
+    def on_device(self) -> tuple[nn.Module, ...]:
+        """The modules beside the transformer that this rank runs."""
+        return tuple(self._modules.values())
+
+    def remove(self) -> None:
+        """Take the components off the device."""
+        for component in self._components.values():
+            component.remove()
+
+    @contextmanager
+    def turn(self, name: str) -> Iterator[None]:
+        """A component's turn on the device. On every rank, also where another one runs it.
+
+        What the transformer loses must be the same everywhere: a block that one rank gathers, all have to gather.
+        """
+        if self._arena is not None:
+            self._arena.evict(self._plan.turn_bytes[name])
+        with self._components[name].present() if name in self._components else nullcontext():
+            yield
 
     def denoise(self, prompt: str, seed: int, request: GenerateRequest, on_step: Callable[[int], None]) -> Denoised:
         """Run the denoise loop; `on_step` gets the number of finished steps. The noise is drawn on the CPU."""
@@ -70,10 +109,10 @@ class RankPipeline:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Image.Image:
-        """latents: `[1, channels, height, width]`, as `denoise` returned them."""
+        """latents: `[1, channels, height, width]`, as `denoise` returned them. In the VAE's turn."""
         vae = self.pipe.vae
         latents = latents.to(self._device, vae.dtype)
-        if self._spec.vae_input == "scale_and_shift":
+        if self._plan.spec.vae_input == "scale_and_shift":
             latents = latents / vae.config.scaling_factor + vae.config.shift_factor
         pixels = vae.decode(latents, return_dict=False)[0]
         image: Image.Image = self.pipe.image_processor.postprocess(pixels, output_type="pil")[0]

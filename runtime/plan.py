@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from crossdock.offload.block_stream import Home
-from crossdock.offload.layout import BlockLayout
-from crossdock.offload.schedule import SlotSchedule, assign_slots, choose_resident, minimum_bytes
+from crossdock.offload.block import Home
+from crossdock.offload.discovery import DiscoveryError, FoundBlock, discover_blocks
+from crossdock.offload.layout import ALIGNMENT, BlockLayout
+from crossdock.offload.offloader import shared_tensors
+from crossdock.offload.residency import Residency
+from crossdock.offload.schedule import SlotSchedule
 from crossdock.parallel.mesh import MeshShape, describe
 from crossdock.parallel.tensor import TensorParallelism, TensorSlice, tensor_slices
 from crossdock.parallel.xfuser_attention import xfuser_installed, xfuser_limits
 from crossdock.runtime.checkpoint import StoredTensor, check_components, read_json, read_model_index, stored_tensors
+from crossdock.runtime.components import ComponentNeed, component_needs
 from crossdock.runtime.config import RunConfig
+from crossdock.runtime.device_space import divide_device
 from crossdock.runtime.errors import CheckpointError, ConfigError, LaunchError, RequestError
 from crossdock.runtime.meta_model import build_on_meta, non_persistent_buffers
+from crossdock.runtime.reports import ScheduleReport
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.specs import SPECS, ModelSpec, spec_of_pipeline
 
@@ -34,7 +40,7 @@ TRANSFORMER = "transformer"
 
 @dataclass(frozen=True)
 class PlannedBlock:
-    """One transformer block: `name` is its path in the model; `slot` is None for a resident one."""
+    """One transformer block: `name` is its path in the model; `slot` is None where it stays on the device."""
 
     name: str
     layout: BlockLayout
@@ -48,8 +54,15 @@ class RunPlan:
 
     Attributes:
         device: "cpu" or "cuda".
-        blocks: in the order in which they are expected to run.
+        blocks: as the model lists them.
+        order: indices of the blocks that can be streamed, in the order in which they run.
+        residency: which of `order` stay on the device, and the slots of the others.
+        budget_bytes: device memory that the weights may take; None: as little as possible.
+        arena_bytes: device memory that the transformer's blocks, the text encoder and the VAE use in turn; None: they
+            do not take turns.
+        turn_bytes: component -> how much of the arena, from its start, it uses in its turn.
         outside: fqns of all parameters and buffers outside the blocks; resident on the device.
+        outside_bytes: of these, and of what never leaves the device of the other components.
         stored: the transformer's tensors in the checkpoint.
         dtypes: fqn -> dtype in which a tensor is held.
         slices: per TP rank, fqn -> the part it holds; a tensor that is missing here is replicated.
@@ -63,22 +76,67 @@ class RunPlan:
     mesh: MeshShape
     device: str
     blocks: tuple[PlannedBlock, ...]
-    schedule: SlotSchedule
+    order: tuple[int, ...]
+    residency: Residency
+    budget_bytes: int | None
+    arena_bytes: int | None
+    turn_bytes: Mapping[str, int]
     outside: tuple[str, ...]
+    outside_bytes: int
     stored: Mapping[str, StoredTensor]
     dtypes: Mapping[str, torch.dtype]
     slices: tuple[Mapping[str, TensorSlice], ...]
     pipeline_dtype: torch.dtype
     pixel_multiple: int
 
+    @cached_property
+    def _outside(self) -> frozenset[str]:
+        return frozenset(self.outside)
+
     @property
     def layout_name(self) -> str:
         """`layerwise, ulysses 2 x ring 2`."""
         return ("layerwise, " if self.config.offload.layerwise else "") + describe(self.mesh)
 
+    @property
+    def schedule(self) -> SlotSchedule:
+        return self.residency.schedule
+
+    @property
+    def blocks_budget_bytes(self) -> int | None:
+        """What of the budget is left for the blocks."""
+        return None if self.budget_bytes is None else self.budget_bytes - self.outside_bytes - ALIGNMENT
+
+    def schedule_report(self, verdict: str) -> ScheduleReport:
+        """`verdict`: what became of the schedule when the first steps were measured."""
+        residency = self.residency
+        return ScheduleReport(
+            tuple(self.blocks[index].name for index in sorted(self.resident)),
+            residency.schedule.prefetch,
+            residency.schedule.n_slots,
+            self.budget_bytes,
+            self.arena_bytes,
+            round(residency.step_s * 1e3, 3),
+            round(residency.bound_s * 1e3, 3),
+            verdict,
+        )
+
+    @property
+    def resident(self) -> frozenset[int]:
+        """Indices of the blocks that are brought to the device once and stay there."""
+        return frozenset(self.order[place] for place in self.residency.resident)
+
     @cached_property
     def streamed(self) -> tuple[PlannedBlock, ...]:
-        return tuple(block for block in self.blocks if block.home.streamed)
+        """The blocks that pass through slots, in the order in which they run."""
+        return tuple(self.blocks[index] for index in self.order if self.blocks[index].slot is not None)
+
+    def rescheduled(self, residency: Residency, order: Sequence[int]) -> RunPlan:
+        """The same run with other residents and other slots."""
+        homes = [block.home for block in self.blocks]
+        names, layouts = [block.name for block in self.blocks], [block.layout for block in self.blocks]
+        blocks = _planned_blocks(names, layouts, homes, residency, order)
+        return replace(self, blocks=blocks, order=tuple(order), residency=residency)
 
     @property
     def host_bytes(self) -> int:
@@ -87,11 +145,16 @@ class RunPlan:
 
     def owner_of(self, fqn: str) -> PlannedBlock | None:
         """The block that `fqn` belongs to; None outside the blocks."""
+        if fqn in self._outside:
+            return None
         return next((block for block in self.blocks if fqn.startswith(f"{block.name}.")), None)
 
 
-def make_plan(config: RunConfig, model_dir: Path, device: str) -> RunPlan:
+def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int | None = None) -> RunPlan:
     """Plan a run.
+
+    Args:
+        device_bytes: the memory of the smallest device, where it is known; a budget that is a fraction needs it.
 
     Raises:
         CheckpointError: the model directory is incomplete, damaged, or of an unknown family.
@@ -109,18 +172,30 @@ def make_plan(config: RunConfig, model_dir: Path, device: str) -> RunPlan:
     _check_attention(model, spec, config, device)
 
     mesh = mesh_shape(config)
-    names = block_names(model, spec)
+    found = transformer_blocks(model, spec)
+    names = [block.name for block in found]
     slices = _tensor_slices(model, spec, mesh.tp)
     dtypes = _dtypes(model, stored, config)
-    layouts = [_layout(model, name, dtypes, mesh.hsdp_shard) for name in names]
-    outside = tuple(fqn for fqn in _all_tensors(model) if not fqn.startswith(tuple(f"{name}." for name in names)))
-    outside_bytes = sum(_nbytes(model, fqn, dtypes) for fqn in outside)
-    homes = _homes(config, mesh, [layout.nbytes for layout in layouts], outside_bytes)
-    schedule = assign_slots(sum(home.streamed for home in homes), config.offload.prefetch)
-    slots = iter(schedule.slots)
-    blocks = tuple(
-        PlannedBlock(name, layout, home, next(slots) if home.streamed else None)
-        for name, layout, home in zip(names, layouts, homes, strict=True)
+    shared = shared_tensors(model, found)
+    layouts = [_layout(block, dtypes, mesh.hsdp_shard, shared) for block in found]
+    placed = {
+        f"{name}.{local}"
+        for name, layout in zip(names, layouts, strict=True)
+        for entry in layout.entries
+        for local in entry.names
+    }
+    outside = tuple(fqn for fqn in _all_tensors(model) if fqn not in placed)
+    pipeline_dtype = _pipeline_dtype(stored, config)
+    others = _others(config, model_dir, index, pipeline_dtype)
+    outside_bytes = sum(_nbytes(model, fqn, dtypes) for fqn in outside) + sum(need.resident_bytes for need in others)
+    home = _home(config, mesh)
+    order = tuple(range(len(found))) if home.streamed else ()
+    space = divide_device(
+        config.offload,
+        device_bytes,
+        outside_bytes,
+        block_sizes=[layouts[index].nbytes for index in order],
+        others=others,
     )
     return RunPlan(
         config,
@@ -128,14 +203,41 @@ def make_plan(config: RunConfig, model_dir: Path, device: str) -> RunPlan:
         spec,
         mesh,
         device,
-        blocks,
-        schedule,
+        _planned_blocks(names, layouts, [home] * len(found), space.residency, order),
+        order,
+        space.residency,
+        space.budget_bytes,
+        space.arena_bytes,
+        {need.name: need.turn_bytes for need in others},
         outside,
+        outside_bytes,
         stored,
         dtypes,
         slices,
-        _pipeline_dtype(stored, config),
+        pipeline_dtype,
         _pixel_multiple(model_dir),
+    )
+
+
+def _others(
+    config: RunConfig, model_dir: Path, index: Mapping[str, Any], dtype: torch.dtype
+) -> tuple[ComponentNeed, ...]:
+    """The components that take turns with the transformer."""
+    return component_needs(model_dir, index, dtype, config.offload.prefetch) if config.offload.layerwise else ()
+
+
+def _planned_blocks(
+    names: Sequence[str],
+    layouts: Sequence[BlockLayout],
+    homes: Sequence[Home],
+    residency: Residency,
+    order: Sequence[int],
+) -> tuple[PlannedBlock, ...]:
+    stay = {order[place] for place in residency.resident}
+    slots = dict(zip((index for index in order if index not in stay), residency.schedule.slots, strict=True))
+    return tuple(
+        PlannedBlock(name, layout, home, slots.get(index))
+        for index, (name, layout, home) in enumerate(zip(names, layouts, homes, strict=True))
     )
 
 
@@ -159,25 +261,16 @@ def mesh_shape(config: RunConfig) -> MeshShape:
     return MeshShape(**config.parallel.degrees, hsdp_shard=hsdp.shard if hsdp else 1)
 
 
-def block_names(model: nn.Module, spec: ModelSpec) -> list[str]:
-    """Paths of the transformer blocks in execution order.
+def transformer_blocks(model: nn.Module, spec: ModelSpec) -> list[FoundBlock]:
+    """The transformer's blocks in execution order.
 
     Raises:
-        CheckpointError: a stack is missing (the message lists the module lists there are) or empty.
+        CheckpointError: a stack is missing or empty; the message lists the module lists there are.
     """
-    names: list[str] = []
-    for stack in spec.block_stacks:
-        try:
-            modules = model.get_submodule(stack)
-        except AttributeError:
-            there = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-            raise CheckpointError(
-                f"{type(model).__name__} has no block stack {stack!r}; its module lists: {', '.join(there)}"
-            ) from None
-        if not list(modules.children()):
-            raise CheckpointError(f"the block stack {stack!r} of {type(model).__name__} is empty")
-        names += [f"{stack}.{name}" for name, _ in modules.named_children()]
-    return names
+    try:
+        return discover_blocks(model, spec.block_stacks)
+    except DiscoveryError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _spec_for(pipeline: str, model_dir: Path) -> ModelSpec:
@@ -287,10 +380,10 @@ def _pixel_multiple(model_dir: Path) -> int:
     return 2 << halvings
 
 
-def _layout(model: nn.Module, name: str, dtypes: Mapping[str, torch.dtype], shards: int) -> BlockLayout:
-    prefix = f"{name}."
+def _layout(block: FoundBlock, dtypes: Mapping[str, torch.dtype], shards: int, without: frozenset[int]) -> BlockLayout:
+    prefix = f"{block.name}."
     local = {fqn.removeprefix(prefix): dtype for fqn, dtype in dtypes.items() if fqn.startswith(prefix)}
-    return BlockLayout.of(model.get_submodule(name), local, multiple=shards)
+    return BlockLayout.of(block.module, local, multiple=shards, without=without)
 
 
 def _nbytes(model: nn.Module, fqn: str, dtypes: Mapping[str, torch.dtype]) -> int:
@@ -299,21 +392,9 @@ def _nbytes(model: nn.Module, fqn: str, dtypes: Mapping[str, torch.dtype]) -> in
     return int(tensor.numel()) * dtypes[fqn].itemsize
 
 
-def _homes(config: RunConfig, mesh: MeshShape, sizes: Sequence[int], outside_bytes: int) -> list[Home]:
-    offload, sharded = config.offload, mesh.hsdp_shard > 1
-    if not offload.layerwise:
-        return [Home.DEVICE_SHARD if sharded else Home.RESIDENT] * len(sizes)
-    streamed = Home.HOST_SHARD if sharded else Home.HOST
-    budget = offload.device_budget_bytes
-    if budget is None:
-        return [streamed] * len(sizes)
-    try:
-        stay = set(choose_resident(sizes, offload.prefetch, budget - outside_bytes))
-    except ValueError:
-        minimum = outside_bytes + minimum_bytes(sizes, offload.prefetch)
-        raise ConfigError(
-            f'found "{offload.device_budget}" ({budget} bytes); this model needs at least '
-            f"{minimum} bytes ({minimum / 2**20:.1f}MiB) at prefetch {offload.prefetch}",
-            "offload.device_budget",
-        ) from None
-    return [Home.RESIDENT if i in stay else streamed for i in range(len(sizes))]
+def _home(config: RunConfig, mesh: MeshShape) -> Home:
+    """Where the bytes of every block rest."""
+    sharded = mesh.hsdp_shard > 1
+    if config.offload.layerwise:
+        return Home.HOST_SHARD if sharded else Home.HOST
+    return Home.DEVICE_SHARD if sharded else Home.RESIDENT

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from crossdock.offload.block_stream import Home, TraceEvent
+from crossdock.offload.block import Home
+from crossdock.offload.trace import TraceEvent
 from crossdock.parallel.tensor import TensorSlice
 
 
@@ -64,6 +65,29 @@ class RankReport:
     slot_bytes: tuple[int, ...]
     foreign_hooks: tuple[tuple[str, str], ...]
     trace: tuple[TraceEvent, ...]
+
+
+@dataclass(frozen=True)
+class ScheduleReport:
+    """How the blocks use the device. Sizes in bytes.
+
+    Attributes:
+        resident: the blocks that stay on the device.
+        budget_bytes: None: as little as possible.
+        arena_bytes: what the components use in turn; None: they do not take turns.
+        step_ms: predicted time of the blocks of a step, from the costs named in `verdict`; `bound_ms` is proven to be
+            a lower bound for this budget.
+        verdict: what became of the schedule once the first steps were measured.
+    """
+
+    resident: tuple[str, ...]
+    prefetch: int
+    slots: int
+    budget_bytes: int | None
+    arena_bytes: int | None
+    step_ms: float
+    bound_ms: float
+    verdict: str
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """One text encoder per replica: the first rank runs it, the others get what it returned.
 
 The pipeline does not notice: it calls its text encoder on every rank, and the proxy that stands there answers with
-the same output everywhere. So no rank but the first holds its weights, and it is on the device only while it runs.
+the same output everywhere. So no rank but the first holds its weights.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import pickle
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -24,19 +26,30 @@ class ReplicatedTextEncoder(nn.Module):
     Args:
         encoder: the real one on the replica's first rank, None on the others.
         device: where it runs, and where its output is put.
+        turn: the context in which it is on its device; entered on every rank.
     """
 
-    def __init__(self, encoder: nn.Module | None, dtype: torch.dtype, device: torch.device, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        mesh: Mesh,
+        turn: Callable[[], AbstractContextManager[None]],
+    ) -> None:
         super().__init__()
         self.dtype = dtype
         self.device = device
         self.spent_s = 0.0
         self._held = [encoder]  # in a list: not a submodule, so that it is moved by nobody else
         self._mesh = mesh
+        self._turn = turn
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         began = time.perf_counter()
-        output = _broadcast(self._encode(*args, **kwargs), self.device, self._mesh)
+        with self._turn():
+            output = self._encode(*args, **kwargs)
+        output = _broadcast(output, self.device, self._mesh)
         self.spent_s += time.perf_counter() - began
         return output
 
@@ -44,13 +57,8 @@ class ReplicatedTextEncoder(nn.Module):
         encoder = self._held[0]
         if encoder is None:
             return None
-        encoder.to(self.device)
-        try:
-            with torch.no_grad():
-                return encoder(*args, **kwargs)
-        finally:
-            if self.device.type != "cpu":
-                encoder.to("cpu")
+        with torch.no_grad():
+            return encoder(*args, **kwargs)
 
 
 def _broadcast(value: Any, device: torch.device, mesh: Mesh) -> Any:

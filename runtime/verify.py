@@ -9,7 +9,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise, zip_longest
 
-from crossdock.offload.block_stream import Home, TraceEvent
+from crossdock.offload.block import Home
+from crossdock.offload.trace import TraceEvent
 from crossdock.parallel.hsdp import shard_range
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.plan import RunPlan
@@ -84,7 +85,7 @@ def _check_home(plan: RunPlan, rank: int, record: TensorRecord) -> Iterator[Viol
     if block is None:
         expected, offset = "outside", 0
     else:
-        expected = f"slot {block.slot}" if block.home.streamed else f"block {block.name}"
+        expected = f"block {block.name}" if block.slot is None else f"slot {block.slot}"
         local = record.fqn.removeprefix(f"{block.name}.")
         offset = next((entry.offset for entry in block.layout.entries if local in entry.names), -1)
     if (record.place, record.offset) != (expected, offset):
@@ -203,18 +204,21 @@ def in_order(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation
 
 
 def _in_order(plan: RunPlan, rank: int, trace: Sequence[TraceEvent]) -> Iterator[Violation]:
-    slots: dict[int, list[TraceEvent]] = defaultdict(list)
-    for event in trace:
-        slots[event.slot].append(event)
+    places: dict[int | str, list[TraceEvent]] = defaultdict(list)  # a block that stays has a place of its own
     homes = {block.name: block.home for block in plan.blocks}
-    for events in slots.values():
+    for event in trace:
+        if event.kind != "wait_begin" and homes[event.block].streamed:
+            places[event.block if event.slot is None else event.slot].append(event)
+    for events in places.values():
         for before, event in pairwise(sorted(events, key=lambda event: event.sequence)):
             reason = _wrong_succession(before, event, homes)
             if reason is not None:
                 found = f"{event.kind} right after {before.kind} of {before.block}"
-                yield Violation("in-order", rank, f"{event.block} in slot {event.slot}", reason, found, _REPORT_IT)
-    if len(slots) > plan.schedule.n_slots:
-        yield Violation("in-order", rank, "window", f"{plan.schedule.n_slots} slots", f"{len(slots)}", _REPORT_IT)
+                where = event.block if event.slot is None else f"{event.block} in slot {event.slot}"
+                yield Violation("in-order", rank, where, reason, found, _REPORT_IT)
+    slots = sum(isinstance(place, int) for place in places)
+    if slots > plan.schedule.n_slots:
+        yield Violation("in-order", rank, "window", f"{plan.schedule.n_slots} slots", f"{slots}", _REPORT_IT)
 
 
 def _wrong_succession(before: TraceEvent, event: TraceEvent, homes: dict[str, Home]) -> str | None:

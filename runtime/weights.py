@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from crossdock.offload.block_stream import Home, StreamedBlock
+from crossdock.offload.block import Home, StreamedBlock
+from crossdock.offload.host_memory import HostMemoryError, host_memory, require
 from crossdock.offload.host_store import HostStore
 from crossdock.offload.layout import aligned_bytes
 from crossdock.parallel.hsdp import shard_range
 from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.checkpoint import TensorReader
+from crossdock.runtime.errors import LaunchError
 from crossdock.runtime.meta_model import non_persistent_buffers
 from crossdock.runtime.plan import PlannedBlock, RunPlan
 
@@ -53,6 +56,31 @@ class RankWeights:
     shares_store_with: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class HostPart:
+    """What ranks must have in common to share a host store: the node, the TP slice and the shard."""
+
+    node: str
+    tp: int
+    shard: int
+
+    def key(self, plan: RunPlan, nbytes: int) -> str:
+        """A digest of everything that decides the bytes: the files, the layout, the part."""
+        digest = hashlib.sha256()
+        files = sorted({stored.file for stored in plan.stored.values()})
+        facts: list[object] = [self.tp, self.shard, nbytes, plan.mesh.tp, plan.mesh.hsdp_shard]
+        facts += [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        facts += [(block.name, block.layout) for block in plan.blocks]
+        for fact in facts:
+            digest.update(repr(fact).encode())
+        return digest.hexdigest()
+
+
+def _firsts(parts: Sequence[HostPart], node: str) -> list[int]:
+    """The first rank of every part on `node`."""
+    return [rank for rank, part in enumerate(parts) if part.node == node and parts.index(part) == rank]
+
+
 class WeightLoader:
     """Reads one rank's part of the transformer: TP slices, HSDP shards, and nothing else."""
 
@@ -64,6 +92,7 @@ class WeightLoader:
         self._slices: Mapping[str, TensorSlice] = plan.slices[mesh.shape.coordinates(mesh.rank)["tp"]]
         self._reader = TensorReader(plan.stored)
         self._unstored = non_persistent_buffers(model)
+        self._found_filled = False
 
     def load_blocks(self) -> RankWeights:
         """Fill every block's home. Collective over the world where blocks rest in host memory."""
@@ -80,13 +109,15 @@ class WeightLoader:
             else:
                 source, mine = aligned_bytes(stop - start, self._device).zero_(), True
             if mine:
-                self._fill(block, source, start, stop)
+                if not (block.home.on_host and self._found_filled):
+                    self._fill(block, source, start, stop)
                 filled.append(block.name)
             blocks.append(
                 StreamedBlock(block.name, self._model.get_submodule(block.name), block.layout, block.home, source)
             )
         if store is not None:
             exchange("filled", self._mesh.shape.world_size)
+            store.seal()
             if self._device.type == "cuda":
                 store.register()
         return RankWeights(blocks, starts, self._slices, frozenset(filled), store, sharers)
@@ -117,19 +148,33 @@ class WeightLoader:
         return shard_range(block.layout.nbytes, parts, self._mesh.index_in("weights"))
 
     def _host_store(self) -> tuple[HostStore | None, tuple[int, ...]]:
-        """One store per node and slice: the first rank that holds the slice makes it, the others map it."""
+        """One store per node and slice: the first rank that holds the slice makes or finds it, the others map it."""
         on_host = [block for block in self._plan.blocks if block.home.on_host]
         if not on_host:
             return None, (self._mesh.rank,)
         world_size, rank = self._mesh.shape.world_size, self._mesh.rank
         shard = self._mesh.index_in("weights") if on_host[0].home is Home.HOST_SHARD else 0
-        key = (node_id(), self._mesh.shape.coordinates(rank)["tp"], shard)
-        keys = exchange(key, world_size)
-        sharers = tuple(other for other in range(world_size) if keys[other] == key)
-        sizes = [stop - start for start, stop in map(self._range, on_host)]
-        store = HostStore.create(sum(sizes)) if rank == sharers[0] else None
+        nbytes = sum(stop - start for start, stop in map(self._range, on_host))
+        part = HostPart(node_id(), self._mesh.shape.coordinates(rank)["tp"], shard)
+        parts = exchange(part, world_size)
+        sharers = tuple(other for other in range(world_size) if parts[other] == part)
+        owner = rank == sharers[0]
+        key = part.key(self._plan, nbytes)
+        store = HostStore.find(key, nbytes) if owner else None
+        found = exchange(store is not None, world_size)
+        self._check_memory(nbytes * sum(not found[first] for first in _firsts(parts, part.node)))
+        if owner and store is None:
+            store = HostStore.create(nbytes, key)
+        self._found_filled = found[sharers[0]]
         handles = exchange(store.handle if store else None, world_size)
         return store or HostStore.attach(handles[sharers[0]]), sharers
+
+    def _check_memory(self, needed_bytes: int) -> None:
+        """Before a byte is read: too little memory would end in a SIGKILL. The same verdict on all ranks of a node."""
+        try:
+            require(needed_bytes, f"{self._plan.model_dir}: the transformer's blocks", host_memory())
+        except HostMemoryError as error:
+            raise LaunchError(str(error), "offload.host") from None
 
     def _fill(self, block: PlannedBlock, target: Tensor, start: int, stop: int) -> None:
         """Bytes [start, stop) of the block into `target` (uint8, stop - start long)."""

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -16,9 +16,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from crossdock.offload.block_stream import BlockStream, Gather, TraceEvent
+from crossdock.offload.arena import Arena
+from crossdock.offload.block import Home
+from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.copy_engine import make_copy_engine
+from crossdock.offload.device_memory import spare_bytes, total_bytes
 from crossdock.offload.host_store import mapped_share_bytes
+from crossdock.offload.loader import Gather
+from crossdock.offload.trace import StreamCounters, TraceEvent
 from crossdock.parallel.attention import SequenceParallelAttention
 from crossdock.parallel.hsdp import all_gather_bytes
 from crossdock.parallel.mesh import Mesh
@@ -26,25 +31,35 @@ from crossdock.parallel.regions import Attend, SequenceParallelism
 from crossdock.parallel.tensor import TensorParallelism
 from crossdock.parallel.xfuser_attention import XFuserAttention
 from crossdock.runtime.attention import AttentionBinding
+from crossdock.runtime.components import VAE
+from crossdock.runtime.improvement import MEASURED_STEPS, improve, observe
 from crossdock.runtime.inspection import device_weight_bytes, foreign_hooks, record_homes, record_tensors
 from crossdock.runtime.meta_model import build_on_meta
 from crossdock.runtime.pipeline import RankPipeline
 from crossdock.runtime.plan import TRANSFORMER, RunPlan
 from crossdock.runtime.reports import Measurements, RankReport
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.weights import RankWeights, WeightLoader
+from crossdock.runtime.weights import RankWeights, WeightLoader, exchange
 
+EVENTS_PER_BLOCK = 7
 TRACED_STEPS = 2
 """How many of a request's last steps a rank keeps the trace of."""
 
 
 @dataclass
 class RankResult:
-    """What a rank returns for one request; the picture comes from the first rank of each replica with a prompt."""
+    """What a rank returns for one request; the picture comes from the first rank of each replica with a prompt.
+
+    `verdict` says what became of the residency schedule. Where it was changed in this request, `plan` is the new one
+    and `report` what the rank now holds.
+    """
 
     rank: int
     measurements: Measurements
     trace: tuple[TraceEvent, ...]
+    verdict: str
+    plan: RunPlan | None = None
+    report: RankReport | None = None
     latents: Tensor | None = None
     image: Image.Image | None = None
 
@@ -76,6 +91,10 @@ class RankWorker:
             backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timedelta(seconds=timeout_s)
         )
 
+    def device_bytes(self) -> int:
+        """Memory of this rank's device."""
+        return total_bytes(self.device)
+
     def setup(self, plan: RunPlan) -> RankReport:
         """Load, shard and stream the model of `plan`; the report says what this rank now holds. Collective."""
         began = time.perf_counter()
@@ -89,11 +108,22 @@ class RankWorker:
         self.weights: RankWeights = loader.load_blocks()
         loader.load_outside()
         loader.close()
+        self.engine = make_copy_engine(self.device, timeout_s)
+        self.arena = None if plan.arena_bytes is None else Arena(plan.arena_bytes, self.device)
         self.stream = BlockStream(
-            self.weights.blocks, plan.schedule, self.device, make_copy_engine(self.device, timeout_s), self._gather()
+            self.weights.blocks,
+            plan.schedule,
+            self.device,
+            self.engine,
+            self._gather(),
+            resident=plan.resident,
+            arena=self.arena,
         )
         self.stream.attach()
-        self.pipeline = RankPipeline(plan, self.mesh, self.model, self.device)
+        self.model.register_forward_pre_hook(lambda *_: self.stream.prepare())
+        self.pipeline = RankPipeline(plan, self.mesh, self.model, self.device, self.engine, self.arena)
+        self.verdict = "assumed costs: nothing was measured yet"
+        self.model_steps = 0  # of this model
         self.ready = True
         self.load_s = time.perf_counter() - began
         self.stream.rehearse()
@@ -109,7 +139,7 @@ class RankWorker:
             order=self.stream.order,
             slot_bytes=tuple(memory.nbytes for memory in self.stream.slot_memory),
             foreign_hooks=foreign_hooks(self.model),
-            trace=tuple(self.stream.trace),
+            trace=self._since_scheduled(self.stream.trace()),
         )
 
     def generate(self, request: GenerateRequest) -> RankResult:
@@ -119,13 +149,19 @@ class RankWorker:
         number = replica if has_prompt else 0
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        before = (self.stream.counters.h2d_bytes, self.stream.counters.gathered_bytes, self.stream.counters.misses)
+        before = replace(self.stream.counters)
+        self.changed = False
         done = self.pipeline.denoise(request.prompts[number], request.seed + number, request, self._on_step)
-        result = RankResult(self.rank, self._measure(request.steps, before, done.step_ms), self._last_trace())
+        result = RankResult(
+            self.rank, self._measure(request.steps, before, done.step_ms), self._last_trace(), self.verdict
+        )
+        if self.changed:
+            result.plan, result.report = self.plan, self.report()
         began = time.perf_counter()
-        if has_prompt and self.rank == self.mesh.ranks["replica"][0]:
-            result.latents = done.latents
-            result.image = self.pipeline.decode(done.latents)
+        with self.pipeline.turn(VAE):
+            if has_prompt and self.rank == self.mesh.ranks["replica"][0]:
+                result.latents = done.latents
+                result.image = self.pipeline.decode(done.latents)
         phases = {"encode": done.encode_s, "denoise": done.denoise_s, "decode": time.perf_counter() - began}
         result.measurements.phases_s.update(phases)
         return result
@@ -135,16 +171,19 @@ class RankWorker:
         if not self.ready:
             return
         self.ready = False
+        self.pipeline.remove()
         self.stream.remove()
+        self.engine.close()
         if self.attention is not None:
             self.attention.remove()
         if self.sequence is not None:
             self.sequence.remove()
         self.tensor.remove()
         store = self.weights.store
-        del self.pipeline, self.stream, self.weights, self.model
+        del self.pipeline, self.stream, self.arena, self.weights, self.model
         gc.collect()
         if store is not None:
+            store.drop()
             store.close()
         self.mesh.disconnect()
 
@@ -197,35 +236,52 @@ class RankWorker:
 
     def _on_step(self, finished: int) -> None:
         self.finished_steps += 1
+        self.model_steps += 1
+        if self.model_steps == MEASURED_STEPS and self.plan.order:
+            self._improve()
         if self.on_progress is not None:
             self.on_progress(finished)
 
+    def _improve(self) -> None:
+        """Look at the schedule again, with what the first steps have shown. Collective; every rank decides alike."""
+        seen = observe(self.plan, self.stream.recorded_order, self.stream.trace(), spare_bytes(self.device))
+        improvement = improve(self.plan, exchange(seen, self.world_size), self.model_steps)
+        self.verdict = improvement.verdict
+        if improvement.plan is None:
+            return
+        self.plan, self.changed = improvement.plan, True
+        if self.arena is not None and self.plan.arena_bytes != self.arena.nbytes:
+            self.arena.resize(self.plan.arena_bytes or 0)
+        self.stream.reschedule(self.plan.schedule, self.plan.resident, self.plan.order)
+        self.stream.rehearse()
+
     def _last_trace(self) -> tuple[TraceEvent, ...]:
         """The events of about the last `TRACED_STEPS` steps."""
-        events = list(self.stream.trace)
-        return tuple(events[-TRACED_STEPS * 6 * len(self.plan.streamed) :])
+        return self._since_scheduled(self.stream.trace(TRACED_STEPS * EVENTS_PER_BLOCK * len(self.plan.order)))
 
-    def _measure(self, steps: int, before: tuple[int, int, int], step_ms: list[float]) -> Measurements:
+    def _since_scheduled(self, events: tuple[TraceEvent, ...]) -> tuple[TraceEvent, ...]:
+        return tuple(event for event in events if event.sequence >= self.stream.scheduled_at)
+
+    def _measure(self, steps: int, before: StreamCounters, step_ms: list[float]) -> Measurements:
         counters, blocks = self.stream.counters, self.weights.blocks
-        slots = self.stream.slot_memory
-        shards = sum(b.source.nbytes for b in blocks if b.home.sharded and not b.home.on_host)
-        slot_bytes = sum(memory.nbytes for memory in slots)
-        resident = device_weight_bytes(self.model) - sum(memory.untyped_storage().nbytes() for memory in slots)
+        shards = sum(b.source_bytes for b in blocks if b.home is Home.DEVICE_SHARD)
+        slot_bytes = sum(memory.nbytes for memory in self.stream.slot_memory)
+        held = device_weight_bytes((self.model, *self.pipeline.on_device), self.device)
         cuda = self.device.type == "cuda"
         store = self.weights.store
         return Measurements(
             rank=self.rank,
             host=socket.gethostname(),
             device=torch.cuda.get_device_name(self.device) if cuda else "cpu",
-            peak_weight_bytes=resident + slot_bytes + shards,
-            resident_weight_bytes=resident,
+            peak_weight_bytes=held + shards,
+            resident_weight_bytes=held - slot_bytes,
             slot_bytes=slot_bytes,
             shard_bytes=shards,
             host_bytes=store.nbytes if store else 0,
             host_pss_bytes=mapped_share_bytes(),
-            h2d_bytes_per_step=(counters.h2d_bytes - before[0]) // steps,
-            gathered_bytes_per_step=(counters.gathered_bytes - before[1]) // steps,
-            misses=counters.misses - before[2],
+            h2d_bytes_per_step=(counters.h2d_bytes - before.h2d_bytes) // steps,
+            gathered_bytes_per_step=(counters.gathered_bytes - before.gathered_bytes) // steps,
+            misses=counters.misses - before.misses,
             step_ms=[round(ms, 3) for ms in step_ms],
             peak_device_bytes=torch.cuda.max_memory_allocated(self.device) if cuda else None,
             reserved_device_bytes=torch.cuda.max_memory_reserved(self.device) if cuda else None,

@@ -27,6 +27,9 @@ WORLD_SIZES = {
 }
 
 # text of the file -> what follows the file's path in the message
+BUDGETS = (
+    'a size above zero in B, KiB, MiB, GiB, TiB, such as "18GiB", a fraction of the device above 0 and up to 1, or auto'
+)
 MISTAKES = {
     "unknown key": (
         "# a comment\n\nparallel:\n  ulyses_degree: 2\n",
@@ -77,7 +80,7 @@ MISTAKES = {
     ),
     "integer for an optional string": (
         "offload: {layerwise: true, device_budget: 18}\n",
-        ':1: offload.device_budget: found 18 (an integer); allowed: a string or null, such as "18GiB"',
+        f":1: offload.device_budget: found 18; allowed: {BUDGETS}",
     ),
     "below the range": (
         "parallel:\n  dp_degree: 0\n",
@@ -97,11 +100,11 @@ MISTAKES = {
     ),
     "size without a unit": (
         "offload:\n  layerwise: true\n  device_budget: '18'\n",
-        ':3: offload.device_budget: found "18"; allowed: a size above zero in B, KiB, MiB, GiB, TiB, such as "18GiB"',
+        f':3: offload.device_budget: found "18"; allowed: {BUDGETS}',
     ),
     "size that is zero": (
         "offload:\n  layerwise: true\n  device_budget: 0GiB\n",
-        ':3: offload.device_budget: found "0GiB"; allowed: a size above zero in B, KiB, MiB, GiB, TiB, such as "18GiB"',
+        f':3: offload.device_budget: found "0GiB"; allowed: {BUDGETS}',
     ),
     "budget without layerwise": (
         "offload:\n  device_budget: 18GiB\n",
@@ -225,8 +228,15 @@ def test_degrees_are_in_mesh_order() -> None:
     [("18GiB", 18 * 2**30), ("500MiB", 500 * 2**20), ("1.5GiB", 3 * 2**29), ("7 B", 7)],
 )
 def test_device_budget_in_bytes(size: str, size_bytes: int) -> None:
-    assert OffloadConfig(layerwise=True, device_budget=size).device_budget_bytes == size_bytes
-    assert OffloadConfig().device_budget_bytes is None
+    assert OffloadConfig(layerwise=True, device_budget=size).budget_bytes(None) == size_bytes
+    assert OffloadConfig().budget_bytes(10**9) is None
+
+
+def test_relative_budgets_need_the_device() -> None:
+    """A fraction is of the smallest device; auto starts with as little as possible."""
+    half, auto = OffloadConfig(layerwise=True, device_budget=0.5), OffloadConfig(layerwise=True, device_budget="auto")
+    assert (half.budget_bytes(None), half.budget_bytes(1000), half.is_relative) == (None, 500, True)
+    assert (auto.budget_bytes(1000), auto.is_relative) == (None, False)
 
 
 def test_parse_names_its_source_and_takes_no_file() -> None:

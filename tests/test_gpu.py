@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from crossdock.offload.block_stream import BlockStream, Home, StreamedBlock
+from crossdock.offload.block import Home, StreamedBlock
+from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.copy_engine import make_copy_engine
 from crossdock.offload.host_store import HostStore
 from crossdock.offload.layout import BlockLayout, aligned_bytes

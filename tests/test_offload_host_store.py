@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from crossdock.offload import store_keeper
 from crossdock.offload.host_store import PREFIX, HostStore, HostStoreHandle, mapped_share_bytes
 
 MIB = 2**20
@@ -33,6 +35,12 @@ import sys
 from crossdock.offload.host_store import HostStore, HostStoreHandle, mapped_share_bytes
 store = HostStore.attach(HostStoreHandle(*map(int, sys.argv[1:])))
 print("mapped", flush=True)
+"""
+
+KEYED = """
+import sys
+from crossdock.offload.host_store import HostStore
+print("ready", flush=True)
 """
 
 
@@ -81,6 +89,14 @@ def peers() -> Iterator[list[Peer]]:
         for pipe in (peer.process.stdin, peer.process.stdout):
             if pipe is not None:
                 pipe.close()
+
+
+@pytest.fixture
+def key() -> Iterator[str]:
+    """A key of its own for every test; its keeper is ended afterwards."""
+    key = secrets.token_hex(32)
+    yield key
+    store_keeper.drop(key)
 
 
 def _inode(handle: HostStoreHandle) -> int:
@@ -226,3 +242,123 @@ def test_attach_to_a_dead_owner(peers: list[Peer]) -> None:
     with pytest.raises(OSError, match=rf"/proc/{handle.pid}/fd/{handle.fd}"):
         HostStore.attach(handle)
     assert time.monotonic() - began < 1
+
+
+def test_nobody_can_change_the_size(peers: list[Peer]) -> None:
+    """A reader of a truncated mapping would die of SIGBUS, without a message."""
+    owner, handle = _owner(MIB)
+    peers.append(owner)
+    store = HostStore.attach(handle)
+    for nbytes in (0, MIB - 1, MIB + 1):
+        with pytest.raises(PermissionError):
+            os.ftruncate(store.handle.fd, nbytes)
+    with pytest.raises(PermissionError):
+        os.truncate(f"/proc/{handle.pid}/fd/{handle.fd}", 0)
+    assert int(store.bytes[-1]) == 7
+    store.close()
+
+
+# -- stores with a key -------------------------------------------------------------------------------------------
+
+
+def _fill_with(value: int, key: str, nbytes: int) -> str:
+    return f"(s := HostStore.create({nbytes}, '{key}', grace_s=60)).bytes.fill_({value}) is not None and s.key"
+
+
+def test_a_sealed_store_outlives_its_creator(peers: list[Peer], key: str) -> None:
+    """kill -9 of the rank that read the checkpoint; the next one maps the very same pages, in exactly this size."""
+    nbytes = 3 * MIB + 5
+    creator = Peer(KEYED)
+    peers.append(creator)
+    assert creator.ask(_fill_with(7, key, nbytes)) == key
+    assert HostStore.find(key, nbytes) is None
+    assert creator.ask("s.seal()") == "None"
+    pid, fd = map(int, creator.ask("(s.handle.pid, s.handle.fd)").strip("()").split(","))
+    inode = _inode(HostStoreHandle(pid, fd, nbytes))
+    creator.kill()
+    assert HostStore.find(key, nbytes - 1) is None
+    assert HostStore.find(key[:-1], nbytes) is None
+    store = HostStore.find(key, nbytes)
+    assert store is not None
+    assert (store.nbytes, store.key, _inode(store.handle)) == (nbytes, key, inode)
+    assert bool((store.bytes == 7).all())
+    assert nbytes <= mapped_share_bytes() < nbytes + PAGE  # the keeper maps nothing: it takes no share
+    attached = Peer(ATTACHER, store.handle.pid, store.handle.fd, nbytes)
+    peers.append(attached)
+    assert attached.ask("int(store.bytes[-1])") == "7"
+    attached.kill()
+    store.drop()
+    store.close()
+    assert _mappers(inode) == set()
+
+
+def test_an_unsealed_store_dies_with_its_creator(peers: list[Peer], key: str) -> None:
+    creator = Peer(KEYED)
+    peers.append(creator)
+    assert creator.ask(_fill_with(7, key, MIB)) == key
+    creator.kill()
+    assert HostStore.find(key, MIB) is None
+
+
+def test_two_creators_at_once(peers: list[Peer], key: str) -> None:
+    """One store gets the key; the other is an ordinary one, whose seal and drop do not touch the kept one."""
+    both = [Peer(KEYED), Peer(KEYED)]
+    peers.extend(both)
+    for value, peer in enumerate(both):
+        assert peer.process.stdin is not None
+        peer.process.stdin.write(_fill_with(value, key, MIB) + "\n")
+        peer.process.stdin.flush()
+    keys = [peer._line() for peer in both]
+    assert sorted(keys) == sorted([key, "None"])
+    winner = keys.index(key)
+    assert both[1 - winner].ask("s.seal()") == "None"
+    assert HostStore.find(key, MIB) is None
+    assert both[winner].ask("s.seal()") == "None"
+    assert both[1 - winner].ask("s.drop()") == "None"
+    for peer in both:
+        assert peer.ask(f"set(HostStore.find('{key}', {MIB}).bytes.tolist())") == f"{{{winner}}}"
+
+
+def test_close_keeps_and_drop_ends(key: str) -> None:
+    """Closing and starting again in one process finds the bytes; a normal end leaves nothing."""
+    store = HostStore.create(MIB, key)
+    store.bytes.fill_(3)
+    store.seal()
+    inode = _inode(store.handle)
+    store.close()
+    assert len(_mappers(inode)) == 1
+    again = HostStore.find(key, MIB)
+    assert again is not None
+    assert int(again.bytes[-1]) == 3
+    again.drop()
+    again.drop()
+    assert again.key is None
+    assert int(again.bytes[-1]) == 3
+    assert _mappers(inode) == {os.getpid()}
+    again.close()
+    assert _mappers(inode) == set()
+    assert HostStore.find(key, MIB) is None
+
+
+def test_an_empty_store_is_kept_too(key: str) -> None:
+    store = HostStore.create(0, key)
+    store.seal()
+    found = HostStore.find(key, 0)
+    assert found is not None
+    assert found.bytes.shape == (0,)
+    store.drop()
+    store.close()
+    found.close()
+
+
+def test_a_store_without_a_keeper_is_an_ordinary_one(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That a crash would cost the reading again is no reason to fail a run."""
+    monkeypatch.setattr(sys, "executable", "/nonexistent")
+    store = HostStore.create(MIB, key)
+    assert store.key is None
+    store.bytes.fill_(3)
+    store.seal()
+    store.drop()
+    assert int(store.bytes[-1]) == 3
+    store.close()
+    assert mapped_share_bytes() == 0

@@ -46,9 +46,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
-from crossdock.offload.block_stream import BlockStream, Gather, Home, StreamedBlock
+from crossdock.offload.block import Home, StreamedBlock
+from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.copy_engine import make_copy_engine
 from crossdock.offload.layout import BlockLayout, aligned_bytes
+from crossdock.offload.loader import Gather
 from crossdock.offload.schedule import assign_slots
 from crossdock.parallel.hsdp import all_gather_bytes, shard_range
 

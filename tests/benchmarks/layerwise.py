@@ -23,7 +23,8 @@ from diffusers import FluxTransformer2DModel
 from hsdp_vs_fsdp import CONFIG, blocks_of, make_inputs, run_step
 from torch import nn
 
-from crossdock.offload.block_stream import BlockStream, Home, StreamedBlock
+from crossdock.offload.block import Home, StreamedBlock
+from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.copy_engine import make_copy_engine
 from crossdock.offload.host_store import HostStore
 from crossdock.offload.layout import BlockLayout, aligned_bytes

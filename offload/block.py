@@ -1,0 +1,92 @@
+"""A block: the unit that is streamed. Where its bytes rest, and binding its tensors to memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from torch import Tensor, nn
+
+from crossdock.offload.layout import BlockLayout
+
+
+class Home(StrEnum):
+    """Where a block's bytes rest."""
+
+    RESIDENT = "resident"
+    """the whole block on the device, and nowhere else"""
+    HOST = "host"
+    """the whole block in host memory, shared by the ranks of the node; copied into a slot"""
+    DEVICE_SHARD = "device_shard"
+    """1/S of the block on each rank's device; gathered into a slot"""
+    HOST_SHARD = "host_shard"
+    """1/S of the block in host memory; copied, then gathered into a slot"""
+
+    @property
+    def streamed(self) -> bool:
+        return self is not Home.RESIDENT
+
+    @property
+    def sharded(self) -> bool:
+        return self in (Home.DEVICE_SHARD, Home.HOST_SHARD)
+
+    @property
+    def on_host(self) -> bool:
+        return self in (Home.HOST, Home.HOST_SHARD)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes of a block, from `offset` on. source: uint8 `[n]` or `[rows, row_bytes]`; the target has no gaps."""
+
+    offset: int
+    source: Tensor
+
+
+@dataclass(frozen=True)
+class StreamedBlock:
+    """One transformer block, or another part of a model that moves as one.
+
+    Attributes:
+        source: the bytes at rest, uint8: the whole block, or this rank's shard; or the pieces that make it up.
+        runs: its module is called; otherwise it is brought in by `BlockStream.hold` only.
+    """
+
+    name: str
+    module: nn.Module
+    layout: BlockLayout
+    home: Home
+    source: Tensor | tuple[Piece, ...]
+    runs: bool = True
+
+    @property
+    def source_bytes(self) -> int:
+        if isinstance(self.source, Tensor):
+            return self.source.nbytes
+        return sum(piece.source.nbytes for piece in self.source)
+
+    def owners(self) -> Iterator[tuple[nn.Module, str]]:
+        """(module, attribute) of every name of every tensor."""
+        for entry in self.layout.entries:
+            for name in entry.names:
+                path, _, leaf = name.rpartition(".")
+                yield self.module.get_submodule(path), leaf
+
+    def tensors(self) -> list[Tensor]:
+        """What the module has now, one per entry of the layout."""
+        return [
+            self.module.get_parameter(entry.name) if entry.kind == "parameter" else self.module.get_buffer(entry.name)
+            for entry in self.layout.entries
+        ]
+
+    def bind(self, memory: Tensor) -> None:
+        """Make the module's parameters and buffers views of `memory` (uint8, the whole block); tied ones stay tied."""
+        owners = self.owners()
+        for entry in self.layout.entries:
+            view = entry.view(memory)
+            tensor = nn.Parameter(view, requires_grad=False) if entry.kind == "parameter" else view
+            for _ in entry.names:
+                owner, leaf = next(owners)
+                kept = owner._parameters if entry.kind == "parameter" else owner._buffers
+                kept[leaf] = tensor  # type: ignore[assignment]

@@ -1,0 +1,202 @@
+"""Streaming a live model: any `nn.Module` that has its weights, such as a text encoder, a VAE, or a user's own model.
+
+    with LayerwiseOffloader(model, torch.device("cuda"), budget_bytes=8 * 2**30) as offloader:
+        model(x)
+
+The sharded transformer of a run does not come this way: its bytes go straight from the checkpoint to where they rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from crossdock.offload.arena import Arena
+from crossdock.offload.block import Home, StreamedBlock
+from crossdock.offload.block_stream import BlockStream
+from crossdock.offload.copy_engine import CopyEngine, make_copy_engine
+from crossdock.offload.discovery import FoundBlock, discover_blocks, shared_storage
+from crossdock.offload.host_store import HostStore
+from crossdock.offload.layout import BlockLayout, TensorEntry, aligned_bytes
+from crossdock.offload.residency import assumed_costs, plan_residency
+
+OUTSIDE = "(outside)"
+"""The name of the part of a model that belongs to no block."""
+
+
+class LayerwiseOffloader:
+    """Keeps a model's blocks in host memory and streams each to `device` when it runs.
+
+    Args:
+        model: with its weights, on any device; their memory is given up while the offloader is attached.
+        budget_bytes: device memory for the weights; as many blocks as fit stay there. None: as few bytes as possible.
+        stacks: paths of the block lists; by default what the class declares, or what looks like one. `()`: the whole
+            model moves as one.
+        outside: what belongs to no block stays on the device ("resident"), or is there inside `present` ("held").
+        arena: device memory that is shared with other components; by default memory of its own.
+
+    Raises:
+        DiscoveryError: the block lists are not to be found, or make no sense.
+        TypeError: a weight is no plain tensor (quantized, sharded by another library).
+        ValueError: the budget is too small.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        *,
+        budget_bytes: int | None = None,
+        prefetch: int = 1,
+        stacks: Sequence[str] | None = None,
+        outside: Literal["resident", "held"] = "resident",
+        arena: Arena | None = None,
+        engine: CopyEngine | None = None,
+    ) -> None:
+        _check_plain(model)
+        found = [] if stacks is not None and not stacks else discover_blocks(model, stacks)
+        layouts, rest = component_layouts(model, found)
+        if outside == "resident" and budget_bytes is not None:
+            budget_bytes -= rest.nbytes
+        sizes = [layout.nbytes for layout in layouts]
+        residency = plan_residency(sizes, assumed_costs(sizes), budget_bytes, (prefetch,))
+        self._held = outside == "held"
+        self._stores: list[HostStore] = []
+        blocks = [self._on_host(block.name, block.module, layout) for block, layout in zip(found, layouts, strict=True)]
+        if self._held:
+            blocks.append(self._on_host(OUTSIDE, model, rest, runs=False))
+        else:
+            blocks.append(_on_device(model, rest, device))
+        self._lent = [
+            _Lent(tensor, tensor.device, entry, block)
+            for block in blocks
+            for entry, tensor in zip(block.layout.entries, block.tensors(), strict=True)
+        ]
+        self._plain = _move_plain(model, device)
+        self._engine = engine or make_copy_engine(device)
+        self._owns_engine = engine is None
+        self.stream = BlockStream(
+            blocks, residency.schedule, device, self._engine, resident=residency.resident, arena=arena
+        )
+        self.stream.attach()
+        for lent in self._lent:
+            lent.tensor.data = lent.at_rest()  # lets go of the memory that it had
+
+    @property
+    def plain_tensors(self) -> tuple[str, ...]:
+        """Names of tensors that are neither parameters nor buffers; they are on the device meanwhile."""
+        return tuple(f"{path}.{leaf}".lstrip(".") for path, _, leaf, _ in self._plain)
+
+    def present(self) -> AbstractContextManager[None]:
+        """The component's turn on the device: around every use of the model when its outside is held."""
+        self.stream.prepare()
+        return self.stream.hold(OUTSIDE) if self._held else nullcontext()
+
+    def gathered(self, name: str, write_back: bool = False) -> AbstractContextManager[dict[str, Tensor]]:
+        """The whole weights of the block called `name`; see `BlockStream.gathered`."""
+        return self.stream.gathered(name, write_back)
+
+    def remove(self) -> None:
+        """Give the model back as it was: the same tensor objects, bits, strides and devices, and none of our hooks."""
+        self.stream.remove()
+        for lent in self._lent:
+            lent.give_back()
+        self._lent.clear()
+        for _, module, leaf, value in self._plain:
+            setattr(module, leaf, value)
+        if self._owns_engine:
+            self._engine.close()
+        for store in self._stores:
+            store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def _on_host(self, name: str, module: nn.Module, layout: BlockLayout, runs: bool = True) -> StreamedBlock:
+        """One store per block, so that `remove` never holds the model twice."""
+        store = HostStore.create(layout.nbytes, name="crossdock-component")
+        layout.pack(module, store.bytes)
+        if torch.cuda.is_available():
+            store.register()
+        self._stores.append(store)
+        return StreamedBlock(name, module, layout, Home.HOST, store.bytes, runs)
+
+
+@dataclass(frozen=True)
+class _Lent:
+    """A tensor of the model whose bytes rest elsewhere while the offloader is attached."""
+
+    tensor: Tensor
+    device: torch.device
+    entry: TensorEntry
+    block: StreamedBlock
+
+    def at_rest(self) -> Tensor:
+        assert isinstance(self.block.source, Tensor)
+        return self.entry.view(self.block.source)
+
+    def give_back(self) -> None:
+        assert isinstance(self.block.source, Tensor)
+        raw = self.block.source[self.entry.offset : self.entry.offset + self.entry.nbytes]
+        own = raw.to(self.device, copy=True).view(self.entry.dtype)
+        self.tensor.data = own.as_strided(self.entry.shape, self.entry.stride)
+
+
+def component_layouts(model: nn.Module, found: Sequence[FoundBlock]) -> tuple[list[BlockLayout], BlockLayout]:
+    """Layouts of the blocks, and of everything else. Meta tensors will do.
+
+    What two blocks share, or a block and the rest, is placed once, outside: by identity of the storage, not by name.
+    """
+    shared = shared_tensors(model, found)
+    layouts = [BlockLayout.of(block.module, without=shared) for block in found]
+    inside = {id(t) for block in found for t in _tensors(block.module)} - shared
+    return layouts, BlockLayout.of(model, without=inside)
+
+
+def shared_tensors(model: nn.Module, found: Sequence[FoundBlock]) -> frozenset[int]:
+    """`id`s of the tensors whose storage belongs to more than one block, or to a block and the rest."""
+    names = {name for pair in shared_storage(model, found) for name in (pair.fqn, pair.other_fqn)}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return frozenset(id(tensor) for name, tensor in named if name in names)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _on_device(model: nn.Module, layout: BlockLayout, device: torch.device) -> StreamedBlock:
+    memory = aligned_bytes(layout.nbytes, device)
+    layout.pack(model, memory)
+    return StreamedBlock(OUTSIDE, model, layout, Home.RESIDENT, memory, runs=False)
+
+
+def _check_plain(model: nn.Module) -> None:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+            raise TypeError(
+                f"{name} is a {type(tensor).__name__}; only plain tensors can be streamed: take the other "
+                "library's quantization, sharding or offloading off first"
+            )
+
+
+def _move_plain(model: nn.Module, device: torch.device) -> list[tuple[str, nn.Module, str, Tensor]]:
+    """Move tensors kept as plain attributes; returns (module path, module, attribute, what it was)."""
+    moved = []
+    for path, module in model.named_modules():
+        for leaf, value in list(vars(module).items()):
+            if isinstance(value, Tensor):
+                moved.append((path, module, leaf, value))
+                setattr(module, leaf, value.to(device))
+    return moved

@@ -1,0 +1,118 @@
+"""The pipeline's other components: the text encoder and the VAE, and how they get on and off the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from torch import nn
+
+from crossdock.offload.arena import Arena
+from crossdock.offload.copy_engine import CopyEngine
+from crossdock.offload.discovery import DiscoveryError, FoundBlock, discover_blocks
+from crossdock.offload.layout import ALIGNMENT
+from crossdock.offload.offloader import LayerwiseOffloader, component_layouts
+from crossdock.offload.residency import minimum_bytes
+from crossdock.runtime.errors import CheckpointError
+from crossdock.runtime.meta_model import build_on_meta
+
+TEXT_ENCODER = "text_encoder"
+VAE = "vae"
+VAE_STACKS = ("decoder", "encoder")
+"""Each is one block. The rest of a VAE is small, and pipelines read it outside of decoding (statistics of latents)."""
+
+
+class Component(Protocol):
+    def present(self) -> AbstractContextManager[None]:
+        """The component's turn on the device."""
+
+    def remove(self) -> None:
+        """Take it off the device for good."""
+
+
+class WholeComponent:
+    """A component that is moved in one piece: it stays on the device, or comes and goes."""
+
+    def __init__(self, module: nn.Module, device: torch.device, stays: bool) -> None:
+        self._module = module
+        self._device = device
+        self._leaves = not stays and device.type != "cpu"
+        if stays:
+            module.to(device)
+
+    @contextmanager
+    def present(self) -> Iterator[None]:
+        self._module.to(self._device)
+        try:
+            yield
+        finally:
+            if self._leaves:
+                self._module.to("cpu")
+
+    def remove(self) -> None:
+        """Nothing of it is ours."""
+
+
+def place_component(
+    name: str, module: nn.Module, device: torch.device, engine: CopyEngine, arena: Arena | None, prefetch: int
+) -> Component:
+    """Without an arena the VAE stays on the device and the text encoder comes and goes; else they take turns in it."""
+    if arena is None:
+        return WholeComponent(module, device, stays=name == VAE)
+    if name == VAE:
+        return LayerwiseOffloader(module, device, prefetch=0, stacks=VAE_STACKS, arena=arena, engine=engine)
+    stacks = None if encoder_blocks(module) else ()
+    return LayerwiseOffloader(
+        module, device, prefetch=prefetch, stacks=stacks, outside="held", arena=arena, engine=engine
+    )
+
+
+@dataclass(frozen=True)
+class ComponentNeed:
+    """Device bytes of a component: at least during its turn, and what of it never leaves."""
+
+    name: str
+    turn_bytes: int
+    resident_bytes: int
+
+
+def component_needs(
+    model_dir: Path, index: Mapping[str, Any], dtype: torch.dtype, prefetch: int
+) -> tuple[ComponentNeed, ...]:
+    """What the text encoder and the VAE need on the rank that runs them; nothing is loaded.
+
+    Raises:
+        CheckpointError: a component's config does not fit its class.
+    """
+    encoder = _text_encoder_on_meta(model_dir / TEXT_ENCODER, index[TEXT_ENCODER][1]).to(dtype)
+    vae = build_on_meta(index[VAE][1], model_dir / VAE).to(dtype)
+    layouts, held = component_layouts(encoder, encoder_blocks(encoder))
+    parts, rest = component_layouts(vae, discover_blocks(vae, VAE_STACKS))
+    streamed = minimum_bytes([layout.nbytes for layout in layouts], (prefetch,))
+    return (
+        ComponentNeed(TEXT_ENCODER, held.nbytes + streamed, 0),
+        ComponentNeed(VAE, max(layout.nbytes for layout in parts), rest.nbytes + ALIGNMENT),
+    )
+
+
+def encoder_blocks(encoder: nn.Module) -> list[FoundBlock]:
+    """The blocks of a text encoder; none where nothing looks like one: then it moves as one piece."""
+    try:
+        return discover_blocks(encoder)
+    except DiscoveryError:
+        return []
+
+
+def _text_encoder_on_meta(folder: Path, class_name: str) -> nn.Module:
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            model: nn.Module = getattr(transformers, class_name)(config)
+    except (AttributeError, OSError, TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {class_name} cannot be built: {error}") from None
+    return model.eval()

@@ -1,0 +1,73 @@
+"""How a device's memory is divided between the components of a pipeline.
+
+What is outside the transformer's blocks, and a little of the VAE, never leaves the device. All else shares one arena:
+the transformer's blocks, the text encoder and the VAE take turns in it, so that the peak of the whole run is what
+never leaves and the arena.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from crossdock.offload.layout import ALIGNMENT
+from crossdock.offload.residency import Residency, assumed_costs, minimum_bytes, plan_residency
+from crossdock.runtime.components import ComponentNeed
+from crossdock.runtime.config import OffloadConfig
+from crossdock.runtime.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DeviceSpace:
+    """See the fields of the same names in `RunPlan`."""
+
+    residency: Residency
+    budget_bytes: int | None
+    arena_bytes: int | None
+
+
+def divide_device(
+    offload: OffloadConfig,
+    device_bytes: int | None,
+    outside_bytes: int,
+    block_sizes: Sequence[int],
+    others: Sequence[ComponentNeed],
+) -> DeviceSpace:
+    """Divide a device.
+
+    Args:
+        device_bytes: memory of the smallest device; None: not known yet, and a relative budget is not judged.
+        outside_bytes: of what never leaves the device.
+        block_sizes: of the transformer's blocks that can be streamed, in bytes, as they run.
+        others: the components that take turns with the transformer.
+
+    Raises:
+        ConfigError: the budget is below the minimum, which the message names.
+    """
+    costs, depths = assumed_costs(block_sizes), (offload.prefetch,)
+    if not offload.layerwise:
+        return DeviceSpace(plan_residency(block_sizes, costs, None, depths), None, None)
+    least = minimum_bytes(block_sizes, depths)
+    largest = max((need.turn_bytes for need in others), default=0)
+    budget = offload.budget_bytes(device_bytes)
+    if budget is None:
+        residency = plan_residency(block_sizes, costs, None, depths)
+        return DeviceSpace(residency, None, max(residency.device_bytes, largest))
+    arena_bytes = budget - outside_bytes - ALIGNMENT
+    if arena_bytes < max(least, largest):
+        raise _too_small(offload, budget, outside_bytes, least, others)
+    residency = plan_residency(block_sizes, costs, arena_bytes, depths)
+    return DeviceSpace(residency, budget, min(arena_bytes, max(sum(block_sizes), largest)))
+
+
+def _too_small(
+    offload: OffloadConfig, budget: int, outside_bytes: int, least: int, others: Sequence[ComponentNeed]
+) -> ConfigError:
+    needs = {"transformer": least} | {need.name: need.turn_bytes for need in others}
+    name = max(needs, key=lambda name: needs[name])
+    minimum = outside_bytes + ALIGNMENT + needs[name]
+    return ConfigError(
+        f'found "{offload.device_budget}" ({budget} bytes); this model needs at least {minimum} bytes '
+        f"({minimum / 2**20:.1f}MiB) at prefetch {offload.prefetch}, most of all for its {name}",
+        "offload.device_budget",
+    )

@@ -1,0 +1,80 @@
+"""Improving the residency schedule once, between two steps, when the first steps have shown what blocks cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from crossdock.offload.layout import ALIGNMENT
+from crossdock.offload.measured_costs import measured_costs, slowest
+from crossdock.offload.residency import Costs, plan_residency, steady_step_s
+from crossdock.offload.trace import TraceEvent
+from crossdock.runtime.plan import RunPlan
+
+MEASURED_STEPS = 2
+"""After this many steps of the first request the schedule is looked at again."""
+WORTHWHILE = 0.02
+"""A new schedule is taken when it promises to save this share of a step, or when `auto` has found memory to use."""
+
+
+@dataclass(frozen=True)
+class RankObservation:
+    """What one rank saw in the first steps.
+
+    Attributes:
+        order: indices of the blocks as they ran.
+        costs: in that order.
+        spare_bytes: device memory that is still free, with the activations at their peak.
+    """
+
+    order: tuple[int, ...]
+    costs: Costs
+    spare_bytes: int
+
+
+@dataclass(frozen=True)
+class Improvement:
+    """A better schedule, or the reason why there is none."""
+
+    plan: RunPlan | None
+    verdict: str
+
+
+def observe(
+    plan: RunPlan, order: tuple[int, ...] | None, trace: Sequence[TraceEvent], spare: int
+) -> RankObservation | None:
+    """None when the blocks cannot be told an order or a cost: some did not run, or nothing was copied."""
+    if order is None:
+        return None
+    names = [plan.blocks[index].name for index in order]
+    costs = measured_costs(trace, names, [plan.blocks[index].layout.nbytes for index in order])
+    return None if costs is None else RankObservation(order, costs, spare)
+
+
+def improve(plan: RunPlan, observations: Sequence[RankObservation | None], step: int) -> Improvement:
+    """The same decision on every rank, from what all of them saw."""
+    seen = [observation for observation in observations if observation is not None]
+    if len(seen) < len(observations) or len({observation.order for observation in seen}) > 1:
+        return Improvement(None, f"kept after step {step}: the blocks did not all run in one order")
+    order, costs = seen[0].order, slowest([observation.costs for observation in seen])
+    wider = _with_spare(plan, min(observation.spare_bytes for observation in seen))
+    sizes = [plan.blocks[index].layout.nbytes for index in order]
+    better = plan_residency(sizes, costs, wider.blocks_budget_bytes, (plan.config.offload.prefetch,))
+    if order != plan.order:
+        return Improvement(
+            wider.rescheduled(better, order), f"improved after step {step}: slots in the order of the run"
+        )
+    current_s = steady_step_s(costs, plan.residency.resident, plan.schedule)
+    change = f"{current_s * 1e3:.1f} -> {better.step_s * 1e3:.1f} ms of blocks per step"
+    frees_the_link = wider is not plan and better.step_s <= current_s
+    if better.step_s > current_s * (1 - WORTHWHILE) and not frees_the_link:
+        return Improvement(None, f"kept after step {step}: {change} does not pay")
+    return Improvement(wider.rescheduled(better, order), f"improved after step {step}: {change}")
+
+
+def _with_spare(plan: RunPlan, spare_bytes: int) -> RunPlan:
+    """`auto`: the blocks may also take what the first steps left free."""
+    if plan.config.offload.device_budget != "auto" or plan.arena_bytes is None or spare_bytes == 0:
+        return plan
+    arena = max(plan.arena_bytes, min(plan.arena_bytes + spare_bytes, sum(b.layout.nbytes for b in plan.blocks)))
+    return replace(plan, arena_bytes=arena, budget_bytes=plan.outside_bytes + ALIGNMENT + arena)

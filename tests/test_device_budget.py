@@ -1,0 +1,279 @@
+"""The device budget: obeyed by the whole pipeline, used up where it helps, and nothing but speed depends on it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from crossdock.launch.engine import Engine
+from crossdock.offload.measured_costs import slowest
+from crossdock.offload.residency import Costs, steady_step_s
+from crossdock.runtime.config import RunConfig
+from crossdock.runtime.coordinator import Coordinator
+from crossdock.runtime.errors import ConfigError, LaunchError
+from crossdock.runtime.gang import Gang
+from crossdock.runtime.improvement import RankObservation, improve
+from crossdock.runtime.plan import RunPlan, make_plan
+from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.worker import RankWorker
+from layouts import FAMILIES
+from reference import ODD_SIZE, PROMPT, TOLERANCE, max_error, reference_latents
+
+Checkpoints = dict[str, Path]
+GangOf = Callable[[int], Gang]
+REQUEST = GenerateRequest((PROMPT,), height=ODD_SIZE[0], width=ODD_SIZE[1])
+
+
+def _plan(directory: Path, **offload: Any) -> RunPlan:
+    config = RunConfig.parse({"offload": {"layerwise": True, **offload}})
+    return make_plan(config, directory, "cpu", device_bytes=2**33)
+
+
+@contextmanager
+def _worker(plan: RunPlan) -> Iterator[RankWorker]:
+    """A rank in this process, admitted."""
+    worker = RankWorker(0, 1, torch.device("cpu"))
+    try:
+        Coordinator(plan).admit([worker.setup(plan)])
+        yield worker
+    finally:
+        worker.teardown()
+
+
+def _minimum(directory: Path) -> int:
+    with pytest.raises(ConfigError) as caught:
+        _plan(directory, device_budget="1KiB")
+    return int(str(caught.value).split("at least ")[1].split(" ")[0])
+
+
+def _device_bytes(worker: RankWorker) -> int:
+    """Distinct storages behind the transformer, the text encoder and the VAE: all that can be used on the device."""
+    pipe = worker.pipeline.pipe
+    modules = [worker.model, pipe.vae, pipe.text_encoder._held[0]]
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ten_budgets(family: str, checkpoints: Checkpoints) -> None:
+    """From the minimum to the whole model: same bits, the peak of the whole pipeline within the budget, fewer bytes
+    moved with every step up, none at the end; one byte below the minimum is refused.
+    """
+    directory = checkpoints[family]
+    least = _minimum(directory)
+    whole = sum(block.layout.nbytes for block in _plan(directory).blocks) + _plan(directory).outside_bytes
+    budgets = [least + (whole + 4096 - least) * tenth // 9 for tenth in range(10)]
+    expected = reference_latents(directory, size=ODD_SIZE)
+    moved, first, encoder_bytes = [], None, 0
+    for budget in budgets:
+        with _worker(_plan(directory, device_budget=f"{budget}B")) as worker:
+            latents = worker.generate(REQUEST).latents
+            again = worker.generate(REQUEST)
+            held = _device_bytes(worker)
+            encoder_bytes = sum(p.nbytes for p in worker.pipeline.pipe.text_encoder._held[0].parameters())
+        assert latents is not None
+        first = latents if first is None else first
+        assert torch.equal(latents, first)
+        assert again.latents is not None
+        assert torch.equal(again.latents, first), "the second request differs"
+        assert max(held, again.measurements.peak_weight_bytes) <= budget
+        moved.append(again.measurements.h2d_bytes_per_step)
+    print(f"{family}: budgets {budgets[0]} to {budgets[-1]}, text encoder {encoder_bytes}; per step {moved}")
+    assert max_error(first, expected) <= TOLERANCE if first is not None else False
+    assert moved == sorted(moved, reverse=True)
+    assert moved[0] > 5 * moved[-1]
+    assert _plan(directory).turn_bytes["text_encoder"] < encoder_bytes, "it is not streamed"
+
+
+@pytest.mark.parametrize("config", [{"tp_degree": 2}, {"dp_degree": 2, "hsdp": {"shard": 2}}], ids=["tp2", "hsdp2"])
+def test_budgets_of_several_ranks(config: dict[str, Any], gang_of: GangOf, checkpoints: Checkpoints) -> None:
+    """The first rank also runs encoder and VAE; what it evicts for them, a shard group has to load together."""
+    results = []
+    for budget in ("3300KiB", "4MiB", 1.0, "auto"):
+        run = RunConfig.parse({"parallel": config, "offload": {"layerwise": True, "device_budget": budget}})
+        with Engine.start(run, checkpoints["flux2-klein"], gang_of(2)) as engine:
+            prompts = [PROMPT] * run.parallel.dp_degree
+            for _ in range(2):
+                generation = engine.generate(prompts, height=ODD_SIZE[0], width=ODD_SIZE[1])
+                results.append(generation.latents[0])
+            peaks = [row["peak_weight_bytes"] for row in generation.report["ranks"]]
+            plan, schedule = engine.plan, generation.report["schedule"]
+        assert plan.budget_bytes is not None
+        assert max(peaks) <= plan.budget_bytes
+        assert (schedule["budget_bytes"], schedule["arena_bytes"]) == (plan.budget_bytes, plan.arena_bytes)
+    assert all(torch.equal(found, results[0]) for found in results)
+    assert "improved" in schedule["verdict"], "auto takes what is free once it is known"
+    assert len(schedule["resident"]) == len(plan.blocks)
+
+
+def test_a_fraction_needs_the_device(checkpoints: Checkpoints) -> None:
+    """Half of a device that is too small is refused like any small budget, with the bytes that it comes to."""
+    config = RunConfig.parse({"offload": {"layerwise": True, "device_budget": 0.5}})
+    assert make_plan(config, checkpoints["z-image"], "cpu").budget_bytes is None
+    with pytest.raises(ConfigError, match=r'found "0.5" \(500 bytes\); this model needs at least \d+ bytes'):
+        make_plan(config, checkpoints["z-image"], "cpu", device_bytes=1000)
+
+
+# -- the improvement ------------------------------------------------------------------------------------------------
+
+
+def _observation(plan: RunPlan, order: tuple[int, ...] | None = None, slow: int = 0, spare: int = 0) -> RankObservation:
+    """Equal blocks, copies twice as long as computing, but for block `slow`, which computes for long."""
+    order = order or plan.order
+    compute = [1.0 if index != slow else 20.0 for index in order]
+    return RankObservation(order, Costs(tuple(compute), (2.0,) * len(order)), spare)
+
+
+def test_the_schedule_follows_the_slowest_rank(flux2_dir: Path) -> None:
+    """Every rank takes the same decision, from the costs of all: whose compute is slow, whose copies are."""
+    plan = _plan(flux2_dir, device_budget=f"{_minimum(flux2_dir) + 2**20}B")
+    both = [_observation(plan, slow=0), _observation(plan, slow=5)]
+    found, swapped = improve(plan, both, 2), improve(plan, both[::-1], 2)
+    assert found == swapped
+    assert found.plan is not None
+    assert found.plan.resident != plan.resident
+    costs = slowest([seen.costs for seen in both])
+    assert found.plan.residency.step_s < steady_step_s(costs, plan.residency.resident, plan.schedule)
+    assert found.plan.residency.optimal
+
+
+def test_an_order_that_was_not_foreseen_gets_its_own_slots(flux2_dir: Path) -> None:
+    """Interleaved stacks: blocks that follow each other must not share a slot."""
+    plan = _plan(flux2_dir, prefetch=2)
+    order = (*plan.order[::2], *plan.order[1::2])
+    found = improve(plan, [_observation(plan, order)], 2)
+    assert found.plan is not None
+    assert [block.name for block in found.plan.streamed] == [plan.blocks[index].name for index in order]
+    slots = [block.slot for block in found.plan.streamed]
+    assert all(len(set(slots[i : i + 3])) == 3 for i in range(len(slots) - 2))
+
+
+@pytest.mark.parametrize("case", ["nothing seen", "two orders", "does not pay"])
+def test_the_schedule_is_kept(case: str, flux2_dir: Path) -> None:
+    """Without a common order, or a gain, nothing is changed: ranks that disagree would gather different blocks."""
+    plan = _plan(flux2_dir)
+    seen: dict[str, list[RankObservation | None]] = {
+        "nothing seen": [_observation(plan), None],
+        "two orders": [_observation(plan), _observation(plan, plan.order[::-1])],
+        "does not pay": [_observation(plan)] * 2,
+    }
+    found = improve(plan, seen[case], 2)
+    assert found.plan is None
+    assert found.verdict.startswith("kept after step 2")
+
+
+def test_improving_changes_no_bit(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a request other blocks become resident; the coordinator judges the new state as the first."""
+    import crossdock.runtime.worker as worker_module
+
+    budget = _minimum(flux2_dir) + 2**20
+    plan = _plan(flux2_dir, device_budget=f"{budget}B")
+    with _worker(plan) as worker:
+        monkeypatch.setattr(worker_module, "MEASURED_STEPS", 10**6)
+        kept = worker.generate(REQUEST)
+    monkeypatch.setattr(worker_module, "MEASURED_STEPS", 2)
+    monkeypatch.setattr(worker_module, "observe", lambda plan, *_: _observation(plan, tuple(reversed(plan.order)), 3))
+    coordinator = Coordinator(plan)
+    with _worker(plan) as worker:
+        results = [worker.generate(REQUEST) for _ in range(3)]
+        for result in results:
+            coordinator.review([result])
+    assert [result.plan is None for result in results] == [False, True, True]
+    assert coordinator.plan.order == tuple(reversed(plan.order))
+    for result in results:
+        assert result.measurements.peak_weight_bytes <= budget
+        assert torch.equal(_latents(result), _latents(kept))
+
+
+# -- re-entry -------------------------------------------------------------------------------------------------------
+
+
+def _latents(result: Any) -> Tensor:
+    assert result.latents is not None
+    return result.latents  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt, asyncio.CancelledError])
+@pytest.mark.parametrize("where", ["encoder", "first block", "in a block", "between steps", "vae"])
+def test_the_next_request_is_right(where: str, error: type[BaseException], checkpoints: Checkpoints) -> None:
+    """Pitfalls 19 and 21: an exception, a cancelled request, memory that runs out, at any point of a request."""
+    directory = checkpoints["flux2-klein"]
+    budget = f"{_minimum(directory) + 2**19}B"
+    with _worker(_plan(directory, device_budget=budget)) as worker:
+        expected = _latents(worker.generate(REQUEST))
+        pipe = worker.pipeline.pipe
+        victim = {
+            "encoder": pipe.text_encoder._held[0].model.layers[2].mlp,
+            "first block": worker.model.transformer_blocks[0],
+            "in a block": worker.model.single_transformer_blocks[2].attn,
+            "vae": pipe.vae.decoder.mid_block,
+        }.get(where)
+
+        def fail(*_: Any) -> None:
+            raise error
+
+        if victim is None:
+            worker.on_progress = fail
+        handle = victim.register_forward_hook(fail) if victim is not None else None
+        with pytest.raises(error):
+            worker.generate(REQUEST)
+        worker.on_progress = None
+        if handle is not None:
+            handle.remove()
+        again = worker.generate(REQUEST)
+        assert torch.equal(_latents(again), expected)
+        assert again.image is not None
+
+
+# -- host memory ----------------------------------------------------------------------------------------------------
+
+
+def test_too_little_host_memory_is_refused_before_loading(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pitfall 30: the cgroup's limit, not the machine's memory; with the figures, and before a byte is read."""
+    from crossdock.offload.host_memory import HostMemory
+    from crossdock.runtime import weights
+
+    monkeypatch.setattr(weights, "host_memory", lambda: HostMemory(2**20, 2**33, "/sys/fs/cgroup/job"))
+    plan = _plan(flux2_dir)
+    read: list[str] = []
+    monkeypatch.setattr(weights.WeightLoader, "_fill", lambda *_: read.append("read"))
+    with pytest.raises(
+        LaunchError, match=r"needs 0\.\d+ GiB .* of 8\.00 GiB .*/sys/fs/cgroup/job.*host: mmap"
+    ) as caught:
+        RankWorker(0, 1, torch.device("cpu")).setup(plan)
+    assert caught.value.key == "offload.host"
+    assert read == []
+
+
+def test_a_crashed_gang_starts_again_without_reading(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the ranks had in host memory is kept for a while; a changed file is not taken for the old one."""
+    from crossdock.runtime import weights
+
+    plan = _plan(flux2_dir)
+    worker = RankWorker(0, 1, torch.device("cpu"))
+    worker.setup(plan)
+    expected = _latents(worker.generate(REQUEST))
+    read: list[str] = []
+    fill = weights.WeightLoader._fill
+
+    def counted(self: Any, *args: Any) -> None:
+        read.append(args[0].name)
+        fill(self, *args)
+
+    monkeypatch.setattr(weights.WeightLoader, "_fill", counted)
+    with _worker(plan) as second:  # the first one was never torn down: as if it had been killed
+        assert torch.equal(_latents(second.generate(REQUEST)), expected)
+        assert read == []
+    with _worker(replace(plan, dtypes=plan.dtypes)) as third:
+        assert torch.equal(_latents(third.generate(REQUEST)), expected)
+    assert len(read) == len(plan.blocks), "an orderly end gives the memory up"
+    worker.teardown()

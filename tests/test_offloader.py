@@ -1,0 +1,221 @@
+"""Streaming a live model: same bits, true weights on request, and the model given back as it was."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import suppress
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3Config, Qwen3Model
+
+from crossdock.offload.arena import Arena
+from crossdock.offload.copy_engine import CpuCopyEngine
+from crossdock.offload.discovery import DiscoveryError
+from crossdock.offload.offloader import LayerwiseOffloader
+
+CPU = torch.device("cpu")
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 3 * width)
+        self.down = nn.Linear(3 * width, width, dtype=torch.bfloat16)
+        self.turned = nn.Parameter(torch.randn(width, width).t())
+        self.register_buffer("scale", torch.rand(width))
+        self.eps = torch.tensor(1e-3)  # neither parameter nor buffer
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.down(torch.tanh(self.up(x)).bfloat16()).float()
+        return x + hidden * cast(Tensor, self.scale) + self.eps * (x @ self.turned)
+
+
+class Model(nn.Module):
+    """A user's own model: one list of blocks, tied weights inside and outside them, a shared storage."""
+
+    _layerwise_offload_blocks_attrs = ("blocks",)
+
+    def __init__(self, count: int = 7, width: int = 16) -> None:
+        super().__init__()
+        self.embed = nn.Linear(width, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(count))
+        self.head = nn.Linear(width, width)
+        self.head.weight = self.embed.weight
+        first, last = cast(Block, self.blocks[0]), cast(Block, self.blocks[-1])
+        last.up.weight = first.up.weight  # two blocks, one tensor
+        first.turned = nn.Parameter(cast(Tensor, self.embed.weight).t())  # a view of what is outside
+        self.table = torch.linspace(0, 1, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x) + self.table
+        for block in self.blocks:
+            x = block(x)
+        return cast(Tensor, self.head(x))
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model().requires_grad_(False)
+
+
+X = torch.linspace(-1, 1, 48).view(3, 16)
+
+
+def _facts(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Everything that must be as before: objects, bits, strides, devices, hooks, ties."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    tensors = [(n, id(t), t.dtype, t.device, t.shape, t.stride(), t.requires_grad, t.tolist()) for n, t in named]
+    hooks = [(n, len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()]
+    plain = [(n, id(v)) for n, m in model.named_modules() for v in vars(m).values() if isinstance(v, Tensor)]
+    return [*tensors, *hooks, *plain]
+
+
+@pytest.mark.parametrize("outside", ["resident", "held"])
+@pytest.mark.parametrize("budget", [None, 40_000, 10**9])
+def test_streamed_as_resident_and_given_back(model: Model, budget: int | None, outside: Any) -> None:
+    """Pitfalls 10, 11: tied and aliased weights by identity, plain attributes; `remove` restores every bit."""
+    expected, before = copy.deepcopy(model)(X), _facts(model)
+    offloader = LayerwiseOffloader(model, CPU, budget_bytes=budget, prefetch=2, outside=outside)
+    for _ in range(3):
+        with offloader.present():
+            assert torch.equal(model(X), expected)
+    assert set(offloader.plain_tensors) == {"table", *(f"blocks.{i}.eps" for i in range(7))}
+    offloader.remove()
+    assert _facts(model) == before
+    assert torch.equal(model(X), expected)
+    storages = [t.untyped_storage() for t in model.blocks[1].parameters()]
+    assert len({s.data_ptr() for s in storages}) == len(storages), "each tensor has its own memory again"
+
+
+def test_the_memory_of_the_weights_is_given_up(model: Model) -> None:
+    """Pitfall 1: the blocks' own storages are gone while they are streamed."""
+    sizes = {name: p.untyped_storage().nbytes() for name, p in model.named_parameters()}
+    originals = dict(model.blocks[3].named_parameters())
+    with LayerwiseOffloader(model, CPU) as offloader:
+        shared = {t.untyped_storage().data_ptr() for t in originals.values()}
+        assert len(shared) == 1, "the originals are views of the host copy"
+        assert offloader.stream.arena.nbytes < sum(sizes.values())
+
+
+def test_gathered_gives_the_true_weights(model: Model) -> None:
+    """For LoRA, state dicts and inspection: what is in the slot may be another block."""
+    twin = copy.deepcopy(model)
+    with LayerwiseOffloader(model, CPU) as offloader:
+        model(X)
+        for index, block in enumerate(twin.blocks):
+            with offloader.gathered(f"blocks.{index}") as tensors:
+                for name, tensor in tensors.items():
+                    assert torch.equal(tensor, block.state_dict()[name]), name
+
+
+def test_gathered_writes_back(model: Model) -> None:
+    """Pitfall 26: a merge into placeholders is lost, one done twice is wrong; and nothing is kept of a failed one."""
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        cast(Block, twin.blocks[2]).up.bias.add_(1.0)
+    expected = twin(X)
+    with LayerwiseOffloader(model, CPU) as offloader:
+        model(X)
+        with offloader.gathered("blocks.2", write_back=True) as tensors:
+            tensors["up.bias"].add_(1.0)
+        with suppress(KeyError), offloader.gathered("blocks.2", write_back=True) as tensors:
+            tensors["up.bias"].add_(1.0)
+            raise KeyError
+        with offloader.gathered("blocks.2") as tensors:
+            tensors["up.bias"].add_(1.0)
+        assert torch.equal(model(X), expected)
+    assert torch.equal(model(X), expected), "what was written stays in the model"
+
+
+def test_the_old_spelling_works_with_a_warning() -> None:
+    """A user's class written for the single attribute."""
+
+    class Old(Model):
+        _layerwise_offload_blocks_attrs = None
+        _layerwise_offload_blocks_attr = "blocks"
+
+    model = Old()
+    expected = model(X)
+    with pytest.warns(DeprecationWarning, match="_layerwise_offload_blocks_attrs"):
+        offloader = LayerwiseOffloader(model, CPU)
+    assert torch.equal(model(X), expected)
+    offloader.remove()
+
+
+def test_what_cannot_be_streamed_is_refused(model: Model) -> None:
+    """Pitfalls 13, 25; nothing is changed by a refusal."""
+    before = _facts(model)
+    with pytest.raises(ValueError, match=r"minimum"):
+        LayerwiseOffloader(model, CPU, budget_bytes=2000)
+    model._layerwise_offload_blocks_attrs = ("layers",)  # type: ignore[assignment]
+    with pytest.raises(DiscoveryError, match=r"Model: .*'layers'.*blocks \(7\)"):
+        LayerwiseOffloader(model, CPU)
+    del model._layerwise_offload_blocks_attrs
+
+    class Quantized(torch.Tensor):
+        pass
+
+    other = copy.deepcopy(model)
+    other.head.bias = nn.Parameter(torch.zeros(16).as_subclass(Quantized), requires_grad=False)
+    with pytest.raises(TypeError, match=r"head.bias is a Quantized"):
+        LayerwiseOffloader(other, CPU)
+    assert _facts(model) == before
+
+
+def test_a_text_encoder_streams_block_by_block() -> None:
+    """Nothing is declared: the stacks are found. It shares an arena with a model that is moved as one piece."""
+    torch.manual_seed(1)
+    config = Qwen3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    encoder, vae = Qwen3Model(config).eval().requires_grad_(False), Model(2).requires_grad_(False)
+    tokens = torch.arange(12).view(1, 12)
+    expected = encoder(tokens, output_hidden_states=True), vae(X)
+    whole = sum(p.nbytes for p in encoder.parameters())
+    engine, arena = CpuCopyEngine(60), Arena(whole * 2 // 3, CPU)
+    first = LayerwiseOffloader(encoder, CPU, outside="held", arena=arena, engine=engine)
+    second = LayerwiseOffloader(vae, CPU, stacks=(), outside="held", arena=arena, engine=engine)
+    for _ in range(2):
+        with first.present():
+            found = encoder(tokens, output_hidden_states=True)
+        assert torch.equal(found.last_hidden_state, expected[0].last_hidden_state)
+        assert all(map(torch.equal, found.hidden_states, expected[0].hidden_states))
+        with second.present():
+            assert torch.equal(vae(X), expected[1])
+    for offloader in (first, second):
+        offloader.remove()
+    engine.close()
+
+
+@pytest.mark.parametrize("way", ["forward", "block", "model"])
+def test_compiled_blocks_do_not_recompile(model: Model, way: str) -> None:
+    """Pitfall 27: addresses are fixed, so one graph serves all blocks and all steps; hooks are not compiled."""
+    torch._dynamo.reset()
+    counts: list[int] = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        counts.append(1)
+        return graph.forward
+
+    with LayerwiseOffloader(model, CPU):
+        expected = model(X)
+        compiled: Any = model
+        if way == "model":
+            compiled = torch.compile(model, backend=count)
+        for block in model.blocks if way != "model" else ():
+            if way == "block":
+                block.compile(backend=count)
+            else:
+                block.forward = torch.compile(block.forward, backend=count)
+        results = [compiled(X)]
+        after_first = len(counts)
+        results += [compiled(X) for _ in range(4)]
+        assert all(torch.equal(result, expected) for result in results)
+        print(f"{way}: {after_first} graphs in the first step, {len(counts) - after_first} afterwards")
+        assert after_first > 0
+        assert len(counts) == after_first

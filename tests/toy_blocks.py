@@ -1,0 +1,292 @@
+"""Toy blocks, engines and shard groups for tests of the block stream: a streamed model beside an equal resident one."""
+
+from __future__ import annotations
+
+import copy
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from crossdock.offload.arena import Arena
+from crossdock.offload.block import Home, StreamedBlock
+from crossdock.offload.block_stream import BlockStream
+from crossdock.offload.copy_engine import CopyEngine, CpuCopyEngine, Event
+from crossdock.offload.layout import BlockLayout, aligned_bytes
+from crossdock.offload.loader import Gather
+from crossdock.offload.schedule import assign_slots
+from crossdock.runtime.plan import RunPlan
+from crossdock.runtime.verify import verify_trace
+
+WIDTH = 8
+STREAMED = (Home.HOST, Home.DEVICE_SHARD, Home.HOST_SHARD)
+
+
+class BlockError(Exception):
+    """What a block's forward, or a load, is made to raise."""
+
+
+class QueuedEngine:
+    """CUDA's picture on the CPU: compute is a lane too, and `wait` and `record` only queue."""
+
+    @dataclass
+    class Done:
+        event: threading.Event = field(default_factory=threading.Event)
+
+    def __init__(self, delay: Callable[[], None]) -> None:
+        self.errors: list[BaseException] = []
+        self._delay = delay
+        self._lanes: dict[str, queue.SimpleQueue[Any]] = {}
+        for lane in ("copy", "gather", "compute"):
+            self._lanes[lane] = queue.SimpleQueue()
+        lanes = list(self._lanes)
+        self._threads = [threading.Thread(target=self._run, args=(lane,), daemon=True) for lane in lanes]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, lane: str, work: Callable[[], None], after: Sequence[Event] = ()) -> Event:
+        done = self.Done()
+        self._lanes[lane].put((work, after, done))
+        return done
+
+    def move(self, target: Tensor, source: Tensor) -> None:
+        np.copyto(target.numpy(), source.numpy())
+
+    def wait(self, event: Event) -> None:
+        self.submit("compute", nothing, (event,))
+
+    def record(self) -> Event:
+        return self.submit("compute", nothing)
+
+    def synchronize(self) -> None:
+        done = self.record()
+        assert isinstance(done, self.Done)
+        assert done.event.wait(60), "the lanes wait for each other"
+        assert not self.errors, self.errors
+
+    def mark(self, lane: str) -> float:
+        return time.perf_counter()
+
+    def seconds(self, mark: float) -> float:
+        return mark
+
+    def close(self) -> None:
+        for lane, thread in zip(self._lanes.values(), self._threads, strict=True):
+            lane.put(None)
+            thread.join(60)
+
+    def _run(self, lane: str) -> None:
+        while (job := self._lanes[lane].get()) is not None:
+            work, after, done = job
+            for event in after:
+                event.event.wait(60)
+            try:
+                self._delay()
+                work()
+            except BaseException as error:
+                self.errors.append(error)
+            done.event.set()
+
+
+def nothing() -> None:
+    pass
+
+
+class Toy(nn.Module):
+    """bf16, fp32, int8, column-major fp8, bool and tied tensors, all of which the output depends on."""
+
+    def __init__(self, choice: random.Random) -> None:
+        super().__init__()
+        hidden = choice.randint(1, 20)
+        self.up = nn.Linear(WIDTH, hidden, dtype=torch.bfloat16)
+        self.down = nn.Linear(hidden, WIDTH)
+        if choice.random() < 0.5:
+            self.alias = nn.Linear(hidden, WIDTH)
+            self.alias.weight = self.down.weight  # tied
+            self.norm = nn.LayerNorm(WIDTH)
+        square = (WIDTH, WIDTH)
+        self.int8 = nn.Parameter(torch.randint(-99, 99, square, dtype=torch.int8), requires_grad=False)
+        self.fp8 = nn.Parameter(torch.randn(square).to(torch.float8_e4m3fn).t(), requires_grad=False)
+        self.register_buffer("scale", torch.rand(hidden) + 0.5)
+        self.register_buffer("mask", torch.rand(WIDTH) < 0.5, persistent=False)
+        self.requires_grad_(False)
+        self.fail_at: int | None = None
+        self.error: type[BaseException] = BlockError
+        self.pause: Callable[[], None] = nothing
+        self.engine: QueuedEngine | None = None
+
+    def forward(self, x: Any) -> Any:
+        """x: `[batch, WIDTH]`, or with a queued engine a list that will hold it."""
+        if self.engine is None:
+            return self._compute(x)
+
+        def kernel() -> None:
+            x[0] = self._compute(x[0])
+
+        self.engine.submit("compute", kernel)
+        return x
+
+    def _compute(self, x: Tensor) -> Tensor:
+        self._point(0)
+        hidden = self.up(x.bfloat16()).float() * cast(Tensor, self.scale)
+        self._point(1)
+        x = torch.tanh(x + (self.alias if hasattr(self, "alias") else self.down)(hidden))
+        if hasattr(self, "norm"):
+            x = self.norm(x)
+        x = x + torch.tanh(x @ self.int8.float() / 64) + torch.tanh(x @ self.fp8.float())
+        self._point(2)
+        return torch.where(cast(Tensor, self.mask), x, -0.5 * x)
+
+    def _point(self, number: int) -> None:
+        self.pause()
+        if self.fail_at == number:
+            raise self.error(f"at point {number}")
+
+
+class ShardGroup:
+    """The other ranks of a shard group, in this process: knows the whole block that a shard is cut from."""
+
+    def __init__(self, parts: int, index: int) -> None:
+        self.parts, self.index = parts, index
+        self.fail: set[int] = set()
+        self._wholes: dict[bytes, Tensor] = {}
+
+    def shard_of(self, whole: Tensor) -> Tensor:
+        shard = whole.chunk(self.parts)[self.index].clone()
+        self._wholes[shard.numpy().tobytes()] = whole
+        return shard
+
+    def gather(self) -> Gather:
+        return Gather(self.parts, self.index, self._all_gather)
+
+    def _all_gather(self, out: Tensor, shard: Tensor) -> None:
+        within = shard.data_ptr() - out.data_ptr()
+        in_place = within == self.index * shard.nbytes
+        assert in_place or not 0 <= within < out.nbytes, "in place, a shard lies where the gather puts it"
+        whole = self._wholes.get(shard.numpy().tobytes())
+        assert whole is not None, "the gather began before the shard was there"
+        if whole.data_ptr() in self.fail:
+            self.fail.clear()
+            raise BlockError("the gather")
+        np.copyto(out.numpy(), whole.numpy())
+
+
+class FailingEngine(CpuCopyEngine):
+    """Raises once where a copy reads one of `fail` (addresses of sources)."""
+
+    def __init__(self, delay: Callable[[], None] | None = None) -> None:
+        super().__init__(60, delay)
+        self.fail: set[int] = set()
+
+    def move(self, target: Tensor, source: Tensor) -> None:
+        if source.data_ptr() in self.fail:
+            self.fail.clear()
+            raise BlockError("the copy")
+        super().move(target, source)
+
+
+@dataclass
+class Case:
+    """A streamed model beside an equal resident one."""
+
+    stream: BlockStream
+    modules: list[Toy]
+    twins: list[Toy]
+    wholes: list[Tensor]
+    group: ShardGroup
+
+    def check(self, order: Sequence[int]) -> None:
+        """One pass over the blocks in `order`; same bits as the resident run."""
+        found, expected = run(self.modules, order), run(self.twins, order)
+        assert bool(expected.isfinite().all())
+        assert torch.equal(found, expected), f"differs by {(found - expected).abs().max()}"
+
+    def misses(self, order: Sequence[int]) -> int:
+        before = self.stream.counters.misses
+        self.check(order)
+        return self.stream.counters.misses - before
+
+    def finish(self) -> None:
+        """Detach; what was recorded must be in order."""
+        self.stream.remove()
+        self.stream.engine.close()
+        if isinstance(self.stream.engine, CpuCopyEngine):
+            plan = SimpleNamespace(blocks=self.stream.blocks, schedule=self.stream.schedule)
+            trace = [event for event in self.stream.trace() if event.sequence >= self.stream.scheduled_at]
+            assert verify_trace(cast(RunPlan, plan), 0, trace) == []
+
+
+def run(modules: Sequence[Toy], order: Sequence[int]) -> Tensor:
+    x = torch.linspace(-1, 1, 2 * WIDTH).view(2, WIDTH)
+    engine = modules[0].engine
+    if engine is None:
+        for index in order:
+            x = modules[index](x)
+        return x
+    box = [x]
+    for index in order:
+        modules[index](box)
+    engine.synchronize()
+    return box[0]
+
+
+def build(
+    homes: Sequence[Home],
+    prefetch: int,
+    seed: int = 0,
+    engine: CopyEngine | None = None,
+    poison: bool = False,
+    resident: Collection[int] = (),
+    arena: Arena | None = None,
+) -> Case:
+    """An attached stream over one toy block per home."""
+    choice = random.Random(seed)
+    torch.manual_seed(seed)
+    modules = [Toy(choice) for _ in homes]
+    twins = copy.deepcopy(modules)
+    parts = choice.randint(1, 4)
+    group = ShardGroup(parts, choice.randrange(parts))
+    blocks, wholes = [], []
+    for index, (module, home) in enumerate(zip(modules, homes, strict=True)):
+        layout = BlockLayout.of(module, multiple=parts)
+        whole = aligned_bytes(layout.nbytes, torch.device("cpu"))
+        whole.random_(0, 256)  # so that shards of nothing but padding differ
+        layout.pack(module, whole)
+        source = group.shard_of(whole) if home.sharded else whole
+        blocks.append(StreamedBlock(f"blocks.{index}", module, layout, home, source))
+        wholes.append(whole)
+    schedule = assign_slots(sum(home.streamed for home in homes) - len(resident), prefetch)
+    engine = engine or CpuCopyEngine(60)
+    for module in modules:
+        module.engine = engine if isinstance(engine, QueuedEngine) else None
+    stream = BlockStream(
+        blocks,
+        schedule,
+        torch.device("cpu"),
+        engine,
+        group.gather(),
+        resident=resident,
+        arena=arena,
+        poison_freed=poison,
+    )
+    stream.attach()
+    return Case(stream, modules, twins, wholes, group)
+
+
+def stalls(seed: int, share: float) -> Callable[[], None]:
+    """Sleeps up to a millisecond, now and then."""
+    choice = random.Random(seed)
+
+    def stall() -> None:
+        if choice.random() < share:
+            time.sleep(choice.random() * 1e-3)
+
+    return stall
