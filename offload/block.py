@@ -38,10 +38,20 @@ class Home(StrEnum):
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes of a block, from `offset` on. source: uint8 `[n]` or `[rows, row_bytes]`; the target has no gaps."""
+    """Bytes of a block, from `offset` on.
+
+    `source`: uint8 `[n]`, or `[rows, row_bytes]`, whose rows are `step` bytes apart in the block.
+    """
 
     offset: int
     source: Tensor
+    step: int = 0
+
+    def target(self, memory: Tensor) -> Tensor:
+        """Where it goes in `memory` (uint8, the block's bytes); the shape of `source`."""
+        if self.source.dim() == 1:
+            return memory[self.offset : self.offset + self.source.nbytes]
+        return memory[self.offset :].as_strided(self.source.shape, (self.step, 1))
 
 
 @dataclass(frozen=True)

@@ -125,10 +125,7 @@ def _moves(block: StreamedBlock, target: Tensor) -> list[tuple[Tensor, Tensor]]:
     """(target, source) of each copy that brings the bytes at rest; uint8, of one shape."""
     if isinstance(block.source, Tensor):
         return [(target, block.source)]
-    return [
-        (target[piece.offset : piece.offset + piece.source.nbytes].view(piece.source.shape), piece.source)
-        for piece in block.source
-    ]
+    return [(piece.target(target), piece.source) for piece in block.source]
 
 
 def fill_nan(memory: Tensor) -> None:

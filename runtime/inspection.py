@@ -98,9 +98,9 @@ def _replicated_on_host(
 
 
 def record_homes(
-    plan: RunPlan, stream: BlockStream, starts: Mapping[str, int], filled: Collection[str]
+    plan: RunPlan, stream: BlockStream, ranges: Mapping[str, tuple[int, int]], filled: Collection[str]
 ) -> tuple[HomeRecord, ...]:
-    """`starts`: block -> the first byte of it that this rank holds; `filled`: the blocks that it answers for."""
+    """`ranges`: block -> the bytes of it that this rank holds; `filled`: the blocks that it answers for."""
     planned = {block.name: block for block in plan.blocks}
     return tuple(
         HomeRecord(
@@ -108,8 +108,7 @@ def record_homes(
             block.home,
             stream.slot_of(block.name),
             planned[block.name].layout.nbytes,
-            starts[block.name],
-            starts[block.name] + block.source_bytes,
+            *ranges[block.name],
             checksum(block.source) if block.name in filled and isinstance(block.source, Tensor) else None,
         )
         for block in stream.blocks

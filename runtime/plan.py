@@ -22,14 +22,14 @@ from crossdock.offload.offloader import shared_tensors
 from crossdock.offload.residency import Residency
 from crossdock.offload.schedule import SlotSchedule
 from crossdock.parallel.mesh import MeshShape, describe
-from crossdock.parallel.tensor import TensorParallelism, TensorSlice, tensor_slices
-from crossdock.parallel.xfuser_attention import xfuser_installed, xfuser_limits
+from crossdock.parallel.tensor import TensorParallelism, TensorSlice
 from crossdock.runtime.checkpoint import StoredTensor, check_components, read_json, read_model_index, stored_tensors
 from crossdock.runtime.components import ComponentNeed, component_needs
 from crossdock.runtime.config import RunConfig
 from crossdock.runtime.device_space import divide_device
-from crossdock.runtime.errors import CheckpointError, ConfigError, LaunchError, RequestError
+from crossdock.runtime.errors import CheckpointError, RequestError
 from crossdock.runtime.meta_model import build_on_meta, non_persistent_buffers
+from crossdock.runtime.plan_checks import check_attention, check_degree, check_pages, check_tensors
 from crossdock.runtime.reports import ScheduleReport
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.specs import SPECS, ModelSpec, spec_of_pipeline
@@ -167,9 +167,9 @@ def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int
     folder = model_dir / TRANSFORMER
     model = build_on_meta(spec.transformer, folder)
     stored = stored_tensors(folder)
-    _check_tensors(model, stored, folder)
-    _check_degree(model, spec, config)
-    _check_attention(model, spec, config, device)
+    check_tensors(model, stored, folder)
+    check_degree(model, spec, config)
+    check_attention(model, spec, config, device)
 
     mesh = mesh_shape(config)
     found = transformer_blocks(model, spec)
@@ -188,6 +188,8 @@ def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int
     pipeline_dtype = _pipeline_dtype(stored, config)
     others = _others(config, model_dir, index, pipeline_dtype)
     outside_bytes = sum(_nbytes(model, fqn, dtypes) for fqn in outside) + sum(need.resident_bytes for need in others)
+    if config.offload.host == "mmap":
+        check_pages(names, layouts, stored)
     home = _home(config, mesh)
     order = tuple(range(len(found))) if home.streamed else ()
     space = divide_device(
@@ -281,53 +283,6 @@ def _spec_for(pipeline: str, model_dir: Path) -> ModelSpec:
             f"{model_dir / 'model_index.json'}: unknown model class {pipeline!r}; crossdock knows {known}"
         )
     return spec
-
-
-def _check_tensors(model: nn.Module, stored: Mapping[str, StoredTensor], folder: Path) -> None:
-    expected = {fqn: tuple(tensor.shape) for fqn, tensor in model.state_dict().items()}
-    if missing := [fqn for fqn in expected if fqn not in stored]:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise CheckpointError(f"{folder}: the tensor {missing[0]} is missing{more}; is the download complete?")
-    for fqn, shape in expected.items():
-        if stored[fqn].shape != shape:
-            raise CheckpointError(
-                f"{stored[fqn].file}: {fqn} has shape {list(stored[fqn].shape)}, but config.json asks for {list(shape)}"
-            )
-
-
-def _check_degree(model: nn.Module, spec: ModelSpec, config: RunConfig) -> None:
-    """The TP degree divides the heads and every part of every planned linear."""
-    degree, heads = config.parallel.tp_degree, _heads(model, spec)
-    reasons = {d: _why_not(model, spec, d) for d in {degree, *(d for d in range(1, heads + 1) if heads % d == 0)}}
-    if reasons[degree] is not None:
-        allowed = ", ".join(str(d) for d in sorted(reasons) if reasons[d] is None)
-        raise ConfigError(f"found {degree}: {reasons[degree]}; allowed: {allowed}", "parallel.tp_degree")
-
-
-def _why_not(model: nn.Module, spec: ModelSpec, degree: int) -> str | None:
-    if _heads(model, spec) % degree:
-        return f"it does not divide the {_heads(model, spec)} attention heads of {spec.transformer}"
-    try:
-        tensor_slices(model, spec.tensor_plan, 0, degree)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def _check_attention(model: nn.Module, spec: ModelSpec, config: RunConfig, device: str) -> None:
-    parallel = config.parallel
-    if parallel.attention != "xfuser":
-        return
-    reason = xfuser_limits(device, parallel.tp_degree, _heads(model, spec), parallel.ulysses_degree)
-    if reason is not None:
-        raise ConfigError(f"xfuser cannot work here: {reason}; use attention: native", "parallel.attention")
-    if not xfuser_installed():
-        raise LaunchError("xfuser is not installed; run: pip install 'crossdock[xdit]'", "parallel.attention")
-
-
-def _heads(model: nn.Module, spec: ModelSpec) -> int:
-    config: Any = model.config
-    return int(config[spec.tensor_plan.head_count])
 
 
 def _tensor_slices(model: nn.Module, spec: ModelSpec, degree: int) -> tuple[dict[str, TensorSlice], ...]:

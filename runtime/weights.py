@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from crossdock.offload.block import Home, StreamedBlock
+from crossdock.offload.block import Home, Piece, StreamedBlock
 from crossdock.offload.host_memory import HostMemoryError, host_memory, require
 from crossdock.offload.host_store import HostStore
 from crossdock.offload.layout import aligned_bytes
@@ -23,6 +23,7 @@ from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.checkpoint import TensorReader
 from crossdock.runtime.errors import LaunchError
 from crossdock.runtime.meta_model import non_persistent_buffers
+from crossdock.runtime.page_cache import CheckpointPages
 from crossdock.runtime.plan import PlannedBlock, RunPlan
 
 
@@ -44,12 +45,12 @@ def node_id() -> str:
 class RankWeights:
     """What a rank holds of the transformer, outside the module itself.
 
-    `starts`: block -> the first of its bytes that rests here. `slices`: fqn -> the part that was read, of what is cut.
+    `ranges`: block -> which of its bytes rest here. `slices`: fqn -> the part that was read, of what is cut.
     `filled`: the blocks whose bytes this rank read itself; the ranks that share a store divide that work.
     """
 
     blocks: list[StreamedBlock]
-    starts: dict[str, int]
+    ranges: dict[str, tuple[int, int]]
     slices: Mapping[str, TensorSlice]
     filled: frozenset[str]
     store: HostStore | None
@@ -92,35 +93,42 @@ class WeightLoader:
         self._slices: Mapping[str, TensorSlice] = plan.slices[mesh.shape.coordinates(mesh.rank)["tp"]]
         self._reader = TensorReader(plan.stored)
         self._unstored = non_persistent_buffers(model)
+        self._buffers = {fqn: model.get_buffer(fqn) for fqn in self._unstored}
         self._found_filled = False
+        self._free: Tensor | None = None
+        in_files = plan.config.offload.host == "mmap"
+        self._pages = CheckpointPages(plan.stored) if in_files else None
 
     def load_blocks(self) -> RankWeights:
         """Fill every block's home. Collective over the world where blocks rest in host memory."""
-        store, sharers = self._host_store()
-        offset, blocks, filled, starts = 0, [], [], {}
+        store, sharers = (None, (self._mesh.rank,)) if self._pages else self._host_store()
+        self._free = None if store is None else store.bytes
+        blocks, filled, ranges = [], [], {}
         for number, block in enumerate(self._plan.blocks):
-            start, stop = self._range(block)
-            starts[block.name] = start
-            if block.home.on_host:
-                assert store is not None
-                source = store.bytes[offset : offset + stop - start]
-                offset += stop - start
-                mine = number % len(sharers) == sharers.index(self._mesh.rank)
-            else:
-                source, mine = aligned_bytes(stop - start, self._device).zero_(), True
-            if mine:
+            start, stop = ranges[block.name] = self._range(block)
+            source = self._source(block, start, stop)
+            if isinstance(source, Tensor) and number % len(sharers) == sharers.index(self._mesh.rank):
                 if not (block.home.on_host and self._found_filled):
                     self._fill(block, source, start, stop)
                 filled.append(block.name)
-            blocks.append(
-                StreamedBlock(block.name, self._model.get_submodule(block.name), block.layout, block.home, source)
-            )
+            module = self._model.get_submodule(block.name)
+            blocks.append(StreamedBlock(block.name, module, block.layout, block.home, source))
         if store is not None:
             exchange("filled", self._mesh.shape.world_size)
             store.seal()
             if self._device.type == "cuda":
                 store.register()
-        return RankWeights(blocks, starts, self._slices, frozenset(filled), store, sharers)
+        return RankWeights(blocks, ranges, self._slices, frozenset(filled), store, sharers)
+
+    def _source(self, block: PlannedBlock, start: int, stop: int) -> Tensor | tuple[Piece, ...]:
+        """Where bytes [start, stop) of the block rest: still empty, but in the page cache."""
+        if not block.home.on_host:
+            return aligned_bytes(stop - start, self._device).zero_()
+        if self._pages is not None:
+            return self._pages.pieces(block, self._slices, self._buffers, start, stop)
+        assert self._free is not None
+        source, self._free = self._free[: stop - start], self._free[stop - start :]
+        return source
 
     def load_outside(self) -> None:
         """Everything outside the blocks goes to the device: parameters, buffers, tensors kept as plain attributes."""

@@ -135,7 +135,7 @@ class RankWorker:
         return RankReport(
             rank=self.rank,
             tensors=record_tensors(self.model, self.stream, weights.slices, weights.filled),
-            homes=record_homes(self.plan, self.stream, weights.starts, weights.filled),
+            homes=record_homes(self.plan, self.stream, weights.ranges, weights.filled),
             order=self.stream.order,
             slot_bytes=tuple(memory.nbytes for memory in self.stream.slot_memory),
             foreign_hooks=foreign_hooks(self.model),

@@ -278,7 +278,7 @@ def test_every_rank_holds_exactly_its_bytes(name: str, family: str, checkpoints:
                 if block.home.sharded:
                     expected = expected.chunk(plan.mesh.hsdp_shard)[index]
                     start = index * len(expected)
-                assert rank.weights.starts[block.name] == start
+                assert rank.weights.ranges[block.name][0] == start
                 assert torch.equal(block.source, expected), f"rank {rank.mesh.rank}: {block.name}"
 
 

@@ -1,0 +1,77 @@
+"""What can be wrong with a checkpoint and a config that are well-formed each, but do not fit each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from crossdock.offload.layout import BlockLayout
+from crossdock.parallel.tensor import tensor_slices
+from crossdock.parallel.xfuser_attention import xfuser_installed, xfuser_limits
+from crossdock.runtime.checkpoint import StoredTensor
+from crossdock.runtime.config import RunConfig
+from crossdock.runtime.errors import CheckpointError, ConfigError, LaunchError
+from crossdock.runtime.specs import ModelSpec
+
+
+def check_tensors(model: nn.Module, stored: Mapping[str, StoredTensor], folder: Path) -> None:
+    expected = {fqn: tuple(tensor.shape) for fqn, tensor in model.state_dict().items()}
+    if missing := [fqn for fqn in expected if fqn not in stored]:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise CheckpointError(f"{folder}: the tensor {missing[0]} is missing{more}; is the download complete?")
+    for fqn, shape in expected.items():
+        if stored[fqn].shape != shape:
+            raise CheckpointError(
+                f"{stored[fqn].file}: {fqn} has shape {list(stored[fqn].shape)}, but config.json asks for {list(shape)}"
+            )
+
+
+def check_degree(model: nn.Module, spec: ModelSpec, config: RunConfig) -> None:
+    """The TP degree divides the heads and every part of every planned linear."""
+    degree, heads = config.parallel.tp_degree, _heads(model, spec)
+    reasons = {d: _why_not(model, spec, d) for d in {degree, *(d for d in range(1, heads + 1) if heads % d == 0)}}
+    if reasons[degree] is not None:
+        allowed = ", ".join(str(d) for d in sorted(reasons) if reasons[d] is None)
+        raise ConfigError(f"found {degree}: {reasons[degree]}; allowed: {allowed}", "parallel.tp_degree")
+
+
+def _why_not(model: nn.Module, spec: ModelSpec, degree: int) -> str | None:
+    if _heads(model, spec) % degree:
+        return f"it does not divide the {_heads(model, spec)} attention heads of {spec.transformer}"
+    try:
+        tensor_slices(model, spec.tensor_plan, 0, degree)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def check_attention(model: nn.Module, spec: ModelSpec, config: RunConfig, device: str) -> None:
+    parallel = config.parallel
+    if parallel.attention != "xfuser":
+        return
+    reason = xfuser_limits(device, parallel.tp_degree, _heads(model, spec), parallel.ulysses_degree)
+    if reason is not None:
+        raise ConfigError(f"xfuser cannot work here: {reason}; use attention: native", "parallel.attention")
+    if not xfuser_installed():
+        raise LaunchError("xfuser is not installed; run: pip install 'crossdock[xdit]'", "parallel.attention")
+
+
+def _heads(model: nn.Module, spec: ModelSpec) -> int:
+    config: Any = model.config
+    return int(config[spec.tensor_plan.head_count])
+
+
+def check_pages(names: Sequence[str], layouts: Sequence[BlockLayout], stored: Mapping[str, StoredTensor]) -> None:
+    """Bytes as they are stored can be streamed only where they are the bytes to be held."""
+    for name, layout in zip(names, layouts, strict=True):
+        for entry in layout.entries:
+            there = stored.get(f"{name}.{entry.name}")
+            if there is not None and there.dtype != entry.dtype:
+                raise ConfigError(
+                    f"found mmap, but {name}.{entry.name} is stored as {there.dtype} and held as {entry.dtype}: bytes "
+                    "from the page cache cannot be converted; use dtype: auto, or host: shared",
+                    "offload.host",
+                )
