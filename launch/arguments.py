@@ -29,6 +29,7 @@ class Outputs:
     image: Path
     latents: Path | None = None
     report: Path | None = None
+    trace: Path | None = None
 
     def check(self, images: int = 1) -> None:
         """Raise `RequestError` when one of the files for `images` pictures could not be written."""
@@ -37,6 +38,7 @@ class Outputs:
         named = [("--out", path) for path in self.image_paths(images)]
         named += [("--latents", self.latents)] if self.latents else []
         named += [("--report", self.report)] if self.report else []
+        named += [("--trace", self.trace)] if self.trace else []
         taken: dict[Path, str] = {}
         for option, path in named:
             _check_writable(option, path)
@@ -84,10 +86,13 @@ def build_app(run: RunGenerate) -> typer.Typer:
             Path | None, typer.Option(help="Also write the final latents (safetensors, key `latents`).")
         ] = None,
         report: Annotated[Path | None, typer.Option(help="Also write the run's report (JSON).")] = None,
+        trace: Annotated[
+            Path | None, typer.Option(help="Also write what every rank did when (JSON, for Perfetto and `timeline`).")
+        ] = None,
     ) -> None:
         """Draw one picture for each prompt."""
         request = GenerateRequest(tuple(prompt), seed, steps, height, width, guidance_scale)
-        outputs = Outputs(out, latents, report)
+        outputs = Outputs(out, latents, report, trace)
         request.validate()
         outputs.check(len(request.prompts))
         load_config(config)  # read again by the run; here so that a mistake shows before the heavy imports

@@ -39,6 +39,21 @@ def make_checkpoint_command(
     Console(highlight=False, soft_wrap=True).print(f"wrote a tiny {family} checkpoint to {directory}", markup=False)
 
 
+@app.command("timeline")
+def timeline_command(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE.json", help="What generate --trace wrote.")],
+    out: Annotated[Path, typer.Option(help="Picture: png, svg or pdf.")] = Path("timeline.png"),
+    last_steps: Annotated[int | None, typer.Option(help="Only the last denoise steps.", min=1)] = None,
+) -> None:
+    """Draw a trace: one row per rank and stream."""
+    from crossdock.launch import timeline
+
+    timeline.check_out(out)
+    slices = timeline.read_slices(trace)
+    timeline.draw(slices if last_steps is None else timeline.last_steps(slices, last_steps), out)
+    Console(highlight=False, soft_wrap=True).print(f"wrote {out}", markup=False)
+
+
 @app.command("config-schema")
 def config_schema_command() -> None:
     """Print the JSON schema of the YAML file, for editors."""

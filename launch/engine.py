@@ -18,11 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from crossdock.launch.arguments import Outputs
+from crossdock.launch.trace_file import chrome_trace
 from crossdock.runtime.config import LaunchConfig, RunConfig
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.errors import CrossdockError, LaunchError
 from crossdock.runtime.gang import Gang
 from crossdock.runtime.plan import RunPlan, check_request, make_plan
+from crossdock.runtime.reports import RankTrace
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.worker import RankResult, RankWorker
 
@@ -41,11 +43,13 @@ class Generation:
     Attributes:
         latents: per prompt `[1, channels, height, width]`, fp32, what diffusers returns with `output_type="latent"`.
         report: the content of `report.json`.
+        trace: per rank, and per round of prompts, what it did when.
     """
 
     images: list[Image.Image]
     latents: list[Tensor]
     report: dict[str, Any]
+    trace: list[RankTrace]
 
 
 class Engine:
@@ -134,6 +138,7 @@ class Engine:
             [result.image for result in finished if result.image is not None],
             [result.latents for result in finished if result.latents is not None],
             self._report(done[-self.plan.mesh.world_size :]),
+            [result.timeline for result in done],
         )
 
     def close(self) -> None:
@@ -231,7 +236,7 @@ def choose_device(config: RunConfig) -> str:
 
 
 def write_outputs(generation: Generation, outputs: Outputs) -> list[Path]:
-    """Write the pictures, and the latents and the report where asked for; each file appears whole or not at all."""
+    """Write the pictures, and what else is asked for; each file appears whole or not at all."""
     paths = outputs.image_paths(len(generation.images))
     for image, path in zip(generation.images, paths, strict=True):
         _write(path, partial(image.save, format=_format(path)))
@@ -241,6 +246,9 @@ def write_outputs(generation: Generation, outputs: Outputs) -> list[Path]:
     if outputs.report is not None:
         text = json.dumps(generation.report, indent=2) + "\n"
         _write(outputs.report, lambda part: part.write_text(text, encoding="utf-8"))
+    if outputs.trace is not None:
+        content = json.dumps(chrome_trace(generation.trace))
+        _write(outputs.trace, lambda part: part.write_text(content, encoding="utf-8"))
     return paths
 
 

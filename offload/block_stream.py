@@ -174,6 +174,11 @@ class BlockStream:
     def counters(self) -> StreamCounters:
         return self._loader.counters
 
+    @property
+    def upcoming(self) -> int:
+        """Sequence number of the next event."""
+        return self._log.upcoming
+
     def trace(self, last: int | None = None) -> tuple[TraceEvent, ...]:
         """The last events (all that are kept by default), oldest first; waits for the device."""
         return self._log.last(last)

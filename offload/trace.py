@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,3 +38,96 @@ class StreamCounters:
     h2d_bytes: int = 0
     gathered_bytes: int = 0
     misses: int = 0
+
+
+Stream = Literal["compute", "copy", "gather"]
+Kind = Literal["wait", "compute", "copy", "gather"]
+_BEGINS: dict[EventKind, Kind] = {
+    "wait_begin": "wait",
+    "compute_begin": "compute",
+    "load_begin": "copy",
+    "gather_begin": "gather",
+}
+_ENDS: dict[EventKind, Kind] = {
+    "compute_begin": "wait",
+    "compute_end": "compute",
+    "load_end": "copy",
+    "gather_end": "gather",
+}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Something that took time on a rank: waiting for a block's bytes (exposed), computing, copying, gathering it."""
+
+    kind: Kind
+    block: str
+    slot: int | None
+    begin_s: float
+    end_s: float
+    nbytes: int
+    sequence: int
+    """of its begin"""
+
+    @property
+    def stream(self) -> Stream:
+        return "compute" if self.kind == "wait" else self.kind
+
+    @property
+    def ms(self) -> float:
+        return (self.end_s - self.begin_s) * 1e3
+
+
+def intervals(trace: Sequence[TraceEvent]) -> Iterator[Interval]:
+    """What began and ended within `trace`, in the order of the ends."""
+    begun: dict[tuple[Kind, str], TraceEvent] = {}
+    for event in trace:
+        if (ended := _ENDS.get(event.kind)) is not None:
+            begin = begun.pop((ended, event.block), None)
+            if begin is not None:
+                yield Interval(ended, event.block, event.slot, begin.at_s, event.at_s, begin.nbytes, begin.sequence)
+        if (begins := _BEGINS.get(event.kind)) is not None:
+            begun[begins, event.block] = event
+
+
+@dataclass
+class BlockTimes:
+    """Totals of a block, or of all of them: how often it ran and was loaded, and what that took (ms, bytes)."""
+
+    runs: int = 0
+    loads: int = 0
+    compute_ms: float = 0.0
+    wait_ms: float = 0.0
+    copy_ms: float = 0.0
+    gather_ms: float = 0.0
+    h2d_bytes: int = 0
+    gathered_bytes: int = 0
+
+    def add(self, interval: Interval) -> None:
+        name = f"{interval.kind}_ms"
+        setattr(self, name, round(getattr(self, name) + interval.ms, 6))
+        self.runs += interval.kind == "compute"
+        self.loads += interval.kind == "copy"
+        self.h2d_bytes += interval.nbytes if interval.kind == "copy" else 0
+        self.gathered_bytes += interval.nbytes if interval.kind == "gather" else 0
+
+
+def block_times(trace: Sequence[TraceEvent]) -> dict[str, BlockTimes]:
+    """Totals per block; a block that only waits at the end of `trace` is left out."""
+    times: dict[str, BlockTimes] = {}
+    for interval in intervals(trace):
+        times.setdefault(interval.block, BlockTimes()).add(interval)
+    return times
+
+
+def step_times(trace: Sequence[TraceEvent], ends: Sequence[int]) -> list[BlockTimes]:
+    """Totals per denoise step. `ends`: per step, the sequence number of the first event after it.
+
+    What was begun in a step counts there, also when it ended in the next one: copies reach over the wrap.
+    """
+    steps = [BlockTimes() for _ in ends]
+    for interval in intervals(trace):
+        step = next((place for place, end in enumerate(ends) if interval.sequence < end), None)
+        if step is not None:
+            steps[step].add(interval)
+    return steps

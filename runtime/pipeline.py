@@ -21,6 +21,7 @@ from crossdock.parallel.mesh import Mesh
 from crossdock.runtime.components import TEXT_ENCODER, VAE, place_component
 from crossdock.runtime.errors import CheckpointError
 from crossdock.runtime.plan import RunPlan
+from crossdock.runtime.reports import Span
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.text_encoder import ReplicatedTextEncoder
 
@@ -30,6 +31,7 @@ class Denoised:
     """`latents` is what the diffusers pipeline returns with `output_type="latent"`, in fp32 on the CPU."""
 
     latents: Tensor
+    encodes: tuple[Span, ...]
     encode_s: float
     denoise_s: float
     step_ms: list[float] = field(default_factory=list)
@@ -89,7 +91,7 @@ class RankPipeline:
         """Run the denoise loop; `on_step` gets the number of finished steps. The noise is drawn on the CPU."""
         clock = _StepClock(self._device, on_step)
         guidance = {} if request.guidance_scale is None else {"guidance_scale": request.guidance_scale}
-        self._encoder.spent_s = 0.0
+        self._encoder.calls.clear()
         began = time.perf_counter()
         with clock.watching(self.pipe.transformer):
             output = self.pipe(
@@ -104,8 +106,9 @@ class RankPipeline:
                 **guidance,
             )
         latents = output[0].to("cpu", torch.float32)
-        encode_s = self._encoder.spent_s
-        return Denoised(latents, encode_s, time.perf_counter() - began - encode_s, clock.step_ms())
+        encodes = tuple(Span("encode", *call) for call in self._encoder.calls)
+        encode_s = sum(span.end_s - span.begin_s for span in encodes)
+        return Denoised(latents, encodes, encode_s, time.perf_counter() - began - encode_s, clock.step_ms())
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Image.Image:

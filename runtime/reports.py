@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from crossdock.offload.block import Home
-from crossdock.offload.trace import TraceEvent
+from crossdock.offload.trace import BlockTimes, TraceEvent
 from crossdock.parallel.tensor import TensorSlice
 
 
@@ -95,7 +95,9 @@ class Measurements:
     """One rank's row of `report.json`, for one request. Sizes in bytes, times in ms; None where there is no CUDA.
 
     `*_per_step` are means over the request's denoise steps. `host_bytes` is what the rank maps of host stores;
-    `host_pss_bytes` is its proportional share of them, shared pages divided by their users.
+    `host_pss_bytes` is its proportional share of them, shared pages divided by their users. `steps` and `blocks` are
+    totals per step, and per block over the request, of the copy lane, the gather lane and the compute stream; their
+    `wait_ms` is the exposed part of copying.
     """
 
     rank: int
@@ -114,6 +116,28 @@ class Measurements:
     peak_device_bytes: int | None
     reserved_device_bytes: int | None
     phases_s: dict[str, float]
+    steps: list[BlockTimes]
+    blocks: dict[str, BlockTimes]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A phase on a rank; seconds on the node's monotonic clock."""
+
+    name: str
+    begin_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
+class RankTrace:
+    """What one rank did in one request."""
+
+    rank: int
+    host: str
+    device: str
+    events: tuple[TraceEvent, ...]
+    spans: tuple[Span, ...]
 
 
 @dataclass(frozen=True)

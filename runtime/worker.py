@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from crossdock.offload.copy_engine import make_copy_engine
 from crossdock.offload.device_memory import spare_bytes, total_bytes
 from crossdock.offload.host_store import mapped_share_bytes
 from crossdock.offload.loader import Gather
-from crossdock.offload.trace import StreamCounters, TraceEvent
+from crossdock.offload.trace import StreamCounters, TraceEvent, block_times, step_times
 from crossdock.parallel.attention import SequenceParallelAttention
 from crossdock.parallel.hsdp import all_gather_bytes
 from crossdock.parallel.mesh import Mesh
@@ -37,7 +38,7 @@ from crossdock.runtime.inspection import device_weight_bytes, foreign_hooks, rec
 from crossdock.runtime.meta_model import build_on_meta
 from crossdock.runtime.pipeline import RankPipeline
 from crossdock.runtime.plan import TRANSFORMER, RunPlan
-from crossdock.runtime.reports import Measurements, RankReport
+from crossdock.runtime.reports import Measurements, RankReport, RankTrace, Span
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.weights import RankWeights, WeightLoader, exchange
 
@@ -50,12 +51,14 @@ TRACED_STEPS = 2
 class RankResult:
     """What a rank returns for one request; the picture comes from the first rank of each replica with a prompt.
 
-    `verdict` says what became of the residency schedule. Where it was changed in this request, `plan` is the new one
-    and `report` what the rank now holds.
+    `timeline` is the whole request, `trace` its last steps for the coordinator. `verdict` says what became of the
+    residency schedule. Where it was changed in this request, `plan` is the new one and `report` what the rank now
+    holds.
     """
 
     rank: int
     measurements: Measurements
+    timeline: RankTrace
     trace: tuple[TraceEvent, ...]
     verdict: str
     plan: RunPlan | None = None
@@ -149,21 +152,28 @@ class RankWorker:
         number = replica if has_prompt else 0
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        before = replace(self.stream.counters)
+        before, since = replace(self.stream.counters), self.stream.upcoming
         self.changed = False
+        self.step_ends: list[int] = []  # per step, the number of the first event after it
+        self.step_times: list[float] = []
         done = self.pipeline.denoise(request.prompts[number], request.seed + number, request, self._on_step)
-        result = RankResult(
-            self.rank, self._measure(request.steps, before, done.step_ms), self._last_trace(), self.verdict
-        )
-        if self.changed:
-            result.plan, result.report = self.plan, self.report()
-        began = time.perf_counter()
+        denoised = time.perf_counter()
+        latents = image = None
         with self.pipeline.turn(VAE):
             if has_prompt and self.rank == self.mesh.ranks["replica"][0]:
-                result.latents = done.latents
-                result.image = self.pipeline.decode(done.latents)
-        phases = {"encode": done.encode_s, "denoise": done.denoise_s, "decode": time.perf_counter() - began}
-        result.measurements.phases_s.update(phases)
+                latents, image = done.latents, self.pipeline.decode(done.latents)
+        decoded = time.perf_counter()
+        events = tuple(event for event in self.stream.trace() if event.sequence >= since)
+        begins = [max((span.end_s for span in done.encodes), default=denoised), *self.step_times]
+        steps = [Span(f"step {n}", *times) for n, times in enumerate(pairwise(begins), 1)]
+        spans = (*done.encodes, *steps, Span("decode", denoised, decoded))
+        phases = {"encode": done.encode_s, "denoise": done.denoise_s, "decode": decoded - denoised}
+        measurements = self._measure(before, done.step_ms, events, phases)
+        timeline = RankTrace(self.rank, measurements.host, measurements.device, events, spans)
+        result = RankResult(self.rank, measurements, timeline, self._last_steps(events), self.verdict)
+        if self.changed:
+            result.plan, result.report = self.plan, self.report()
+        result.latents, result.image = latents, image
         return result
 
     def teardown(self) -> None:
@@ -236,6 +246,8 @@ class RankWorker:
 
     def _on_step(self, finished: int) -> None:
         self.finished_steps += 1
+        self.step_ends.append(self.stream.upcoming)
+        self.step_times.append(time.perf_counter())
         self.model_steps += 1
         if self.model_steps == MEASURED_STEPS and self.plan.order:
             self._improve()
@@ -255,15 +267,21 @@ class RankWorker:
         self.stream.reschedule(self.plan.schedule, self.plan.resident, self.plan.order)
         self.stream.rehearse()
 
-    def _last_trace(self) -> tuple[TraceEvent, ...]:
+    def _last_steps(self, events: tuple[TraceEvent, ...]) -> tuple[TraceEvent, ...]:
         """The events of about the last `TRACED_STEPS` steps."""
-        return self._since_scheduled(self.stream.trace(TRACED_STEPS * EVENTS_PER_BLOCK * len(self.plan.order)))
+        return self._since_scheduled(events[-TRACED_STEPS * EVENTS_PER_BLOCK * len(self.plan.blocks) :])
 
     def _since_scheduled(self, events: tuple[TraceEvent, ...]) -> tuple[TraceEvent, ...]:
         return tuple(event for event in events if event.sequence >= self.stream.scheduled_at)
 
-    def _measure(self, steps: int, before: StreamCounters, step_ms: list[float]) -> Measurements:
-        counters, blocks = self.stream.counters, self.weights.blocks
+    def _measure(
+        self,
+        before: StreamCounters,
+        step_ms: list[float],
+        events: tuple[TraceEvent, ...],
+        phases_s: dict[str, float],
+    ) -> Measurements:
+        counters, blocks, steps = self.stream.counters, self.weights.blocks, len(self.step_ends)
         shards = sum(b.source_bytes for b in blocks if b.home is Home.DEVICE_SHARD)
         slot_bytes = sum(memory.nbytes for memory in self.stream.slot_memory)
         held = device_weight_bytes((self.model, *self.pipeline.on_device), self.device)
@@ -285,5 +303,7 @@ class RankWorker:
             step_ms=[round(ms, 3) for ms in step_ms],
             peak_device_bytes=torch.cuda.max_memory_allocated(self.device) if cuda else None,
             reserved_device_bytes=torch.cuda.max_memory_reserved(self.device) if cuda else None,
-            phases_s={"load": self.load_s},
+            phases_s={"load": self.load_s} | phases_s,
+            steps=step_times(events, self.step_ends),
+            blocks=block_times(events),
         )
