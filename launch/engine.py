@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from crossdock.launch.arguments import Outputs
-from crossdock.launch.trace_file import chrome_trace
 from crossdock.runtime.config import LaunchConfig, RunConfig
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.errors import CrossdockError, LaunchError
@@ -26,6 +25,7 @@ from crossdock.runtime.gang import Gang
 from crossdock.runtime.plan import RunPlan, check_request, make_plan
 from crossdock.runtime.reports import RankTrace
 from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.trace_file import chrome_trace
 from crossdock.runtime.worker import RankResult, RankWorker
 
 Progress = Callable[[int, int], None]

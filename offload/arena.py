@@ -24,6 +24,9 @@ class Tenant(Protocol):
     def settle(self) -> None:
         """End the reading of a block that was thrown out of its forward."""
 
+    def flush(self) -> None:
+        """Enqueue what was held back: others wait for it."""
+
     def vacate(self) -> None:
         """Give all slots back; nothing may be computing."""
 
@@ -66,6 +69,7 @@ class Slot:
             raise RuntimeError(f"a slot is being read while block {block} wants it")
         waits = [self.free, *_unless_failed(self.ready)]
         for rival in self.rivals:
+            rival._tenant.flush()
             if rival.free is None and rival._reader is not None and not _is_running(rival._reader):
                 rival._tenant.settle()
             if rival.free is None:

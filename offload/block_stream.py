@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from crossdock.offload.arena import Arena, Slot
 from crossdock.offload.block import StreamedBlock
-from crossdock.offload.copy_engine import CopyEngine
+from crossdock.offload.copy_engine import CopyEngine, Event
 from crossdock.offload.layout import BlockLayout, aligned_bytes
 from crossdock.offload.loader import BlockLoader, EventLog, Gather, fill_nan
 from crossdock.offload.schedule import SlotSchedule, slot_sizes
@@ -37,6 +37,7 @@ class BlockStream:
         gather: the shard group; needed where a home is sharded.
         resident: indices of blocks with a streamed home that get a slot of their own.
         arena: where the slots lie; by default memory of their own.
+        yields_link: copies use the link to the device only between collectives; tell them by `link_used`.
         trace_limit: how many trace events are kept.
         poison_freed: overwrite a shared slot with NaN as soon as its block has computed; shows reads of freed memory.
 
@@ -54,6 +55,7 @@ class BlockStream:
         *,
         resident: Collection[int] = (),
         arena: Arena | None = None,
+        yields_link: bool = False,
         trace_limit: int = 100_000,
         poison_freed: bool = False,
     ) -> None:
@@ -62,7 +64,10 @@ class BlockStream:
         self.poison_freed = poison_freed
         self._device = device
         self._log = EventLog(engine, trace_limit)
-        self._loader = BlockLoader(engine, gather, self._log)
+        self._loader = BlockLoader(engine, gather, self._log, yields_link)
+        self._yields_link = yields_link
+        self._collectives = 0  # of the block that is running
+        self._portions = 1
         if gather is None and any(block.home.sharded for block in self.blocks):
             raise ValueError("a sharded home needs a shard group")
         self._index = {block.name: index for index, block in enumerate(self.blocks)}
@@ -196,11 +201,21 @@ class BlockStream:
             self._enqueue(self._ring[0])
             self._fetch_ahead(self._ring[0])
 
+    def link_used(self) -> None:
+        """A collective was just given to the compute stream: what comes next of the copies may follow it."""
+        if self._yields_link:
+            self._collectives += 1
+            self._loader.release()
+
+    def flush(self) -> None:
+        self._loader.flush()
+
     @contextmanager
     def hold(self, name: str) -> Iterator[None]:
         """Keep a block on the device meanwhile, whatever runs."""
         index = self._index[name]
         slot = self._slots[index]
+        self.flush()
         self._enqueue(index)
         self.engine.wait(slot.ready)
         slot.begin_reading()
@@ -223,8 +238,9 @@ class BlockStream:
             assert isinstance(block.source, Tensor)
             yield _named(block.layout, block.source)
             return
+        self.flush()
         memory = aligned_bytes(block.layout.nbytes, self._device)
-        self.engine.wait(self._loader.load(block, memory, (self.engine.record(),), None, noted=False))
+        self._loader.load(block, memory, (self.engine.record(),), None, self.engine.wait, noted=False)
         yield _named(block.layout, memory)
         if write_back:
             self._forget(self._slots[index])
@@ -261,8 +277,10 @@ class BlockStream:
 
     def settle(self) -> None:
         """End the reading of the block that ran last: also of one that an interrupt threw out, without its hook."""
+        self.flush()
         if self._reading is None:
             return
+        self._portions, self._collectives = 1 + self._collectives, 0
         index, self._reading = self._reading, None
         self._end(index)
         slot = self._slots[index]
@@ -278,14 +296,18 @@ class BlockStream:
             slot = self._slots[following]
             if slot not in taken:  # else it would push out a block that runs before it
                 taken.add(slot)
-                self._enqueue(following)
+                self._enqueue(following, self._portions)
 
-    def _enqueue(self, index: int) -> None:
+    def _enqueue(self, index: int, portions: int = 1) -> None:
         """Load block `index` into its slot, behind the slot's last reader and its last load."""
         slot, block = self._slots[index], self.blocks[index]
         if slot.holder != index:
             waits = slot.claim(index)
-            slot.ready = self._loader.load(block, slot.memory, waits, self.slot_of(block.name))
+
+            def done(ready: Event) -> None:
+                slot.ready = ready
+
+            self._loader.load(block, slot.memory, waits, self.slot_of(block.name), done, portions=portions)
 
     # -- the order in which blocks run ---------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from crossdock.offload.block import Home, StreamedBlock
 from crossdock.offload.copy_engine import CopyEngine, Event, Lane, Mark
+from crossdock.offload.layout import ALIGNMENT, round_up
 from crossdock.offload.trace import EventKind, StreamCounters, TraceEvent
 
 
@@ -51,29 +53,63 @@ class EventLog:
 
 
 class BlockLoader:
-    """Loads blocks on the lanes of `engine`; `counters` are its totals."""
+    """Loads blocks on the lanes of `engine`; `counters` are its totals.
 
-    def __init__(self, engine: CopyEngine, gather: Gather | None, log: EventLog) -> None:
+    Where copies and collectives share a link, a copy is cut into portions: the first is enqueued at once, each of the
+    others behind a collective (`release`), so that the copy uses the link while the collectives do not.
+    """
+
+    def __init__(self, engine: CopyEngine, gather: Gather | None, log: EventLog, yields_link: bool) -> None:
         self.engine = engine
         self.counters = StreamCounters()
         self._gather = gather
         self._log = log
+        self._yields_link = yields_link
+        self._last_gather: Event | None = None
+        self._held: deque[Callable[[Sequence[Event]], None]] = deque()
 
     def load(
-        self, block: StreamedBlock, memory: Tensor, after: Sequence[Event], slot: int | None, noted: bool = True
-    ) -> Event:
-        """Fill `memory` (uint8, at least the block's bytes) behind the events `after`. Collective when sharded."""
+        self,
+        block: StreamedBlock,
+        memory: Tensor,
+        after: Sequence[Event],
+        slot: int | None,
+        done: Callable[[Event], None],
+        *,
+        portions: int = 1,
+        noted: bool = True,
+    ) -> None:
+        """Fill `memory` (uint8, at least the block's bytes) behind the events `after`. Collective when sharded.
+
+        Args:
+            done: gets the event of completion as soon as all of it is enqueued: at once, or from `release` or `flush`.
+            portions: how many parts the copy is cut into.
+        """
         whole = memory[: block.layout.nbytes]
-        log = self._log if noted else None
+        job = _Job(block, slot, self._log if noted else None)
         if block.home is Home.HOST:
-            return self._copy(block, whole, after, slot, log)
+            self._copy(job, whole, after, done, portions)
+            return
         assert self._gather is not None
         if block.home is Home.DEVICE_SHARD:
             assert isinstance(block.source, Tensor)
-            return self._all_gather(block, whole, block.source, after, slot, log)
+            done(self._all_gather(job, whole, block.source, after))
+            return
         size = block.layout.shard_nbytes(self._gather.parts)
         mine = whole[self._gather.index * size : (self._gather.index + 1) * size]
-        return self._all_gather(block, whole, mine, (self._copy(block, mine, after, slot, log),), slot, log)
+        if self._last_gather is not None:
+            after = (*after, self._last_gather)
+        self._copy(job, mine, after, lambda copied: done(self._all_gather(job, whole, mine, (copied,))), portions)
+
+    def release(self) -> None:
+        """A collective was just given to the compute stream: enqueue one more portion behind it."""
+        if self._held:
+            self._held.popleft()((self.engine.record(),))
+
+    def flush(self) -> None:
+        """Enqueue everything that was held back."""
+        while self._held:
+            self._held.popleft()(())
 
     def store(self, block: StreamedBlock, memory: Tensor) -> None:
         """Write `memory` (the whole block) back to where the block rests: this rank's part of it."""
@@ -83,42 +119,70 @@ class BlockLoader:
         block.source.copy_(memory[start : start + block.source.nbytes])
 
     def _copy(
-        self, block: StreamedBlock, target: Tensor, after: Sequence[Event], slot: int | None, log: EventLog | None
-    ) -> Event:
-        nbytes = block.source_bytes
+        self,
+        job: _Job,
+        target: Tensor,
+        after: Sequence[Event],
+        done: Callable[[Event], None],
+        portions: int,
+    ) -> None:
+        nbytes = job.block.source_bytes
+        moves = _cut(_moves(job.block, target), portions)
 
-        def work() -> None:
-            if log is not None:
-                log.note("load_begin", block.name, slot, "copy", nbytes)
-            for part, source in _moves(block, target):
-                self.engine.move(part, source)
-            if log is not None:
-                log.note("load_end", block.name, slot, "copy")
+        def enqueue(place: int, behind: Sequence[Event]) -> None:
+            def work() -> None:
+                if place == 0:
+                    job.note("load_begin", "copy", nbytes)
+                for part, source in moves[place]:
+                    self.engine.move(part, source)
+                if place == len(moves) - 1:
+                    job.note("load_end", "copy")
+
+            event = self.engine.submit("copy", work, behind)
+            if place == len(moves) - 1:
+                done(event)
 
         self.counters.h2d_bytes += nbytes
-        return self.engine.submit("copy", work, after)
+        enqueue(0, after)
+        self._held += [partial(enqueue, place) for place in range(1, len(moves))]
 
-    def _all_gather(
-        self,
-        block: StreamedBlock,
-        whole: Tensor,
-        shard: Tensor,
-        after: Sequence[Event],
-        slot: int | None,
-        log: EventLog | None,
-    ) -> Event:
+    def _all_gather(self, job: _Job, whole: Tensor, shard: Tensor, after: Sequence[Event]) -> Event:
         gather, nbytes = self._gather, whole.nbytes - shard.nbytes
         assert gather is not None
 
         def work() -> None:
-            if log is not None:
-                log.note("gather_begin", block.name, slot, "gather", nbytes)
+            job.note("gather_begin", "gather", nbytes)
             gather.all_gather(whole, shard)
-            if log is not None:
-                log.note("gather_end", block.name, slot, "gather")
+            job.note("gather_end", "gather")
 
         self.counters.gathered_bytes += nbytes
-        return self.engine.submit("gather", work, after)
+        gathered = self.engine.submit("gather", work, after)
+        if self._yields_link:
+            self._last_gather = self.engine.submit("gather", _nothing, ())  # its end, also if it failed
+        return gathered
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A load, and where it is noted."""
+
+    block: StreamedBlock
+    slot: int | None
+    log: EventLog | None
+
+    def note(self, kind: EventKind, lane: Lane, nbytes: int = 0) -> None:
+        if self.log is not None:
+            self.log.note(kind, self.block.name, self.slot, lane, nbytes)
+
+
+def _cut(moves: list[tuple[Tensor, Tensor]], portions: int) -> list[list[tuple[Tensor, Tensor]]]:
+    """The copies in at most `portions` groups of about equal size; one contiguous copy is cut itself."""
+    if portions > 1 and len(moves) == 1 and moves[0][0].dim() == 1:
+        target, source = moves[0]
+        size = round_up(-(-len(target) // portions), ALIGNMENT)
+        return [[pair] for pair in zip(target.split(size), source.split(size), strict=True)]  # type: ignore[no-untyped-call]
+    size = max(1, -(-len(moves) // portions))
+    return [moves[start : start + size] for start in range(0, len(moves), size)] or [[]]
 
 
 def _moves(block: StreamedBlock, target: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -126,6 +190,10 @@ def _moves(block: StreamedBlock, target: Tensor) -> list[tuple[Tensor, Tensor]]:
     if isinstance(block.source, Tensor):
         return [(target, block.source)]
     return [(piece.target(target), piece.source) for piece in block.source]
+
+
+def _nothing() -> None:
+    """For its event."""
 
 
 def fill_nan(memory: Tensor) -> None:

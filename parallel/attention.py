@@ -12,6 +12,7 @@ every exchange all the same, so that all ranks issue the same ones in the same o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,10 @@ from torch import Tensor
 
 from crossdock.parallel.kernels import attention, attention_with_lse, merge
 from crossdock.parallel.sequence import SequenceLayout, shard_lengths
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
 
 
 class SequenceParallelAttention:
@@ -34,11 +39,16 @@ class SequenceParallelAttention:
         ring_group: dist.ProcessGroup | None,
         ring_rank: int,
         ring_degree: int,
+        after_collective: Callable[[], None] = _nothing,
     ) -> None:
         """
+        Args:
+            after_collective: called whenever exchanges have been given to the compute stream.
+
         Raises:
             ValueError: a degree above 1 without a group.
         """
+        self._after_collective = after_collective
         if ulysses_degree > 1 and ulysses_group is None:
             raise ValueError(f"ulysses_degree is {ulysses_degree}, but ulysses_group is None")
         if ring_degree > 1 and ring_group is None:
@@ -92,8 +102,11 @@ class SequenceParallelAttention:
         tokens = layout.lengths[first : first + self._ulysses_degree]
         heads = query.shape[2]
         query, key, value = self._ulysses.to_heads(query, key, value, tokens)
+        self._after_collective()
         out = self._over_keys(query, key, value, bias, scale, starts)
-        return self._ulysses.to_tokens(out, tokens, heads)
+        out = self._ulysses.to_tokens(out, tokens, heads)
+        self._after_collective()
+        return out
 
     def _over_keys(
         self,
@@ -106,7 +119,9 @@ class SequenceParallelAttention:
     ) -> Tensor:
         if self._ring is None:
             return attention(query, key, value, bias, scale)
-        return self._ring.attend(query, key, value, bias, scale, starts)
+        out = self._ring.attend(query, key, value, bias, scale, starts)
+        self._after_collective()
+        return out
 
 
 class _Ulysses:

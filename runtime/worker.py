@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,7 @@ from crossdock.parallel.attention import SequenceParallelAttention
 from crossdock.parallel.hsdp import all_gather_bytes
 from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.regions import Attend, SequenceParallelism
-from crossdock.parallel.tensor import TensorParallelism
+from crossdock.parallel.tensor import RowParallelLinear, TensorParallelism
 from crossdock.parallel.xfuser_attention import XFuserAttention
 from crossdock.runtime.attention import AttentionBinding
 from crossdock.runtime.components import VAE
@@ -121,9 +122,13 @@ class RankWorker:
             self._gather(),
             resident=plan.resident,
             arena=self.arena,
+            yields_link=self.device.type == "cuda" and self.world_size > 1,
         )
         self.stream.attach()
         self.model.register_forward_pre_hook(lambda *_: self.stream.prepare())
+        for module in self.model.modules():
+            if isinstance(module, RowParallelLinear):
+                module.register_forward_hook(lambda *_: self.stream.link_used())
         self.pipeline = RankPipeline(plan, self.mesh, self.model, self.device, self.engine, self.arena)
         self.verdict = "assumed costs: nothing was measured yet"
         self.model_steps = 0  # of this model
@@ -222,15 +227,17 @@ class RankWorker:
 
     def _make_attention(self) -> Attend:
         shape, groups = self.mesh.shape, self.mesh.groups
-        kind = XFuserAttention if self.plan.config.parallel.attention == "xfuser" else SequenceParallelAttention
-        return kind(
-            ulysses_group=groups["ulysses"],
-            ulysses_rank=self.mesh.index_in("ulysses"),
-            ulysses_degree=shape.ulysses,
-            ring_group=groups["ring"],
-            ring_rank=self.mesh.index_in("ring"),
-            ring_degree=shape.ring,
-        )
+        place: dict[str, Any] = {
+            "ulysses_group": groups["ulysses"],
+            "ulysses_rank": self.mesh.index_in("ulysses"),
+            "ulysses_degree": shape.ulysses,
+            "ring_group": groups["ring"],
+            "ring_rank": self.mesh.index_in("ring"),
+            "ring_degree": shape.ring,
+        }
+        if self.plan.config.parallel.attention == "xfuser":
+            return XFuserAttention(**place)
+        return SequenceParallelAttention(**place, after_collective=lambda: self.stream.link_used())
 
     def _gather(self) -> Gather | None:
         group = self.mesh.groups["weights"]

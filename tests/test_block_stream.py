@@ -391,6 +391,36 @@ def test_a_rehearsal_is_not_taken_for_the_real_order() -> None:
     case.finish()
 
 
+def test_copies_yield_to_collectives() -> None:
+    """Pitfall 32: on a shared link, a prefetch runs between the collectives of a block, not through them."""
+    case = build([Home.HOST] * 6, 1, seed=2)
+    stream, pieces = case.stream, []
+    stream._yields_link = stream._loader._yields_link = True
+    move = stream.engine.move
+
+    def spy(target: Tensor, source: Tensor) -> None:
+        pieces.append(target.nbytes)
+        move(target, source)
+
+    stream.engine.move = spy  # type: ignore[method-assign]
+    enqueued: list[list[int]] = []
+
+    def collective() -> None:
+        _quiesce(stream)
+        enqueued[-1].append(sum(pieces))
+        stream.link_used()
+
+    for module in case.modules:
+        module.collectives, module.on_collective = 3, collective
+        module.register_forward_pre_hook(lambda *_: enqueued.append([]))
+    for _ in range(3):
+        case.check(range(6))
+    for before in enqueued[-6:]:
+        assert before[0] < before[1] < before[2], "nothing was held back"
+        assert before[1] - before[0] < case.stream.blocks[0].layout.nbytes // 2 + ALIGNMENT
+    case.finish()
+
+
 # -- failures ----------------------------------------------------------------------------------------------
 
 

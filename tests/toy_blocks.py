@@ -122,9 +122,13 @@ class Toy(nn.Module):
         self.error: type[BaseException] = BlockError
         self.pause: Callable[[], None] = nothing
         self.engine: QueuedEngine | None = None
+        self.collectives = 0
+        self.on_collective: Callable[[], None] = nothing
 
     def forward(self, x: Any) -> Any:
         """x: `[batch, WIDTH]`, or with a queued engine a list that will hold it."""
+        for _ in range(self.collectives):
+            self.on_collective()
         if self.engine is None:
             return self._compute(x)
 
@@ -275,8 +279,11 @@ def build(
         group.gather(),
         resident=resident,
         arena=arena,
+        yields_link=choice.random() < 0.5,
         poison_freed=poison,
     )
+    for module in modules:
+        module.collectives, module.on_collective = choice.choice((0, 0, 1, 2, 5)), stream.link_used
     stream.attach()
     return Case(stream, modules, twins, wholes, group)
 
