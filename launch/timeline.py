@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,10 @@ COLOURS = {"phase": "#b8c4d6", "compute": "#4c9f70", "wait": "#d64550", "copy": 
 OTHER = "#888888"
 SUFFIXES = (".png", ".svg", ".pdf")
 _LETTER_PX = 6.0
+_MAX_INCHES = 500.0
+"""Of height: no renderer takes more than 2**16 pixels."""
+_MAX_US = 1e18
+_WAY_OUT = "write one with generate --trace"
 
 
 @dataclass(frozen=True)
@@ -36,36 +41,78 @@ def read_slices(path: Path) -> list[Slice]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RequestError(f"{path}: cannot be read: {error.strerror}; write one with generate --trace") from None
-    except ValueError as error:
-        raise RequestError(f"{path}: is no trace file: not JSON ({error}); write one with generate --trace") from None
+        raise RequestError(f"{path}: cannot be read: {error.strerror}; {_WAY_OUT}") from None
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{path}: is no trace file: not JSON ({error}); {_WAY_OUT}") from None
     events = content.get("traceEvents") if isinstance(content, dict) else content
     if not isinstance(events, list):
-        raise RequestError(f"{path}: is no trace file: it has no list traceEvents; write one with generate --trace")
+        raise RequestError(f"{path}: is no trace file: it has no list traceEvents; {_WAY_OUT}")
     slices = _slices([event for event in events if isinstance(event, dict)])
     if not slices:
-        raise RequestError(f"{path}: holds no complete events (ph X): there is nothing to draw")
+        raise RequestError(f"{path}: holds no complete events (ph X), so there is nothing to draw; {_WAY_OUT}")
     return slices
 
 
+_Place = tuple[tuple[bool, float, str], tuple[bool, float, str]]
+"""A process and a thread of it, so that they can be sorted; writers number or name them."""
+
+
 def _slices(events: Sequence[Mapping[str, Any]]) -> list[Slice]:
-    ranks = {e["pid"]: str(e["args"]["name"]).split(" (")[0] for e in events if e.get("name") == "process_name"}
-    tracks = {(e["pid"], e["tid"]): str(e["args"]["name"]) for e in events if e.get("name") == "thread_name"}
+    names: dict[tuple[str, _Place], str] = {}
+    for event in events:
+        args = event.get("args")
+        if event.get("ph") == "M" and isinstance(args, dict) and "name" in args:
+            names[str(event.get("name")), _place(event, event.get("name") == "thread_name")] = _text(args["name"])
+    drawn = sorted((event for event in events if _is_complete(event)), key=_place)
+    rows: dict[str, _Place] = {}
     found = []
-    for event in sorted(events, key=lambda e: (e.get("pid", 0), e.get("tid", 0))):
-        if event.get("ph") == "X" and all(isinstance(event.get(key), int | float) for key in ("ts", "dur")):
-            pid, tid = event.get("pid", 0), event.get("tid", 0)
-            row = f"{ranks.get(pid, pid)}  {tracks.get((pid, tid), tid)}"
-            times = (event["ts"] / 1e3, event["dur"] / 1e3)
-            found.append(Slice(row, str(event.get("name", "")), str(event.get("cat", "")), *times))
+    for event in drawn:
+        place, pid, tid = _place(event), event.get("pid", 0), event.get("tid", 0)
+        process = names.get(("process_name", _place(event, thread=False)), _text(pid)).split(" (")[0]
+        row = f"{process}  {names.get(('thread_name', place), _text(tid))}"
+        if rows.setdefault(row, place) != place:  # another process or thread with the same name
+            row = f"{row} ({_text(pid)}, {_text(tid)})"
+        times = (event["ts"] / 1e3, event["dur"] / 1e3)
+        found.append(Slice(row, _text(event.get("name", "")), _text(event.get("cat", "")), *times))
     return found
+
+
+def _is_complete(event: Mapping[str, Any]) -> bool:
+    """Drawable: also NaN is no time."""
+    ts, dur = event.get("ts"), event.get("dur")
+    numbers = isinstance(ts, int | float) and isinstance(dur, int | float)
+    return event.get("ph") == "X" and numbers and -_MAX_US < ts < _MAX_US and 0 <= dur < _MAX_US
+
+
+def _place(event: Mapping[str, Any], thread: bool = True) -> _Place:
+    process, part = (_sortable(event.get(key, 0)) for key in ("pid", "tid"))
+    return (process, part if thread else _sortable(0))
+
+
+def _sortable(value: object) -> tuple[bool, float, str]:
+    """Numbers first, in their order, then everything else by its text."""
+    number = isinstance(value, int | float) and abs(value) < _MAX_US
+    return (
+        not number,
+        float(value) if isinstance(value, int | float) and number else 0.0,
+        "" if number else str(value),
+    )
+
+
+def _text(value: object) -> str:
+    """One line that every renderer takes."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(value))
 
 
 def last_steps(slices: Sequence[Slice], count: int) -> list[Slice]:
     """What belongs to the last `count` denoise steps: from the begin of the first of them on any rank."""
-    steps = sorted({s.begin_ms for s in slices if s.kind == "phase" and s.name.startswith("step ")})
-    rows = max(1, len({s.row for s in slices if s.kind == "phase"}))
-    begin = steps[-count * rows] if len(steps) >= count * rows else min(s.begin_ms for s in slices)
+    steps: dict[str, list[float]] = {}
+    for s in slices:
+        if s.kind == "phase" and s.name.startswith("step "):
+            steps.setdefault(s.row, []).append(s.begin_ms)
+    if not steps:
+        return list(slices)
+    begin = min(sorted(begins)[-min(count, len(begins))] for begins in steps.values())
     return [s for s in slices if s.begin_ms >= begin]
 
 
@@ -78,6 +125,10 @@ def check_out(out: Path) -> None:
         raise RequestError(f"--out {out}: allowed: a file ending in {', '.join(SUFFIXES)}")
     if not out.parent.is_dir():
         raise RequestError(f"--out {out}: the folder {out.parent} does not exist; create it first")
+    if out.is_dir():
+        raise RequestError(f"--out {out}: is a directory; give a file")
+    if not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise RequestError(f"--out {out}: cannot be written: no permission")
 
 
 def draw(slices: Sequence[Slice], out: Path) -> None:
@@ -94,7 +145,7 @@ def draw(slices: Sequence[Slice], out: Path) -> None:
     rows = list(dict.fromkeys(s.row for s in slices))
     begin = min(s.begin_ms for s in slices)
     width_ms = max(s.begin_ms + s.length_ms for s in slices) - begin or 1.0
-    figure = Figure(figsize=(16, 1.2 + 0.42 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(16, min(1.2 + 0.42 * len(rows), _MAX_INCHES)), layout="constrained")
     axes = figure.add_subplot()
     for place, row in enumerate(rows):
         for kind in dict.fromkeys(s.kind for s in slices if s.row == row):
@@ -105,8 +156,8 @@ def draw(slices: Sequence[Slice], out: Path) -> None:
         for s in (s for s in slices if s.row == row):
             if s.length_ms / width_ms * 1400 > _LETTER_PX * (len(s.name) + 1):
                 middle = s.begin_ms - begin + s.length_ms / 2
-                axes.text(middle, place, s.name, ha="center", va="center", fontsize=7, clip_on=True)
-    axes.set_yticks(range(len(rows)), rows)
+                axes.text(middle, place, s.name, ha="center", va="center", fontsize=7, clip_on=True, parse_math=False)
+    axes.set_yticks(range(len(rows)), rows, parse_math=False)  # a name may hold $
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, width_ms)
     axes.set_xlabel("ms")

@@ -56,14 +56,17 @@ def _slices(trace: RankTrace, start_s: float) -> Iterator[dict[str, Any]]:
 
 def _facts(interval: Interval) -> dict[str, Any]:
     facts: dict[str, Any] = {"block": interval.block, "slot": interval.slot}
+    if interval.nbytes:
+        facts["bytes"] = interval.nbytes
     if interval.nbytes and interval.ms > 0:
-        facts |= {"bytes": interval.nbytes, "GiB/s": round(interval.nbytes / 2**30 / interval.ms * 1e3, 2)}
+        facts["GiB/s"] = round(interval.nbytes / 2**30 / interval.ms * 1e3, 2)
     return facts
 
 
 def _slice(
     rank: int, track: str, name: str, category: str, begin_s: float, end_s: float, args: dict[str, Any]
 ) -> dict[str, Any]:
-    microseconds = {"ts": round(begin_s * 1e6, 3), "dur": round(max(end_s - begin_s, 0.0) * 1e6, 3)}
+    begin, end = round(begin_s * 1e6, 3), round(end_s * 1e6, 3)  # both, so that neighbours touch and do not overlap
+    microseconds = {"ts": begin, "dur": round(max(end - begin, 0.0), 3)}
     place = {"pid": rank, "tid": TRACKS.index(track)}
     return {"ph": "X", "name": name, "cat": category, **place, **microseconds, "args": args}

@@ -6,6 +6,7 @@ Run with `make test-gpu`, by the python at hand there; skipped with a reason els
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.copy_engine import make_copy_engine
 from crossdock.offload.host_store import HostStore
 from crossdock.offload.layout import BlockLayout, aligned_bytes
+from crossdock.offload.offloader import LayerwiseOffloader
 from crossdock.offload.schedule import assign_slots
 from crossdock.parallel.kernels import attention_with_lse, merge
 
@@ -106,6 +108,78 @@ def test_copies_are_asynchronous() -> None:
     store.close()
     print(f"1 GiB: enqueued in {enqueued * 1e3:.2f} ms, copied in {done * 1e3:.1f} ms")
     assert enqueued < done / 4
+
+
+@pytest.mark.parametrize("budget_mib", [None, 150, 10_000])
+def test_a_live_model_is_streamed_and_given_back(budget_mib: int | None) -> None:
+    """From the CPU to the GPU and back: same bits, fewer allocated bytes, every tensor where it was."""
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    model = nn.Sequential(*(_Block(1024) for _ in range(9)))
+    x = torch.randn(64, 1024, device=device)
+    with torch.no_grad():
+        expected = model.to(device)(x)
+        model.to("cpu")
+        before = torch.cuda.memory_allocated()
+        budget = None if budget_mib is None else budget_mib * 2**20
+        offloader = LayerwiseOffloader(model, device, stacks=[str(n) for n in range(9)], budget_bytes=budget)
+        held = torch.cuda.memory_allocated() - before
+        outputs = [model(x) for _ in range(5)]
+        torch.cuda.synchronize()
+        offloader.remove()
+    assert all(torch.equal(output, expected) for output in outputs)
+    assert held <= (budget or 3 * 34 * 2**20) + 2**20
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("way", ["compile", "graph"])
+def test_streamed_blocks_compiled_and_graphed(way: str) -> None:
+    """Addresses are fixed: one graph per block serves every step, and nothing is compiled again after the first."""
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    blocks = [_Block(512) for _ in range(6)]
+    x = torch.randn(64, 512, device=device)
+    with torch.no_grad():
+        stream, store = _stream(blocks, device, Home.HOST, prefetch=1)
+        expected = x
+        for block in blocks:
+            expected = block(expected)
+        for block in blocks:
+            if way == "compile":
+                block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+            else:
+                block.forward = _graphed(block, x)  # type: ignore[method-assign]
+        for step in range(4):
+            y = x
+            if step == 1:
+                torch._dynamo.config.error_on_recompile = True
+            for block in blocks:
+                y = block(y)
+            torch.cuda.synchronize()
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+        torch._dynamo.config.error_on_recompile = False
+        stream.remove()
+        store.close()
+
+
+def _graphed(block: _Block, like: Tensor) -> Callable[[Tensor], Tensor]:
+    """The block's own forward as a CUDA graph; the hooks stay outside of it."""
+    forward, held = block.forward, like.clone()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        forward(held)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = forward(held)
+
+    def replay(x: Tensor) -> Tensor:
+        held.copy_(x)
+        graph.replay()
+        return output.clone()
+
+    return replay
 
 
 @pytest.mark.parametrize("masked", [False, True])
