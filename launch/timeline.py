@@ -53,50 +53,45 @@ def read_slices(path: Path) -> list[Slice]:
     return slices
 
 
-_Place = tuple[tuple[bool, float, str], tuple[bool, float, str]]
-"""A process and a thread of it, so that they can be sorted; writers number or name them."""
+_Key = tuple[bool, float, str]
 
 
 def _slices(events: Sequence[Mapping[str, Any]]) -> list[Slice]:
-    names: dict[tuple[str, _Place], str] = {}
-    for event in events:
-        args = event.get("args")
-        if event.get("ph") == "M" and isinstance(args, dict) and "name" in args:
-            names[str(event.get("name")), _place(event, event.get("name") == "thread_name")] = _text(args["name"])
-    drawn = sorted((event for event in events if _is_complete(event)), key=_place)
-    rows: dict[str, _Place] = {}
+    processes = {_key(e, "pid"): name for e in events if (name := _name_in(e, "process_name"))}
+    threads = {(_key(e, "pid"), _key(e, "tid")): name for e in events if (name := _name_in(e, "thread_name"))}
+    taken: dict[str, tuple[_Key, _Key]] = {}
     found = []
-    for event in drawn:
-        place, pid, tid = _place(event), event.get("pid", 0), event.get("tid", 0)
-        process = names.get(("process_name", _place(event, thread=False)), _text(pid)).split(" (")[0]
-        row = f"{process}  {names.get(('thread_name', place), _text(tid))}"
-        if rows.setdefault(row, place) != place:  # another process or thread with the same name
-            row = f"{row} ({_text(pid)}, {_text(tid)})"
+    for event in sorted(filter(_is_complete, events), key=lambda e: (_key(e, "pid"), _key(e, "tid"))):
+        place = (_key(event, "pid"), _key(event, "tid"))
+        pid, tid = _text(event.get("pid", 0)), _text(event.get("tid", 0))
+        row = f"{processes.get(place[0], pid).split(' (')[0]}  {threads.get(place, tid)}"
+        if taken.setdefault(row, place) != place:  # another process or thread with the same name
+            row = f"{row} ({pid}, {tid})"
         times = (event["ts"] / 1e3, event["dur"] / 1e3)
         found.append(Slice(row, _text(event.get("name", "")), _text(event.get("cat", "")), *times))
     return found
 
 
 def _is_complete(event: Mapping[str, Any]) -> bool:
-    """Drawable: also NaN is no time."""
-    ts, dur = event.get("ts"), event.get("dur")
-    numbers = isinstance(ts, int | float) and isinstance(dur, int | float)
-    return event.get("ph") == "X" and numbers and -_MAX_US < ts < _MAX_US and 0 <= dur < _MAX_US
+    times = (event.get("ts"), event.get("dur"))
+    return event.get("ph") == "X" and all(map(_is_number, times)) and event["dur"] >= 0
 
 
-def _place(event: Mapping[str, Any], thread: bool = True) -> _Place:
-    process, part = (_sortable(event.get(key, 0)) for key in ("pid", "tid"))
-    return (process, part if thread else _sortable(0))
+def _is_number(value: object) -> bool:
+    """One that can be drawn: neither NaN nor infinite."""
+    return isinstance(value, int | float) and abs(value) < _MAX_US
 
 
-def _sortable(value: object) -> tuple[bool, float, str]:
-    """Numbers first, in their order, then everything else by its text."""
-    number = isinstance(value, int | float) and abs(value) < _MAX_US
-    return (
-        not number,
-        float(value) if isinstance(value, int | float) and number else 0.0,
-        "" if number else str(value),
-    )
+def _name_in(event: Mapping[str, Any], kind: str) -> str | None:
+    args = event.get("args")
+    named = event.get("ph") == "M" and event.get("name") == kind and isinstance(args, dict) and "name" in args
+    return _text(event["args"]["name"]) if named else None
+
+
+def _key(event: Mapping[str, Any], field: str) -> _Key:
+    """Writers number processes and threads, or name them: numbers come first, in their order."""
+    value = event.get(field, 0)
+    return (False, float(value), "") if _is_number(value) else (True, 0.0, str(value))
 
 
 def _text(value: object) -> str:

@@ -65,7 +65,6 @@ class BlockStream:
         self._device = device
         self._log = EventLog(engine, trace_limit)
         self._loader = BlockLoader(engine, gather, self._log, yields_link)
-        self._yields_link = yields_link
         self._collectives = 0  # of the block that is running
         self._portions = 1
         if gather is None and any(block.home.sharded for block in self.blocks):
@@ -82,7 +81,7 @@ class BlockStream:
         self._own: dict[int, Slot] = {}
         self._slots: dict[int, Slot] = {}
         self._set_schedule(schedule, resident)
-        self.arena = arena or Arena(self._nbytes(), device)
+        self.arena = arena or Arena(self.slots_bytes, device)
         self.arena.enter(self)
         self._lease()
 
@@ -203,7 +202,7 @@ class BlockStream:
 
     def link_used(self) -> None:
         """A collective was just given to the compute stream: what comes next of the copies may follow it."""
-        if self._yields_link:
+        if self._loader.yields_link:
             self._collectives += 1
             self._loader.release()
 
@@ -359,7 +358,9 @@ class BlockStream:
         alone = [*self._held, *(i for i in self._ring if i in self._residents)]
         return sizes, alone, [self.blocks[i].layout.nbytes for i in alone]
 
-    def _nbytes(self) -> int:
+    @property
+    def slots_bytes(self) -> int:
+        """Device bytes of all slots."""
         shared, _, own = self._sizes()
         return sum(shared) + sum(own)
 

@@ -64,7 +64,7 @@ class BlockLoader:
         self.counters = StreamCounters()
         self._gather = gather
         self._log = log
-        self._yields_link = yields_link
+        self.yields_link = yields_link
         self._last_gather: Event | None = None
         self._held: deque[Callable[[Sequence[Event]], None]] = deque()
 
@@ -157,7 +157,7 @@ class BlockLoader:
 
         self.counters.gathered_bytes += nbytes
         gathered = self.engine.submit("gather", work, after)
-        if self._yields_link:
+        if self.yields_link:
             self._last_gather = self.engine.submit("gather", _nothing, ())  # its end, also if it failed
         return gathered
 

@@ -9,7 +9,7 @@ The sharded transformer of a run does not come this way: its bytes go straight f
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
@@ -66,6 +66,7 @@ class LayerwiseOffloader:
             budget_bytes -= rest.nbytes
         sizes = [layout.nbytes for layout in layouts]
         residency = plan_residency(sizes, assumed_costs(sizes), budget_bytes, (prefetch,))
+        self._device = device
         self._held = outside == "held"
         self._stores: list[HostStore] = []
         blocks = [self._on_host(block.name, block.module, layout) for block, layout in zip(found, layouts, strict=True)]
@@ -93,10 +94,17 @@ class LayerwiseOffloader:
         """Names of tensors that are neither parameters nor buffers; they are on the device meanwhile."""
         return tuple(f"{path}.{leaf}".lstrip(".") for path, _, leaf, _ in self._plain)
 
-    def present(self) -> AbstractContextManager[None]:
+    @property
+    def turn_bytes(self) -> int:
+        """What the model uses of its arena."""
+        return self.stream.slots_bytes
+
+    @contextmanager
+    def present(self) -> Iterator[None]:
         """The component's turn on the device: around every use of the model when its outside is held."""
-        self.stream.prepare()
-        return self.stream.hold(OUTSIDE) if self._held else nullcontext()
+        with self.stream.hold(OUTSIDE) if self._held else nullcontext():
+            self.stream.prepare()
+            yield
 
     def gathered(self, name: str, write_back: bool = False) -> AbstractContextManager[dict[str, Tensor]]:
         """The whole weights of the block called `name`; see `BlockStream.gathered`."""
@@ -107,9 +115,19 @@ class LayerwiseOffloader:
         self.stream.remove()
         for lent in self._lent:
             lent.give_back()
-        self._lent.clear()
         for _, module, leaf, value in self._plain:
             setattr(module, leaf, value)
+        self._end()
+
+    def discard(self) -> None:
+        """Take the hooks off and give the memory up. The model is of no use afterwards."""
+        self.stream.remove()
+        for lent in self._lent:
+            lent.tensor.data = lent.tensor.data.new_empty(0)
+        self._end()
+
+    def _end(self) -> None:
+        self._lent.clear()
         if self._owns_engine:
             self._engine.close()
         for store in self._stores:
@@ -127,7 +145,7 @@ class LayerwiseOffloader:
         """One store per block, so that `remove` never holds the model twice."""
         store = HostStore.create(layout.nbytes, name="crossdock-component")
         layout.pack(module, store.bytes)
-        if torch.cuda.is_available():
+        if self._device.type == "cuda":
             store.register()
         self._stores.append(store)
         return StreamedBlock(name, module, layout, Home.HOST, store.bytes, runs)

@@ -31,8 +31,12 @@ class Component(Protocol):
     def present(self) -> AbstractContextManager[None]:
         """The component's turn on the device."""
 
-    def remove(self) -> None:
-        """Take it off the device for good."""
+    @property
+    def turn_bytes(self) -> int:
+        """What it uses of the arena in its turn."""
+
+    def discard(self) -> None:
+        """Give it up, and its memory."""
 
 
 class WholeComponent:
@@ -54,7 +58,11 @@ class WholeComponent:
             if self._leaves:
                 self._module.to("cpu")
 
-    def remove(self) -> None:
+    @property
+    def turn_bytes(self) -> int:
+        return 0
+
+    def discard(self) -> None:
         """Nothing of it is ours."""
 
 

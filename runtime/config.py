@@ -20,6 +20,8 @@ from crossdock.runtime.errors import ConfigError
 Degree = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
+AUTO_DEPTHS = (1, 2, 3, 4)
+"""What `prefetch: auto` chooses from."""
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(B|KiB|MiB|GiB|TiB)")
 _UNIT_BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
@@ -105,7 +107,11 @@ class OffloadConfig(Section):
     layerwise: bool = Field(
         default=False, description="Keep the transformer blocks in host memory and stream each just in time."
     )
-    prefetch: int = Field(default=1, ge=1, le=8, description="How many blocks ahead of the computation are fetched.")
+    prefetch: Annotated[int, Field(ge=1, le=8)] | Literal["auto"] = Field(
+        default="auto",
+        description="How many blocks ahead of the computation are fetched, from 1 to 8. auto: what the budget is best "
+        "spent on, without one 1.",
+    )
     device_budget: str | float | None = Field(
         default=None,
         description="Device memory that all weights together may take: a size, a fraction of the device, or auto (what "
@@ -123,6 +129,11 @@ class OffloadConfig(Section):
         if isinstance(self.device_budget, float):
             return None if device_bytes is None else int(self.device_budget * device_bytes)
         return None if self.device_budget in (None, "auto") else _size_bytes(str(self.device_budget))
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """The prefetch distances to choose from, the least first."""
+        return AUTO_DEPTHS if self.prefetch == "auto" else (self.prefetch,)
 
     @property
     def is_relative(self) -> bool:

@@ -44,7 +44,8 @@ def refusal(message: str, at: str = "") -> PydanticCustomError:
 def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
     """Every problem in `error`, in the order of the model's fields."""
     schema = model.model_json_schema()
-    return [_problem(details, schema) for details in error.errors(include_url=False)]
+    problems = [_problem(details, schema) for details in error.errors(include_url=False)]
+    return list(dict.fromkeys(problems))  # a key that takes several types has an error for each
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:
@@ -62,7 +63,7 @@ def found(value: object) -> str:
 
 
 def _problem(details: ErrorDetails, schema: dict[str, Any]) -> Problem:
-    path = tuple(str(part) for part in details["loc"])
+    path = _key_path(details, schema)
     match details["type"]:
         case "refused":
             context = details["ctx"]
@@ -77,6 +78,15 @@ def _problem(details: ErrorDetails, schema: dict[str, Any]) -> Problem:
             value = details["input"]
             hint = suggestion(value, node.get("enum", [])) if isinstance(value, str) else ""
             return Problem(path, f"found {found(value)}{hint or ';'} allowed: {_allowed(node, schema)}")
+
+
+def _key_path(details: ErrorDetails, schema: dict[str, Any]) -> KeyPath:
+    """Where the problem is, without the branches of unions that pydantic adds to it."""
+    path = tuple(str(part) for part in details["loc"])
+    for length in range(1, len(path)):
+        if "properties" not in _node_at(schema, path[:length]):
+            return path[:length]
+    return path
 
 
 def _node_at(schema: dict[str, Any], path: KeyPath) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def divide_device(
     Raises:
         ConfigError: the budget is below the minimum, which the message names.
     """
-    costs, depths = assumed_costs(block_sizes), (offload.prefetch,)
+    costs, depths = assumed_costs(block_sizes), offload.depths
     if not offload.layerwise:
         return DeviceSpace(plan_residency(block_sizes, costs, None, depths), None, None)
     least = minimum_bytes(block_sizes, depths)
@@ -68,6 +68,6 @@ def _too_small(
     minimum = outside_bytes + ALIGNMENT + needs[name]
     return ConfigError(
         f'found "{offload.device_budget}" ({budget} bytes); this model needs at least {minimum} bytes '
-        f"({minimum / 2**20:.1f}MiB) at prefetch {offload.prefetch}, most of all for its {name}",
+        f"({minimum / 2**20:.1f}MiB) at prefetch {offload.depths[0]}, most of all for its {name}",
         "offload.device_budget",
     )

@@ -59,7 +59,7 @@ def improve(plan: RunPlan, observations: Sequence[RankObservation | None], step:
     order, costs = seen[0].order, slowest([observation.costs for observation in seen])
     wider = _with_spare(plan, min(observation.spare_bytes for observation in seen))
     sizes = [plan.blocks[index].layout.nbytes for index in order]
-    better = plan_residency(sizes, costs, wider.blocks_budget_bytes, (plan.config.offload.prefetch,))
+    better = plan_residency(sizes, costs, wider.blocks_budget_bytes, plan.config.offload.depths)
     if order != plan.order:
         return Improvement(
             wider.rescheduled(better, order), f"improved after step {step}: slots in the order of the run"

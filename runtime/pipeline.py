@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from crossdock.offload.arena import Arena
 from crossdock.offload.copy_engine import CopyEngine
 from crossdock.parallel.mesh import Mesh
-from crossdock.runtime.components import TEXT_ENCODER, VAE, place_component
+from crossdock.runtime.components import TEXT_ENCODER, VAE, Component, place_component
 from crossdock.runtime.errors import CheckpointError
 from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.reports import Span
@@ -56,10 +56,12 @@ class RankPipeline:
         given = {"transformer": transformer} | ({} if first else {"text_encoder": None})
         self.pipe = _load_pipeline(plan, given)
         self._modules = {name: getattr(self.pipe, name) for name in (TEXT_ENCODER, VAE) if first}
+        depth = plan.config.offload.depths[0]
         self._components = {
-            name: place_component(name, module, device, engine, arena, plan.config.offload.prefetch)
-            for name, module in self._modules.items()
+            name: place_component(name, module, device, engine, arena, depth) for name, module in self._modules.items()
         }
+        for name, component in self._components.items():
+            _check_turn(name, component, plan)
         self._encoder = ReplicatedTextEncoder(
             self.pipe.text_encoder, plan.pipeline_dtype, device, mesh, lambda: self.turn(TEXT_ENCODER)
         )
@@ -71,10 +73,10 @@ class RankPipeline:
         """The modules beside the transformer that this rank runs."""
         return tuple(self._modules.values())
 
-    def remove(self) -> None:
-        """Take the components off the device."""
+    def discard(self) -> None:
+        """Give the components up."""
         for component in self._components.values():
-            component.remove()
+            component.discard()
 
     @contextmanager
     def turn(self, name: str) -> Iterator[None]:
@@ -120,6 +122,16 @@ class RankPipeline:
         pixels = vae.decode(latents, return_dict=False)[0]
         image: Image.Image = self.pipe.image_processor.postprocess(pixels, output_type="pil")[0]
         return image
+
+
+def _check_turn(name: str, component: Component, plan: RunPlan) -> None:
+    """The plan went by the component's config; what was loaded may be of another dtype."""
+    planned = plan.turn_bytes.get(name, 0)
+    if component.turn_bytes > planned:
+        raise CheckpointError(
+            f"{plan.model_dir / name}: needs {component.turn_bytes} bytes on the device, but its config makes for "
+            f"{planned}; are its weights stored in another dtype than the transformer's? Set dtype in the YAML file"
+        )
 
 
 def _load_pipeline(plan: RunPlan, given: dict[str, nn.Module | None]) -> Any:

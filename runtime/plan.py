@@ -225,7 +225,7 @@ def _others(
     config: RunConfig, model_dir: Path, index: Mapping[str, Any], dtype: torch.dtype
 ) -> tuple[ComponentNeed, ...]:
     """The components that take turns with the transformer."""
-    return component_needs(model_dir, index, dtype, config.offload.prefetch) if config.offload.layerwise else ()
+    return component_needs(model_dir, index, dtype, config.offload.depths[0]) if config.offload.layerwise else ()
 
 
 def _planned_blocks(

@@ -186,7 +186,7 @@ class RankWorker:
         if not self.ready:
             return
         self.ready = False
-        self.pipeline.remove()
+        self.pipeline.discard()
         self.stream.remove()
         self.engine.close()
         if self.attention is not None:

@@ -395,7 +395,7 @@ def test_copies_yield_to_collectives() -> None:
     """Pitfall 32: on a shared link, a prefetch runs between the collectives of a block, not through them."""
     case = build([Home.HOST] * 6, 1, seed=2)
     stream, pieces = case.stream, []
-    stream._yields_link = stream._loader._yields_link = True
+    stream._loader.yields_link = True
     move = stream.engine.move
 
     def spy(target: Tensor, source: Tensor) -> None:

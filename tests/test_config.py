@@ -86,9 +86,14 @@ MISTAKES = {
         "parallel:\n  dp_degree: 0\n",
         ":2: parallel.dp_degree: found 0 (an integer); allowed: an integer >= 1",
     ),
+    "a budget of no type": (
+        "offload:\n  device_budget: [1]\n",
+        ':2: offload.device_budget: found a list; allowed: a string or a number or null, such as "18GiB", such as '
+        '"0.8", such as "auto"',
+    ),
     "above the range": (
         "offload:\n  prefetch: 9\n",
-        ":2: offload.prefetch: found 9 (an integer); allowed: an integer >= 1 and <= 8",
+        ":2: offload.prefetch: found 9 (an integer); allowed: an integer >= 1 and <= 8 or auto",
     ),
     "endless time limit": (
         "launch:\n  timeouts:\n    load_s: .inf\n",
