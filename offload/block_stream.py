@@ -24,6 +24,7 @@ from crossdock.offload.block import StreamedBlock
 from crossdock.offload.copy_engine import CopyEngine, Event
 from crossdock.offload.layout import BlockLayout, aligned_bytes
 from crossdock.offload.loader import BlockLoader, EventLog, Gather, fill_nan
+from crossdock.offload.run_order import RunOrder
 from crossdock.offload.schedule import SlotSchedule, slot_sizes
 from crossdock.offload.trace import EventKind, StreamCounters, TraceEvent
 
@@ -70,10 +71,8 @@ class BlockStream:
         if gather is None and any(block.home.sharded for block in self.blocks):
             raise ValueError("a sharded home needs a shard group")
         self._index = {block.name: index for index, block in enumerate(self.blocks)}
-        self._ring = [i for i, block in enumerate(self.blocks) if block.home.streamed and block.runs]
+        self._run_order = RunOrder([i for i, b in enumerate(self.blocks) if b.home.streamed and b.runs])
         self._held = [i for i, block in enumerate(self.blocks) if block.home.streamed and not block.runs]
-        self._recorded: list[int] = []  # the order of the first pass, until it closes
-        self._order_known = False
         self._reading: int | None = None
         self._handles: list[RemovableHandle] = []
         self._unbound: list[tuple[nn.Module, str, Tensor]] = []
@@ -117,10 +116,10 @@ class BlockStream:
 
     def rehearse(self) -> None:
         """Stream every block once without computing, so that ordering is proven before the first step."""
-        for index in self._ring:
+        for index in list(self._run_order.ring):
             self._before(index)
             self._after(index)
-        self._recorded.clear()  # the order of a rehearsal is the assumed one, not a fact
+        self._run_order.forget()
 
     def reschedule(self, schedule: SlotSchedule, resident: Collection[int], order: Sequence[int]) -> None:
         """Other slots and other residents, between two passes; parameters get new addresses.
@@ -130,8 +129,7 @@ class BlockStream:
             order: indices of all streamable blocks in the order in which they run.
         """
         self.vacate()
-        self._ring = list(order)
-        self._order_known = True
+        self._run_order.set(order)
         self._set_schedule(schedule, resident)
         self.move_in()
 
@@ -153,12 +151,12 @@ class BlockStream:
     @property
     def order(self) -> tuple[str, ...]:
         """Names of the blocks that share slots in the order in which they are prefetched."""
-        return tuple(self.blocks[i].name for i in self._ring if i not in self._own)
+        return tuple(self.blocks[i].name for i in self._run_order.ring if i not in self._own)
 
     @property
     def recorded_order(self) -> tuple[int, ...] | None:
         """Indices of all streamable blocks as they ran in the first pass; None before it closed or if it skipped."""
-        return tuple(self._ring) if self._order_known and len(self._recorded) == len(self._ring) else None
+        return self._run_order.recorded
 
     @property
     def slot_memory(self) -> tuple[Tensor, ...]:
@@ -168,11 +166,8 @@ class BlockStream:
     @property
     def resident_memory(self) -> dict[str, Tensor]:
         """Block -> its memory, for those that stay on the device."""
-        memory = {self.blocks[index].name: slot.memory for index, slot in self._own.items()}
-        for block in self.blocks:
-            if not block.home.streamed and isinstance(block.source, Tensor):
-                memory[block.name] = block.source
-        return memory
+        fixed = {b.name: b.source for b in self.blocks if not b.home.streamed and isinstance(b.source, Tensor)}
+        return fixed | {self.blocks[index].name: slot.memory for index, slot in self._own.items()}
 
     @property
     def counters(self) -> StreamCounters:
@@ -195,10 +190,10 @@ class BlockStream:
 
     def prepare(self) -> None:
         """Begin to load the first blocks of a pass: call it when this component's turn begins."""
-        if self._ring:
+        for first in self._run_order.ring[:1]:
             self.settle()
-            self._enqueue(self._ring[0])
-            self._fetch_ahead(self._ring[0])
+            self._enqueue(first)
+            self._fetch_ahead(first)
 
     def link_used(self) -> None:
         """A collective was just given to the compute stream: what comes next of the copies may follow it."""
@@ -252,7 +247,8 @@ class BlockStream:
         self._note("compute_end", index)
 
     def _before(self, index: int, call: FrameType | None = None) -> None:
-        self._learn(index)
+        if self._run_order.learn(index):
+            self._look_ahead()
         self.settle()
         slot = self._slots[index]
         self._note("wait_begin", index)
@@ -308,42 +304,11 @@ class BlockStream:
 
             self._loader.load(block, slot.memory, waits, self.slot_of(block.name), done, portions=portions)
 
-    # -- the order in which blocks run ---------------------------------------------------------------------------
-
-    def _learn(self, index: int) -> None:
-        """Record the first pass; from then on, prefetch in that order. Blocks it left out keep their place."""
-        if self._order_known:
-            return
-        if index not in self._recorded:
-            self._recorded.append(index)
-            return
-        self._order_known = True
-        if len(self._recorded) == len(self._ring):
-            self._ring = list(self._recorded)
-            self._look_ahead()
-
-    def _look_ahead(self) -> None:
-        """Per block, what is to be on its way while it runs: the next `prefetch` streamed ones, residents between."""
-        count = len(self._ring)
-        self._ahead: dict[int, tuple[int, ...]] = {}
-        for place, index in enumerate(self._ring):
-            following: list[int] = []
-            streamed = residents = 0
-            for step in range(1, count):
-                other = self._ring[(place + step) % count]
-                own = other in self._residents
-                streamed, residents = streamed + (not own), residents + own
-                if streamed > self._prefetch:
-                    break
-                if not own or residents <= self._prefetch + 1:  # a resident is loaded once: its neighbours see to it
-                    following.append(other)
-            self._ahead[index] = tuple(following)
-
     # -- memory --------------------------------------------------------------------------------------------------
 
     def _set_schedule(self, schedule: SlotSchedule, resident: Collection[int]) -> None:
         self._residents = frozenset(resident)
-        sharing = [i for i in self._ring if i not in self._residents]
+        sharing = [i for i in self._run_order.ring if i not in self._residents]
         if len(sharing) != len(schedule.slots):
             raise ValueError(f"{len(sharing)} streamed blocks, but slots for {len(schedule.slots)}")
         self.schedule = schedule
@@ -352,10 +317,13 @@ class BlockStream:
         self._shared_slot = dict(zip(sharing, schedule.slots, strict=True))
         self._look_ahead()
 
+    def _look_ahead(self) -> None:
+        self._ahead = self._run_order.ahead(self._prefetch, self._residents)
+
     def _sizes(self) -> tuple[list[int], list[int], list[int]]:
         """Bytes of the shared slots; the blocks with a slot of their own, and their bytes."""
         sizes = slot_sizes([self.blocks[i].layout.nbytes for i in self._shared_slot], list(self._shared_slot.values()))
-        alone = [*self._held, *(i for i in self._ring if i in self._residents)]
+        alone = [*self._held, *(i for i in self._run_order.ring if i in self._residents)]
         return sizes, alone, [self.blocks[i].layout.nbytes for i in alone]
 
     @property

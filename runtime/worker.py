@@ -158,7 +158,7 @@ class RankWorker:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         before, since = replace(self.stream.counters), self.stream.upcoming
-        self.changed = False
+        self.changed: RankReport | None = None  # what the rank holds since the schedule was improved
         self.step_ends: list[int] = []  # per step, the number of the first event after it
         self.step_times: list[float] = []
         done = self.pipeline.denoise(request.prompts[number], request.seed + number, request, self._on_step)
@@ -176,8 +176,8 @@ class RankWorker:
         measurements = self._measure(before, done.step_ms, events, phases)
         timeline = RankTrace(self.rank, measurements.host, measurements.device, events, spans)
         result = RankResult(self.rank, measurements, timeline, self._last_steps(events), self.verdict)
-        if self.changed:
-            result.plan, result.report = self.plan, self.report()
+        if self.changed is not None:
+            result.plan, result.report = self.plan, self.changed
         result.latents, result.image = latents, image
         return result
 
@@ -268,11 +268,12 @@ class RankWorker:
         self.verdict = improvement.verdict
         if improvement.plan is None:
             return
-        self.plan, self.changed = improvement.plan, True
+        self.plan = improvement.plan
         if self.arena is not None and self.plan.arena_bytes != self.arena.nbytes:
             self.arena.resize(self.plan.arena_bytes or 0)
         self.stream.reschedule(self.plan.schedule, self.plan.resident, self.plan.order)
         self.stream.rehearse()
+        self.changed = self.report()  # now: later, another component may have the memory
 
     def _last_steps(self, events: tuple[TraceEvent, ...]) -> tuple[TraceEvent, ...]:
         """The events of about the last `TRACED_STEPS` steps."""

@@ -421,6 +421,101 @@ def test_copies_yield_to_collectives() -> None:
     case.finish()
 
 
+def test_other_slots_wait_for_loads_under_way() -> None:
+    """A gather that is late would land in a block that came to that memory by the new schedule."""
+    late = 5e-3
+
+    def delay() -> None:
+        if threading.current_thread().name == "crossdock-gather":
+            time.sleep(late)
+
+    case = build([Home.HOST_SHARD] * 6, 2, engine=CpuCopyEngine(60, delay))
+    order = list(range(6))
+    for _ in range(2):
+        case.check(order)
+        order = order[::-1]
+        case.stream.reschedule(assign_slots(6, 2), [], order)
+        late = 0.0 if late else 5e-3
+        case.check(order)
+        late = 5e-3
+    case.finish()
+
+
+@pytest.mark.parametrize("prefetch", [1, 2, 3])
+def test_no_copy_runs_further_ahead_than_asked(prefetch: int) -> None:
+    """The schedule is chosen for `prefetch` blocks ahead; more of them would queue before what is needed first."""
+    count = 13
+    case = build([Home.HOST] * count, prefetch)
+    for _ in range(3):
+        case.check(range(count))
+    _quiesce(case.stream)
+    running = -1
+    for event in case.stream.trace():
+        running += event.kind == "wait_begin"
+        if event.kind == "load_begin":
+            ahead = (int(event.block.removeprefix("blocks.")) - running) % count
+            assert ahead <= prefetch, f"{event.block} is loaded while {running % count} runs"
+    case.finish()
+
+
+def test_a_new_schedule_is_prefetched_in_its_own_order() -> None:
+    """Pitfall 18: slots and look-ahead follow the order that was measured, at once and without another recording."""
+    case = build([Home.HOST] * 9, 2)
+    case.check(range(9))
+    order = [0, 5, 1, 6, 2, 7, 3, 8, 4]
+    case.stream.reschedule(assign_slots(7, 2), [5, 2], order)
+    names = [f"blocks.{index}" for index in order if index not in (5, 2)]
+    assert case.stream.order == tuple(names)
+    assert tuple(case.stream.slot_of(name) for name in names) == assign_slots(7, 2).slots
+    assert set(case.stream.resident_memory) == {"blocks.5", "blocks.2"}
+    case.stream.prepare()
+    assert [case.misses(order) for _ in range(3)] == [0, 0, 0]
+    case.finish()
+
+
+@pytest.mark.parametrize("home", STREAMED)
+def test_written_back_to_where_it_rests(home: Home) -> None:
+    """Pitfall 26: a rank writes its own shard, from its own part of the block; the slot's copy is out of date."""
+    seed = next(seed for seed in range(99) if (found := _group_of(seed))[0] > 1 and found[1] > 0)
+    for index in range(4):
+        case = build([home] * 4, 1, seed)
+        case.check(range(4))
+        with case.stream.gathered(f"blocks.{index}", write_back=True) as tensors:
+            tensors["up.bias"].add_(1.0)
+            tensors["scale"].mul_(2.0)
+        case.twins[index].up.bias.add_(1.0)
+        cast(Tensor, case.twins[index].scale).mul_(2.0)
+        block, changed = case.stream.blocks[index], case.wholes[index].clone()
+        block.layout.pack(case.twins[index], changed)
+        expected = case.group.shard_of(changed) if home.sharded else changed
+        assert torch.equal(cast(Tensor, block.source), expected)
+        case.check(range(4))
+        case.finish()
+
+
+def _group_of(seed: int) -> tuple[int, int]:
+    """(ranks, rank) of the shard group that `build` makes of four blocks."""
+    case = build([Home.DEVICE_SHARD] * 4, 1, seed)
+    case.finish()
+    return case.group.parts, case.group.index
+
+
+def test_residents_are_asked_for_ahead() -> None:
+    """After another component's turn a resident is loaded again: before it is needed, and only a few at a time."""
+    case = build([Home.HOST] * 12, 1, resident=range(1, 10))
+    case.check(range(12))
+    case.stream.arena.evict(case.stream.arena.nbytes)
+    case.stream.prepare()
+    assert case.misses(range(12)) == 0
+    case.stream.arena.evict(case.stream.arena.nbytes)
+    before = case.stream.counters.h2d_bytes
+    case.stream.prepare()
+    asked = case.stream.counters.h2d_bytes - before
+    assert asked <= 4 * max(block.layout.nbytes for block in case.stream.blocks), "not the whole model at once"
+    case.check(range(12))
+    case.finish()
+
+
 # -- failures ----------------------------------------------------------------------------------------------
 
 

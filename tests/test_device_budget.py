@@ -75,7 +75,7 @@ def test_ten_budgets(family: str, checkpoints: Checkpoints) -> None:
     expected = reference_latents(directory, size=ODD_SIZE)
     moved, first, encoder_bytes = [], None, 0
     for budget in budgets:
-        with _worker(_plan(directory, device_budget=f"{budget}B")) as worker:
+        with _worker(_plan(directory, device_budget=f"{budget}B", prefetch=1)) as worker:
             latents = worker.generate(REQUEST).latents
             again = worker.generate(REQUEST)
             held = _device_bytes(worker)
@@ -113,6 +113,18 @@ def test_budgets_of_several_ranks(config: dict[str, Any], gang_of: GangOf, check
     assert all(torch.equal(found, results[0]) for found in results)
     assert "improved" in schedule["verdict"], "auto takes what is free once it is known"
     assert len(schedule["resident"]) == len(plan.blocks)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_more_memory_is_never_slower(family: str, checkpoints: Checkpoints) -> None:
+    """With the prefetch distance left to the engine: the predicted step, which is proven optimal at the end."""
+    directory = checkpoints[family]
+    least = _minimum(directory)
+    plans = [_plan(directory, device_budget=f"{least + step * 2**19}B") for step in range(16)]
+    steps = [plan.residency.step_s for plan in plans]
+    assert steps == sorted(steps, reverse=True)
+    assert plans[-1].residency.optimal
+    assert plans[-1].residency.exposed_s == pytest.approx(0.0, abs=1e-9)
 
 
 def test_a_fraction_needs_the_device(checkpoints: Checkpoints) -> None:

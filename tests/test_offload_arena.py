@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import time
+import weakref
 from typing import cast
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 from crossdock.offload.arena import Arena
 from crossdock.offload.block import Home
 from crossdock.offload.copy_engine import CopyEngine, CpuCopyEngine
-from toy_blocks import Case, QueuedEngine, Toy, build, nothing, run, stalls
+from toy_blocks import WIDTH, Case, FailingEngine, QueuedEngine, Toy, build, nothing, run, stalls
 
 CPU = torch.device("cpu")
 
@@ -112,6 +115,109 @@ def test_bytes_in_use_are_not_taken() -> None:
     _finish(cases)
 
 
+def test_a_turn_begins_while_the_last_one_still_computes() -> None:
+    """On CUDA the host enters the next component while the device is still in the one before: its bytes are in use."""
+    homes = [[Home.HOST] * 5, [Home.HOST_SHARD] * 4]
+    engine = QueuedEngine(nothing)
+    cases = _tenants(homes, cast(CopyEngine, engine), Arena(_space(homes), CPU))
+    turns = []
+    for case in cases * 3:
+        for module in case.modules:
+            module.pause = lambda: time.sleep(1e-3)
+        box = [torch.linspace(-1, 1, 2 * WIDTH).view(2, WIDTH)]
+        turns.append((case, box))
+        for module in case.modules:
+            module(box)
+    engine.synchronize()
+    for case, box in turns:
+        assert torch.equal(box[0], run(case.twins, range(len(case.modules))))
+    _finish(cases)
+
+
+class _Idle:
+    """A tenant of which nothing is asked."""
+
+    def settle(self) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def vacate(self) -> None: ...
+
+    def move_in(self) -> None: ...
+
+
+def test_what_a_claim_waits_for() -> None:
+    """Loads and readers of a rival since one's own last use, those that were never read included; own ones always."""
+    arena = Arena(512, CPU)
+    (slot,), (rival,) = (arena.lease(_Idle(), [512], object()) for _ in range(2))
+    slot.claim(0)
+    slot.ready = own_load = object()
+    slot.begin_reading()
+    slot.end_reading(own_reader := object())
+    rival.claim(0)
+    rival.ready = load = object()
+    waits = slot.claim(1)
+    assert {own_load, own_reader, load} <= set(waits), "a load that nobody read may still be under way"
+    slot.ready = own_load = object()
+    assert own_load in rival.claim(1)
+    rival.ready = load = object()
+    rival.begin_reading()
+    rival.end_reading(reader := object())
+    assert {load, reader} <= set(slot.claim(2))
+    assert (slot.holder, rival.holder) == (2, None)
+    slot.begin_reading()
+    with pytest.raises(RuntimeError, match="being read while block 3"):
+        slot.claim(3)
+
+
+def test_a_prepared_turn_is_taken_by_another() -> None:
+    """Portions that were held back for one component must not arrive in the blocks of the next."""
+    homes = [[Home.HOST] * 5, [Home.HOST] * 5]
+    cases = _tenants(homes, CpuCopyEngine(60), Arena(_space(homes), CPU))
+    first, second = cases
+    first.stream._yields_link = first.stream._loader._yields_link = True
+    for module in first.modules:
+        module.collectives = 3  # so that the next copies are cut into four
+    first.check(range(5))
+    second.check(range(5))
+    first.stream.prepare()
+    second.check(range(5))
+    with first.stream.gathered("blocks.0") as tensors:
+        assert torch.equal(tensors["up.weight"], first.twins[0].up.weight)
+    assert second.misses(range(5)) == 0
+    first.check(range(5))
+    _finish(cases)
+
+
+def test_a_failed_load_does_not_fail_the_next_component() -> None:
+    """Pitfall 21: what the one could not load is no reason not to load the other over it."""
+    homes = [[Home.HOST] * 3, [Home.HOST] * 3]
+    engine = FailingEngine()
+    cases = _tenants(homes, engine, Arena(_space(homes), CPU))
+    cases[1].check(range(3))
+    engine.fail.add(cases[0].wholes[0].data_ptr())
+    cases[0].stream.prepare()
+    engine.wait(engine.submit("copy", nothing, ()))
+    assert not engine.fail, "nothing failed"
+    cases[1].check(range(3))
+    for case in cases:
+        case.check(range(3))
+    _finish(cases)
+
+
+def test_eviction_forgets_what_lies_before_its_end() -> None:
+    """Ranks that do not run a component must lose the same blocks as the one that does: gathers are collective."""
+    case = build([Home.HOST] * 6, 1, resident=range(6))
+    case.check(range(6))
+    sizes = [block.layout.nbytes for block in case.stream.blocks]
+    for blocks, inside in [(0, 0), (3, 0), (2, 1), (6, 0)]:
+        before = case.stream.counters.h2d_bytes
+        case.stream.arena.evict(sum(sizes[:blocks]) + inside)
+        case.check(range(6))
+        assert case.stream.counters.h2d_bytes - before == sum(sizes[: blocks + inside])
+    case.finish()
+
+
 def test_the_arena_is_all_the_memory_there_is() -> None:
     """Every parameter of every tenant lies in the one allocation, at a fixed address."""
     homes = [[Home.HOST] * 7, [Home.HOST] * 4]
@@ -141,6 +247,30 @@ def test_resizing_moves_every_tenant() -> None:
         case.check(range(len(case.modules)))
         assert all(p.untyped_storage().data_ptr() == storage for m in case.modules for p in m.parameters())
     _finish(cases)
+
+
+def test_slots_that_were_given_back_are_gone() -> None:
+    """A slot that somebody still knows keeps the whole former allocation on the device."""
+    homes = [[Home.HOST] * 6, [Home.HOST] * 4]
+    cases = _tenants(homes, CpuCopyEngine(60), Arena(_space(homes), CPU))
+    arena, stream = cases[0].stream.arena, cases[0].stream
+    for case in cases:
+        case.check(range(len(case.modules)))
+    former = [weakref.ref(slot) for slot in stream._slots.values()]
+    stream.reschedule(stream.schedule, [], range(5, -1, -1))
+    for case in cases:
+        case.check(range(len(case.modules)))
+    gc.collect()
+    assert not [slot for slot in former if slot() is not None], "after a reschedule"
+    former = [weakref.ref(slot) for case in cases for slot in case.stream._slots.values()]
+    arena.resize(2 * arena.nbytes)
+    for case in cases:
+        case.check(range(len(case.modules)))
+    gc.collect()
+    assert not [slot for slot in former if slot() is not None], "after a resize"
+    _finish(cases)
+    assert not arena._slots
+    assert not arena._tenants
 
 
 def test_too_small_an_arena_is_refused() -> None:

@@ -192,6 +192,30 @@ def test_a_text_encoder_streams_block_by_block() -> None:
     engine.close()
 
 
+def test_what_is_held_is_not_taken() -> None:
+    """Pitfall 19: inside its turn, what belongs to no block stays; another component that comes is refused."""
+    models = [Model(3).requires_grad_(False) for _ in range(2)]
+    expected = [copy.deepcopy(model)(X) for model in models]
+    engine, arena = CpuCopyEngine(60), Arena(sum(p.nbytes for p in models[0].parameters()) * 2, CPU)
+    first, second = (
+        LayerwiseOffloader(model, CPU, stacks=stacks, outside="held", arena=arena, engine=engine)
+        for model, stacks in zip(models, (("blocks",), ()), strict=True)
+    )
+    with first.present():
+        assert torch.equal(models[0](X), expected[0])
+        with pytest.raises(RuntimeError, match="another component is computing"), second.present():
+            pass
+        assert torch.equal(models[0](X), expected[0])
+    for _ in range(2):
+        with second.present():
+            assert torch.equal(models[1](X), expected[1])
+        with first.present():
+            assert torch.equal(models[0](X), expected[0])
+    for offloader in (first, second):
+        offloader.remove()
+    engine.close()
+
+
 @pytest.mark.parametrize("way", ["forward", "block", "model"])
 def test_compiled_blocks_do_not_recompile(model: Model, way: str) -> None:
     """Pitfall 27: addresses are fixed, so one graph serves all blocks and all steps; hooks are not compiled."""
