@@ -94,11 +94,12 @@ class CheckpointPages:
         self, block: str, entry: TensorEntry, slices: Mapping[str, TensorSlice], buffers: Mapping[str, Tensor]
     ) -> Iterator[_Rows]:
         names = [f"{block}.{name}" for name in entry.names]
-        fqn = next((name for name in names if name in self._stored), names[0])
-        if fqn not in self._stored:
-            value = buffers[fqn].contiguous().reshape(-1).view(torch.uint8)
+        live = next((name for name in names if name in buffers), None)
+        if live is not None:  # also where the file has a tensor of that name: a leftover, which nothing else reads
+            value = buffers[live].contiguous().reshape(-1).view(torch.uint8)
             yield _stretch(entry.offset, value, 0, value.nbytes)
             return
+        fqn = next((name for name in names if name in self._stored), names[0])
         source, base = self._bytes_of(fqn)
         shape, size = self._stored[fqn].shape, entry.dtype.itemsize
         part = slices.get(fqn)
@@ -137,7 +138,8 @@ def _along_second(
     inner = math.prod(shape[2:]) * size
     for first, last in part.ranges:
         width = (last - first) * inner
-        yield _Rows(offset, source, base + first * inner, shape[0], width, shape[1] * inner, part.size * inner)
+        if width:
+            yield _Rows(offset, source, base + first * inner, shape[0], width, shape[1] * inner, part.size * inner)
         offset += width
 
 

@@ -159,6 +159,7 @@ class RankWorker:
             torch.cuda.reset_peak_memory_stats(self.device)
         before, since = replace(self.stream.counters), self.stream.upcoming
         self.changed: RankReport | None = None  # what the rank holds since the schedule was improved
+        self.rehearsed = range(0)  # events of this request that belong to no step
         self.step_ends: list[int] = []  # per step, the number of the first event after it
         self.step_times: list[float] = []
         done = self.pipeline.denoise(request.prompts[number], request.seed + number, request, self._on_step)
@@ -168,7 +169,7 @@ class RankWorker:
             if has_prompt and self.rank == self.mesh.ranks["replica"][0]:
                 latents, image = done.latents, self.pipeline.decode(done.latents)
         decoded = time.perf_counter()
-        events = tuple(event for event in self.stream.trace() if event.sequence >= since)
+        events = tuple(e for e in self.stream.trace() if e.sequence >= since and e.sequence not in self.rehearsed)
         begins = [max((span.end_s for span in done.encodes), default=denoised), *self.step_times]
         steps = [Span(f"step {n}", *times) for n, times in enumerate(pairwise(begins), 1)]
         spans = (*done.encodes, *steps, Span("decode", denoised, decoded))
@@ -272,7 +273,9 @@ class RankWorker:
         if self.arena is not None and self.plan.arena_bytes != self.arena.nbytes:
             self.arena.resize(self.plan.arena_bytes or 0)
         self.stream.reschedule(self.plan.schedule, self.plan.resident, self.plan.order)
+        before = self.stream.upcoming
         self.stream.rehearse()
+        self.rehearsed = range(before, self.stream.upcoming)
         self.changed = self.report()  # now: later, another component may have the memory
 
     def _last_steps(self, events: tuple[TraceEvent, ...]) -> tuple[TraceEvent, ...]:

@@ -463,6 +463,7 @@ def test_a_new_schedule_is_prefetched_in_its_own_order() -> None:
     case = build([Home.HOST] * 9, 2)
     case.check(range(9))
     order = [0, 5, 1, 6, 2, 7, 3, 8, 4]
+    case.stream.arena.resize(2 * case.stream.arena.nbytes)
     case.stream.reschedule(assign_slots(7, 2), [5, 2], order)
     names = [f"blocks.{index}" for index in order if index not in (5, 2)]
     assert case.stream.order == tuple(names)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from crossdock.launch.engine import Engine
+from crossdock.offload.block import Home
 from crossdock.offload.measured_costs import slowest
 from crossdock.offload.residency import Costs, steady_step_s
 from crossdock.runtime.config import RunConfig
@@ -21,11 +25,14 @@ from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.errors import ConfigError, LaunchError
 from crossdock.runtime.gang import Gang
 from crossdock.runtime.improvement import RankObservation, improve
+from crossdock.runtime.pipeline import RankPipeline
 from crossdock.runtime.plan import RunPlan, make_plan
 from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.weights import HostPart
 from crossdock.runtime.worker import RankWorker
 from layouts import FAMILIES
 from reference import ODD_SIZE, PROMPT, TOLERANCE, max_error, reference_latents
+from toy_blocks import build
 
 Checkpoints = dict[str, Path]
 GangOf = Callable[[int], Gang]
@@ -133,6 +140,24 @@ def test_a_fraction_needs_the_device(checkpoints: Checkpoints) -> None:
     assert make_plan(config, checkpoints["z-image"], "cpu").budget_bytes is None
     with pytest.raises(ConfigError, match=r'found "0.5" \(500 bytes\); this model needs at least \d+ bytes'):
         make_plan(config, checkpoints["z-image"], "cpu", device_bytes=1000)
+
+
+def test_a_rank_without_a_component_evicts_for_it() -> None:
+    """The first rank of a replica runs text encoder and VAE; all lose the same blocks, or some wait in a gather."""
+    case = build([Home.HOST] * 4, 1, resident=range(4))
+    size = case.stream.blocks[0].layout.nbytes
+    pipeline = object.__new__(RankPipeline)
+    pipeline._arena, pipeline._components = case.stream.arena, {}
+    pipeline._plan = cast(RunPlan, SimpleNamespace(turn_bytes={"vae": size + 1}))
+    assert case.misses(range(4)) == 1
+    assert case.misses(range(4)) == 0
+    before = case.stream.counters.h2d_bytes
+    with pipeline.turn("vae"):
+        pass
+    case.check(range(4))
+    lost = case.stream.counters.h2d_bytes - before
+    assert lost == size + case.stream.blocks[1].layout.nbytes, "blocks 0 and 1 begin before the end of its part"
+    case.finish()
 
 
 # -- the improvement ------------------------------------------------------------------------------------------------
@@ -264,6 +289,29 @@ def test_too_little_host_memory_is_refused_before_loading(flux2_dir: Path, monke
         RankWorker(0, 1, torch.device("cpu")).setup(plan)
     assert caught.value.key == "offload.host"
     assert read == []
+
+
+def test_bytes_of_another_kind_have_another_key(flux2_dir: Path, tmp_path: Path) -> None:
+    """A kept host store is only found again for the same files, the same layout, and the same part of them."""
+    directory = shutil.copytree(flux2_dir, tmp_path / "model")
+
+    def key(plan: RunPlan, tp: int = 0, shard: int = 0, nbytes: int = 100) -> str:
+        return HostPart("here", tp, shard).key(plan, nbytes)
+
+    def of(config: dict[str, Any]) -> RunPlan:
+        return make_plan(RunConfig.parse({"offload": {"layerwise": True}} | config), directory, "cpu")
+
+    plan = of({})
+    same = [key(plan), key(of({}))]
+    shards = of({"parallel": {"dp_degree": 2, "hsdp": {"shard": 2}}})
+    other = [key(plan, tp=1), key(plan, shard=1), key(plan, nbytes=101), key(of({"dtype": "bfloat16"})), key(shards)]
+    other.append(key(of({"parallel": {"tp_degree": 2}})))
+    file = next(iter(plan.stored.values())).file
+    facts = file.stat()
+    os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
+    other.append(key(plan))
+    assert len({*same, *other}) == 1 + len(other)
+    assert same[0] == same[1]
 
 
 def test_a_crashed_gang_starts_again_without_reading(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from crossdock.launch.engine import Engine
 from crossdock.offload.block import Home
-from crossdock.offload.layout import BlockLayout
+from crossdock.offload.layout import BlockLayout, TensorEntry
+from crossdock.parallel.hsdp import shard_range
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.checkpoint import stored_tensors
 from crossdock.runtime.config import RunConfig
@@ -93,6 +94,63 @@ def test_pieces_fill_every_byte(cut: int, shards: int, checkpoint: Path) -> None
         assert torch.equal(found, wanted), entry.name
     used = sum(entry.nbytes for entry in layout.entries)
     assert int((memory == 0xEE).sum()) >= layout.nbytes - used, "padding was written to"
+
+
+def _filled(pages: CheckpointPages, block: PlannedBlock, slices: Mapping[str, TensorSlice], shards: int) -> Tensor:
+    """The whole block, put together from the pieces of every shard."""
+    memory = torch.full((block.layout.nbytes,), 0xEE, dtype=torch.uint8)
+    for shard in range(shards):
+        start, stop = shard_range(block.layout.nbytes, shards, shard)
+        for piece in pages.pieces(block, slices, {}, start, stop):
+            piece.target(memory[start:stop]).copy_(piece.source)
+    return memory
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 4])
+@pytest.mark.parametrize(("family", "tp"), [("flux2-klein", 1), ("flux2-klein", 3), ("z-image", 1), ("z-image", 2)])
+def test_every_rank_of_a_model(family: str, tp: int, shards: int, checkpoints: dict[str, Path]) -> None:
+    """The planned slices (packed projections have up to five ranges) and shards, on every TP rank."""
+    sharding = {"ring_degree": shards, "hsdp": {"shard": shards}} if shards > 1 else {}
+    offload = {"layerwise": True, "host": "mmap"}
+    config = RunConfig.parse({"parallel": {"tp_degree": tp, **sharding}, "offload": offload})
+    plan = make_plan(config, checkpoints[family], "cpu")
+    files = (plan.model_dir / "transformer").glob("*.safetensors")
+    whole = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    pages = CheckpointPages(plan.stored)
+    for slices in plan.slices:
+        for block in plan.blocks:
+            memory = _filled(pages, block, slices, shards)
+            for entry in block.layout.entries:
+                fqn = f"{block.name}.{entry.name}"
+                assert torch.equal(entry.view(memory), _cut(whole[fqn], slices.get(fqn))), fqn
+
+
+def test_a_tied_tensor_is_found_under_any_name(tmp_path: Path) -> None:
+    """Pitfall 11: a checkpoint stores a tied tensor once, and not always under the name that comes first."""
+    save_file({"b.second": torch.arange(5.0)}, tmp_path / "model.safetensors")
+    entry = TensorEntry(("first", "second"), "parameter", torch.float32, (5,), (1,), 0, 20)
+    block = PlannedBlock("b", BlockLayout((entry,), 256), Home.HOST, 0)
+    memory = _filled(CheckpointPages(stored_tensors(tmp_path)), block, {}, 1)
+    assert torch.equal(entry.view(memory), torch.arange(5.0))
+
+
+def test_a_slice_without_elements(tmp_path: Path) -> None:
+    """No stretch of no bytes: neither where all is empty, nor for one range of several."""
+    save_file({"b.none": torch.ones(3, 4), "b.some": torch.ones(3, 4)}, tmp_path / "model.safetensors")
+    slices = {"b.none": TensorSlice(1, ((2, 2),), 4), "b.some": TensorSlice(1, ((1, 1), (2, 4)), 4)}
+    layout = BlockLayout.of(_Block({"some": torch.ones(3, 2), "none": torch.ones(3, 0), "more": torch.ones(1)}))
+    pages = CheckpointPages(stored_tensors(tmp_path))
+    (piece, _) = pages.pieces(PlannedBlock("b", layout, Home.HOST, 0), slices, {"b.more": torch.ones(1)}, 0, 768)
+    assert piece.source.shape == (3, 8)
+
+
+def test_a_leftover_in_the_file_does_not_replace_a_buffer(tmp_path: Path) -> None:
+    """Pitfall 14: a table that the model computes, in an old checkpoint: with another length, other tensors' bytes."""
+    save_file({"b.table": torch.zeros(3)}, tmp_path / "model.safetensors")
+    layout = BlockLayout.of(_Block({"table": torch.empty(5)}))
+    pages = CheckpointPages(stored_tensors(tmp_path))
+    (piece,) = pages.pieces(PlannedBlock("b", layout, Home.HOST, 0), {}, {"b.table": torch.arange(5.0)}, 0, 256)
+    assert torch.equal(piece.source.view(torch.float32).reshape(-1), torch.arange(5.0))
 
 
 def test_nothing_is_copied_before_it_is_streamed(tmp_path: Path) -> None:
