@@ -11,6 +11,7 @@ import random
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -215,6 +216,18 @@ def test_freed_slots_are_poisoned(home: Home) -> None:
             for tensor in (module.up.weight, module.down.bias, module.fp8.float(), module.scale):
                 assert bool(cast(Tensor, tensor).isnan().all())
     case.check(range(11))
+    case.finish()
+
+
+def test_residents_are_not_poisoned() -> None:
+    """A block with a slot of its own is loaded once, whatever happens to the slots that are shared."""
+    case = build([Home.HOST] * 8, 1, poison=True, resident=range(2, 6))
+    for _ in range(3):
+        case.check(range(8))
+    _quiesce(case.stream)
+    loads = [event.block for event in case.stream.trace() if event.kind == "load_begin"]
+    assert [loads.count(f"blocks.{index}") for index in range(2, 6)] == [1] * 4
+    assert loads.count("blocks.0") >= 3
     case.finish()
 
 
@@ -512,9 +525,47 @@ def test_residents_are_asked_for_ahead() -> None:
     before = case.stream.counters.h2d_bytes
     case.stream.prepare()
     asked = case.stream.counters.h2d_bytes - before
+    assert asked > case.stream.blocks[0].layout.nbytes, "the first block alone"
     assert asked <= 4 * max(block.layout.nbytes for block in case.stream.blocks), "not the whole model at once"
     case.check(range(12))
     case.finish()
+
+
+def test_copies_yield_to_gathers() -> None:
+    """Pitfall 32: a gather has the shared link to itself; the next shard is copied behind it."""
+    case = build([Home.HOST_SHARD] * 6, 2)
+    loader = case.stream._loader
+    loader.yields_link = True
+    gather = case.group.gather()
+
+    def slow(out: Tensor, shard: Tensor) -> None:
+        time.sleep(2e-3)
+        gather.all_gather(out, shard)
+
+    loader._gather = replace(gather, all_gather=slow)
+    for _ in range(3):
+        case.check(range(6))
+    _quiesce(case.stream)
+    kinds = [event.kind for event in case.stream.trace() if event.kind.startswith(("load", "gather"))]
+    assert kinds.count("gather_begin") >= 12
+    assert kinds == ["load_begin", "load_end", "gather_begin", "gather_end"] * (len(kinds) // 4)
+    case.finish()
+
+
+def test_only_a_whole_pass_tells_the_order() -> None:
+    """A pass that skips blocks, or is not over, must not be taken for the order of the run: slots depend on it."""
+    whole, skipping = build([Home.HOST] * 5, 1), build([Home.HOST] * 5, 1)
+    order = [0, 2, 1, 4, 3]
+    for case, first in ((whole, order), (skipping, [0, 1, 3, 4])):
+        case.stream.rehearse()
+        assert case.stream.recorded_order is None
+        case.check(first)
+        assert case.stream.recorded_order is None
+        case.check(order)
+    assert whole.stream.recorded_order == tuple(order)
+    assert skipping.stream.recorded_order is None
+    whole.finish()
+    skipping.finish()
 
 
 # -- failures ----------------------------------------------------------------------------------------------

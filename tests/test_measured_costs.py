@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from crossdock.offload.measured_costs import measured_costs, slowest
 from crossdock.offload.residency import Costs
+from crossdock.offload.schedule import slot_sizes
 from crossdock.offload.trace import EventKind, TraceEvent
 from crossdock.runtime.config import RunConfig
 from crossdock.runtime.improvement import RankObservation, improve, observe
@@ -120,6 +122,33 @@ def test_auto_takes_what_is_spare_on_every_rank(flux2_dir: Path) -> None:
     assert everything is not None
     assert len(everything.resident) == len(everything.blocks), "and it takes no more than all blocks"
     assert everything.arena_bytes == max(plan.arena_bytes, sum(block.layout.nbytes for block in plan.blocks))
+
+
+def test_ranks_that_disagree_change_nothing(flux2_dir: Path) -> None:
+    """What would pay on one rank is left when another ran the blocks in another order, or could not tell."""
+    plan = _plan(flux2_dir, "auto")
+    seen = _seen(plan, 2**20)
+    assert improve(plan, [seen, seen], 2).plan is not None
+    for other in (None, replace(seen, order=seen.order[::-1])):
+        for ranks in ([seen, other], [other, seen]):
+            found = improve(plan, ranks, 2)
+            assert found.plan is None
+            assert "one order" in found.verdict
+
+
+def test_slots_of_another_order_fit_its_blocks(flux2_dir: Path) -> None:
+    """Sizes in the order of the plan, costs in the order of the run: the slots would not be as planned."""
+    plan = _plan(flux2_dir)
+    seen = _seen(plan, 0)
+    assert len({block.layout.nbytes for block in plan.blocks}) > 1
+    for order in (plan.order[::-1], (*plan.order[::2], *plan.order[1::2])):
+        found = improve(plan, [replace(seen, order=order)], 2).plan
+        assert found is not None
+        assert found.order == order
+        slots = [block.slot for block in found.streamed if block.slot is not None]
+        held = sum(slot_sizes([block.layout.nbytes for block in found.streamed], slots))
+        held += sum(found.blocks[index].layout.nbytes for index in found.resident)
+        assert held == found.residency.device_bytes
 
 
 def test_only_auto_takes_spare_memory(flux2_dir: Path) -> None:

@@ -13,8 +13,8 @@ from transformers import Qwen3Config, Qwen3Model
 
 from crossdock.offload.arena import Arena
 from crossdock.offload.copy_engine import CpuCopyEngine
-from crossdock.offload.discovery import DiscoveryError
-from crossdock.offload.offloader import LayerwiseOffloader
+from crossdock.offload.discovery import DiscoveryError, discover_blocks
+from crossdock.offload.offloader import OUTSIDE, LayerwiseOffloader, component_layouts
 
 CPU = torch.device("cpu")
 
@@ -99,6 +99,40 @@ def test_the_memory_of_the_weights_is_given_up(model: Model) -> None:
         shared = {t.untyped_storage().data_ptr() for t in originals.values()}
         assert len(shared) == 1, "the originals are views of the host copy"
         assert offloader.stream.arena.nbytes < sum(sizes.values())
+
+
+def test_plain_attributes_are_given_back(model: Model) -> None:
+    """Pitfall 10: a tensor that is no parameter is copied to the device; afterwards it is the user's own again."""
+    own, copied = model.table, model.table.clone()
+    own.to = lambda *_: copied  # type: ignore[method-assign, assignment]  # as on another device
+    with LayerwiseOffloader(model, CPU):
+        assert model.table is copied
+    assert model.table is own
+
+
+def test_every_tensor_has_one_place(model: Model) -> None:
+    """Pitfall 11: what is shared is placed once, under all of its names; what is placed nowhere stays on the CPU."""
+    found = discover_blocks(model)
+    layouts, rest = component_layouts(model, found)
+    placed = [name for entry in rest.entries for name in entry.names]
+    for block, layout in zip(found, layouts, strict=True):
+        placed += [f"{block.name}.{name}" for entry in layout.entries for name in entry.names]
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    assert sorted(placed) == sorted(name for name, _ in named)
+
+
+@pytest.mark.parametrize("more", [0, 2**13, 2**14])
+def test_the_budget_holds_for_blocks_and_rest(model: Model, more: int) -> None:
+    """A budget of which only the blocks know is overrun by all that belongs to no block."""
+    with LayerwiseOffloader(model, CPU) as offloader:
+        least = _device_bytes(offloader)
+    with LayerwiseOffloader(model, CPU, budget_bytes=least + more) as offloader:
+        assert _device_bytes(offloader) <= least + more
+        assert not more or _device_bytes(offloader) > least
+
+
+def _device_bytes(offloader: LayerwiseOffloader) -> int:
+    return offloader.stream.arena.nbytes + offloader.stream.resident_memory[OUTSIDE].nbytes
 
 
 def test_gathered_gives_the_true_weights(model: Model) -> None:
@@ -209,8 +243,10 @@ def test_what_is_held_is_not_taken() -> None:
     for _ in range(2):
         with second.present():
             assert torch.equal(models[1](X), expected[1])
+        before = first.stream.counters.misses
         with first.present():
             assert torch.equal(models[0](X), expected[0])
+        assert first.stream.counters.misses == before, "its turn was not prepared"
     for offloader in (first, second):
         offloader.remove()
     engine.close()
