@@ -60,14 +60,14 @@ class Slot:
         self._used = self._arena.tick()
 
     def claim(self, block: int) -> list[Event]:
-        """Make `block` the holder; returns what has to be done before its bytes may be written.
+        """Make `block` the holder; returns what has to have ended before its bytes may be written.
 
         Raises:
             RuntimeError: somebody is computing with these bytes.
         """
         if self.free is None:
             raise RuntimeError(f"a slot is being read while block {block} wants it")
-        waits = [self.free, *_unless_failed(self.ready)]
+        waits = [self.free, self.ready]
         for rival in self.rivals:
             rival._tenant.flush()
             if rival.free is None and rival._reader is not None and not _is_running(rival._reader):
@@ -76,7 +76,7 @@ class Slot:
                 raise RuntimeError(f"another component is computing with the bytes that block {block} wants")
             rival.holder = None
             if rival._used > self._used:
-                waits += [rival.free, *_unless_failed(rival.ready)]
+                waits += [rival.free, rival.ready]
         self.holder = block
         self._used = self._arena.tick()
         return waits
@@ -152,8 +152,3 @@ def _is_running(call: FrameType) -> bool:
     while frame is not None and frame is not call:
         frame = frame.f_back
     return frame is not None
-
-
-def _unless_failed(ready: Event) -> tuple[Event, ...]:
-    """A slot's earlier load, unless it failed: that is no reason not to load again."""
-    return () if getattr(ready, "error", None) is not None else (ready,)

@@ -32,8 +32,15 @@ Mark = Any
 
 
 class CopyEngine(Protocol):
-    def submit(self, lane: Lane, work: Callable[[], None], after: Sequence[Event]) -> Event:
-        """Queue `work` on `lane` behind the events `after`; returns the event of its completion."""
+    def submit(
+        self, lane: Lane, work: Callable[[], None], after: Sequence[Event], needs: Sequence[Event] = ()
+    ) -> Event:
+        """Queue `work` on `lane`; returns the event of its completion.
+
+        Args:
+            after: what has to have ended before, however it ended.
+            needs: what has to have succeeded before; else `work` is not run, and its event has the same error.
+        """
 
     def move(self, target: Tensor, source: Tensor) -> None:
         """Inside a piece of work: copy `source` (uint8, host or device) to `target` (uint8, device)."""
@@ -81,9 +88,11 @@ class CpuCopyEngine:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, lane: Lane, work: Callable[[], None], after: Sequence[Event]) -> Event:
+    def submit(
+        self, lane: Lane, work: Callable[[], None], after: Sequence[Event], needs: Sequence[Event] = ()
+    ) -> Event:
         done = _CpuEvent()
-        self._queues[lane].put((work, [event for event in after if isinstance(event, _CpuEvent)], done))
+        self._queues[lane].put((work, after, needs, done))
         return done
 
     def move(self, target: Tensor, source: Tensor) -> None:
@@ -91,11 +100,14 @@ class CpuCopyEngine:
         np.copyto(target.numpy(), source.numpy())
 
     def wait(self, event: Event) -> None:
+        self._await_end(event)
+        if (error := getattr(event, "error", None)) is not None:
+            raise error
+
+    def _await_end(self, event: Event) -> None:
         assert isinstance(event, _CpuEvent)
         if not event.done.wait(self._timeout_s):
             raise TimeoutError(f"a copy did not finish within {self._timeout_s:g} s")
-        if event.error is not None:
-            raise event.error
 
     def record(self) -> Event:
         return _CpuEvent(is_set=True)  # compute on the CPU is synchronous: it has run when this is called
@@ -114,9 +126,11 @@ class CpuCopyEngine:
 
     def _run(self, lane_queue: queue.SimpleQueue[_Job | None]) -> None:
         while (job := lane_queue.get()) is not None:
-            work, after, done = job
+            work, after, needs, done = job
             try:
                 for event in after:
+                    self._await_end(event)
+                for event in needs:
                     self.wait(event)
                 if self._delay is not None:
                     self._delay()
@@ -126,7 +140,7 @@ class CpuCopyEngine:
             done.done.set()
 
 
-_Job = tuple[Callable[[], None], list[_CpuEvent], _CpuEvent]
+_Job = tuple[Callable[[], None], Sequence[Event], Sequence[Event], _CpuEvent]
 
 
 class CudaCopyEngine:
@@ -140,11 +154,13 @@ class CudaCopyEngine:
         self._epoch.synchronize()
         self._epoch_s = time.perf_counter()
 
-    def submit(self, lane: Lane, work: Callable[[], None], after: Sequence[Event]) -> Event:
+    def submit(
+        self, lane: Lane, work: Callable[[], None], after: Sequence[Event], needs: Sequence[Event] = ()
+    ) -> Event:
         stream = self._streams[lane]
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
-            for event in after:
+            for event in (*after, *needs):
                 stream.wait_event(event)  # type: ignore[arg-type]
             work()
             done.record(stream)

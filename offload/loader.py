@@ -93,13 +93,13 @@ class BlockLoader:
         assert self._gather is not None
         if block.home is Home.DEVICE_SHARD:
             assert isinstance(block.source, Tensor)
-            done(self._all_gather(job, whole, block.source, after))
+            done(self._all_gather(job, whole, block.source, after, needs=()))
             return
         size = block.layout.shard_nbytes(self._gather.parts)
         mine = whole[self._gather.index * size : (self._gather.index + 1) * size]
         if self._last_gather is not None:
             after = (*after, self._last_gather)
-        self._copy(job, mine, after, lambda copied: done(self._all_gather(job, whole, mine, (copied,))), portions)
+        self._copy(job, mine, after, lambda copied: done(self._all_gather(job, whole, mine, (), (copied,))), portions)
 
     def release(self) -> None:
         """A collective was just given to the compute stream: enqueue one more portion behind it."""
@@ -129,7 +129,7 @@ class BlockLoader:
         nbytes = job.block.source_bytes
         moves = _cut(_moves(job.block, target), portions)
 
-        def enqueue(place: int, behind: Sequence[Event]) -> None:
+        def enqueue(place: int, needs: Sequence[Event], behind: Sequence[Event]) -> None:
             def work() -> None:
                 if place == 0:
                     job.note("load_begin", "copy", nbytes)
@@ -138,15 +138,18 @@ class BlockLoader:
                 if place == len(moves) - 1:
                     job.note("load_end", "copy")
 
-            event = self.engine.submit("copy", work, behind)
+            event = self.engine.submit("copy", work, behind, needs)
             if place == len(moves) - 1:
                 done(event)
+            else:  # the rest of a copy goes before that of a later one
+                (self._held.appendleft if place else self._held.append)(partial(enqueue, place + 1, (event,)))
 
         self.counters.h2d_bytes += nbytes
-        enqueue(0, after)
-        self._held += [partial(enqueue, place) for place in range(1, len(moves))]
+        enqueue(0, (), after)
 
-    def _all_gather(self, job: _Job, whole: Tensor, shard: Tensor, after: Sequence[Event]) -> Event:
+    def _all_gather(
+        self, job: _Job, whole: Tensor, shard: Tensor, after: Sequence[Event], needs: Sequence[Event]
+    ) -> Event:
         gather, nbytes = self._gather, whole.nbytes - shard.nbytes
         assert gather is not None
 
@@ -156,9 +159,9 @@ class BlockLoader:
             job.note("gather_end", "gather")
 
         self.counters.gathered_bytes += nbytes
-        gathered = self.engine.submit("gather", work, after)
+        gathered = self.engine.submit("gather", work, after, needs)
         if self.yields_link:
-            self._last_gather = self.engine.submit("gather", _nothing, ())  # its end, also if it failed
+            self._last_gather = gathered
         return gathered
 
 
@@ -190,10 +193,6 @@ def _moves(block: StreamedBlock, target: Tensor) -> list[tuple[Tensor, Tensor]]:
     if isinstance(block.source, Tensor):
         return [(target, block.source)]
     return [(piece.target(target), piece.source) for piece in block.source]
-
-
-def _nothing() -> None:
-    """For its event."""
 
 
 def fill_nan(memory: Tensor) -> None:

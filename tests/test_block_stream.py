@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from crossdock.offload.block import Home, StreamedBlock
 from crossdock.offload.block_stream import BlockStream
-from crossdock.offload.copy_engine import CopyEngine, CpuCopyEngine
-from crossdock.offload.layout import ALIGNMENT, BlockLayout, aligned_bytes
+from crossdock.offload.copy_engine import CopyEngine, CpuCopyEngine, Event
+from crossdock.offload.layout import ALIGNMENT, BlockLayout, aligned_bytes, round_up
+from crossdock.offload.loader import BlockLoader, EventLog
 from crossdock.offload.residency import assumed_costs, minimum_bytes, plan_residency
 from crossdock.offload.schedule import assign_slots
 from toy_blocks import (
@@ -431,6 +432,46 @@ def test_copies_yield_to_collectives() -> None:
     for before in enqueued[-6:]:
         assert before[0] < before[1] < before[2], "nothing was held back"
         assert before[1] - before[0] < case.stream.blocks[0].layout.nbytes // 2 + ALIGNMENT
+    case.finish()
+
+
+def test_a_held_portion_waits_for_the_collective() -> None:
+    """Pitfall 32: a portion that only the host sees behind the collective would run beside it on the device."""
+    case = build([Home.HOST], 1)
+    engine, (block,), done = CpuCopyEngine(60), case.stream.blocks, list[Event]()
+    memory, late = aligned_bytes(block.layout.nbytes, torch.device("cpu")), threading.Event()
+    collective = engine.submit("gather", lambda: late.wait(60) and None, ())
+    engine.record = lambda: collective  # type: ignore[method-assign]
+    loader = BlockLoader(engine, None, EventLog(engine, 100), yields_link=True)
+    loader.load(block, memory, (), None, done.append, portions=2)
+    engine.wait(engine.submit("copy", nothing, ()))
+    before = memory.clone()
+    loader.release()
+    time.sleep(0.05)
+    assert torch.equal(memory, before)
+    late.set()
+    engine.wait(done[0])
+    assert torch.equal(memory[: block.source_bytes], case.wholes[0])
+    engine.close()
+    case.finish()
+
+
+def test_a_copy_fails_with_any_of_its_portions() -> None:
+    """A block whose first half did not arrive would compute with what was there before."""
+    case = build([Home.HOST], 1)
+    engine, (block,) = FailingEngine(), case.stream.blocks
+    memory = aligned_bytes(block.layout.nbytes, torch.device("cpu"))
+    for portion in range(3):
+        done: list[Event] = []
+        loader = BlockLoader(engine, None, EventLog(engine, 100), yields_link=True)
+        size = round_up(-(-block.layout.nbytes // 3), ALIGNMENT)
+        engine.fail.add(case.wholes[0].data_ptr() + portion * size)
+        loader.load(block, memory, (), None, done.append, portions=3)
+        loader.flush()
+        with pytest.raises(BlockError):
+            engine.wait(done[0])
+        assert not engine.fail
+    engine.close()
     case.finish()
 
 

@@ -94,8 +94,8 @@ def test_a_step_waits_for_the_slowest_rank() -> None:
 # -- what is made of them -------------------------------------------------------------------------------------------
 
 
-def _plan(directory: Path, budget: str | None = None) -> RunPlan:
-    config = RunConfig.parse({"offload": {"layerwise": True, "prefetch": 1, "device_budget": budget}})
+def _plan(directory: Path, budget: str | None = None, prefetch: int = 1) -> RunPlan:
+    config = RunConfig.parse({"offload": {"layerwise": True, "prefetch": prefetch, "device_budget": budget}})
     return make_plan(config, directory, "cpu", device_bytes=2**33)
 
 
@@ -138,15 +138,20 @@ def test_ranks_that_disagree_change_nothing(flux2_dir: Path) -> None:
 
 def test_slots_of_another_order_fit_its_blocks(flux2_dir: Path) -> None:
     """Sizes in the order of the plan, costs in the order of the run: the slots would not be as planned."""
-    plan = _plan(flux2_dir)
+    plan = _plan(flux2_dir, prefetch=2)
     seen = _seen(plan, 0)
-    assert len({block.layout.nbytes for block in plan.blocks}) > 1
-    for order in (plan.order[::-1], (*plan.order[::2], *plan.order[1::2])):
+    sizes = [block.layout.nbytes for block in plan.blocks]
+    slots = plan.schedule.slots
+    largest_first = sorted(plan.order, key=lambda index: -sizes[index])
+    by_slot = sorted(range(len(slots)), key=lambda place: slots[place])
+    sharing = tuple(index for _, index in sorted(zip(by_slot, largest_first, strict=True)))  # large ones share slots
+    assert sum(slot_sizes([sizes[index] for index in sharing], slots)) < sum(slot_sizes(sizes, slots))
+    for order in (plan.order[::-1], sharing):
         found = improve(plan, [replace(seen, order=order)], 2).plan
         assert found is not None
         assert found.order == order
-        slots = [block.slot for block in found.streamed if block.slot is not None]
-        held = sum(slot_sizes([block.layout.nbytes for block in found.streamed], slots))
+        places = [block.slot for block in found.streamed if block.slot is not None]
+        held = sum(slot_sizes([block.layout.nbytes for block in found.streamed], places))
         held += sum(found.blocks[index].layout.nbytes for index in found.resident)
         assert held == found.residency.device_bytes
 

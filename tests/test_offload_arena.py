@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import threading
 import time
 import weakref
 from typing import cast
@@ -189,17 +190,24 @@ def test_a_prepared_turn_is_taken_by_another() -> None:
     _finish(cases)
 
 
-def test_a_failed_load_does_not_fail_the_next_component() -> None:
-    """Pitfall 21: what the one could not load is no reason not to load the other over it."""
+@pytest.mark.parametrize("noticed", [True, False])
+def test_a_failed_load_does_not_fail_the_next_component(noticed: bool) -> None:
+    """Pitfall 21: what the one could not load, before or after the other asked, is no reason not to load over it."""
     homes = [[Home.HOST] * 3, [Home.HOST] * 3]
     engine = FailingEngine()
     cases = _tenants(homes, engine, Arena(_space(homes), CPU))
     cases[1].check(range(3))
     engine.fail.add(cases[0].wholes[0].data_ptr())
+    held_up = threading.Event()
+    if not noticed:
+        engine.submit("copy", lambda: held_up.wait(60) and None, ())
+        cases[1].modules[0].register_forward_pre_hook(lambda *_: held_up.set(), prepend=True)
     cases[0].stream.prepare()
-    engine.wait(engine.submit("copy", nothing, ()))
-    assert not engine.fail, "nothing failed"
+    if noticed:
+        engine.wait(engine.submit("copy", nothing, ()))
+        assert not engine.fail, "nothing failed"
     cases[1].check(range(3))
+    assert not engine.fail, "nothing failed"
     for case in cases:
         case.check(range(3))
     _finish(cases)

@@ -52,9 +52,11 @@ class QueuedEngine:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, lane: str, work: Callable[[], None], after: Sequence[Event] = ()) -> Event:
+    def submit(
+        self, lane: str, work: Callable[[], None], after: Sequence[Event] = (), needs: Sequence[Event] = ()
+    ) -> Event:
         done = self.Done()
-        self._lanes[lane].put((work, after, done))
+        self._lanes[lane].put((work, (*after, *needs), done))
         return done
 
     def move(self, target: Tensor, source: Tensor) -> None:
