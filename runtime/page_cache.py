@@ -41,16 +41,22 @@ class _Rows:
     step: int
 
     def clip(self, low: int, high: int) -> Iterator[Piece]:
-        """The part within bytes [low, high) of the block, offsets from `low`: whole rows as one piece, and the ends."""
+        """The part within bytes [low, high) of the block, offsets from `low`: whole rows as one piece, and the ends.
+
+        A row alone is a piece of one dimension: one that can be cut into portions.
+        """
         first = max(0, -(-(low - self.offset) // self.step))
         last = min(self.rows, (high - self.offset - self.row_bytes) // self.step + 1)
-        if first < last:
+        alone = {first - 1, max(last, 0)}
+        if last - first == 1:
+            alone.add(first)
+        elif first < last:
             rows = self.source[self.start + first * self.source_step :].as_strided(
                 (last - first, self.row_bytes), (self.source_step, 1)
             )
             yield Piece(self.offset + first * self.step - low, rows, self.step)
-        for row in {first - 1, max(last, 0)}:
-            if 0 <= row < self.rows and not first <= row < last:
+        for row in sorted(alone):
+            if 0 <= row < self.rows:
                 yield from self._part(row, low, high)
 
     def _part(self, row: int, low: int, high: int) -> Iterator[Piece]:

@@ -68,10 +68,11 @@ def check_pages(names: Sequence[str], layouts: Sequence[BlockLayout], stored: Ma
     """Bytes as they are stored can be streamed only where they are the bytes to be held."""
     for name, layout in zip(names, layouts, strict=True):
         for entry in layout.entries:
-            there = stored.get(f"{name}.{entry.name}")
+            full = [f"{name}.{each}" for each in entry.names]
+            there = next((stored[each] for each in full if each in stored), None)
             if there is not None and there.dtype != entry.dtype:
                 raise ConfigError(
-                    f"found mmap, but {name}.{entry.name} is stored as {there.dtype} and held as {entry.dtype}: bytes "
+                    f"found mmap, but {full[0]} is stored as {there.dtype} and held as {entry.dtype}: bytes "
                     "from the page cache cannot be converted; use dtype: auto, or host: shared",
                     "offload.host",
                 )
