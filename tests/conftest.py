@@ -7,6 +7,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: ranks and the reference share two cores
 
 import logging
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from crossdock.runtime.config import RunConfig
 from crossdock.runtime.gang import Gang
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would its children
 
 
 @pytest.fixture(scope="session")
