@@ -18,7 +18,7 @@ from crossdock.runtime.config import RunConfig
 from crossdock.runtime.gang import Gang
 
 torch.set_num_threads(1)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would its children
+signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a shell's background job would ignore it
 
 
 @pytest.fixture(scope="session")
