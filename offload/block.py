@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -91,12 +92,28 @@ class StreamedBlock:
         ]
 
     def bind(self, memory: Tensor) -> None:
-        """Make the module's parameters and buffers views of `memory` (uint8, the whole block); tied ones stay tied."""
+        """Make the module's parameters and buffers views of `memory` (uint8, the whole block); tied ones stay tied.
+
+        A DTensor becomes one of the same mesh, placements and shape whose local tensor is such a view.
+        """
         owners = self.owners()
         for entry in self.layout.entries:
-            view = entry.view(memory)
-            tensor = nn.Parameter(view, requires_grad=False) if entry.kind == "parameter" else view
+            tensor = entry.tensor(memory)
+            if entry.kind == "parameter":
+                tensor = nn.Parameter(tensor, requires_grad=False)
             for _ in entry.names:
                 owner, leaf = next(owners)
                 kept = owner._parameters if entry.kind == "parameter" else owner._buffers
                 kept[leaf] = tensor  # type: ignore[assignment]
+
+    @contextmanager
+    def bound_to(self, memory: Tensor) -> Iterator[None]:
+        """Bound to `memory` (uint8, the whole block) meanwhile; afterwards the module has the very tensors it had."""
+        before = [(owner, leaf, getattr(owner, leaf)) for owner, leaf in self.owners()]
+        self.bind(memory)
+        try:
+            yield
+        finally:
+            for owner, leaf, tensor in before:
+                kept = owner._parameters if isinstance(tensor, nn.Parameter) else owner._buffers
+                kept[leaf] = tensor

@@ -115,13 +115,16 @@ def plain_tensors(module: nn.Module) -> list[str]:
 
     They are neither parameters nor buffers, so nothing that moves the module's weights moves them.
     """
+    return [name for name, _ in named_plain_tensors(module)]
+
+
+def named_plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of `plain_tensors` with their names."""
     registered = {id(tensor) for _, tensor in _tensors(module)}
-    return [
-        f"{path}.{name}" if path else name
-        for path, part in module.named_modules()
-        for name, tensor in _attribute_tensors(part)
-        if id(tensor) not in registered
-    ]
+    for path, part in module.named_modules():
+        for name, tensor in _attribute_tensors(part):
+            if id(tensor) not in registered:
+                yield f"{path}.{name}" if path else name, tensor
 
 
 def _stack_paths(model: nn.Module, stacks: Sequence[str] | None) -> tuple[tuple[str, ...], str]:
@@ -208,7 +211,8 @@ def _holds_tensors(module: nn.Module) -> bool:
 
 def _tensor_bytes(module: nn.Module) -> int:
     """Buffers count: some quantized layers keep their weights in them."""
-    return sum(tensor.nbytes for tensor in {id(tensor): tensor for _, tensor in _tensors(module)}.values())
+    distinct = {id(tensor): tensor for _, tensor in _tensors(module)}
+    return sum(part.nbytes for tensor in distinct.values() for part in _stored_parts(tensor))
 
 
 def _has_forward(module: nn.Module) -> bool:
@@ -280,7 +284,9 @@ def _stored_parts(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:
-        yield from _stored_parts(getattr(tensor, name))
+        part = getattr(tensor, name)
+        if isinstance(part, Tensor):  # a DTensor names its mesh here, too
+            yield from _stored_parts(part)
 
 
 def _attribute_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

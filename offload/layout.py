@@ -2,17 +2,20 @@
 
 Bytes, not dtypes: whatever mixture of dtypes a block holds (bf16 weights, fp32 norms, fp8 with scales), moving it
 is one copy and gathering it is one collective. Every tensor starts at a multiple of `ALIGNMENT` bytes and keeps its
-dtype, shape and stride, so that column-major weights stay column-major.
+dtype, shape and stride, so that column-major weights stay column-major. Of a DTensor, it is this rank's local tensor
+that is laid out; what makes it a DTensor again is kept beside it, and no byte crosses ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
 
 ALIGNMENT = 256
 """Bytes. CUDA's vector loads, fp8 kernels (32) and TMA descriptors (128) are all satisfied by it."""
@@ -29,9 +32,51 @@ def aligned_bytes(nbytes: int, device: torch.device) -> Tensor:
     return memory[start : start + nbytes]
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of `tensor`: the very local tensor of a DTensor, which `to_local` would give as a view."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def set_local_part(tensor: Tensor, local: Tensor) -> None:
+    """Let go of what this rank holds of `tensor` and hold `local` instead.
+
+    A DTensor's local tensor is exchanged, not given other data: it may be a view whose base keeps the memory.
+    """
+    if isinstance(tensor, DTensor):
+        tensor._local_tensor = local
+    else:
+        tensor.data = local
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """What makes the local tensors of the ranks one DTensor of `shape` and `stride` (those of the whole tensor)."""
+
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Self | None:
+        """None for a plain tensor."""
+        if not isinstance(tensor, DTensor):
+            return None
+        return cls(tensor.device_mesh, tuple(tensor.placements), tensor.shape, tuple(tensor.stride()))
+
+    def wrap(self, local: Tensor) -> Tensor:
+        """The DTensor whose part on this rank is `local`: no copy, and not collective."""
+        return DTensor.from_local(
+            local, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
+        )
+
+
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a block. `names` are its names relative to the block (several where tensors are tied)."""
+    """One tensor of a block. `names` are its names relative to the block (several where tensors are tied).
+
+    Of a DTensor, dtype, shape, stride and bytes are those of the local tensor; `distributed` has the rest.
+    """
 
     names: tuple[str, ...]
     kind: Literal["parameter", "buffer"]
@@ -40,15 +85,21 @@ class TensorEntry:
     stride: tuple[int, ...]
     offset: int
     nbytes: int
+    distributed: Distribution | None = None
 
     @property
     def name(self) -> str:
         return self.names[0]
 
     def view(self, memory: Tensor) -> Tensor:
-        """This tensor inside `memory` (uint8, the block's whole byte range); no copy."""
+        """This rank's part of the tensor inside `memory` (uint8, the block's whole byte range); no copy."""
         raw = memory[self.offset : self.offset + self.nbytes].view(self.dtype)
         return raw.as_strided(self.shape, self.stride)
+
+    def tensor(self, memory: Tensor) -> Tensor:
+        """The tensor as the block holds it: `view`, made a DTensor where it is one."""
+        local = self.view(memory)
+        return local if self.distributed is None else self.distributed.wrap(local)
 
 
 @dataclass(frozen=True)
@@ -79,9 +130,11 @@ class BlockLayout:
             if id(tensor) in without:
                 continue
             dtype = (dtypes or {}).get(names[0], tensor.dtype)
-            shape, stride = tuple(tensor.shape), tuple(tensor.stride())
+            local = local_part(tensor)
+            shape, stride = tuple(local.shape), tuple(local.stride())
             nbytes = _span(shape, stride) * dtype.itemsize
-            entries.append(TensorEntry(names, kind, dtype, shape, stride, offset, nbytes))
+            whole = Distribution.of(tensor)
+            entries.append(TensorEntry(names, kind, dtype, shape, stride, offset, nbytes, whole))
             offset = round_up(offset + nbytes, ALIGNMENT)
         return cls(tuple(entries), round_up(offset, ALIGNMENT * multiple))
 
@@ -91,11 +144,10 @@ class BlockLayout:
         return self.nbytes // parts
 
     def pack(self, block: nn.Module, memory: Tensor) -> None:
-        """Copy the block's live tensors into `memory` (uint8, `nbytes` long)."""
+        """Copy this rank's part of the block's live tensors into `memory` (uint8, `nbytes` long)."""
         for entry in self.entries:
-            entry.view(memory).copy_(
-                block.get_parameter(entry.name) if entry.kind == "parameter" else block.get_buffer(entry.name)
-            )
+            find = block.get_parameter if entry.kind == "parameter" else block.get_buffer
+            entry.view(memory).copy_(local_part(find(entry.name)))
 
 
 def _tensors_by_identity(

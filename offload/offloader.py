@@ -3,7 +3,9 @@
     with LayerwiseOffloader(model, torch.device("cuda"), budget_bytes=8 * 2**30) as offloader:
         model(x)
 
-The sharded transformer of a run does not come this way: its bytes go straight from the checkpoint to where they rest.
+A model may come already sharded by `parallelize_module`: every rank streams its own part of each DTensor, and nothing
+is collective. The sharded transformer of a run does not come this way: its bytes go straight from the checkpoint to
+where they rest.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from crossdock.offload.block import Home, StreamedBlock
 from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.copy_engine import CopyEngine, make_copy_engine
 from crossdock.offload.discovery import FoundBlock, discover_blocks, shared_storage
+from crossdock.offload.foreign import refuse_foreign
 from crossdock.offload.host_store import HostStore
-from crossdock.offload.layout import BlockLayout, TensorEntry, aligned_bytes
+from crossdock.offload.layout import BlockLayout, TensorEntry, aligned_bytes, local_part, set_local_part
 from crossdock.offload.residency import assumed_costs, plan_residency
 
 OUTSIDE = "(outside)"
@@ -35,7 +38,9 @@ class LayerwiseOffloader:
 
     Args:
         model: with its weights, on any device; their memory is given up while the offloader is attached.
-        budget_bytes: device memory for the weights; as many blocks as fit stay there. None: as few bytes as possible.
+            Its parameters and buffers are plain tensors or DTensors.
+        budget_bytes: device memory for the weights of this rank; as many blocks as fit stay there. None: as few bytes
+            as possible.
         stacks: paths of the block lists; by default what the class declares, or what looks like one. `()`: the whole
             model moves as one.
         outside: what belongs to no block stays on the device ("resident"), or is there inside `present` ("held").
@@ -43,7 +48,7 @@ class LayerwiseOffloader:
 
     Raises:
         DiscoveryError: the block lists are not to be found, or make no sense.
-        TypeError: a weight is no plain tensor (quantized, sharded by another library).
+        ForeignMechanismError: another mechanism moves, shards or quantizes the weights (FSDP, offload hooks).
         ValueError: the budget is too small.
     """
 
@@ -59,7 +64,7 @@ class LayerwiseOffloader:
         arena: Arena | None = None,
         engine: CopyEngine | None = None,
     ) -> None:
-        _check_plain(model)
+        refuse_foreign(model, device)
         found = [] if stacks is not None and not stacks else discover_blocks(model, stacks)
         layouts, rest = component_layouts(model, found)
         if outside == "resident" and budget_bytes is not None:
@@ -75,7 +80,7 @@ class LayerwiseOffloader:
         else:
             blocks.append(_on_device(model, rest, device))
         self._lent = [
-            _Lent(tensor, tensor.device, entry, block)
+            _Lent(tensor, local_part(tensor).device, entry, block)
             for block in blocks
             for entry, tensor in zip(block.layout.entries, block.tensors(), strict=True)
         ]
@@ -87,7 +92,7 @@ class LayerwiseOffloader:
         )
         self.stream.attach()
         for lent in self._lent:
-            lent.tensor.data = lent.at_rest()  # lets go of the memory that it had
+            set_local_part(lent.tensor, lent.at_rest())  # lets go of the memory that it had
 
     @property
     def plain_tensors(self) -> tuple[str, ...]:
@@ -107,7 +112,11 @@ class LayerwiseOffloader:
             yield
 
     def gathered(self, name: str, write_back: bool = False) -> AbstractContextManager[dict[str, Tensor]]:
-        """The whole weights of the block called `name`; see `BlockStream.gathered`."""
+        """The true weights of the block called `name`, as the block holds them; see `BlockStream.gathered`.
+
+        A DTensor comes as a DTensor of the same placements, whose local part is this rank's: what is done to it in
+        place is done to the local part, and its `full_tensor()` is collective.
+        """
         return self.stream.gathered(name, write_back)
 
     def remove(self) -> None:
@@ -123,7 +132,7 @@ class LayerwiseOffloader:
         """Take the hooks off and give the memory up. The model is of no use afterwards."""
         self.stream.remove()
         for lent in self._lent:
-            lent.tensor.data = lent.tensor.data.new_empty(0)
+            set_local_part(lent.tensor, local_part(lent.tensor).new_empty(0))
         self._end()
 
     def _end(self) -> None:
@@ -168,7 +177,7 @@ class _Lent:
         assert isinstance(self.block.source, Tensor)
         raw = self.block.source[self.entry.offset : self.entry.offset + self.entry.nbytes]
         own = raw.to(self.device, copy=True).view(self.entry.dtype)
-        self.tensor.data = own.as_strided(self.entry.shape, self.entry.stride)
+        set_local_part(self.tensor, own.as_strided(self.entry.shape, self.entry.stride))
 
 
 def component_layouts(model: nn.Module, found: Sequence[FoundBlock]) -> tuple[list[BlockLayout], BlockLayout]:
@@ -198,15 +207,6 @@ def _on_device(model: nn.Module, layout: BlockLayout, device: torch.device) -> S
     memory = aligned_bytes(layout.nbytes, device)
     layout.pack(model, memory)
     return StreamedBlock(OUTSIDE, model, layout, Home.RESIDENT, memory, runs=False)
-
-
-def _check_plain(model: nn.Module) -> None:
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
-            raise TypeError(
-                f"{name} is a {type(tensor).__name__}; only plain tensors can be streamed: take the other "
-                "library's quantization, sharding or offloading off first"
-            )
 
 
 def _move_plain(model: nn.Module, device: torch.device) -> list[tuple[str, nn.Module, str, Tensor]]:
