@@ -16,9 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from crossdock.parallel.group import Group
 from crossdock.parallel.kernels import attention, attention_with_lse, merge
 from crossdock.parallel.sequence import SequenceLayout, shard_lengths
 
@@ -33,10 +33,10 @@ class SequenceParallelAttention:
     def __init__(
         self,
         *,
-        ulysses_group: dist.ProcessGroup | None,
+        ulysses_group: Group | None,
         ulysses_rank: int,
         ulysses_degree: int,
-        ring_group: dist.ProcessGroup | None,
+        ring_group: Group | None,
         ring_rank: int,
         ring_degree: int,
         after_collective: Callable[[], None] = _nothing,
@@ -131,7 +131,7 @@ class _Ulysses:
     sequence, without another copy.
     """
 
-    def __init__(self, group: dist.ProcessGroup, rank: int, degree: int) -> None:
+    def __init__(self, group: Group, rank: int, degree: int) -> None:
         self._group = group
         self._rank = rank
         self._degree = degree
@@ -160,7 +160,8 @@ class _Ulysses:
         for slot, heads, *shares in zip(slots, together, *cuts, strict=True):
             torch.cat(shares, dim=2, out=slot.view(own_tokens, batch, heads, head_dim))
         row = batch * together[self._rank] * head_dim
-        arrived = self._exchange(message, sizes, [count * row for count in tokens])
+        agreed = (tokens, together, batch, head_dim)
+        arrived = self._exchange(message, sizes, [count * row for count in tokens], agreed)
         joined = arrived.view(sum(tokens), batch, together[self._rank], head_dim).transpose(0, 1)
         q, k, v = joined.split_with_sizes([cut[self._rank] for cut in counts], dim=2)
         return q, k, v
@@ -172,28 +173,29 @@ class _Ulysses:
         counts = shard_lengths(heads, self._degree)
         sizes = [own_tokens * row * count for count in counts]
         message = out.transpose(0, 1).contiguous().view(-1)
-        arrived = self._exchange(message, [count * row * own_heads for count in tokens], sizes)
+        agreed = (tokens, counts, batch, head_dim)
+        arrived = self._exchange(message, [count * row * own_heads for count in tokens], sizes, agreed)
         shares = [
             share.view(own_tokens, batch, count, head_dim)
             for share, count in zip(arrived.split_with_sizes(sizes), counts, strict=True)
         ]
         return torch.cat(shares, dim=2).transpose(0, 1)
 
-    def _exchange(self, message: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Tensor:
+    def _exchange(
+        self, message: Tensor, send_sizes: list[int], receive_sizes: list[int], agreed: tuple[object, ...]
+    ) -> Tensor:
         arrived = message.new_empty(sum(receive_sizes))
-        dist.all_to_all_single(arrived, message, receive_sizes, send_sizes, group=self._group)
+        self._group.all_to_all(arrived, message, receive_sizes, send_sizes, agreed)
         return arrived
 
 
 class _Ring:
     """Keys and values go round; the next ones are on their way while the present ones are worked on."""
 
-    def __init__(self, group: dist.ProcessGroup, rank: int, degree: int) -> None:
+    def __init__(self, group: Group, rank: int, degree: int) -> None:
         self._group = group
         self._rank = rank
         self._degree = degree
-        self._next = dist.get_global_rank(group, (rank + 1) % degree)
-        self._previous = dist.get_global_rank(group, (rank - 1) % degree)
 
     def attend(
         self,
@@ -213,7 +215,7 @@ class _Ring:
         for step in range(self._degree):
             before = (source - 1) % self._degree
             more = step + 1 < self._degree
-            hop = self._pass_on(pair, starts[before + 1] - starts[before]) if more else None
+            hop = self._pass_on(pair, starts[before + 1] - starts[before], (starts, step)) if more else None
             columns = None if bias is None else bias[:, starts[source] : starts[source + 1]]
             out, lse = attention_with_lse(query, pair[0], pair[1], columns, scale)
             merged = (out.float(), lse) if merged is None else merge(*merged, out, lse)
@@ -222,27 +224,23 @@ class _Ring:
         assert merged is not None
         return merged[0].to(query.dtype)
 
-    def _pass_on(self, pair: Tensor, tokens: int) -> _Hop:
+    def _pass_on(self, pair: Tensor, tokens: int, agreed: tuple[object, ...]) -> _Hop:
         """Start sending `pair` `[2, batch, its tokens, kv_heads, head_dim]` and receiving one of `tokens`."""
         shape = (*pair.shape[:2], tokens, *pair.shape[3:])
         # an empty message still is one: every rank has a send and a receive in every hop
         sent = pair.view(-1) if pair.numel() else pair.new_zeros(1)
         received = pair.new_empty(max(1, math.prod(shape)))
-        operations = [
-            dist.P2POp(dist.isend, sent, self._next, self._group),
-            dist.P2POp(dist.irecv, received, self._previous, self._group),
-        ]
-        return _Hop(received[: math.prod(shape)].view(shape), dist.batch_isend_irecv(operations))
+        agreed = (*agreed, pair.shape[1], *pair.shape[3:])
+        return _Hop(received[: math.prod(shape)].view(shape), self._group.pass_on(sent, received, agreed))
 
 
 @dataclass(frozen=True)
 class _Hop:
     received: Tensor
-    requests: list[dist.Work]
+    wait: Callable[[], None]
 
     def arrive(self) -> Tensor:
-        for request in self.requests:
-            request.wait()
+        self.wait()
         return self.received
 
 

@@ -7,10 +7,9 @@ parameter: the all-gather writes straight into the slot, without a copy in or ou
 from __future__ import annotations
 
 import numpy as np
-import torch.distributed as dist
 from torch import Tensor
 
-from crossdock.parallel.collectives import all_gather_single
+from crossdock.parallel.group import Group
 
 
 def shard_range(nbytes: int, parts: int, index: int) -> tuple[int, int]:
@@ -21,7 +20,7 @@ def shard_range(nbytes: int, parts: int, index: int) -> tuple[int, int]:
     return index * size, (index + 1) * size
 
 
-def all_gather_bytes(whole: Tensor, shard: Tensor, group: dist.ProcessGroup) -> None:
+def all_gather_bytes(whole: Tensor, shard: Tensor, group: Group) -> None:
     """Fill `whole` (uint8 `[parts * size]`) with every rank's `shard` (uint8 `[size]`), in group order. Collective.
 
     `shard` may be this rank's own range of `whole`. Blocks the calling thread (CPU) or stream (CUDA) until done.
@@ -29,19 +28,16 @@ def all_gather_bytes(whole: Tensor, shard: Tensor, group: dist.ProcessGroup) -> 
     if whole.device.type == "cpu":
         _all_gather_by_broadcasts(whole, shard, group)
     else:
-        all_gather_single(whole, shard, group)
+        group.all_gather(whole, shard)
 
 
-def _all_gather_by_broadcasts(whole: Tensor, shard: Tensor, group: dist.ProcessGroup) -> None:
+def _all_gather_by_broadcasts(whole: Tensor, shard: Tensor, group: Group) -> None:
     """gloo's all-gather takes 2 to 3 times as long as one broadcast per rank, all under way at once."""
-    mine = dist.get_rank(group)
-    parts = whole.chunk(dist.get_world_size(group))
-    works = [
-        dist.broadcast(shard if owner == mine else part, group=group, group_src=owner, async_op=True)
-        for owner, part in enumerate(parts)
-    ]
-    if parts[mine].data_ptr() != shard.data_ptr():
-        np.copyto(parts[mine].numpy(), shard.numpy())  # on this thread alone, while the others send
-    for work in works:
-        assert work is not None
-        work.wait()
+    parts = list(whole.chunk(group.size))
+    mine, parts[group.index] = parts[group.index], shard
+
+    def keep() -> None:
+        if mine.data_ptr() != shard.data_ptr():
+            np.copyto(mine.numpy(), shard.numpy())  # on this thread alone, while the others send
+
+    group.all_gather_by_broadcasts(parts, meanwhile=keep)

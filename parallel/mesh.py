@@ -7,11 +7,14 @@ tensor parallelism, which talks the most, gets neighbouring ranks.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
+
+from crossdock.parallel.group import Group, GroupRecord
 
 AXES = ("dp", "cfg", "ring", "ulysses", "tp")
 
@@ -92,28 +95,33 @@ class Mesh:
     shape: MeshShape
     rank: int
     ranks: Mapping[str, tuple[int, ...]]
-    groups: Mapping[str, dist.ProcessGroup | None]
+    groups: Mapping[str, Group | None]
 
     @classmethod
     def connect(cls, shape: MeshShape, rank: int, timeout_s: float) -> Mesh:
         """Create the process groups. Collective over the world: every rank calls it, once."""
-        groups: dict[str, dist.ProcessGroup | None] = {}
+        groups: dict[str, Group | None] = {}
         for name in shape.groups(rank):
             groups[name] = None
             for ranks in dict.fromkeys(shape.groups(other)[name] for other in range(shape.world_size)):
                 if len(ranks) > 1:  # every rank takes part in making every group, in the same order
-                    group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s))
+                    handle = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s))
                     if rank in ranks:
-                        groups[name] = group
+                        groups[name] = Group(handle, name, ranks)
         return cls(shape, rank, shape.groups(rank), groups)
 
     def index_in(self, name: str) -> int:
         return self.ranks[name].index(self.rank)
 
+    def records(self) -> tuple[GroupRecord, ...]:
+        """What was issued on each group; for any thread."""
+        now_s = time.monotonic()
+        return tuple(group.record(now_s) for group in self.groups.values() if group is not None)
+
     def disconnect(self) -> None:
         for group in self.groups.values():
             if group is not None:
-                dist.destroy_process_group(group)
+                group.close()
 
 
 def describe(shape: MeshShape) -> str:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from crossdock.parallel.group import Group
 from crossdock.parallel.sequence import SequenceLayout, gather_shards, take_shard
 from crossdock.parallel.tensor import matching_modules
 
@@ -66,7 +66,7 @@ class Attend(Protocol):
 class SequenceParallelism:
     """What `apply` did to a model; `remove` undoes it. Holds the layout of the region that is being run."""
 
-    def __init__(self, attention: Attend, index: int, parts: int, group: dist.ProcessGroup) -> None:
+    def __init__(self, attention: Attend, index: int, parts: int, group: Group) -> None:
         self.attention = attention
         self.layout: SequenceLayout | None = None
         self._index = index

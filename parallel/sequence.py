@@ -12,10 +12,9 @@ from functools import cached_property, lru_cache
 from itertools import accumulate
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from crossdock.parallel.collectives import all_gather_single
+from crossdock.parallel.group import Group
 
 
 def shard_lengths(total: int, parts: int) -> tuple[int, ...]:
@@ -80,9 +79,7 @@ def take_shard(tensor: Tensor, dim: int, parts: int, index: int) -> Tensor:
     return tensor.narrow(dim, sum(lengths[:index]), lengths[index])
 
 
-def gather_shards(
-    tensor: Tensor, dim: int, total: int, parts: int, index: int, group: dist.ProcessGroup | None
-) -> Tensor:
+def gather_shards(tensor: Tensor, dim: int, total: int, parts: int, index: int, group: Group | None) -> Tensor:
     """The inverse of `take_shard`; collective over `group`, also for a part without tokens.
 
     Shorter parts travel with one row of padding, which is dropped on arrival, so that one all-gather does.
@@ -109,7 +106,8 @@ def gather_shards(
     if len(rows) < lengths[0]:
         rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
     gathered = rows.new_empty(parts * lengths[0], *rows.shape[1:])
-    all_gather_single(gathered, rows.contiguous(), group)
+    assert group is not None
+    group.all_gather(gathered, rows.contiguous())
     if total < len(gathered):
         padded = gathered.chunk(parts)
         gathered = torch.cat([part[:length] for part, length in zip(padded, lengths, strict=True)])

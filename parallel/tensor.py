@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from crossdock.parallel.group import Group
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,13 @@ class TensorSlice:
         return sum(stop - start for start, stop in self.ranges)
 
 
+def part_shape(shape: tuple[int, ...], part: TensorSlice | None) -> tuple[int, ...]:
+    """The shape of `part` of a tensor of `shape`; None: all of it."""
+    if part is None:
+        return shape
+    return (*shape[: part.dim], part.size, *shape[part.dim + 1 :])
+
+
 def matching_modules(model: nn.Module, pattern: str) -> list[str]:
     """Module paths that match `pattern`, in module order.
 
@@ -93,13 +101,13 @@ def tensor_slices(model: nn.Module, plan: TensorPlan, rank: int, degree: int) ->
 class RowParallelLinear(nn.Linear):
     """Input features are local; the output is summed over the group, then the bias is added, once."""
 
-    group: dist.ProcessGroup | None = None
+    group: Group | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """input: `[..., in_features / degree]` -> `[..., out_features]`, equal on all ranks."""
         output = nn.functional.linear(input, self.weight)
         if self.group is not None:
-            dist.all_reduce(output, group=self.group)
+            self.group.all_reduce(output)
         return output if self.bias is None else output + self.bias
 
 
@@ -113,7 +121,7 @@ class TensorParallelism:
 
     @classmethod
     def apply(
-        cls, model: nn.Module, plan: TensorPlan, rank: int, degree: int, group: dist.ProcessGroup | None
+        cls, model: nn.Module, plan: TensorPlan, rank: int, degree: int, group: Group | None
     ) -> TensorParallelism:
         """Replace the planned linears of a meta-device `model` by their local ones; weights are read afterwards."""
         handle = cls(tensor_slices(model, plan, rank, degree))
@@ -134,7 +142,7 @@ class TensorParallelism:
         self._modules.clear()
         self._heads.clear()
 
-    def _replace(self, model: nn.Module, name: str, style: LinearStyle, group: dist.ProcessGroup | None) -> None:
+    def _replace(self, model: nn.Module, name: str, style: LinearStyle, group: Group | None) -> None:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         local = self.slices[f"{name}.weight"].size

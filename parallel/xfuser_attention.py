@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from crossdock.parallel.attention import check_inputs, check_layout, key_bias
+from crossdock.parallel.group import Group
 from crossdock.parallel.kernels import keyless
 from crossdock.parallel.sequence import SequenceLayout
 
@@ -50,10 +51,10 @@ class XFuserAttention:
     def __init__(
         self,
         *,
-        ulysses_group: dist.ProcessGroup | None,
+        ulysses_group: Group | None,
         ulysses_rank: int,
         ulysses_degree: int,
-        ring_group: dist.ProcessGroup | None,
+        ring_group: Group | None,
         ring_rank: int,
         ring_degree: int,
     ) -> None:
@@ -70,7 +71,7 @@ class XFuserAttention:
         # the ring merges by log-sum-exp, which SDPA's own choice of kernel does not return
         self._backend = backends.SDPA if ring_degree == 1 else backends.SDPA_FLASH
         _set_globals(
-            SimpleNamespace(ULYSSES_PG=ulysses_group, RING_PG=ring_group),
+            SimpleNamespace(ULYSSES_PG=_handle(ulysses_group), RING_PG=_handle(ring_group)),
             SimpleNamespace(
                 world_size=self._parts,
                 rank_in_group=self._index,
@@ -137,6 +138,10 @@ class XFuserAttention:
 
 def _module(name: str) -> Any:
     return importlib.import_module(f"xfuser.{name}")
+
+
+def _handle(group: Group | None) -> dist.ProcessGroup | None:
+    return group.handle if group else None
 
 
 def _set_globals(groups: SimpleNamespace, place: SimpleNamespace) -> None:

@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from crossdock.parallel.mesh import Mesh
@@ -67,17 +66,16 @@ def _broadcast(value: Any, device: torch.device, mesh: Mesh) -> Any:
     if group is None:
         return value
     tensors: list[Tensor] = []
-    envelope: list[Any] = [None]
+    envelope: Any = None
     if mesh.rank == source:
         structure = _dump(value, tensors)
-        envelope = [(structure, [(t.shape, t.dtype) for t in tensors])]
-    dist.broadcast_object_list(envelope, src=source, group=group)
-    structure, shapes = envelope[0]
+        envelope = structure, [(t.shape, t.dtype) for t in tensors]
+    structure, shapes = group.broadcast_object(envelope, source=0)
     if mesh.rank != source:
         tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
     tensors = [tensor.to(device).contiguous() for tensor in tensors]
     for tensor in tensors:
-        dist.broadcast(tensor, src=source, group=group)
+        group.broadcast(tensor, source=0)
     return value if mesh.rank == source else _load(structure, tensors)
 
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,9 +19,11 @@ from typing import Any, TypeVar
 import pytest
 import torch
 import torch.distributed as dist
+from processes import run_ranks
 from torch import Tensor
 
 from crossdock.parallel.attention import SequenceParallelAttention
+from crossdock.parallel.group import Group
 from crossdock.parallel.kernels import attention, attention_with_lse, merge
 from crossdock.parallel.sequence import SequenceLayout, gather_shards, shard_lengths, take_shard
 
@@ -247,28 +247,10 @@ def test_one_rank_is_plain_attention() -> None:
 # -- on four processes -------------------------------------------------------------------------------------
 
 
-def start_rank(folder: Path, rank: int) -> subprocess.Popen[bytes]:
-    with (folder / f"log{rank}").open("w") as log:
-        return subprocess.Popen(
-            [sys.executable, __file__, str(folder), str(rank)], stdout=log, stderr=subprocess.STDOUT
-        )
-
-
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
     """What every rank wrote down: name of the check -> largest error."""
-    folder = tmp_path_factory.mktemp("gang")
-    gang = [start_rank(folder, rank) for rank in range(RANKS)]
-    deadline = time.monotonic() + TIME_LIMIT_S
-    try:
-        codes = [process.wait(max(0.1, deadline - time.monotonic())) for process in gang]
-    finally:
-        for process in gang:
-            process.kill()
-            process.wait()
-    tails = {rank: (folder / f"log{rank}").read_text()[-2000:] for rank in range(RANKS)}
-    assert codes == [0] * RANKS, "\n".join(f"rank {rank}: {tail}" for rank, tail in tails.items())
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
+    return run_ranks(__file__, tmp_path_factory.mktemp("gang"), RANKS, TIME_LIMIT_S)
 
 
 def worst(measured: list[dict[str, float]], check: str) -> float:
@@ -306,8 +288,8 @@ class Place:
     rank: int
     ulysses: int
     ring: int
-    ulysses_group: dist.ProcessGroup | None
-    ring_group: dist.ProcessGroup | None
+    ulysses_group: Group | None
+    ring_group: Group | None
 
     @classmethod
     def connect(cls, rank: int, ulysses: int, ring: int) -> Place:
@@ -316,7 +298,7 @@ class Place:
         groups = []
         for sets in (inner, outer):
             made = [dist.new_group(ranks, timeout=timedelta(seconds=30)) for ranks in sets if len(ranks) > 1]
-            groups.append(next((group for group in made if dist.get_rank(group) >= 0), None))
+            groups.append(next((Group(group) for group in made if dist.get_rank(group) >= 0), None))
         return cls(rank, ulysses, ring, *groups)
 
     def attention(self, kind: Callable[..., Attention]) -> Attention:
@@ -381,7 +363,7 @@ def gather_error(rank: int, total: int, dim: int, dtype: str) -> float:
     shape[dim] = total
     full = torch.randn(shape).to(getattr(torch, dtype))
     shard = take_shard(full, dim, RANKS, rank)
-    gathered = gather_shards(shard, dim, total, RANKS, rank, dist.group.WORLD)
+    gathered = gather_shards(shard, dim, total, RANKS, rank, Group(dist.group.WORLD))
     assert gathered.is_contiguous()
     return difference(gathered, full)
 
@@ -398,12 +380,14 @@ def yunchang_error(place: Place, attention: SequenceParallelAttention) -> float:
     layout = SequenceLayout((160,), RANKS)
     local = [place.local(random_heads(2, 160, 8), layout) for _ in range(3)]
     if place.ring_group is not None:
-        options = {"group": place.ring_group, "attn_type": None, "attn_processor": kernel}
+        options = {"group": place.ring_group.handle, "attn_type": None, "attn_processor": kernel}
         theirs = ring_flash_attn_func(*local, **options)
     else:
-        heads = [SeqAllToAll4D.apply(place.ulysses_group, tensor, 2, 1) for tensor in local]
+        assert place.ulysses_group is not None
+        handle = place.ulysses_group.handle
+        heads = [SeqAllToAll4D.apply(handle, tensor, 2, 1) for tensor in local]
         out, _ = softmax_attention(*heads)
-        theirs = SeqAllToAll4D.apply(place.ulysses_group, out.float(), 1, 2)
+        theirs = SeqAllToAll4D.apply(handle, out.float(), 1, 2)
     return difference(attention.attend(*local, layout=layout), theirs)
 
 

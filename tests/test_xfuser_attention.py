@@ -10,7 +10,6 @@ import importlib
 import json
 import subprocess
 import sys
-import time
 import types
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from processes import run_ranks
 from torch import Tensor
 
 from crossdock.parallel.sequence import SequenceLayout
@@ -63,25 +63,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         pytest.skip("xfuser is not installed: pip install 'crossdock[xdit]'")
     for needed in ("distvae", "einops"):  # all that the import of USP needs of xfuser's many dependencies
         pytest.importorskip(needed)
-    folder = tmp_path_factory.mktemp("gang")
-    gang = [start_rank(folder, rank) for rank in range(RANKS)]
-    deadline = time.monotonic() + TIME_LIMIT_S
-    try:
-        codes = [process.wait(max(0.1, deadline - time.monotonic())) for process in gang]
-    finally:
-        for process in gang:
-            process.kill()
-            process.wait()
-    logs = [(folder / f"log{rank}").read_text()[-2000:] for rank in range(RANKS)]
-    assert codes == [0] * RANKS, "\n".join(logs)
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
-
-
-def start_rank(folder: Path, rank: int) -> subprocess.Popen[bytes]:
-    with (folder / f"log{rank}").open("w") as log:
-        return subprocess.Popen(
-            [sys.executable, __file__, str(folder), str(rank)], stdout=log, stderr=subprocess.STDOUT
-        )
+    return run_ranks(__file__, tmp_path_factory.mktemp("gang"), RANKS, TIME_LIMIT_S)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ from crossdock.offload.copy_engine import make_copy_engine
 from crossdock.offload.layout import BlockLayout, aligned_bytes
 from crossdock.offload.loader import Gather
 from crossdock.offload.schedule import assign_slots
+from crossdock.parallel.group import Group
 from crossdock.parallel.hsdp import all_gather_bytes, shard_range
 
 RANKS = 2
@@ -121,7 +122,7 @@ class Side:
     peak_bytes: int = 0
 
 
-def crossdock_side(name: str, plain: nn.Module, home: Home, rank: int, group: dist.ProcessGroup) -> Side:
+def crossdock_side(name: str, plain: nn.Module, home: Home, rank: int, group: Group) -> Side:
     """Stream the blocks of a model built on meta, whose bytes are packed from those of `plain`."""
     with torch.device("meta"):
         model = FluxTransformer2DModel(**CONFIG).eval()
@@ -279,7 +280,7 @@ def run_rank(rank: int, folder: str, tokens: int, steps: int, rounds: int) -> No
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=limit
     )
-    group = dist.new_group(list(range(RANKS)), timeout=limit)  # the weights' own communicator
+    group = Group(dist.new_group(list(range(RANKS)), timeout=limit))  # the weights' own communicator
     torch.manual_seed(0)
     plain = FluxTransformer2DModel(**CONFIG).eval().requires_grad_(False)
     inputs = make_inputs(tokens)
@@ -309,7 +310,7 @@ def _makers(
     home: Home,
     policy: OffloadPolicy,
     rank: int,
-    group: dist.ProcessGroup,
+    group: Group,
 ) -> list[Callable[[], Side]]:
     return [
         lambda: crossdock_side(f"crossdock {title}", plain, home, rank, group),

@@ -1,0 +1,187 @@
+"""A communicator: a process group with a name, and a record of the collectives that were issued on it.
+
+Every collective of the ranks goes through one of these, so that two ranks can be compared: which ones they issued, in
+which order, with which sizes; and which one a rank is waiting in.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+KEPT = 64
+"""How many of a group's last collectives are kept by name."""
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of a group.
+
+    Attributes:
+        number: from 1, in the group.
+        what: the operation and what all ranks must agree on: dtype and sizes.
+    """
+
+    number: int
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.what} (number {self.number})"
+
+
+@dataclass(frozen=True)
+class GroupRecord:
+    """What a rank has issued on one group.
+
+    Attributes:
+        ranks: the group's members, by their number in the world.
+        issued: how many collectives, since the group was made.
+        digest: of all of them, in order.
+        last: the latest, oldest first.
+        waiting_s: how long the latest has been under way; None: it is not.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    issued: int
+    digest: int
+    last: tuple[Collective, ...]
+    waiting_s: float | None
+
+
+class Group:
+    """`handle` talks to `ranks`; `name` is one of the mesh's. Its collectives return when the device has them (CUDA) or
+    when they are done (CPU).
+    """
+
+    def __init__(self, handle: dist.ProcessGroup, name: str = "", ranks: Sequence[int] = ()) -> None:
+        self.handle = handle
+        self.name = name
+        self.ranks = tuple(ranks) or tuple(dist.get_process_group_ranks(handle))
+        self._issued = 0
+        self._digest = 0
+        self._last: deque[Collective] = deque(maxlen=KEPT)
+        self._since: float | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def index(self) -> int:
+        """This rank's place in the group."""
+        return dist.get_rank(self.handle)
+
+    def record(self, now_s: float | None = None) -> GroupRecord:
+        """May be called from another thread.
+
+        Args:
+            now_s: of `time.monotonic`, where several groups are looked at; a collective that is waiting since long
+                before it has also kept its thread from using the groups that were looked at earlier.
+        """
+        with self._lock:  # not the start of one collective with the number of the next
+            since, now_s = self._since, time.monotonic() if now_s is None else now_s
+            waiting_s = None if since is None else max(now_s - since, 0.0)
+            return GroupRecord(self.name, self.ranks, self._issued, self._digest, tuple(self._last), waiting_s)
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sum of all ranks' `tensor`, in place."""
+        with self._issue("all_reduce", tensor.dtype, tensor.numel()):
+            dist.all_reduce(tensor, group=self.handle)
+
+    def all_gather(self, output: Tensor, input: Tensor) -> None:
+        """Fill `output` with the `input` of every rank, one after the other in group order."""
+        newer = getattr(dist, "all_gather_single", None)  # torch 2.13 deprecates the other name
+        with self._issue("all_gather", output.dtype, output.numel()):
+            (newer or dist.all_gather_into_tensor)(output, input, group=self.handle)
+
+    def all_gather_by_broadcasts(self, parts: Sequence[Tensor], meanwhile: Callable[[], None]) -> None:
+        """Every rank's part, from its owner: as many broadcasts, all under way at once.
+
+        Args:
+            parts: in group order; one's own is sent.
+            meanwhile: called while they are under way.
+        """
+        with self._issue("all_gather", parts[0].dtype, sum(part.numel() for part in parts)):
+            works = [
+                dist.broadcast(part, group=self.handle, group_src=owner, async_op=True)
+                for owner, part in enumerate(parts)
+            ]
+            meanwhile()
+            for work in works:
+                assert work is not None
+                work.wait()
+
+    def all_to_all(
+        self,
+        arrived: Tensor,
+        message: Tensor,
+        receive_sizes: list[int],
+        send_sizes: list[int],
+        agreed: tuple[object, ...] = (),
+    ) -> None:
+        """`send_sizes[r]` elements of `message` to rank r, `receive_sizes[r]` of `arrived` from it.
+
+        Args:
+            agreed: what follows from the sizes of all ranks, and is the same on all of them.
+        """
+        with self._issue("all_to_all", message.dtype, *agreed):
+            dist.all_to_all_single(arrived, message, receive_sizes, send_sizes, group=self.handle)
+
+    def pass_on(self, sent: Tensor, received: Tensor, agreed: tuple[object, ...] = ()) -> Callable[[], None]:
+        """Start sending to the next rank and receiving from the previous one; returns what waits for both."""
+        index = self.index
+        following, previous = self.ranks[(index + 1) % self.size], self.ranks[index - 1]
+        operations = [
+            dist.P2POp(dist.isend, sent, following, self.handle),
+            dist.P2POp(dist.irecv, received, previous, self.handle),
+        ]
+        self._begin("pass_on", sent.dtype, *agreed)
+        requests = dist.batch_isend_irecv(operations)
+
+        def arrive() -> None:
+            for request in requests:
+                request.wait()
+            self._since = None
+
+        return arrive
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """`tensor` of the rank with index `source` in the group, to all."""
+        with self._issue("broadcast", tensor.dtype, tensor.numel(), "from", source):
+            dist.broadcast(tensor, group=self.handle, group_src=source)
+
+    def broadcast_object(self, value: Any, source: int) -> Any:
+        """`value` of the rank with index `source` in the group (pickled), on all."""
+        envelope = [value]
+        with self._issue("broadcast_object from", source):
+            dist.broadcast_object_list(envelope, group=self.handle, group_src=source)
+        return envelope[0]
+
+    def close(self) -> None:
+        dist.destroy_process_group(self.handle)
+
+    def _begin(self, operation: str, *agreed: object) -> None:
+        what = " ".join([operation, *map(str, agreed)])
+        with self._lock:
+            self._issued += 1
+            self._digest = zlib.crc32(what.encode(), self._digest)
+            self._last.append(Collective(self._issued, what))
+            self._since = time.monotonic()
+
+    @contextmanager
+    def _issue(self, operation: str, *agreed: object) -> Iterator[None]:
+        """A collective that raises stays the one that the rank was last waiting in."""
+        self._begin(operation, *agreed)
+        yield
+        self._since = None
