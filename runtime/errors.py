@@ -7,12 +7,19 @@
     │   ├── RequestError          the arguments of one generation
     │   └── LaunchError           what the machine lacks: GPUs, a free port, an optional package
     ├── CompositionError          offloading and sharding do not compose; carries the violations
-    └── RankError                 a rank raised, died or did not answer in time; carries the rank
+    ├── RankError                 a rank raised, died or did not answer in time; carries the rank
+    └── RequestCancelled          a request was stopped between two steps, as asked; the ranks take the next one
+        └── RequestTimeout        its own time limit was up
 
 `offload/` and `parallel/` stand below this module and raise built-in exceptions.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from crossdock.runtime.reports import Verdict, Violation
 
 
 class CrossdockError(Exception):
@@ -55,16 +62,54 @@ class LaunchError(UserError):
 
 
 class CompositionError(CrossdockError):
-    """The composition contract does not hold; the run is stopped before (or right after) a step."""
+    """The composition contract does not hold; the run is stopped before (or right after) a step.
+
+    `verdict` has everything that was found; the message shows a few of the violations.
+    """
+
+    def __init__(self, message: str, verdict: Verdict | None = None) -> None:
+        super().__init__(message)
+        self.verdict = verdict
+
+    @property
+    def violations(self) -> tuple[Violation, ...]:
+        return self.verdict.violations if self.verdict else ()
+
+
+FaultKind = Literal["raised", "memory", "cut off", "died", "stopped", "silent", "late", "collectives"]
+"""raised: an exception; memory: the device has none left; cut off: a collective failed, so another rank is to blame;
+died, stopped: its process; silent: it does not answer; late: it was not done in time; collectives: it issued others
+than its group.
+"""
 
 
 class RankError(CrossdockError):
     """A rank raised, died or did not answer in time."""
 
-    def __init__(self, rank: int, message: str) -> None:
-        super().__init__(rank, message)
+    def __init__(self, rank: int, message: str, kind: FaultKind = "raised") -> None:
+        super().__init__(rank, message, kind)
         self.rank = rank
         self.message = message
+        self.kind = kind
 
     def __str__(self) -> str:
         return f"rank {self.rank}: {self.message}"
+
+
+class RequestCancelled(CrossdockError):  # noqa: N818 - not a fault
+    """A request was stopped at a step's end, on all ranks; the gang is as good as before.
+
+    `finished_steps` counts the steps of the request that were done.
+    """
+
+    def __init__(self, reason: str, finished_steps: int) -> None:
+        super().__init__(reason, finished_steps)
+        self.reason = reason
+        self.finished_steps = finished_steps
+
+    def __str__(self) -> str:
+        return f"stopped after step {self.finished_steps}: {self.reason}"
+
+
+class RequestTimeout(RequestCancelled):
+    """A request took longer than its time limit."""

@@ -1,0 +1,142 @@
+"""The watch over a gang while it works: from what the ranks say they are doing to which of them is at fault.
+
+Pure: statuses and times go in, a verdict comes out. Two ranks of a group that issued different collectives are at fault
+at once; ranks that wait for each other, or for one that has ended its part, after `patience_s`. A rank that computes
+for long is not: nobody knows how long a block takes.
+
+Statuses may be of different ages. A rank waits for another that has issued fewer collectives of the group: where all
+run the same program, that one was at an earlier place of it. So ranks can only seem to wait for each other when one of
+them left the program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from crossdock.parallel.group import GroupRecord
+from crossdock.runtime.status import RankStatus, ranks_text
+
+PATIENCE_S = 2.5
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`rank` is where to look; `what` says what it did, and what the others wait for."""
+
+    rank: int
+    what: str
+
+
+class Watch:
+    """What was heard of the ranks in one call."""
+
+    def __init__(self, patience_s: float = PATIENCE_S) -> None:
+        self.statuses: dict[int, RankStatus] = {}
+        self.ended: set[int] = set()
+        self._patience_s = patience_s
+
+    def hear(self, status: RankStatus) -> None:
+        self.statuses[status.rank] = status
+
+    def end(self, rank: int) -> None:
+        """The rank has handed in its result, and was heard since: what it has issued by then is all it will issue."""
+        self.ended.add(rank)
+
+    def fault(self) -> Fault | None:
+        """What can be told from the collectives."""
+        return different_collective(self.statuses) or self._stuck()
+
+    def last_seen(self, rank: int) -> str:
+        """Where a rank was, and what the others wait for: the end of a message about it."""
+        parts = []
+        if (status := self.statuses.get(rank)) is not None:
+            parts.append(f"last seen in {status}")
+        for other in sorted(self.statuses.keys() - self.ended - {rank}):
+            group = self.statuses[other].waiting
+            if group is not None and rank in group.ranks:
+                parts.append(f"rank {other} waits for it in {self.statuses[other]}")
+        return "; ".join(parts)
+
+    def _stuck(self) -> Fault | None:
+        present = {rank: status for rank, status in sorted(self.statuses.items()) if rank not in self.ended}
+        for rank, status in present.items():
+            for group in _under_way(status.groups, self._patience_s):
+                for other in self.ended.intersection(self._missing(group)):
+                    ahead = "" if group == status.waiting else f"{group.last[-1]} of group {group.name}, ahead of "
+                    return Fault(other, f"it has ended its part, but rank {rank} waits for it in {ahead}{status}")
+        missing = {
+            rank: self._missing(stuck)
+            for rank, status in present.items()
+            if (stuck := next(_under_way([status.waiting], self._patience_s), None)) is not None
+        }
+        if not (circle := _circle(missing)):
+            return None  # whoever is waited for computes, or all have come
+        waited_for = [other for others in missing.values() for other in others]
+        culprit = max(circle, key=lambda rank: (waited_for.count(rank), rank))
+        places = [f"rank {rank}: {self.statuses[rank]}" for rank in circle]
+        return Fault(culprit, f"{ranks_text(sorted(circle))} wait for each other: " + "; ".join(places))
+
+    def _missing(self, group: GroupRecord) -> list[int]:
+        """Who has not come to the latest collective of `group`."""
+        return [rank for rank in group.ranks if self._issued(rank, group) < group.issued]
+
+    def _issued(self, rank: int, group: GroupRecord) -> int:
+        status = self.statuses.get(rank)
+        record = _group(status.groups, group) if status else None
+        return record.issued if record else 0
+
+
+def different_collective(statuses: Mapping[int, RankStatus], patience_s: float = PATIENCE_S) -> Fault | None:
+    """Two ranks of a group whose collectives of one number differ. What most of them issued is taken to be right; of
+    equally many, what the smallest rank did. Before that is known, `patience_s` are waited for the others.
+    """
+    seen: dict[tuple[str, tuple[int, ...], int], dict[str, list[int]]] = {}
+    for rank in sorted(statuses):
+        for group in statuses[rank].groups:
+            for call in group.last:
+                seen.setdefault((group.name, group.ranks, call.number), {}).setdefault(call.what, []).append(rank)
+    for (name, ranks, number), choices in sorted(seen.items(), key=lambda item: item[0][2]):
+        if len(choices) > 1:
+            common, rest = _by_number(choices.items())
+            odd, there = rest[1][0], [rank for chosen in choices.values() for rank in chosen]
+            known = 2 * len(common[1]) > len(ranks) or len(there) == len(ranks)
+            if not known and not any(_under_way((statuses[rank].waiting for rank in there), patience_s)):
+                continue
+            return Fault(
+                odd,
+                f"it issued {rest[0]} as number {number} of group {name} (ranks {ranks}), where "
+                f"{ranks_text(common[1])} issued {common[0]}; it is in {statuses[odd]}",
+            )
+    return None
+
+
+def _by_number(choices: Iterable[tuple[str, list[int]]]) -> tuple[tuple[str, list[int]], tuple[str, list[int]]]:
+    """The most common choice, and the next."""
+    first, second, *_ = sorted(choices, key=lambda choice: -len(choice[1]))
+    return first, second
+
+
+def _under_way(groups: Iterable[GroupRecord | None], patience_s: float) -> Iterator[GroupRecord]:
+    """Groups whose latest collective has been under way for longer than that."""
+    return (group for group in groups if group is not None and (group.waiting_s or 0) > patience_s)
+
+
+def _circle(missing: Mapping[int, Sequence[int]]) -> list[int]:
+    """Ranks each of which waits for the next one, and the last for the first; empty when there are none."""
+    left: set[int] = set()
+
+    def walk(rank: int, path: list[int]) -> list[int]:
+        if rank in path:
+            return path[path.index(rank) :]
+        if rank in left:
+            return []
+        found = next(filter(None, (walk(other, [*path, rank]) for other in missing.get(rank, ()))), [])
+        left.add(rank)
+        return found
+
+    return next(filter(None, (walk(rank, []) for rank in missing)), [])
+
+
+def _group(groups: Iterable[GroupRecord], like: GroupRecord) -> GroupRecord | None:
+    return next((group for group in groups if (group.name, group.ranks) == (like.name, like.ranks)), None)
