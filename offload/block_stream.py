@@ -9,21 +9,21 @@ took the memory): a block whose slot holds another is loaded on demand and count
 
 from __future__ import annotations
 
-import sys
+import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import FrameType
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from crossdock.offload.arena import Arena, Slot
 from crossdock.offload.block import StreamedBlock
 from crossdock.offload.copy_engine import CopyEngine, Event
+from crossdock.offload.hooks import BlockHooks
 from crossdock.offload.layout import BlockLayout, aligned_bytes
-from crossdock.offload.loader import BlockLoader, EventLog, Gather, fill_nan
+from crossdock.offload.loader import BlockLoader, EventLog, Gather, fill_nan, spoil
 from crossdock.offload.run_order import RunOrder
 from crossdock.offload.schedule import SlotSchedule, slot_sizes
 from crossdock.offload.trace import EventKind, StreamCounters, TraceEvent
@@ -74,8 +74,7 @@ class BlockStream:
         self._run_order = RunOrder([i for i, b in enumerate(self.blocks) if b.home.streamed and b.runs])
         self._held = [i for i, block in enumerate(self.blocks) if block.home.streamed and not block.runs]
         self._reading: int | None = None
-        self._handles: list[RemovableHandle] = []
-        self._unbound: list[tuple[nn.Module, str, Tensor]] = []
+        self._hooks = BlockHooks()
         self._shared: list[Slot] = []
         self._own: dict[int, Slot] = {}
         self._slots: dict[int, Slot] = {}
@@ -88,36 +87,33 @@ class BlockStream:
 
     def attach(self) -> None:
         """Bind every block's parameters to their memory and hook the blocks. Not twice."""
-        if self._handles or self._unbound:
+        if self._hooks.attached:
             raise RuntimeError("this block stream is attached already")
         for index, block in enumerate(self.blocks):
-            self._unbound += [(owner, leaf, getattr(owner, leaf)) for owner, leaf in block.owners()]
-            if block.runs:
-                before, after = (self._before, self._after) if block.home.streamed else (self._begin, self._end)
-                self._handles += [
-                    block.module.register_forward_pre_hook(_hook(before, index), prepend=True),
-                    block.module.register_forward_hook(_hook(after, index), always_call=True),
-                ]
+            before, after = (self._before, self._after) if block.home.streamed else (self._begin, self._end)
+            self._hooks.attach(index, block, before, after)
         self._bind()
 
     def remove(self) -> None:
         """Take the hooks off and give the modules the tensors back that they had before `attach`."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for module, name, tensor in reversed(self._unbound):
-            if isinstance(tensor, nn.Parameter):
-                module._parameters[name] = tensor
-            else:
-                module._buffers[name] = tensor
-        self._unbound.clear()
+        self._hooks.remove()
         self.vacate()
         self.arena.leave(self)
 
-    def rehearse(self) -> None:
-        """Stream every block once without computing, so that ordering is proven before the first step."""
+    def rehearse(self, arrived: Callable[[StreamedBlock, Tensor], None] | None = None) -> None:
+        """Stream every block once without computing, so that ordering is proven before the first step.
+
+        Args:
+            arrived: called with each block and its memory (uint8, all its bytes, on the device) when they have come,
+                for the compute stream; before, every slot was spoiled.
+        """
+        if arrived is not None:
+            self._poison()
         for index in list(self._run_order.ring):
             self._before(index)
+            if arrived is not None:
+                block = self.blocks[index]
+                arrived(block, self._slots[index].memory[: block.layout.nbytes])
             self._after(index)
         self._run_order.forget()
 
@@ -134,16 +130,37 @@ class BlockStream:
         self.move_in()
 
     def vacate(self) -> None:
-        self.settle()
-        for slot in [*self._shared, *self._own.values()]:
-            with suppress(Exception):  # a load that failed is of no interest any more; one under way must end first
-                self.engine.wait(slot.ready)
+        self._end_loads()
         self.arena.release([*self._shared, *self._own.values()])
         self._shared, self._own, self._slots = [], {}, {}
 
+    @contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """What runs meanwhile leaves neither events nor an order of running behind; afterwards all slots are empty."""
+        run_order, since = copy.deepcopy(self._run_order), self._log.upcoming
+        try:
+            yield
+        finally:
+            self._end_loads()
+            for slot in [*self._shared, *self._own.values()]:
+                slot.holder = None
+            self._run_order = run_order
+            self._look_ahead()
+            self._log.drop(since)
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Nothing is streamed meanwhile: whoever runs a block has bound it to memory of his own."""
+        self.settle()
+        self._hooks.suspended = True
+        try:
+            yield
+        finally:
+            self._hooks.suspended = False
+
     def move_in(self) -> None:
         self._lease()
-        if self._unbound:
+        if self._hooks.attached:
             self._bind()
 
     # -- what it knows -------------------------------------------------------------------------------------------
@@ -170,6 +187,11 @@ class BlockStream:
         return fixed | {self.blocks[index].name: slot.memory for index, slot in self._own.items()}
 
     @property
+    def latest(self) -> tuple[EventKind, str] | None:
+        """What the compute stream was last given, and of which block; for any thread."""
+        return self._log.latest
+
+    @property
     def counters(self) -> StreamCounters:
         return self._loader.counters
 
@@ -190,6 +212,8 @@ class BlockStream:
 
     def prepare(self) -> None:
         """Begin to load the first blocks of a pass: call it when this component's turn begins."""
+        if self._hooks.suspended:
+            return
         for first in self._run_order.ring[:1]:
             self.settle()
             self._enqueue(first)
@@ -197,7 +221,7 @@ class BlockStream:
 
     def link_used(self) -> None:
         """A collective was just given to the compute stream: what comes next of the copies may follow it."""
-        if self._loader.yields_link:
+        if self._loader.yields_link and not self._hooks.suspended:
             self._collectives += 1
             self._loader.release()
 
@@ -339,6 +363,12 @@ class BlockStream:
         self._own = dict(zip(alone, slots[len(shared) :], strict=True))
         self._slots = {i: self._shared[slot] for i, slot in self._shared_slot.items()} | self._own
 
+    def _end_loads(self) -> None:
+        self.settle()
+        for slot in [*self._shared, *self._own.values()]:
+            with suppress(Exception):  # a load that failed is of no interest any more; one under way must end first
+                self.engine.wait(slot.ready)
+
     def _forget(self, slot: Slot) -> None:
         """What the slot holds is out of date."""
         self.engine.wait(slot.ready)
@@ -350,20 +380,19 @@ class BlockStream:
             assert isinstance(memory, Tensor)
             block.bind(memory)
 
+    def _poison(self) -> None:
+        """NaN at the beginning of all that can lie in a slot, whose bytes are forgotten."""
+        self.settle()
+        for index, slot in {id(slot): (index, slot) for index, slot in self._slots.items()}.values():
+            waits = slot.claim(index)
+            slot.ready = self.engine.submit("copy", partial(spoil, slot.memory), waits)
+            slot.holder = None
+
     def _note(self, kind: EventKind, index: int) -> None:
         name = self.blocks[index].name
         self._log.note(kind, name, self.slot_of(name), "compute")
 
 
 def _named(layout: BlockLayout, memory: Tensor) -> dict[str, Tensor]:
-    return {name: entry.view(memory) for entry in layout.entries for name in entry.names}
-
-
-def _hook(act: Callable[[int, FrameType | None], None], index: int) -> Callable[..., None]:
-    """A hook that a compiled caller calls but does not trace."""
-
-    def hook(*_: Any) -> None:
-        act(index, sys._getframe(2))  # beyond the wrapper: the module's own call
-
-    disabled: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
-    return disabled
+    tensors = ((entry.names, entry.tensor(memory)) for entry in layout.entries)
+    return {name: tensor for names, tensor in tensors for name in names}

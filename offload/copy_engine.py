@@ -57,6 +57,9 @@ class CopyEngine(Protocol):
     def seconds(self, mark: Mark) -> float:
         """`mark` on this node's monotonic clock (`time.perf_counter`); waits until the device got there."""
 
+    def drain(self) -> None:
+        """Return when all work submitted so far has been given to the device (CUDA: it is at once; CPU: has run)."""
+
     def close(self) -> None:
         """Run what is queued, then end the lanes."""
 
@@ -117,6 +120,10 @@ class CpuCopyEngine:
 
     def seconds(self, mark: Mark) -> float:
         return float(mark)
+
+    def drain(self) -> None:
+        for event in [self.submit(lane, _nothing, ()) for lane in LANES]:
+            self.wait(event)
 
     def close(self) -> None:
         for lane_queue in self._queues.values():
@@ -189,9 +196,16 @@ class CudaCopyEngine:
         mark.synchronize()
         return self._epoch_s + float(self._epoch.elapsed_time(mark)) / 1e3
 
+    def drain(self) -> None:
+        pass
+
     def close(self) -> None:
         for stream in self._streams.values():
             stream.synchronize()
+
+
+def _nothing() -> None:
+    """For its event."""
 
 
 def _timing_event() -> Any:

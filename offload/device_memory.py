@@ -17,6 +17,11 @@ def total_bytes(device: torch.device) -> int:
     return host_memory().limit_bytes
 
 
+def allocated_bytes(device: torch.device) -> int | None:
+    """What this process has allocated on the device now; None for the CPU, where nobody counts it."""
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else None
+
+
 def spare_bytes(device: torch.device) -> int:
     """What is free even when the activations are at their peak so far; at least 0."""
     if device.type == "cuda":

@@ -35,6 +35,7 @@ class EventLog:
         self._engine = engine
         self._lock = threading.Lock()
         self._events: deque[tuple[int, EventKind, str, int | None, Mark, int]] = deque(maxlen=limit)
+        self.latest: tuple[EventKind, str] | None = None  # (event, block) of the compute stream
 
     def note(
         self, kind: EventKind, block: str, slot: int | None, lane: Lane | Literal["compute"], nbytes: int = 0
@@ -42,6 +43,14 @@ class EventLog:
         with self._lock:
             self._events.append((self.upcoming, kind, block, slot, self._engine.mark(lane), nbytes))
             self.upcoming += 1
+        if lane == "compute":
+            self.latest = kind, block
+
+    def drop(self, since: int) -> None:
+        """Forget the events from number `since` on; their numbers are not given again."""
+        with self._lock:
+            while self._events and self._events[-1][0] >= since:
+                self._events.pop()
 
     def last(self, count: int | None = None) -> tuple[TraceEvent, ...]:
         """The last `count` events (all by default), oldest first; waits until the device has got there."""
@@ -199,3 +208,8 @@ def fill_nan(memory: Tensor) -> None:
     """NaN in every floating-point dtype; uint8 memory."""
     assert memory.dtype is torch.uint8
     memory.fill_(0xFF)
+
+
+def spoil(memory: Tensor) -> None:
+    """NaN wherever a tensor can begin, and further on at every multiple of `ALIGNMENT`: a quarter of filling it all."""
+    memory[: len(memory) // ALIGNMENT * ALIGNMENT].view(-1, ALIGNMENT)[:, : ALIGNMENT // 4].fill_(0xFF)

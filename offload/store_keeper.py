@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-GRACE_S = 20.0
+GRACE_S = 120.0
 """How long a store is kept when all processes that used it are dead."""
 ANSWER_S = 3.0
 """The longest wait for a keeper's answer, and the keeper's for the question of whoever connected."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from crossdock.runtime.errors import CompositionError
 from crossdock.runtime.plan import RunPlan
-from crossdock.runtime.reports import RankReport, Violation
-from crossdock.runtime.verify import CHECKS, verify_composition, verify_trace
+from crossdock.runtime.reports import ProbeReport, RankReport, Verdict, Violation
+from crossdock.runtime.verify import CHECKS, verify_composition, verify_request
+from crossdock.runtime.verify_numbers import SAME_NUMBERS, same_numbers
 from crossdock.runtime.worker import RankResult
 
 SHOWN = 5
@@ -19,7 +20,18 @@ class Coordinator:
 
     def __init__(self, plan: RunPlan) -> None:
         self.plan = plan
-        self.composition: list[dict[str, str]] = []
+        self._rows: dict[str, dict[str, str]] = {}
+        self._reports: tuple[RankReport, ...] = ()
+
+    @property
+    def composition(self) -> list[dict[str, str]]:
+        """check, status ("holds", "violated", "not probed") and detail of every check; empty before the first."""
+        return [self._rows[check] for check in (*CHECKS, SAME_NUMBERS) if check in self._rows]
+
+    @property
+    def verdict(self) -> Verdict:
+        """What is known of the ranks as they are now."""
+        return self._verdict(())
 
     def admit(self, reports: Sequence[RankReport]) -> None:
         """Before the first step.
@@ -28,37 +40,52 @@ class Coordinator:
             CompositionError: some part of the contract does not hold.
         """
         violations = verify_composition(self.plan, reports)
-        self._judge(violations, f"{len(reports)} ranks, {len(self.plan.blocks)} blocks")
+        self._reports = tuple(reports)
+        self._rows[SAME_NUMBERS] = _row(SAME_NUMBERS, "not probed", "")
+        self._judge(CHECKS, violations, f"{len(reports)} ranks, {len(self.plan.blocks)} blocks")
+
+    def compare(self, probes: Sequence[ProbeReport]) -> None:
+        """After a probe step.
+
+        Raises:
+            CompositionError: streaming changed a number.
+        """
+        outputs = sum(len(probe.on) for probe in probes)
+        self._judge([SAME_NUMBERS], list(same_numbers(self.plan, probes)), f"{outputs} outputs of {len(probes)} ranks")
 
     def review(self, results: Sequence[RankResult]) -> None:
         """After a request, before its pictures are handed out; a changed schedule is judged like the first.
 
         Raises:
-            CompositionError: a rank did not stream in order, or the new schedule does not compose.
+            CompositionError: a rank did not stream in order or issued other collectives than its group, or the new
+                schedule does not compose.
         """
         if any(result.plan is not None for result in results):
             self._adopt(results)
-        violations = [v for result in results for v in verify_trace(self.plan, result.rank, result.trace)]
+        violations = verify_request(self.plan, results)
         if violations:
-            self._judge(violations, "")
+            self._judge({violation.check for violation in violations}, violations, "")
 
     def _adopt(self, results: Sequence[RankResult]) -> None:
         plan = next(result.plan for result in results if result.plan is not None)
         self.plan = plan
         self.admit([result.report for result in results if result.report is not None])
 
-    def _judge(self, violations: list[Violation], detail: str) -> None:
-        broken = {check: [v for v in violations if v.check == check] for check in CHECKS}
-        self.composition = [
-            {
-                "check": check,
-                "status": "violated" if found else "holds",
-                "detail": str(found[0]) if found else detail,
-            }
-            for check, found in broken.items()
-        ]
+    def _judge(self, checks: Iterable[str], violations: list[Violation], detail: str) -> None:
+        for check in checks:
+            found = [str(violation) for violation in violations if violation.check == check]
+            self._rows[check] = _row(check, "violated" if found else "holds", found[0] if found else detail)
         if violations:
             lines = [str(violation) for violation in violations[:SHOWN]]
             if len(violations) > SHOWN:
                 lines.append(f"and {len(violations) - SHOWN} more violations")
-            raise CompositionError("offloading and sharding do not compose:\n  " + "\n  ".join(lines))
+            raise CompositionError(
+                "offloading and sharding do not compose:\n  " + "\n  ".join(lines), self._verdict(violations)
+            )
+
+    def _verdict(self, violations: Sequence[Violation]) -> Verdict:
+        return Verdict(self.plan.layout_name, tuple(self.composition), tuple(violations), self._reports)
+
+
+def _row(check: str, status: str, detail: str) -> dict[str, str]:
+    return {"check": check, "status": status, "detail": detail}

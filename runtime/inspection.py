@@ -2,39 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from crossdock.offload.block import Home
 from crossdock.offload.block_stream import BlockStream
+from crossdock.offload.discovery import named_plain_tensors
+from crossdock.offload.foreign import foreign_mechanisms
+from crossdock.offload.layout import local_part
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.plan import RunPlan
-from crossdock.runtime.reports import HomeRecord, TensorRecord
+from crossdock.runtime.reports import DeviceBytes, HomeRecord, MemorySpan, TensorRecord
 
 _CHUNK = 2**20
 _MASK = 2**63 - 1
+_STRETCH_BYTES, _WINDOW_BYTES = 2**20, 2**12
+_LARGE = 2**20
+"""Bytes from which on CUDA's allocator may leave as much unused behind what it hands out; below it, it rounds up to"""
+_SMALL_ROUNDING = 512
 
 
 def checksum(tensor: Tensor) -> int:
     """A checksum of the tensor's bytes that depends on their order; runs at memory speed, on the tensor's device."""
+    return int(digest(tensor)) & _MASK
+
+
+def sampled_checksum(tensor: Tensor) -> int:
+    """The checksum of a window in every stretch of the tensor's bytes; of all of them where they are few."""
+    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    stretches = raw.numel() // _STRETCH_BYTES
+    if stretches < 2:
+        return checksum(raw)
+    windows = raw[: stretches * _STRETCH_BYTES].view(stretches, _STRETCH_BYTES)[:, :_WINDOW_BYTES]
+    return checksum(torch.cat([windows.reshape(-1), raw[-_WINDOW_BYTES:]]))
+
+
+def digest(tensor: Tensor) -> Tensor:
+    """The checksum as int64 `[]` on the tensor's device, for whoever must not wait for the device yet."""
     raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     whole = raw.numel() // 8 * 8
-    total = 0
+    total = torch.zeros((), dtype=torch.int64, device=raw.device)
     for start in range(0, whole, 8 * _CHUNK):
         words = raw[start : min(start + 8 * _CHUNK, whole)].view(torch.int64)
         weights = torch.arange(1, 2 * len(words), 2, dtype=torch.int64, device=raw.device)
-        total = (total * 1_000_003 + int((words * weights).sum())) & _MASK
+        # folded: times an odd weight, the top bit of every word would count alike, and two changed signs for nothing
+        total = total * 1_000_003 + (words ^ (words >> 32)).mul_(weights).sum()
     tail = raw[whole:].to(torch.int64)
     places = torch.arange(1, len(tail) + 1, dtype=torch.int64, device=raw.device)
-    return (total * 1_000_003 + int((tail * places).sum()) + raw.numel()) & _MASK
+    return total * 1_000_003 + (tail * places).sum() + raw.numel()
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every name of every parameter and buffer."""
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+    """Every name of every parameter and buffer; of a DTensor, which is another mechanism's, this rank's part."""
+    for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        yield from ((fqn, local_part(tensor)) for fqn, tensor in named)
+
+
+def memory_span(tensor: Tensor) -> MemorySpan | None:
+    """From the first element's bytes to the last one's; None where there are none."""
+    if tensor.is_meta or not tensor.numel():
+        return None
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return MemorySpan(tensor.data_ptr(), tensor.data_ptr() + (1 + steps) * tensor.element_size())
 
 
 class Places:
@@ -57,28 +88,40 @@ class Places:
 
 
 def record_tensors(
-    model: nn.Module, stream: BlockStream, slices: Mapping[str, TensorSlice], filled: Collection[str]
+    model: nn.Module,
+    stream: BlockStream,
+    slices: Mapping[str, TensorSlice],
+    filled: Collection[str],
+    total: Callable[[Tensor], int] = checksum,
 ) -> tuple[TensorRecord, ...]:
-    """`slices`: what was read of the tensors that are cut; `filled`: the blocks that this rank answers for."""
+    """
+    Args:
+        slices: what was read of the tensors that are cut.
+        filled: the blocks that this rank answers for.
+        total: `checksum` or `sampled_checksum`.
+    """
     places = Places(stream)
     resting = _replicated_on_host(stream, slices, filled)
     records = []
     for fqn, tensor in named_tensors(model):
         place, offset = places.find(tensor)
         steady = tensor if place == "outside" or place.startswith("block ") else resting.get(fqn)
-        records.append(
-            TensorRecord(
-                fqn,
-                place,
-                offset,
-                str(tensor.device),
-                str(tensor.dtype),
-                tuple(tensor.shape),
-                slices.get(fqn),
-                None if steady is None else checksum(steady),
-            )
-        )
+        summed = None if steady is None else total(steady)
+        records.append(_record(fqn, tensor, (place, offset), slices.get(fqn), summed))
     return tuple(records)
+
+
+def record_plain(model: nn.Module, stream: BlockStream) -> tuple[TensorRecord, ...]:
+    """The tensors that the model keeps as plain attributes."""
+    places = Places(stream)
+    return tuple(_record(fqn, tensor, places.find(tensor), None, None) for fqn, tensor in named_plain_tensors(model))
+
+
+def _record(
+    fqn: str, tensor: Tensor, place: tuple[str, int], part: TensorSlice | None, summed: int | None
+) -> TensorRecord:
+    shape, span = tuple(tensor.shape), memory_span(tensor)
+    return TensorRecord(fqn, *place, str(tensor.device), str(tensor.dtype), shape, part, summed, span)
 
 
 def _replicated_on_host(
@@ -98,10 +141,20 @@ def _replicated_on_host(
 
 
 def record_homes(
-    plan: RunPlan, stream: BlockStream, ranges: Mapping[str, tuple[int, int]], filled: Collection[str]
+    plan: RunPlan,
+    stream: BlockStream,
+    ranges: Mapping[str, tuple[int, int]],
+    filled: Collection[str],
+    total: Callable[[Tensor], int] = checksum,
 ) -> tuple[HomeRecord, ...]:
-    """`ranges`: block -> the bytes of it that this rank holds; `filled`: the blocks that it answers for."""
+    """
+    Args:
+        ranges: block -> the bytes of it that this rank holds.
+        filled: the blocks that it answers for.
+        total: `checksum` or `sampled_checksum`.
+    """
     planned = {block.name: block for block in plan.blocks}
+    stays = stream.resident_memory
     return tuple(
         HomeRecord(
             block.name,
@@ -109,7 +162,9 @@ def record_homes(
             stream.slot_of(block.name),
             planned[block.name].layout.nbytes,
             *ranges[block.name],
-            checksum(block.source) if block.name in filled and isinstance(block.source, Tensor) else None,
+            total(block.source) if block.name in filled and isinstance(block.source, Tensor) else None,
+            memory_span(block.source) if isinstance(block.source, Tensor) else None,
+            memory_span(stays[block.name]) if block.name in stays else None,
         )
         for block in stream.blocks
     )
@@ -117,26 +172,44 @@ def record_homes(
 
 def device_weight_bytes(models: Iterable[nn.Module], device: torch.device) -> int:
     """Bytes of all distinct storages on `device` that the models' parameters and buffers keep alive."""
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for model in models
-        for _, tensor in named_tensors(model)
-        if tensor.device.type == device.type
-    }
-    return sum(storages.values())
+    return sum(_storages((t for model in models for _, t in named_tensors(model)), device).values())
+
+
+def measure_device(
+    model: nn.Module,
+    others: Iterable[nn.Module],
+    shards: Iterable[Tensor],
+    device: torch.device,
+    allocated: int | None = None,
+) -> DeviceBytes:
+    """What lies on the device.
+
+    Args:
+        others: the pipeline's other components; what they share with the model counts once.
+        shards: blocks' bytes at rest there.
+        allocated: by how much the device's allocator grew meanwhile, where it is known.
+    """
+    weights = _storages((tensor for _, tensor in named_tensors(model)), device)
+    resting = _storages(shards, device)
+    more = [tensor for module in others for _, tensor in named_tensors(module)]
+    more += [tensor for _, tensor in named_plain_tensors(model)]
+    rest = {start: nbytes for start, nbytes in _storages(more, device).items() if start not in weights | resting}
+    sizes = [*weights.values(), *resting.values(), *rest.values()]
+    return DeviceBytes(
+        sum(weights.values()),
+        sum(resting.values()),
+        sum(rest.values()),
+        allocated,
+        sum(_SMALL_ROUNDING if nbytes < _LARGE else _LARGE for nbytes in sizes),
+    )
+
+
+def _storages(tensors: Iterable[Tensor], device: torch.device) -> dict[int, int]:
+    """Address -> bytes of the distinct storages on `device`."""
+    storages = (tensor.untyped_storage() for tensor in tensors if tensor.device.type == device.type)
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 def foreign_hooks(model: nn.Module) -> tuple[tuple[str, str], ...]:
-    """Hooks and wrappers that move weights and are not ours: accelerate, diffusers offloading, FSDP, DTensor."""
-    found = []
-    for path, module in model.named_modules():
-        if hasattr(module, "_hf_hook"):
-            found.append((path, f"an accelerate hook ({type(module._hf_hook).__name__})"))
-        registry = getattr(module, "_diffusers_hook", None)
-        found += [(path, f"a diffusers hook ({name})") for name in getattr(registry, "hooks", {})]
-        if any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in type(module).__mro__):
-            found.append((path, "sharded by FSDP"))
-        for name, parameter in module._parameters.items():
-            if parameter is not None and type(parameter.data) is not Tensor:
-                found.append((f"{path}.{name}".lstrip("."), f"a {type(parameter.data).__name__}"))
-    return tuple(found)
+    """(path, what) of all that moves, casts or shards weights and is not ours: accelerate, diffusers, FSDP, DTensor."""
+    return tuple((found.path, found.what) for found in foreign_mechanisms(model))

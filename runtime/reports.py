@@ -6,12 +6,36 @@ from dataclasses import dataclass
 
 from crossdock.offload.block import Home
 from crossdock.offload.trace import BlockTimes, TraceEvent
+from crossdock.parallel.group import GroupRecord
 from crossdock.parallel.tensor import TensorSlice
+
+REPORT_IT = "this is a fault of crossdock or of a hook added to the model: report it with the report.json"
+"""The remedy where nothing in the user's hands helps."""
+
+
+@dataclass(frozen=True)
+class MemorySpan:
+    """Bytes [start, stop) of a process's address space, which host and device memory have no address of in common."""
+
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    def holds(self, other: MemorySpan) -> bool:
+        """All of `other` lies in it."""
+        return self.start <= other.start and other.stop <= self.stop
+
+    def common_bytes(self, other: MemorySpan) -> int:
+        """How many bytes lie in both."""
+        return max(0, min(self.stop, other.stop) - max(self.start, other.start))
 
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """One name of a parameter or buffer, as found in the live model.
+    """One name of a parameter, a buffer or a tensor kept as a plain attribute, as found in the live model.
 
     Attributes:
         place: where its bytes lie: "slot 1", "block transformer_blocks.0" (resident), "outside" or "nowhere".
@@ -20,6 +44,7 @@ class TensorRecord:
         part: the slice of the checkpoint's tensor that was read; None: all of it.
         checksum: of its bytes where they rest; None for a cut tensor of a streamed block, and where another rank
             answers for it.
+        span: its bytes, from the first element to the last; None where it has none.
     """
 
     fqn: str
@@ -30,13 +55,16 @@ class TensorRecord:
     shape: tuple[int, ...]
     part: TensorSlice | None
     checksum: int | None
+    span: MemorySpan | None
 
 
 @dataclass(frozen=True)
 class HomeRecord:
     """Where one block rests. `start` and `stop` are the bytes of its `nbytes` that this rank holds.
 
-    `checksum` is of those bytes; None where another rank read them into the store that both share.
+    `checksum` is of those bytes; None where another rank read them into the store that both share. `rest` is where
+    they lie, None in the page cache; `stays` the device memory that the block has for itself, None where it shares a
+    slot.
     """
 
     block: str
@@ -46,6 +74,41 @@ class HomeRecord:
     start: int
     stop: int
     checksum: int | None
+    rest: MemorySpan | None
+    stays: MemorySpan | None
+
+
+@dataclass(frozen=True)
+class ArrivalRecord:
+    """A tensor that arrived on the device, compared with the checkpoint: checksums of the same `nbytes` bytes of both.
+
+    `expected` is of the checkpoint's file (or of the buffer that the model computes), read on another way than the
+    weights are; `found` of the device memory that the tensor is bound to.
+    """
+
+    fqn: str
+    nbytes: int
+    expected: int
+    found: int
+
+
+@dataclass(frozen=True)
+class DeviceBytes:
+    """What lies on a rank's device, in bytes.
+
+    Attributes:
+        weights: of the distinct storages that the transformer's parameters and buffers keep alive, whole.
+        shards: at rest there, to be gathered.
+        others: of the storages of plain attributes and of the pipeline's other components.
+        allocated: by how much the device's allocator grew during setup; None where that is not known.
+        rounding: what the allocator may have added to all these.
+    """
+
+    weights: int
+    shards: int
+    others: int
+    allocated: int | None
+    rounding: int
 
 
 @dataclass(frozen=True)
@@ -53,18 +116,27 @@ class RankReport:
     """What a rank holds before the first step.
 
     Attributes:
+        plain: tensors kept as plain attributes: neither parameters nor buffers, so that nothing moves them.
+        slots: of the blocks that share them; `slot_bytes` are their sizes.
+        arrivals: of every tensor of the transformer, as it came in the rehearsal before the first step.
         order: names of the streamed blocks in the order in which they will be fetched.
         foreign_hooks: offload or sharding hooks of other libraries: (module path, what).
         trace: of the rehearsal, in which every block was streamed once.
+        collectives: what was issued on each of the mesh's groups so far.
     """
 
     rank: int
     tensors: tuple[TensorRecord, ...]
+    plain: tuple[TensorRecord, ...]
     homes: tuple[HomeRecord, ...]
     order: tuple[str, ...]
     slot_bytes: tuple[int, ...]
+    slots: tuple[MemorySpan, ...]
+    arrivals: tuple[ArrivalRecord, ...]
+    device_bytes: DeviceBytes
     foreign_hooks: tuple[tuple[str, str], ...]
     trace: tuple[TraceEvent, ...]
+    collectives: tuple[GroupRecord, ...]
 
 
 @dataclass(frozen=True)
@@ -141,6 +213,20 @@ class RankTrace:
 
 
 @dataclass(frozen=True)
+class ProbeReport:
+    """One denoise step, run twice by one rank: checksums of what every call of a block returned, in order.
+
+    Attributes:
+        on: (block, checksum) of each call with streaming; the last entry is the final latents.
+        off: the same without streaming, every block's weights read straight from the checkpoint's files.
+    """
+
+    rank: int
+    on: tuple[tuple[str, int], ...]
+    off: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
 class Violation:
     """A broken rule of the composition contract: which check, who, what was expected, what was found, what to do."""
 
@@ -155,3 +241,19 @@ class Violation:
         return (
             f"{self.check}: rank {self.rank}: {self.where}: expected {self.expected}, found {self.found}; {self.remedy}"
         )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the coordinator found.
+
+    Attributes:
+        composition: per check its status ("holds", "violated", "not probed") and a detail, for `report.json`.
+        violations: every one.
+        reports: what was judged.
+    """
+
+    layout: str
+    composition: tuple[dict[str, str], ...]
+    violations: tuple[Violation, ...]
+    reports: tuple[RankReport, ...]

@@ -130,6 +130,12 @@ class WeightLoader:
         source, self._free = self._free[: stop - start], self._free[stop - start :]
         return source
 
+    def read_block(self, block: PlannedBlock) -> Tensor:
+        """All bytes of the block (of this rank's TP slice), straight from the files into fresh device memory; uint8."""
+        memory = aligned_bytes(block.layout.nbytes, self._device)
+        self._fill(block, memory, 0, block.layout.nbytes)
+        return memory
+
     def load_outside(self) -> None:
         """Everything outside the blocks goes to the device: parameters, buffers, tensors kept as plain attributes."""
         for fqn in self._plan.outside:

@@ -6,10 +6,10 @@ import gc
 import os
 import socket
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
-from itertools import pairwise
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,25 +22,40 @@ from crossdock.offload.arena import Arena
 from crossdock.offload.block import Home
 from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.copy_engine import make_copy_engine
-from crossdock.offload.device_memory import spare_bytes, total_bytes
-from crossdock.offload.host_store import mapped_share_bytes
+from crossdock.offload.device_memory import allocated_bytes, spare_bytes, total_bytes
 from crossdock.offload.loader import Gather
-from crossdock.offload.trace import StreamCounters, TraceEvent, block_times, step_times
+from crossdock.offload.trace import TraceEvent
 from crossdock.parallel.attention import SequenceParallelAttention
+from crossdock.parallel.group import GroupRecord
 from crossdock.parallel.hsdp import all_gather_bytes
 from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.regions import Attend, SequenceParallelism
 from crossdock.parallel.tensor import RowParallelLinear, TensorParallelism
 from crossdock.parallel.xfuser_attention import XFuserAttention
+from crossdock.runtime.arrival import rehearse
 from crossdock.runtime.attention import AttentionBinding
 from crossdock.runtime.components import VAE
+from crossdock.runtime.errors import RequestCancelled
 from crossdock.runtime.improvement import MEASURED_STEPS, improve, observe
-from crossdock.runtime.inspection import device_weight_bytes, foreign_hooks, record_homes, record_tensors
+from crossdock.runtime.inspection import (
+    checksum,
+    foreign_hooks,
+    measure_device,
+    memory_span,
+    record_homes,
+    record_plain,
+    record_tensors,
+    sampled_checksum,
+)
 from crossdock.runtime.meta_model import build_on_meta
-from crossdock.runtime.pipeline import RankPipeline
+from crossdock.runtime.pipeline import RankPipeline, StepEnd
 from crossdock.runtime.plan import TRANSFORMER, RunPlan
-from crossdock.runtime.reports import Measurements, RankReport, RankTrace, Span
+from crossdock.runtime.reports import Measurements, RankReport, RankTrace
 from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.request_log import RequestLog
+from crossdock.runtime.resume import Snapshot, of_replica
+from crossdock.runtime.status import RankStatus
+from crossdock.runtime.stopping import Stopping
 from crossdock.runtime.weights import RankWeights, WeightLoader, exchange
 
 EVENTS_PER_BLOCK = 7
@@ -52,15 +67,16 @@ TRACED_STEPS = 2
 class RankResult:
     """What a rank returns for one request; the picture comes from the first rank of each replica with a prompt.
 
-    `timeline` is the whole request, `trace` its last steps for the coordinator. `verdict` says what became of the
-    residency schedule. Where it was changed in this request, `plan` is the new one and `report` what the rank now
-    holds.
+    `timeline` is the whole request, `trace` its last steps for the coordinator, `collectives` what was issued so far.
+    `verdict` says what became of the residency schedule. Where it was changed in this request, `plan` is the new one
+    and `report` what the rank now holds.
     """
 
     rank: int
     measurements: Measurements
     timeline: RankTrace
     trace: tuple[TraceEvent, ...]
+    collectives: tuple[GroupRecord, ...]
     verdict: str
     plan: RunPlan | None = None
     report: RankReport | None = None
@@ -83,6 +99,10 @@ class RankWorker:
         self.finished_steps = 0  # of all requests
         self.on_progress: Callable[[int], None] | None = None
         self.ready = False
+        self.phase = "idle"
+        self.stopping = Stopping(rank, world_size)
+        self.snapshots: tuple[Snapshot, ...] = ()  # the newest two of the request under way, oldest first
+        self.log: RequestLog | None = None  # of the latest request
         if device.type == "cuda":
             torch.cuda.set_device(device)
         else:
@@ -99,9 +119,17 @@ class RankWorker:
         """Memory of this rank's device."""
         return total_bytes(self.device)
 
-    def setup(self, plan: RunPlan) -> RankReport:
-        """Load, shard and stream the model of `plan`; the report says what this rank now holds. Collective."""
+    def setup(self, plan: RunPlan, probe: bool = False) -> RankReport:
+        """Load, shard and stream the model of `plan`; the report says what this rank now holds. Collective.
+
+        Args:
+            probe: compare all bytes that arrive on the device with the checkpoint, and all replicas' bytes, not a
+                sample of them.
+        """
         began = time.perf_counter()
+        allocated = allocated_bytes(self.device)
+        self.phase = "load"
+        self.total = checksum if probe else sampled_checksum
         self.plan = plan
         timeout_s = plan.config.launch.timeouts.collective_s
         self.mesh = Mesh.connect(plan.mesh, self.rank, timeout_s)
@@ -125,7 +153,7 @@ class RankWorker:
             yields_link=self.device.type == "cuda" and self.world_size > 1,
         )
         self.stream.attach()
-        self.model.register_forward_pre_hook(lambda *_: self.stream.prepare())
+        self.model.register_forward_pre_hook(lambda *_: self._begin_forward())
         for module in self.model.modules():
             if isinstance(module, RowParallelLinear):
                 module.register_forward_hook(lambda *_: self.stream.link_used())
@@ -134,52 +162,110 @@ class RankWorker:
         self.model_steps = 0  # of this model
         self.ready = True
         self.load_s = time.perf_counter() - began
-        self.stream.rehearse()
-        return self.report()
+        self.phase = "rehearsal"
+        self.arrivals = rehearse(plan, self.rank, self.model, self.stream, full=probe)
+        self.phase = "idle"
+        return self.report(None if allocated is None else (allocated_bytes(self.device) or 0) - allocated)
 
-    def report(self) -> RankReport:
-        """What this rank holds now, read off the live model."""
-        weights = self.weights
+    def report(self, grown_bytes: int | None = None) -> RankReport:
+        """What this rank holds now, read off the live model.
+
+        Args:
+            grown_bytes: by how much loading made the device's allocator grow, where it is known.
+        """
+        issued = self._issued()  # first: the trace then has what gathers ahead noted, on all ranks alike
+        weights, blocks = self.weights, self.stream.blocks
+        shards = [b.source for b in blocks if b.home is Home.DEVICE_SHARD and isinstance(b.source, Tensor)]
         return RankReport(
             rank=self.rank,
-            tensors=record_tensors(self.model, self.stream, weights.slices, weights.filled),
-            homes=record_homes(self.plan, self.stream, weights.ranges, weights.filled),
+            tensors=record_tensors(self.model, self.stream, weights.slices, weights.filled, self.total),
+            plain=record_plain(self.model, self.stream),
+            homes=record_homes(self.plan, self.stream, weights.ranges, weights.filled, self.total),
             order=self.stream.order,
             slot_bytes=tuple(memory.nbytes for memory in self.stream.slot_memory),
+            slots=tuple(span for memory in self.stream.slot_memory if (span := memory_span(memory)) is not None),
+            arrivals=self.arrivals,
+            device_bytes=measure_device(self.model, self.pipeline.on_device, shards, self.device, grown_bytes),
             foreign_hooks=foreign_hooks(self.model),
             trace=self._since_scheduled(self.stream.trace()),
+            collectives=issued,
         )
 
-    def generate(self, request: GenerateRequest) -> RankResult:
-        """One prompt per replica; a replica without one computes a copy that is dropped. Collective."""
+    def status(self) -> RankStatus:
+        """What this rank is doing right now; for another thread."""
+        stream = getattr(self, "stream", None) if self.ready else None
+        denoises = self.phase == "denoise"
+        latest = stream.latest if stream is not None and denoises else None
+        return RankStatus(
+            self.rank,
+            socket.gethostname(),
+            os.getpid(),
+            self.phase,
+            self.finished_steps,
+            self.log.running if denoises and self.log is not None else None,
+            latest[1] if latest else None,
+            bool(latest and latest[0] == "wait_begin"),
+            stream.upcoming if stream is not None else 0,
+            self.kept.step if self.kept is not None else 0,
+            (*self.mesh.records(), *self.stopping.records()) if stream is not None else (),
+        )
+
+    @property
+    def kept(self) -> Snapshot | None:
+        """The newest snapshot of the request under way, on the first rank of a replica. For any thread."""
+        return self.snapshots[-1] if self.snapshots else None
+
+    def cancel(self, reason: str, request_number: int) -> None:
+        """Stop that request, on all ranks, at the end of the step that runs. For any thread, on any rank."""
+        self.stopping.cancel(reason, request_number)
+
+    def generate(self, request: GenerateRequest, resume: Sequence[Snapshot | None] | None = None) -> RankResult:
+        """One prompt per replica; a replica without one computes a copy that is dropped. Collective.
+
+        Args:
+            resume: per replica, where to go on, all after the same step; None: from the beginning.
+
+        Raises:
+            RequestError: `resume` does not fit the request or the mesh.
+            RequestCancelled: it was stopped, as asked; the next request may follow.
+            RankError: the ranks do not run the same steps.
+        """
+        self.phase = "encode"
         replica = self.mesh.shape.coordinates(self.rank)["dp"]
         has_prompt = replica < len(request.prompts)
         number = replica if has_prompt else 0
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        before, since = replace(self.stream.counters), self.stream.upcoming
+        self.stopping.begin(request)
+        snapshot = of_replica(resume, replica, self.mesh.shape.dp)
+        self.snapshots = ()
+        self.log = log = RequestLog(self.stream, snapshot.step if snapshot is not None else 0)
+        self.keep_every = request.keep_every if self.rank == self.mesh.ranks["replica"][0] else 0
         self.changed: RankReport | None = None  # what the rank holds since the schedule was improved
-        self.rehearsed = range(0)  # events of this request that belong to no step
-        self.step_ends: list[int] = []  # per step, the number of the first event after it
-        self.step_times: list[float] = []
-        done = self.pipeline.denoise(request.prompts[number], request.seed + number, request, self._on_step)
+        prompt, seed = request.prompts[number], request.seed + number
+        try:
+            done = self.pipeline.denoise(prompt, seed, request, partial(self._on_step, log), snapshot)
+        except RequestCancelled:
+            self._finish_request()
+            raise
         denoised = time.perf_counter()
+        self.phase = "decode"
         latents = image = None
         with self.pipeline.turn(VAE):
             if has_prompt and self.rank == self.mesh.ranks["replica"][0]:
                 latents, image = done.latents, self.pipeline.decode(done.latents)
         decoded = time.perf_counter()
-        events = tuple(e for e in self.stream.trace() if e.sequence >= since and e.sequence not in self.rehearsed)
-        begins = [max((span.end_s for span in done.encodes), default=denoised), *self.step_times]
-        steps = [Span(f"step {n}", *times) for n, times in enumerate(pairwise(begins), 1)]
-        spans = (*done.encodes, *steps, Span("decode", denoised, decoded))
-        phases = {"encode": done.encode_s, "denoise": done.denoise_s, "decode": decoded - denoised}
-        measurements = self._measure(before, done.step_ms, events, phases)
+        issued = self._issued()
+        events, spans = log.events(), log.spans(done.encodes, denoised, decoded)
+        phases = {"load": self.load_s, "encode": done.encode_s, "denoise": done.denoise_s, "decode": decoded - denoised}
+        modules = (self.model, *self.pipeline.on_device)
+        measurements = log.measurements(self.rank, self.device, self.weights, modules, done.step_ms, phases)
         timeline = RankTrace(self.rank, measurements.host, measurements.device, events, spans)
-        result = RankResult(self.rank, measurements, timeline, self._last_steps(events), self.verdict)
+        result = RankResult(self.rank, measurements, timeline, self._last_steps(events), issued, self.verdict)
         if self.changed is not None:
             result.plan, result.report = self.plan, self.changed
         result.latents, result.image = latents, image
+        self._finish_request()
         return result
 
     def teardown(self) -> None:
@@ -252,31 +338,56 @@ class RankWorker:
 
     # -- parts of generate ---------------------------------------------------------------------------------------
 
-    def _on_step(self, finished: int) -> None:
-        self.finished_steps += 1
-        self.step_ends.append(self.stream.upcoming)
-        self.step_times.append(time.perf_counter())
-        self.model_steps += 1
-        if self.model_steps == MEASURED_STEPS and self.plan.order:
-            self._improve()
-        if self.on_progress is not None:
-            self.on_progress(finished)
+    def _issued(self) -> tuple[GroupRecord, ...]:
+        """Of gathers that run ahead, too: all ranks are asked at the same place."""
+        self.engine.drain()
+        return self.mesh.records()
 
-    def _improve(self) -> None:
-        """Look at the schedule again, with what the first steps have shown. Collective; every rank decides alike."""
+    def _begin_forward(self) -> None:
+        self.phase = "denoise"
+        self.stream.prepare()
+
+    def _on_step(self, log: RequestLog, end: StepEnd) -> None:
+        if end.repeated:
+            log.count_from_here()
+        else:
+            log.end_step()
+            self.finished_steps += 1
+            self.model_steps += 1
+        self.stopping.agree(end.finished, end.total)
+        if self.keep_every and end.finished % self.keep_every == 0:
+            self.snapshots = (*self.snapshots[-1:], end.snapshot())
+        if end.repeated:
+            return
+        if self.model_steps == MEASURED_STEPS and self.plan.order:
+            log.rehearsed = self._improve()
+        if self.on_progress is not None:
+            self.on_progress(end.finished)
+
+    def _finish_request(self) -> None:
+        self.stopping.end()
+        self.snapshots = ()
+        self.phase = "idle"
+
+    def _improve(self) -> range:
+        """Look at the schedule again, with what the first steps have shown. Collective; every rank decides alike.
+
+        Returns the numbers of the events that belong to no step.
+        """
         seen = observe(self.plan, self.stream.recorded_order, self.stream.trace(), spare_bytes(self.device))
         improvement = improve(self.plan, exchange(seen, self.world_size), self.model_steps)
         self.verdict = improvement.verdict
         if improvement.plan is None:
-            return
+            return range(0)
         self.plan = improvement.plan
         if self.arena is not None and self.plan.arena_bytes != self.arena.nbytes:
             self.arena.resize(self.plan.arena_bytes or 0)
         self.stream.reschedule(self.plan.schedule, self.plan.resident, self.plan.order)
         before = self.stream.upcoming
         self.stream.rehearse()
-        self.rehearsed = range(before, self.stream.upcoming)
+        rehearsed = range(before, self.stream.upcoming)
         self.changed = self.report()  # now: later, another component may have the memory
+        return rehearsed
 
     def _last_steps(self, events: tuple[TraceEvent, ...]) -> tuple[TraceEvent, ...]:
         """The events of about the last `TRACED_STEPS` steps."""
@@ -284,37 +395,3 @@ class RankWorker:
 
     def _since_scheduled(self, events: tuple[TraceEvent, ...]) -> tuple[TraceEvent, ...]:
         return tuple(event for event in events if event.sequence >= self.stream.scheduled_at)
-
-    def _measure(
-        self,
-        before: StreamCounters,
-        step_ms: list[float],
-        events: tuple[TraceEvent, ...],
-        phases_s: dict[str, float],
-    ) -> Measurements:
-        counters, blocks, steps = self.stream.counters, self.weights.blocks, len(self.step_ends)
-        shards = sum(b.source_bytes for b in blocks if b.home is Home.DEVICE_SHARD)
-        slot_bytes = sum(memory.nbytes for memory in self.stream.slot_memory)
-        held = device_weight_bytes((self.model, *self.pipeline.on_device), self.device)
-        cuda = self.device.type == "cuda"
-        store = self.weights.store
-        return Measurements(
-            rank=self.rank,
-            host=socket.gethostname(),
-            device=torch.cuda.get_device_name(self.device) if cuda else "cpu",
-            peak_weight_bytes=held + shards,
-            resident_weight_bytes=held - slot_bytes,
-            slot_bytes=slot_bytes,
-            shard_bytes=shards,
-            host_bytes=store.nbytes if store else 0,
-            host_pss_bytes=mapped_share_bytes(),
-            h2d_bytes_per_step=(counters.h2d_bytes - before.h2d_bytes) // steps,
-            gathered_bytes_per_step=(counters.gathered_bytes - before.gathered_bytes) // steps,
-            misses=counters.misses - before.misses,
-            step_ms=[round(ms, 3) for ms in step_ms],
-            peak_device_bytes=torch.cuda.max_memory_allocated(self.device) if cuda else None,
-            reserved_device_bytes=torch.cuda.max_memory_reserved(self.device) if cuda else None,
-            phases_s={"load": self.load_s} | phases_s,
-            steps=step_times(events, self.step_ends),
-            blocks=block_times(events),
-        )

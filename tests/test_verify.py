@@ -23,7 +23,7 @@ from crossdock.runtime.errors import CompositionError
 from crossdock.runtime.gang import Gang
 from crossdock.runtime.inspection import checksum, foreign_hooks
 from crossdock.runtime.plan import RunPlan
-from crossdock.runtime.reports import HomeRecord, RankReport, TensorRecord
+from crossdock.runtime.reports import HomeRecord, MemorySpan, RankReport, TensorRecord
 from crossdock.runtime.verify import CHECKS, verify_composition, verify_trace
 from crossdock.runtime.worker import RankWorker
 from crossdock.runtime.yaml_config import load_config
@@ -92,6 +92,11 @@ def _events(report: RankReport, kinds: Sequence[str]) -> RankReport:
     return replace(report, trace=tuple(events) + tuple(e for e in report.trace if e.slot != first.slot))
 
 
+def _slot(report: RankReport) -> int:
+    """Of the block of CUT."""
+    return int(_record(report, CUT).place.removeprefix("slot "))
+
+
 def _slice_of_rank_0(report: RankReport) -> RankReport:
     part = _record(report, CUT).part
     assert part is not None
@@ -106,9 +111,41 @@ def _gap(report: RankReport) -> RankReport:
     return _tensor(report, CUT, part=replace(part, ranges=((start + 1, stop),)))
 
 
+def _over(span: MemorySpan | None) -> MemorySpan:
+    """Begins where `span` does, and is no longer than its first bytes."""
+    assert span is not None
+    return MemorySpan(span.start, span.start + 4)
+
+
+def _astride(span: MemorySpan | None) -> MemorySpan:
+    """Ends inside of `span`."""
+    assert span is not None
+    return MemorySpan(span.start - 64, span.start + 4)
+
+
+def _at_rest(report: RankReport) -> RankReport:
+    return _home(report, 1, rest=report.homes[0].rest)
+
+
+def _arrived(report: RankReport, fqn: str) -> RankReport:
+    """The bytes of one tensor came wrong."""
+    change = lambda record: replace(record, found=record.found ^ 1) if record.fqn == fqn else record  # noqa: E731
+    return replace(report, arrivals=tuple(change(record) for record in report.arrivals))
+
+
+def _device_bytes(report: RankReport, **changes: Any) -> RankReport:
+    return replace(report, device_bytes=replace(report.device_bytes, **changes))
+
+
+def _plain(report: RankReport, **changes: Any) -> RankReport:
+    record = replace(_record(report, OUTSIDE), fqn=PLAIN, span=None)
+    return replace(report, plain=(*report.plain, replace(record, **changes)))
+
+
 CUT = "layers.1.attention.to_q.weight"
 NORM = "layers.1.attention_norm1.weight"
 OUTSIDE = "x_pad_token"
+PLAIN = "layers.2.attention.cache"
 
 
 @dataclass(frozen=True)
@@ -163,6 +200,105 @@ FAULTS = (
         "owned-once",
         "accelerate",
         lambda r: replace(r, foreign_hooks=(("layers.0", "an accelerate hook"),)),
+        ANY,
+    ),
+    Fault(
+        "plain tensor off the device", "owned-once", "layers.2.attention.cache", partial(_plain, device="cuda:0"), ANY
+    ),
+    Fault("plain tensor on meta", "owned-once", "layers.2.attention.cache", partial(_plain, device="meta"), ANY),
+    Fault(
+        "all blocks on the device",
+        "owned-once",
+        "bytes of weights on the device, found 12",
+        partial(_device_bytes, weights=120000000),
+        ANY,
+    ),
+    Fault(
+        "shards of all on one device",
+        "owned-once",
+        "bytes of weights",
+        lambda r: _device_bytes(r, shards=2 * r.device_bytes.shards),
+        ("hsdp",),
+    ),
+    Fault(
+        "hidden copy on the device",
+        "owned-once",
+        "found 123456789 bytes",
+        partial(_device_bytes, allocated=123456789),
+        ANY,
+    ),
+    Fault("outside in a slot", "no-alias", OUTSIDE, lambda r: _tensor(r, OUTSIDE, span=_over(r.slots[1])), STREAMED),
+    Fault(
+        "outside over a weight",
+        "no-alias",
+        ".attention.to_q.weight",
+        lambda r: _tensor(r, OUTSIDE, span=_record(r, CUT).span),
+        ANY,
+    ),
+    Fault(
+        "outside tensors overlap",
+        "no-alias",
+        OUTSIDE,
+        lambda r: _tensor(r, OUTSIDE, span=_astride(_record(r, "cap_pad_token").span)),
+        ANY,
+    ),
+    Fault("two blocks at rest in one place", "no-alias", "noise_refiner.1 at rest", _at_rest, (*STREAMED, "hsdp")),
+    Fault(
+        "at rest in a slot",
+        "no-alias",
+        "noise_refiner.0 at rest",
+        lambda r: _home(r, 0, rest=_astride(r.slots[2])),
+        STREAMED,
+    ),
+    Fault(
+        "resident blocks overlap",
+        "no-alias",
+        "noise_refiner.1",
+        lambda r: _home(r, 1, stays=_astride(r.homes[0].stays)),
+        ("tp2",),
+    ),
+    Fault(
+        "slots overlap",
+        "no-alias",
+        "slot 1",
+        lambda r: replace(r, slots=(r.slots[0], _astride(r.slots[0]), *r.slots[2:])),
+        STREAMED,
+    ),
+    Fault(
+        "bound across two slots",
+        "no-alias",
+        CUT,
+        lambda r: _tensor(r, CUT, span=_over(r.slots[(_slot(r) + 1) % 3])),
+        STREAMED,
+    ),
+    Fault(
+        "two tensors of a block overlap",
+        "no-alias",
+        NORM,
+        lambda r: _tensor(r, NORM, span=_over(_record(r, CUT).span)),
+        ANY,
+    ),
+    Fault(
+        "plain tensor in a slot",
+        "no-alias",
+        PLAIN,
+        lambda r: _plain(r, span=_over(_record(r, CUT).span)),
+        (*STREAMED, "hsdp"),
+    ),
+    Fault(
+        "plain tensor over bytes at rest",
+        "no-alias",
+        PLAIN,
+        lambda r: _plain(r, span=_over(r.homes[3].rest)),
+        (*STREAMED, "hsdp"),
+    ),
+    Fault("other bytes arrived", "covers", CUT, partial(_arrived, fqn=CUT), ANY),
+    Fault("other bytes outside", "covers", OUTSIDE, partial(_arrived, fqn=OUTSIDE), ANY),
+    Fault(
+        "arrival not compared",
+        "covers",
+        NORM,
+        lambda r: replace(r, arrivals=tuple(a for a in r.arrivals if a.fqn != NORM)),
         ANY,
     ),
     Fault("slice of another rank", "covers", CUT, _slice_of_rank_0, ("layerwise_tp2", "tp2")),
@@ -265,6 +401,16 @@ def test_planted_fault_is_caught(fault: Fault, layout: str, healthy: Callable[[s
     assert all("expected" in text and "found" in text for text in mine)
 
 
+def test_tied_and_plain_names_of_resident_tensors_are_no_alias(healthy: Callable[[str], Healthy]) -> None:
+    """Two names of one tensor that never moves: outside the blocks, or a plain attribute of a resident block."""
+    plan, reports = healthy("tp2")
+    rank_0 = reports[0]
+    tied = _tensor(rank_0, OUTSIDE, span=_record(rank_0, "cap_pad_token").span)
+    noted = _plain(rank_0, span=_record(rank_0, CUT).span)
+    for report in (tied, noted):
+        assert verify_composition(plan, [report, reports[1]]) == []
+
+
 def test_a_missing_rank_is_a_violation(healthy: Callable[[str], Healthy]) -> None:
     plan, reports = healthy("layerwise_tp2")
     assert verify_composition(plan, reports[:1])
@@ -284,7 +430,7 @@ def test_the_coordinator_fails_closed(healthy: Callable[[str], Healthy]) -> None
     plan, reports = healthy("layerwise_tp2")
     coordinator = Coordinator(plan)
     coordinator.admit(reports)
-    assert [row["status"] for row in coordinator.composition] == ["holds"] * len(CHECKS)
+    assert [row["status"] for row in coordinator.composition] == ["holds"] * len(CHECKS) + ["not probed"]
     broken = [_tensor(reports[0], OUTSIDE, device="meta", place="nowhere"), reports[1]]
     with pytest.raises(CompositionError, match=rf"owned-once: rank 0: {OUTSIDE}: expected on cpu, found on meta"):
         coordinator.admit(broken)

@@ -1,0 +1,61 @@
+"""The hooks of a block stream on its blocks, and the tensors that the modules had before they were bound."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from crossdock.offload.block import StreamedBlock
+
+Act = Callable[[int, FrameType | None], None]
+"""Gets the block's index and the call of its module that is about to run, or has run."""
+
+
+class BlockHooks:
+    """`suspended`: they do nothing meanwhile."""
+
+    def __init__(self) -> None:
+        self.suspended = False
+        self._handles: list[RemovableHandle] = []
+        self._unbound: list[tuple[nn.Module, str, Tensor]] = []
+
+    @property
+    def attached(self) -> bool:
+        return bool(self._handles or self._unbound)
+
+    def attach(self, index: int, block: StreamedBlock, before: Act, after: Act) -> None:
+        """Around every call of the block, if it is called at all; call it before the block is bound."""
+        self._unbound += [(owner, leaf, getattr(owner, leaf)) for owner, leaf in block.owners()]
+        if block.runs:
+            self._handles += [
+                block.module.register_forward_pre_hook(self._hook(before, index), prepend=True),
+                block.module.register_forward_hook(self._hook(after, index), always_call=True),
+            ]
+
+    def remove(self) -> None:
+        """Take the hooks off and give the modules the tensors back that they had before."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for module, name, tensor in reversed(self._unbound):
+            if isinstance(tensor, nn.Parameter):
+                module._parameters[name] = tensor
+            else:
+                module._buffers[name] = tensor
+        self._unbound.clear()
+
+    def _hook(self, act: Act, index: int) -> Callable[..., None]:
+        """A hook that a compiled caller calls but does not trace."""
+
+        def hook(*_: Any) -> None:
+            if not self.suspended:
+                act(index, sys._getframe(2))  # beyond the wrapper: the module's own call
+
+        disabled: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+        return disabled

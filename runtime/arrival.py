@@ -1,0 +1,175 @@
+"""Whether what arrives on the device is what the checkpoint has.
+
+Before the first step every block is streamed once, into slots that hold nothing but NaN. When a block has arrived, rows
+of each of its tensors are compared with the same rows of the file. These are read on a way of their own: neither the
+layout's byte ranges nor the host store have a part in it, only the file, the slice of tensor parallelism and the dtype.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from crossdock.offload.block import StreamedBlock
+from crossdock.offload.block_stream import BlockStream
+from crossdock.parallel.tensor import TensorSlice, part_shape
+from crossdock.runtime.meta_model import build_on_meta, non_persistent_buffers
+from crossdock.runtime.plan import TRANSFORMER, RunPlan
+from crossdock.runtime.reports import ArrivalRecord
+
+WHOLE_BYTES = 32 * 1024
+"""Tensors up to this size are compared whole."""
+BETWEEN = 3
+"""How many rows between the first and the last are compared."""
+
+
+def rehearse(
+    plan: RunPlan, rank: int, model: nn.Module, stream: BlockStream, *, full: bool = False
+) -> tuple[ArrivalRecord, ...]:
+    """Stream every block of the transformer once and compare all its tensors with the checkpoint. Collective.
+
+    Args:
+        full: compare all bytes, not some rows.
+    """
+    arrivals = Arrivals(plan, rank, model, full=full)
+    stream.rehearse(arrivals.block)
+    for block in stream.blocks:
+        if not block.home.streamed and isinstance(block.source, Tensor):
+            arrivals.block(block, block.source)
+    arrivals.outside()
+    return tuple(arrivals.records)
+
+
+class Arrivals:
+    """Compares tensors of one rank with the checkpoint; `records` has one record for each."""
+
+    def __init__(self, plan: RunPlan, rank: int, model: nn.Module, *, full: bool) -> None:
+        self.records: list[ArrivalRecord] = []
+        self._plan = plan
+        self._model = model
+        self._full = full
+        self._slices = plan.slices[plan.mesh.coordinates(rank)["tp"]]
+        self._unstored = non_persistent_buffers(model)
+        self._files: dict[Path, Any] = {}
+
+    def block(self, block: StreamedBlock, memory: Tensor) -> None:
+        """`memory`: uint8, on the device: all of the block's bytes."""
+        parts = self._plan.mesh.hsdp_shard if block.home.sharded else 1
+        size = block.layout.nbytes // parts
+        found = []
+        for entry in block.layout.entries:
+            names = [f"{block.name}.{name}" for name in entry.names]
+            fqn = next((name for name in names if name in self._plan.stored), names[0])
+            # where a shard begins; so that of every rank's shard something is compared
+            cuts = [cut - entry.offset for cut in range(size, parts * size, size)]
+            found.append((fqn, entry.view(memory), cuts))
+        self._compare(found)
+
+    def outside(self) -> None:
+        """The model's live tensors outside the blocks."""
+        found = []
+        for fqn in self._plan.outside:
+            path, _, leaf = fqn.rpartition(".")
+            found.append((fqn, getattr(self._model.get_submodule(path), leaf), ()))
+        self._compare(found)
+
+    def _compare(self, found: Iterable[tuple[str, Tensor, Sequence[int]]]) -> None:
+        """(fqn, tensor on the device, bytes of it at which another shard begins). What cannot be compared gets no
+        record: other checks say why, and `covers` misses it.
+        """
+        expected, picked = [], []
+        for fqn, tensor, cuts in found:
+            if tensor.is_meta or tuple(tensor.shape) != self._shape(fqn):
+                continue
+            rows = None if self._full else sampled_rows(fqn, tensor, self._slices.get(fqn), cuts)
+            stored = _bytes(self._expected(fqn, rows), None)
+            expected.append((fqn, stored.nbytes, _crc(stored)))
+            picked.append(_bytes(tensor, rows))
+        for record, live in zip(expected, _on_host(picked), strict=True):
+            self.records.append(ArrivalRecord(*record, _crc(live)))
+
+    def _shape(self, fqn: str) -> tuple[int, ...]:
+        if fqn in self._unstored:
+            return tuple(self._recomputed.get_buffer(fqn).shape)
+        return part_shape(self._plan.stored[fqn].shape, self._slices.get(fqn))
+
+    def _expected(self, fqn: str, rows: Tensor | None) -> Tensor:
+        """Rows of this rank's part of a tensor, in the dtype in which it is held."""
+        if fqn in self._unstored:
+            whole, part = self._recomputed.get_buffer(fqn), None
+        else:
+            whole, part = self._stored(fqn), self._slices.get(fqn)
+        return _rows_of_part(whole, part, rows).to(self._plan.dtypes[fqn])
+
+    def _stored(self, fqn: str) -> Tensor:
+        """The file's tensor, mapped: only the pages that are used are read."""
+        file = self._plan.stored[fqn].file
+        if file not in self._files:
+            self._files[file] = safe_open(file, framework="pt")
+        if not self._plan.stored[fqn].shape:
+            return self._files[file].get_tensor(fqn)  # type: ignore[no-any-return]
+        return self._files[file].get_slice(fqn)[:]  # type: ignore[no-any-return]
+
+    @cached_property
+    def _recomputed(self) -> nn.Module:
+        """The model once more, for the buffers that its constructor computes."""
+        return build_on_meta(self._plan.spec.transformer, self._plan.model_dir / TRANSFORMER)
+
+
+def sampled_rows(fqn: str, tensor: Tensor, part: TensorSlice | None, cuts: Sequence[int]) -> Tensor | None:
+    """The rows (along dim 0) of a tensor that are compared; None: all, because it is small.
+
+    The first, the last, both ends of every range of `part`, where another shard begins (`cuts`, in bytes), and some in
+    between, which depend on the name alone.
+    """
+    if tensor.nbytes <= WHOLE_BYTES:
+        return None
+    length = len(tensor)
+    rows = {0, length - 1}
+    for number in range(BETWEEN):
+        low, high = length * number // BETWEEN, length * (number + 1) // BETWEEN
+        rows.add(low + zlib.crc32(f"{number} {fqn}".encode()) % max(high - low, 1))
+    if part is not None and part.dim == 0:
+        ends = list(itertools.accumulate(stop - start for start, stop in part.ranges))
+        rows |= {end - 1 for end in ends} | set(ends[:-1])
+    rows |= {cut // (tensor.nbytes // length) for cut in cuts if 0 < cut < tensor.nbytes}
+    return torch.tensor(sorted(rows))
+
+
+def _rows_of_part(whole: Tensor, part: TensorSlice | None, rows: Tensor | None) -> Tensor:
+    """`rows` (None: all) of `part` of a stored tensor."""
+    if part is None:
+        return whole if rows is None else whole[rows]
+    if part.dim == 0:
+        held = torch.cat([torch.arange(start, stop) for start, stop in part.ranges])
+        return whole[held if rows is None else held[rows]]
+    picked = whole if rows is None else whole[rows]
+    return torch.cat([picked.narrow(part.dim, start, stop - start) for start, stop in part.ranges], part.dim)
+
+
+def _bytes(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    """`rows` (None: all) of a tensor as uint8 `[n]`, where the tensor is."""
+    length = tensor.shape[0] if tensor.dim() else 1
+    if not tensor.numel():
+        return tensor.new_empty(0, dtype=torch.uint8)
+    raw = tensor.detach().contiguous().reshape(length, -1).view(torch.uint8)
+    return (raw if rows is None else raw[rows]).reshape(-1)
+
+
+def _on_host(parts: list[Tensor]) -> Sequence[Tensor]:
+    """In one copy, where they are on a device."""
+    if all(part.device.type == "cpu" for part in parts):
+        return parts
+    return torch.cat(parts).cpu().split([len(part) for part in parts])  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _crc(raw: Tensor) -> int:
+    return zlib.crc32(raw.numpy().data)

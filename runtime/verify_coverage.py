@@ -1,0 +1,141 @@
+"""covers: the ranks' parts add up to the checkpoint, and what arrives on the device is what the checkpoint has."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+
+from crossdock.parallel.hsdp import shard_range
+from crossdock.parallel.tensor import TensorSlice, part_shape
+from crossdock.runtime.plan import RunPlan
+from crossdock.runtime.reports import REPORT_IT, RankReport, Violation
+
+_WRONG_BYTES = "what is at rest or the way to the device is wrong: load the model again; if it stays, report it"
+_RELOAD = "load the model again; if it stays, the checkpoint differs between nodes"
+
+
+def covers(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:
+    """Shards add up to the checkpoint's tensor exactly once; what is replicated is equal on all ranks."""
+    by_rank = {report.rank: report for report in reports}
+    yield from _slices_cover(plan, by_rank)
+    yield from _shards_cover(plan, by_rank)
+    yield from _replicas_agree(plan, by_rank)
+    for report in reports:
+        yield from _arrived(plan, report)
+
+
+def _slices_cover(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[Violation]:
+    """The parts of a TP group tile every stored tensor, and each tensor has the shape of its part."""
+    records = {rank: {record.fqn: record for record in report.tensors} for rank, report in by_rank.items()}
+    for group in _groups(plan, "tp"):
+        for fqn, stored in plan.stored.items():
+            held = [(rank, records[rank][fqn]) for rank in group if fqn in records[rank]]
+            for rank, record in held:
+                expected = part_shape(stored.shape, record.part)
+                if record.shape != expected:
+                    yield Violation("covers", rank, fqn, f"shape {expected}", f"shape {record.shape}", REPORT_IT)
+            cut = [(rank, record.part) for rank, record in held if record.part is not None]
+            whole = [rank for rank, record in held if record.part is None]
+            if cut and whole:
+                others = f"cut along dim {cut[0][1].dim}, as on rank {cut[0][0]}"
+                yield Violation("covers", whole[0], fqn, others, "not cut", REPORT_IT)
+            elif cut:
+                yield from _tiles(fqn, cut)
+
+
+def _tiles(fqn: str, parts: Sequence[tuple[int, TensorSlice]]) -> Iterator[Violation]:
+    rank, first = parts[0]
+    for other, part in parts:
+        if part.dim != first.dim:
+            yield Violation("covers", other, fqn, f"cut along dim {first.dim}", f"along dim {part.dim}", REPORT_IT)
+            return
+    ranges = sorted((span, rank) for rank, part in parts for span in part.ranges)
+    at = 0
+    for (start, stop), owner in ranges:
+        if start != at:
+            what = "twice" if start < at else "by nobody"
+            low, high = sorted((start, at))
+            yield Violation(
+                "covers",
+                owner,
+                fqn,
+                "every element held once",
+                f"[{low}, {high}) of dim {first.dim} held {what}",
+                REPORT_IT,
+            )
+            return
+        at = stop
+    if at != first.full_size:
+        found = f"[{at}, {first.full_size}) of dim {first.dim} held by nobody"
+        yield Violation("covers", rank, fqn, "every element held once", found, REPORT_IT)
+
+
+def _shards_cover(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[Violation]:
+    """The shards of a group tile every block, in group order: that is the order of the all-gather."""
+    sizes = {block.name: block.layout.nbytes for block in plan.blocks}
+    for group in _groups(plan, "weights"):
+        for index, rank in enumerate(group):
+            for home in by_rank[rank].homes:
+                if home.block not in sizes:
+                    continue  # same-schedule says so
+                expected = (0, sizes[home.block])
+                if home.home.sharded:
+                    expected = shard_range(sizes[home.block], len(group), index)
+                found = (home.start, home.stop)
+                if found != expected:
+                    yield Violation("covers", rank, home.block, f"bytes {expected}", f"bytes {found}", REPORT_IT)
+
+
+def _replicas_agree(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[Violation]:
+    """Equal checksums: the same part of a block, and the same part of a tensor, wherever it is held."""
+    sums: dict[object, dict[int, tuple[int, str]]] = defaultdict(dict)
+    for rank, report in by_rank.items():
+        tp = plan.mesh.coordinates(rank)["tp"]
+        for home in report.homes:
+            if home.checksum is not None:
+                sums[("block", home.block, tp, home.start, home.stop)][rank] = (home.checksum, home.block)
+        for record in report.tensors:
+            if record.checksum is not None:
+                part = record.part.ranges if record.part else None
+                sums[("tensor", record.fqn, part)][rank] = (record.checksum, record.fqn)
+    for holders in sums.values():
+        common, _ = Counter(checksum for checksum, _ in holders.values()).most_common(1)[0]
+        agreeing = [rank for rank, (checksum, _) in holders.items() if checksum == common]
+        for rank, (checksum, name) in holders.items():
+            if checksum != common:
+                expected = f"the bytes of rank {agreeing[0]} (checksum {common:#x})"
+                yield Violation("covers", rank, name, expected, f"{checksum:#x}", _RELOAD)
+
+
+def _arrived(plan: RunPlan, report: RankReport) -> Iterator[Violation]:
+    """Every tensor was compared with the checkpoint when it had come to the device, and was equal to it."""
+    compared = {record.fqn for record in report.arrivals}
+    inside = [
+        (f"{block.name}.{entry.name}", {f"{block.name}.{name}" for name in entry.names})
+        for block in plan.blocks
+        for entry in block.layout.entries
+        if entry.nbytes
+    ]
+    for fqn, names in [*inside, *((fqn, {fqn}) for fqn in plan.outside)]:
+        if compared.isdisjoint(names):
+            expected = "compared with the checkpoint on arrival"
+            yield Violation("covers", report.rank, fqn, expected, "it was not", REPORT_IT)
+    for arrival in report.arrivals:
+        if arrival.found != arrival.expected:
+            stored = plan.stored.get(arrival.fqn)
+            origin = f"of {stored.file.name}" if stored is not None else "that the model computes"
+            expected = f"the bytes {origin} (checksum {arrival.expected:#010x} of {arrival.nbytes} bytes)"
+            found = f"{arrival.found:#010x} {_where(plan, arrival.fqn)}"
+            yield Violation("covers", report.rank, arrival.fqn, expected, found, _WRONG_BYTES)
+
+
+def _where(plan: RunPlan, fqn: str) -> str:
+    block = plan.owner_of(fqn)
+    if block is None:
+        return "on the device"
+    place = "the memory of" if block.slot is None else f"slot {block.slot} after loading"
+    return f"in {place} block {block.name} from {block.home}"
+
+
+def _groups(plan: RunPlan, name: str) -> list[tuple[int, ...]]:
+    return list(dict.fromkeys(plan.mesh.groups(rank)[name] for rank in range(plan.mesh.world_size)))

@@ -1,0 +1,100 @@
+"""owned-once: every tensor has exactly one home, on the device, and nothing is there twice."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from crossdock.offload.block import Home
+from crossdock.offload.layout import ALIGNMENT
+from crossdock.offload.schedule import slot_sizes
+from crossdock.parallel.tensor import part_shape
+from crossdock.runtime.plan import RunPlan
+from crossdock.runtime.reports import REPORT_IT, RankReport, TensorRecord, Violation
+
+NOT_WEIGHTS = 2 * 2**20
+"""Bytes that setup may leave allocated on the device besides weights: a few small tensors of the communication."""
+
+
+def owned_once(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:
+    """Every parameter and buffer has exactly one home; none on meta; none outside the blocks off the device."""
+    for report in reports:
+        found = Counter(record.fqn for record in report.tensors)
+        for fqn in plan.dtypes:
+            if found[fqn] != 1:
+                yield Violation("owned-once", report.rank, fqn, "one home", f"{found[fqn]}", REPORT_IT)
+        for fqn in found.keys() - plan.dtypes.keys():
+            remedy = "add it to the checkpoint, or do not register it on the model"
+            yield Violation("owned-once", report.rank, fqn, "no such tensor", "an unplanned one", remedy)
+        for record in report.tensors:
+            yield from _check_home(plan, report.rank, record)
+        for record in report.plain:
+            yield from _check_device(plan, report.rank, record, "move it yourself, or register it as a buffer")
+        yield from _check_bytes(plan, report)
+        for module, what in report.foreign_hooks:
+            remedy = "remove it: two mechanisms must not move the same weights"
+            yield Violation("owned-once", report.rank, module or "the model", "no other mechanism", what, remedy)
+
+
+def _check_home(plan: RunPlan, rank: int, record: TensorRecord) -> Iterator[Violation]:
+    yield from _check_device(plan, rank, record, REPORT_IT)
+    if record.device == "meta":
+        return
+    block = plan.owner_of(record.fqn)
+    if block is None:
+        expected, offset = "outside", 0
+    else:
+        expected = f"block {block.name}" if block.slot is None else f"slot {block.slot}"
+        local = record.fqn.removeprefix(f"{block.name}.")
+        offset = next((entry.offset for entry in block.layout.entries if local in entry.names), -1)
+    if (record.place, record.offset) != (expected, offset):
+        found = f"{record.place} at byte {record.offset}"
+        yield Violation("owned-once", rank, record.fqn, f"{expected} at byte {offset}", found, REPORT_IT)
+    if record.dtype != str(plan.dtypes.get(record.fqn, record.dtype)):
+        yield Violation("owned-once", rank, record.fqn, str(plan.dtypes[record.fqn]), record.dtype, REPORT_IT)
+
+
+def _check_device(plan: RunPlan, rank: int, record: TensorRecord, remedy: str) -> Iterator[Violation]:
+    if record.device == "meta":
+        yield Violation("owned-once", rank, record.fqn, f"on {plan.device}", "on meta: never loaded", remedy)
+    elif record.device.split(":")[0] != plan.device:
+        yield Violation("owned-once", rank, record.fqn, f"on {plan.device}", f"on {record.device}", remedy)
+
+
+def _check_bytes(plan: RunPlan, report: RankReport) -> Iterator[Violation]:
+    """What lies on the device is what the plan has there: blocks that were to be streamed would show, and copies."""
+    planned, counted = planned_device_bytes(plan, report), report.device_bytes
+    found = counted.weights + counted.shards
+    where = next(
+        (r.fqn for r in report.tensors if r.place == "outside" and plan.owner_of(r.fqn) is not None), "device memory"
+    )
+    remedy = "something keeps weights on the device that are streamed: let go of it (a hook, a wrapper, a cached copy)"
+    pieces = 1 + sum(not block.home.on_host for block in plan.blocks)
+    if found > planned + pieces * ALIGNMENT:
+        expected = f"at most {planned} bytes of weights on the device"
+        yield Violation("owned-once", report.rank, where, expected, f"{found} bytes", remedy)
+    if counted.allocated is not None:
+        most = max(planned, found) + counted.others + counted.rounding + NOT_WEIGHTS
+        if counted.allocated > most:
+            expected = f"at most {most} bytes allocated on the device by loading"
+            yield Violation("owned-once", report.rank, where, expected, f"{counted.allocated} bytes", remedy)
+
+
+def planned_device_bytes(plan: RunPlan, report: RankReport) -> int:
+    """Slots, resident blocks, shards, and what is outside; for a buffer that no checkpoint holds, its found shape."""
+    blocks = plan.blocks
+    slots = plan.arena_bytes
+    if slots is None:
+        streamed = [block.layout.nbytes for block in plan.streamed]
+        slots = sum(slot_sizes(streamed, plan.schedule.slots))
+        slots += sum(blocks[index].layout.nbytes for index in plan.resident)
+    resident = sum(block.layout.nbytes for block in blocks if not block.home.streamed)
+    shards = sum(b.layout.shard_nbytes(plan.mesh.hsdp_shard) for b in blocks if b.home is Home.DEVICE_SHARD)
+    slices = plan.slices[plan.mesh.coordinates(report.rank)["tp"]]
+    shapes = {record.fqn: record.shape for record in report.tensors}
+    outside = 0
+    for fqn in plan.outside:
+        shape = part_shape(plan.stored[fqn].shape, slices.get(fqn)) if fqn in plan.stored else shapes.get(fqn, (0,))
+        outside += math.prod(shape) * plan.dtypes[fqn].itemsize
+    return slots + resident + shards + outside
