@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,6 +24,7 @@ from crossdock.runtime.errors import CheckpointError
 from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.reports import Span
 from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.resume import Snapshot, beginning_at
 from crossdock.runtime.text_encoder import ReplicatedTextEncoder
 
 
@@ -35,6 +37,23 @@ class Denoised:
     encode_s: float
     denoise_s: float
     step_ms: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class StepEnd:
+    """A step of the denoise loop has ended.
+
+    Attributes:
+        finished: how many steps of the request are done.
+        total: how many there are.
+        repeated: a resumed loop only ran this step to get to where it goes on; it was done before.
+        snapshot: takes one; to be called before the next step begins.
+    """
+
+    finished: int
+    total: int
+    repeated: bool
+    snapshot: Callable[[], Snapshot]
 
 
 class RankPipeline:
@@ -89,28 +108,45 @@ class RankPipeline:
         with self._components[name].present() if name in self._components else nullcontext():
             yield
 
-    def denoise(self, prompt: str, seed: int, request: GenerateRequest, on_step: Callable[[int], None]) -> Denoised:
-        """Run the denoise loop; `on_step` gets the number of finished steps. The noise is drawn on the CPU."""
-        clock = _StepClock(self._device, on_step)
+    def denoise(
+        self,
+        prompt: str,
+        seed: int,
+        request: GenerateRequest,
+        on_step: Callable[[StepEnd], None],
+        resume: Snapshot | None = None,
+    ) -> Denoised:
+        """Run the denoise loop, from its beginning or from where `resume` was taken.
+
+        The initial noise is drawn on the CPU; what a stochastic scheduler draws follows from the seed as well, so that
+        it is the same on all ranks and in every run. An error that `on_step` raises leaves the pipeline usable.
+
+        Raises:
+            RequestError: `resume` is of another request.
+        """
         guidance = {} if request.guidance_scale is None else {"guidance_scale": request.guidance_scale}
         self._encoder.calls.clear()
         began = time.perf_counter()
-        with clock.watching(self.pipe.transformer):
-            output = self.pipe(
-                prompt=prompt,
-                num_inference_steps=request.steps,
-                height=request.height,
-                width=request.width,
-                generator=torch.Generator("cpu").manual_seed(seed),
-                output_type="latent",
-                return_dict=False,
-                callback_on_step_end=clock.tick,
-                **guidance,
-            )
+        generator = torch.Generator("cpu").manual_seed(seed)
+        late = nullcontext() if resume is None else beginning_at(self.pipe.scheduler, resume.step)
+        with _own_randomness(self._device, seed) as generators, late:
+            loop = _Loop(self._device, (generator, *generators), on_step, resume)
+            with loop.watching(self.pipe.transformer):
+                output = self.pipe(
+                    prompt=prompt,
+                    num_inference_steps=request.steps,
+                    height=request.height,
+                    width=request.width,
+                    generator=generator,
+                    output_type="latent",
+                    return_dict=False,
+                    callback_on_step_end=loop.tick,
+                    **guidance,
+                )
         latents = output[0].to("cpu", torch.float32)
         encodes = tuple(Span("encode", *call) for call in self._encoder.calls)
         encode_s = sum(span.end_s - span.begin_s for span in encodes)
-        return Denoised(latents, encodes, encode_s, time.perf_counter() - began - encode_s, clock.step_ms())
+        return Denoised(latents, encodes, encode_s, time.perf_counter() - began - encode_s, loop.step_ms())
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Image.Image:
@@ -145,12 +181,37 @@ def _load_pipeline(plan: RunPlan, given: dict[str, nn.Module | None]) -> Any:
         raise CheckpointError(f"{plan.model_dir}: {plan.spec.pipeline} cannot be loaded: {error}") from error
 
 
-class _StepClock:
-    """Time of each denoise step; on CUDA by device events, so that no step is made to wait for the device."""
+@contextmanager
+def _own_randomness(device: torch.device, seed: int) -> Iterator[tuple[torch.Generator, ...]]:
+    """The generators that a scheduler draws from, which pipelines do not tell of the request's own: the process's.
 
-    def __init__(self, device: torch.device, on_step: Callable[[int], None]) -> None:
+    They are seeded inside, with a number that has nothing to do with the initial noise, and put back afterwards.
+    """
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        generators = (torch.default_generator, *(torch.cuda.default_generators[d.index or 0] for d in cuda))
+        for generator in generators:
+            generator.manual_seed(random.Random(seed).getrandbits(63))
+        yield generators
+
+
+class _Loop:
+    """The denoise loop as its callback sees it: resumes, counts, and takes the time of each step.
+
+    On CUDA the time is taken by device events, so that no step is made to wait for the device.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        generators: tuple[torch.Generator, ...],
+        on_step: Callable[[StepEnd], None],
+        resume: Snapshot | None,
+    ) -> None:
         self._cuda = device.type == "cuda"
+        self._generators = generators
         self._on_step = on_step
+        self._resume = resume
         self._marks: list[Any] = []
 
     @contextmanager
@@ -163,8 +224,18 @@ class _StepClock:
             handle.remove()
 
     def tick(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        repeated = self._resume is not None and step == 0
+        if self._resume is not None and repeated:
+            latents = self._resume.restore(timestep, tensors["latents"], pipe.scheduler, self._generators)
+            tensors = {**tensors, "latents": latents}
+            self._marks.clear()
         self._marks.append(self._now())
-        self._on_step(step + 1)
+        finished = step + (1 if self._resume is None else self._resume.step)
+
+        def snapshot() -> Snapshot:
+            return Snapshot.take(finished, timestep, tensors["latents"], pipe.scheduler, self._generators)
+
+        self._on_step(StepEnd(finished, len(pipe.scheduler.timesteps), repeated, snapshot))
         return tensors
 
     def step_ms(self) -> list[float]:

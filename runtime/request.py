@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from crossdock.runtime.errors import RequestError
 
 MAX_SEED = 2**63 - 1
+MAX_NUMBER = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,11 @@ class GenerateRequest:
     """Prompts and sampling settings.
 
     `height` and `width` are in pixels. `guidance_scale` None takes the pipeline's own default.
+
+    Attributes:
+        number: which request this is to an engine; a cancel names it. Never falls from one request to the next.
+        time_limit_s: seconds after which it is stopped, at the next step's end. None: no limit.
+        keep_every: after every so many steps, what it takes to resume is kept. 0: never.
     """
 
     prompts: tuple[str, ...]
@@ -23,6 +29,9 @@ class GenerateRequest:
     height: int = 256
     width: int = 256
     guidance_scale: float | None = None
+    number: int = 0
+    time_limit_s: float | None = None
+    keep_every: int = 0
 
     def validate(self) -> None:
         """Raise `RequestError` for the first setting that no pipeline could take."""
@@ -40,3 +49,10 @@ class GenerateRequest:
         scale = self.guidance_scale
         if scale is not None and not (math.isfinite(scale) and scale >= 0):
             raise RequestError(f"guidance_scale: found {scale}; allowed: a finite number >= 0")
+        limit = self.time_limit_s
+        if limit is not None and not (math.isfinite(limit) and limit > 0):
+            raise RequestError(f"time_limit_s: found {limit}; allowed: a finite number > 0")
+        if self.keep_every < 0:
+            raise RequestError(f"keep_every: found {self.keep_every}; allowed: an integer >= 0 (0: never)")
+        if not 0 <= self.number <= MAX_NUMBER:
+            raise RequestError(f"number: found {self.number}; allowed: an integer from 0 to {MAX_NUMBER}")

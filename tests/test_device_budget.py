@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from one_rank import admitted
 from torch import Tensor
 
 import crossdock.runtime.improvement as improvement
@@ -45,17 +45,6 @@ def _plan(directory: Path, **offload: Any) -> RunPlan:
     return make_plan(config, directory, "cpu", device_bytes=2**33)
 
 
-@contextmanager
-def _worker(plan: RunPlan) -> Iterator[RankWorker]:
-    """A rank in this process, admitted."""
-    worker = RankWorker(0, 1, torch.device("cpu"))
-    try:
-        Coordinator(plan).admit([worker.setup(plan)])
-        yield worker
-    finally:
-        worker.teardown()
-
-
 def _minimum(directory: Path) -> int:
     with pytest.raises(ConfigError) as caught:
         _plan(directory, device_budget="1KiB")
@@ -83,7 +72,7 @@ def test_ten_budgets(family: str, checkpoints: Checkpoints) -> None:
     expected = reference_latents(directory, size=ODD_SIZE)
     moved, first, encoder_bytes = [], None, 0
     for budget in budgets:
-        with _worker(_plan(directory, device_budget=f"{budget}B", prefetch=1)) as worker:
+        with admitted(_plan(directory, device_budget=f"{budget}B", prefetch=1)) as worker:
             latents = worker.generate(REQUEST).latents
             again = worker.generate(REQUEST)
             held = _device_bytes(worker)
@@ -216,13 +205,13 @@ def test_improving_changes_no_bit(flux2_dir: Path, monkeypatch: pytest.MonkeyPat
 
     budget = _minimum(flux2_dir) + 2**20
     plan = _plan(flux2_dir, device_budget=f"{budget}B")
-    with _worker(plan) as worker:
+    with admitted(plan) as worker:
         monkeypatch.setattr(worker_module, "MEASURED_STEPS", 10**6)
         kept = worker.generate(REQUEST)
     monkeypatch.setattr(worker_module, "MEASURED_STEPS", 2)
     monkeypatch.setattr(worker_module, "observe", lambda plan, *_: _observation(plan, tuple(reversed(plan.order)), 3))
     coordinator = Coordinator(plan)
-    with _worker(plan) as worker:
+    with admitted(plan) as worker:
         results = [worker.generate(REQUEST) for _ in range(3)]
         for result in results:
             coordinator.review([result])
@@ -247,7 +236,7 @@ def test_the_next_request_is_right(where: str, error: type[BaseException], check
     """Pitfalls 19 and 21: an exception, a cancelled request, memory that runs out, at any point of a request."""
     directory = checkpoints["flux2-klein"]
     budget = f"{_minimum(directory) + 2**19}B"
-    with _worker(_plan(directory, device_budget=budget)) as worker:
+    with admitted(_plan(directory, device_budget=budget)) as worker:
         expected = _latents(worker.generate(REQUEST))
         pipe = worker.pipeline.pipe
         victim = {
@@ -332,10 +321,10 @@ def test_a_crashed_gang_starts_again_without_reading(flux2_dir: Path, monkeypatc
         fill(self, *args)
 
     monkeypatch.setattr(weights.WeightLoader, "_fill", counted)
-    with _worker(plan) as second:  # the first one was never torn down: as if it had been killed
+    with admitted(plan) as second:  # the first one was never torn down: as if it had been killed
         assert torch.equal(_latents(second.generate(REQUEST)), expected)
         assert read == []
-    with _worker(replace(plan, dtypes=plan.dtypes)) as third:
+    with admitted(replace(plan, dtypes=plan.dtypes)) as third:
         assert torch.equal(_latents(third.generate(REQUEST)), expected)
     assert len(read) == len(plan.blocks), "an orderly end gives the memory up"
     worker.teardown()

@@ -1,0 +1,117 @@
+"""Stopping a request between two steps: somebody cancelled it, or its time is up.
+
+No rank stops alone, for the others would wait for it in a collective. At every step's end the ranks tell each other
+where they are and whether they were asked to stop, and all of them act on the same answer.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from enum import IntEnum
+
+import torch
+import torch.distributed as dist
+
+from crossdock.parallel.group import Group, GroupRecord
+from crossdock.runtime.errors import RankError, RequestCancelled, RequestTimeout
+from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.weights import exchange
+
+
+class _Wish(IntEnum):
+    """The greatest of all ranks' wishes is what happens."""
+
+    GO_ON = 0
+    TIMED_OUT = 1
+    CANCEL = 2
+
+
+class Stopping:
+    """One rank's side of the agreement. `cancel` may be called from any thread, at any time."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self._rank = rank
+        self._world_size = world_size
+        self._lock = threading.Lock()
+        self._asked: dict[int, str] = {}  # request number -> reason
+        self._number = 0
+        self._limit_s: float | None = None
+        self._began = time.monotonic()
+        self._group: Group | None = None
+
+    def cancel(self, reason: str, number: int) -> None:
+        """Ask request `number` to stop; one that is over is not affected, one to come ends with its first step."""
+        with self._lock:
+            self._asked.setdefault(number, reason)
+
+    def begin(self, request: GenerateRequest) -> None:
+        """A request begins: its time runs, and what was asked of earlier ones is forgotten."""
+        self._limit_s, self._began = request.time_limit_s, time.monotonic()
+        with self._lock:
+            self._number = request.number
+            self._asked = {number: reason for number, reason in self._asked.items() if number >= request.number}
+
+    def end(self) -> None:
+        """The request is over; a cancel for it that comes now is too late."""
+        with self._lock:
+            self._asked.pop(self._number, None)
+
+    def agree(self, finished: int, total: int) -> None:
+        """At the end of step `finished` of `total`. Collective over the world.
+
+        Raises:
+            RequestCancelled: a rank was asked to stop. On all ranks, at the same step.
+            RequestTimeout: on some rank the request has taken longer than its time limit. Likewise.
+            RankError: the ranks are not at the same step of the same request. Likewise.
+        """
+        wish = self._wish()
+        rows = self._gather([self._number, total, finished, wish])
+        _check_in_step([(number, total, finished) for number, total, finished, _ in rows])
+        wishes = [row[3] for row in rows]
+        if max(wishes) == _Wish.GO_ON:
+            return
+        reasons = exchange(self._reason(wish), self._world_size)
+        reason = reasons[wishes.index(max(wishes))]
+        raise (RequestCancelled if max(wishes) == _Wish.CANCEL else RequestTimeout)(reason, finished)
+
+    def records(self) -> tuple[GroupRecord, ...]:
+        """Of the world's group, once it was used; for any thread."""
+        group = self._group
+        return () if group is None else (group.record(),)
+
+    def _wish(self) -> _Wish:
+        with self._lock:
+            if self._number in self._asked:
+                return _Wish.CANCEL
+        late = self._limit_s is not None and time.monotonic() - self._began > self._limit_s
+        return _Wish.TIMED_OUT if late else _Wish.GO_ON
+
+    def _reason(self, wish: _Wish) -> str:
+        with self._lock:
+            return self._asked[self._number] if wish is _Wish.CANCEL else f"the time limit is {self._limit_s} s"
+
+    def _gather(self, row: list[int]) -> list[list[int]]:
+        """Every rank's row, by rank. On the CPU and the world's own group, apart from the activations."""
+        if self._world_size == 1:
+            return [row]
+        assert dist.group.WORLD is not None
+        if self._group is None or self._group.handle is not dist.group.WORLD:
+            self._group = Group(dist.group.WORLD, "world")
+        rows = torch.empty(self._world_size * len(row), dtype=torch.int64)
+        self._group.all_gather(rows, torch.tensor(row, dtype=torch.int64))
+        found: list[list[int]] = rows.view(self._world_size, len(row)).tolist()
+        return found
+
+
+def _check_in_step(places: list[tuple[int, int, int]]) -> None:
+    """`places`: by rank, request number, steps of the request, finished steps."""
+    if len(set(places)) == 1:
+        return
+    usual = max(places, key=places.count)
+    other = next(rank for rank, place in enumerate(places) if place != usual)
+    where = "; ".join(
+        f"rank {rank}: step {finished} of {total} of request {number}"
+        for rank, (number, total, finished) in enumerate(places)
+    )
+    raise RankError(other, f"is not at the same step as the others ({where}); all ranks have to run the same request")
