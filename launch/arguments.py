@@ -1,4 +1,4 @@
-"""The `generate` command's arguments, shared by `crossdock` and `python -m crossdock.launch.torchrun`."""
+"""The arguments of `generate` and `check`, shared by `crossdock` and `python -m crossdock.launch.torchrun`."""
 
 from __future__ import annotations
 
@@ -57,6 +57,10 @@ RunGenerate = Callable[[Path, Path, GenerateRequest, Outputs], None]
 """Takes the config file, the model directory, the request and the outputs, all checked."""
 
 
+RunCheck = Callable[[Path, Path, bool, bool], None]
+"""Takes the config file and the model directory, both checked; whether to probe, and whether to print JSON."""
+
+
 def build_app(run: RunGenerate) -> typer.Typer:
     """An app with the command `generate`, which checks its arguments and calls `run`."""
     app = typer.Typer(pretty_exceptions_enable=False, no_args_is_help=True, add_completion=False)
@@ -95,10 +99,29 @@ def build_app(run: RunGenerate) -> typer.Typer:
         outputs = Outputs(out, latents, report, trace)
         request.validate()
         outputs.check(len(request.prompts))
-        load_config(config)  # read again by the run; here so that a mistake shows before the heavy imports
-        if not model_dir.is_dir():
-            raise CheckpointError(f"{model_dir}: no such directory; give a checkpoint in the diffusers format")
+        _check_inputs(config, model_dir)
         run(config, model_dir, request, outputs)
+
+    return app
+
+
+def add_check(app: typer.Typer, run: RunCheck) -> typer.Typer:
+    """Give `app` the command `check`, which checks its arguments and calls `run`."""
+
+    @app.command()
+    def check(
+        model_dir: Annotated[
+            Path, typer.Argument(metavar="MODEL_DIR", help="Checkpoint directory in the diffusers format.")
+        ],
+        config: Annotated[Path, typer.Option(help="YAML file with the layout; see `config-schema`.")],
+        probe: Annotated[
+            bool, typer.Option("--probe", help="Also run one step with streaming and without it, and compare the bits.")
+        ] = False,
+        as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    ) -> None:
+        """Load the model and verify that sharding and offloading compose; nothing is drawn."""
+        _check_inputs(config, model_dir)
+        run(config, model_dir, probe, as_json)
 
     return app
 
@@ -133,6 +156,12 @@ def complain_on_stderr(message: str) -> None:
     console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
     console.print("crossdock:", style="bold red", end=" ")
     console.print(message, markup=False)
+
+
+def _check_inputs(config: Path, model_dir: Path) -> None:
+    load_config(config)  # read again by the run; here so that a mistake shows before the heavy imports
+    if not model_dir.is_dir():
+        raise CheckpointError(f"{model_dir}: no such directory; give a checkpoint in the diffusers format")
 
 
 def _check_writable(option: str, path: Path) -> None:

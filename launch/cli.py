@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from crossdock.launch.arguments import Outputs, build_app, run_app
+from crossdock.launch.arguments import Outputs, add_check, build_app, run_app
 from crossdock.runtime.request import GenerateRequest
 
 
@@ -23,7 +23,13 @@ def _run_on_ray(config: Path, model_dir: Path, request: GenerateRequest, outputs
     run_generate(config, model_dir, request, outputs, launcher="ray")
 
 
-app = build_app(_run_on_ray)
+def _check_on_ray(config: Path, model_dir: Path, probe: bool, as_json: bool) -> None:
+    from crossdock.launch.check import run_check
+
+    run_check(config, model_dir, "ray", probe=probe, as_json=as_json)
+
+
+app = add_check(build_app(_run_on_ray), _check_on_ray)
 
 
 @app.command("make-checkpoint")

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 
-from crossdock.launch.arguments import Outputs
+from crossdock.launch.recovery import Fault, Snapshots, advice, restart, with_less_memory
 from crossdock.runtime.config import LaunchConfig, RunConfig
 from crossdock.runtime.coordinator import Coordinator
-from crossdock.runtime.errors import CrossdockError, LaunchError
-from crossdock.runtime.gang import Gang
+from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled
+from crossdock.runtime.gang import Gang, Notice
 from crossdock.runtime.plan import RunPlan, check_request, make_plan
-from crossdock.runtime.reports import RankTrace
+from crossdock.runtime.probe import probe_numbers, probe_request
+from crossdock.runtime.reports import RankTrace, Verdict
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.trace_file import chrome_trace
+from crossdock.runtime.resume import Snapshot
+from crossdock.runtime.status import RankStatus
 from crossdock.runtime.worker import RankResult, RankWorker
+
+CANCEL_S = 10.0
+"""The longest wait for a rank to take note of a cancel."""
 
 Progress = Callable[[int, int], None]
 """Called with (finished steps, all steps)."""
@@ -55,17 +58,25 @@ class Generation:
 class Engine:
     """Use it as a context manager; `close` ends all ranks."""
 
-    def __init__(self, plan: RunPlan, gang: Gang, owns_gang: bool, launch_s: float) -> None:
+    def __init__(self, plan: RunPlan, gang: Gang, owns_gang: bool) -> None:
         self.gang = gang
         self._owns_gang = owns_gang
         self._idle = False  # the ranks wait for work: nobody was interrupted in the middle of it
         self._coordinator = Coordinator(plan)
-        self._phases = {"launch": launch_s, "load": 0.0, "verify": 0.0}
+        self._phases = {"launch": 0.0, "load": 0.0, "verify": 0.0}
+        self._number = 0  # of the last request
+        self._faults: list[Fault] = []  # survived since the last report
+        self._thorough = False  # every byte that arrives is compared, not a sample
 
     @property
     def plan(self) -> RunPlan:
         """What the ranks hold now."""
         return self._coordinator.plan
+
+    @property
+    def verdict(self) -> Verdict:
+        """On the composition of what the ranks hold now."""
+        return self._coordinator.verdict
 
     @classmethod
     def start(
@@ -75,6 +86,7 @@ class Engine:
         gang: Gang | None = None,
         make_gang: MakeGang | None = None,
         first_request: GenerateRequest | None = None,
+        probe: bool = False,
     ) -> Engine:
         """Plan, launch, load, verify.
 
@@ -82,6 +94,7 @@ class Engine:
             gang: a started gang to run on; it is left running at `close`.
             make_gang: without `gang`, makes the engine's own; by default one of Ray actors.
             first_request: what is asked for first, where that is known; refused before anything is started.
+            probe: compare every byte that arrives on the devices with the checkpoint, and `probe` the numbers.
 
         Raises:
             UserError: the config, the checkpoint or the machine does not do.
@@ -92,15 +105,15 @@ class Engine:
         plan = make_plan(config, Path(model_dir), device)
         if first_request is not None:
             check_request(plan, first_request)
-        began = time.perf_counter()
-        if gang is not None:
-            engine = cls(plan, gang, owns_gang=False, launch_s=0.0)
-        else:
-            gang = (make_gang or _ray_gang)(config.launch, config.world_size, device)
-            gang.start()
-            engine = cls(plan, gang, owns_gang=True, launch_s=time.perf_counter() - began)
+        engine = cls(plan, gang or (make_gang or _ray_gang)(config.launch, config.world_size, device), gang is None)
+        engine._thorough = probe
         try:
-            engine._load()
+            try:
+                engine._bring_up()
+            except RankError as error:
+                engine._replace_gang(error, attempt=1)
+            if probe:
+                engine.probe()
         except BaseException:
             engine.close()
             raise
@@ -115,24 +128,42 @@ class Engine:
         height: int = 256,
         width: int = 256,
         guidance_scale: float | None = None,
+        time_limit_s: float | None = None,
         progress: Progress | None = None,
     ) -> Generation:
         """Generate one picture per prompt; prompt number i is drawn with `seed + i`.
 
+        A rank that fails meanwhile is replaced, and the request goes on from the last steps that were kept; the
+        pictures are the same. `launch.recovery` says how often.
+
+        Args:
+            time_limit_s: for each round of prompts; by default `launch.timeouts.request_s`.
+
         Raises:
             RequestError: the arguments do not fit the model; the engine stays usable.
+            RequestCancelled: `cancel` was called, or the time was up; the engine stays usable.
             CompositionError, RankError: the run failed; the engine is closed.
         """
         prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
-        request = GenerateRequest(prompts, seed, steps, height, width, guidance_scale)
+        launch = self.plan.config.launch
+        request = GenerateRequest(
+            prompts,
+            seed,
+            steps,
+            height,
+            width,
+            guidance_scale,
+            time_limit_s=time_limit_s or launch.timeouts.request_s,
+            keep_every=launch.recovery.keep_every if self.gang.can_restart else 0,
+        )
         check_request(self.plan, request)
         replicas = self.plan.mesh.dp
         done: list[RankResult] = []
         for first in range(0, len(prompts), replicas):
-            part = GenerateRequest(
-                prompts[first : first + replicas], seed + first, steps, height, width, guidance_scale
-            )
-            done.extend(self._run(part, progress))
+            self._number += 1
+            part = prompts[first : first + replicas]
+            round_ = replace(request, prompts=part, seed=seed + first, number=self._number)
+            done.extend(self._run(round_, progress))
         finished = [result for result in done if result.image is not None and result.latents is not None]
         return Generation(
             [result.image for result in finished if result.image is not None],
@@ -140,6 +171,31 @@ class Engine:
             self._report(done[-self.plan.mesh.world_size :]),
             [result.timeline for result in done],
         )
+
+    def cancel(self, reason: str = "cancelled") -> None:
+        """Stop the request under way at the end of its step; `generate` raises RequestCancelled. For any thread.
+
+        Raises:
+            RankError: the rank that is told did not answer.
+        """
+        self.gang.aside(0, RankWorker.cancel, reason, self._number, timeout_s=CANCEL_S)
+
+    def probe(self) -> None:
+        """Let every rank run one step with streaming and without it: the same bits, or it raises.
+
+        Raises:
+            CompositionError: streaming changed a number.
+            RankError: a rank failed; the engine is closed.
+        """
+        request, timeout_s = probe_request(self.plan), self.plan.config.launch.timeouts.request_s
+        self._idle = False
+        try:
+            probes = self.gang.call(probe_numbers, request, timeout_s=timeout_s)
+        except CrossdockError:
+            self.gang.close()
+            raise
+        self._idle = True
+        self._coordinator.compare(probes)
 
     def close(self) -> None:
         """Give the model up, its host memory included, and end all ranks, unless they were borrowed. Twice is fine.
@@ -163,6 +219,13 @@ class Engine:
     ) -> None:
         self.close()
 
+    def _bring_up(self) -> None:
+        began = time.perf_counter()
+        if self._owns_gang:
+            self.gang.start()
+        self._phases["launch"] = time.perf_counter() - began
+        self._load()
+
     def _load(self) -> None:
         timeouts = self.plan.config.launch.timeouts
         began = time.perf_counter()
@@ -170,30 +233,90 @@ class Engine:
             device_bytes = min(self.gang.call(RankWorker.device_bytes, timeout_s=timeouts.launch_s))
             plan = make_plan(self.plan.config, self.plan.model_dir, self.plan.device, device_bytes)
             self._coordinator = Coordinator(plan)
-        reports = self.gang.call(RankWorker.setup, self.plan, timeout_s=timeouts.load_s)
+        reports = self.gang.call(RankWorker.setup, self.plan, self._thorough, timeout_s=timeouts.load_s)
         loaded = time.perf_counter()
         self._idle = True
         self._coordinator.admit(reports)
         self._phases |= {"load": loaded - began, "verify": time.perf_counter() - loaded}
 
     def _run(self, request: GenerateRequest, progress: Progress | None) -> list[RankResult]:
-        def watch(finished: int) -> None:
-            if progress is not None:
-                progress(finished, request.steps)
+        """One round of prompts, whatever happens to the ranks meanwhile."""
+        snapshots = Snapshots(self.plan, self.gang)
+        shown = _Shown(progress, request.steps)
+        for attempt in itertools.count(1):
+            start = snapshots.start()
+            began = time.perf_counter()
 
-        timeout_s = self.plan.config.launch.timeouts.request_s
+            def notice(statuses: Mapping[int, RankStatus]) -> None:
+                shown.notice(statuses)
+                snapshots.notice(statuses)
+
+            try:
+                results = self._attempt(request, start, notice)
+            except RankError as error:
+                lost_s = time.perf_counter() - began
+                resumed = snapshots.start()
+                self._replace_gang(error, attempt, resumed[0].step if resumed else 0, lost_s)
+            else:
+                break
+        shown.finish()
+        return results
+
+    def _attempt(
+        self, request: GenerateRequest, start: tuple[Snapshot, ...] | None, notice: Notice
+    ) -> list[RankResult]:
+        timeouts = self.plan.config.launch.timeouts
+        timeout_s = (request.time_limit_s or timeouts.request_s) + timeouts.collective_s
         self._idle = False
         try:
-            results = self.gang.call(RankWorker.generate, request, timeout_s=timeout_s, watch=watch)
+            results = self.gang.call(RankWorker.generate, request, start, timeout_s=timeout_s, notice=notice)
             self._coordinator.review(results)
+        except RequestCancelled:
+            self._idle = True
+            raise
+        except RankError:
+            raise
         except CrossdockError:
             self.gang.close()  # the other ranks may hang in a collective
             raise
         self._idle = True
         return results
 
+    def _replace_gang(self, error: RankError, attempt: int, resumed_after: int = 0, lost_s: float = 0.0) -> None:
+        """New ranks with the model, after `error` ended attempt number `attempt`.
+
+        Raises:
+            RankError: there have been enough attempts, or memory ran out and cannot be saved; the gang is closed.
+        """
+        self._idle = False
+        began = time.perf_counter()
+        remedy = "new ranks"
+        attempts = self.plan.config.launch.recovery.retries - attempt + 1
+        try:
+            if error.kind == "memory":
+                remedy = self._save_memory(error)
+            if attempts < 1 or error.kind == "late" or not self.gang.can_restart:
+                raise error
+            restart(self.gang, self._load, attempts)
+        except BaseException:
+            self.gang.close()
+            raise
+        recovery_s = time.perf_counter() - began
+        self._faults.append(Fault(error.rank, error.kind, str(error), resumed_after, lost_s, recovery_s, remedy))
+
+    def _save_memory(self, error: RankError) -> str:
+        """Lower the budget, once; says from what to what."""
+        saved = any(fault.kind == "memory" for fault in self._faults)
+        plan = None if saved else with_less_memory(self.plan)
+        if plan is None:
+            raise RankError(error.rank, f"{error.message}; {advice(self.plan)}", "memory")
+        remedy = f"device budget lowered from {self.plan.budget_bytes} to {plan.budget_bytes} bytes"
+        self._coordinator = Coordinator(plan)
+        return remedy
+
     def _report(self, results: Sequence[RankResult]) -> dict[str, Any]:
         rows, phases = [], dict(self._phases)
+        faults, self._faults = self._faults, []
         for result in sorted(results, key=lambda result: result.rank):
             row = asdict(result.measurements)
             for phase, seconds in row.pop("phases_s").items():
@@ -205,8 +328,31 @@ class Engine:
             "ranks": rows,
             "schedule": asdict(self.plan.schedule_report(results[0].verdict)),
             "composition": self._coordinator.composition,
+            "faults": [asdict(fault) for fault in faults],
             "phases_s": {phase: round(seconds, 4) for phase, seconds in phases.items()},
         }
+
+
+class _Shown:
+    """Tells every finished step of a request once, however often it is resumed."""
+
+    def __init__(self, progress: Progress | None, steps: int) -> None:
+        self._progress = progress
+        self._steps = steps
+        self._shown = 0
+
+    def notice(self, statuses: Mapping[int, RankStatus]) -> None:
+        if 0 in statuses and (step := statuses[0].step) is not None:
+            self._show(step - 1)
+
+    def finish(self) -> None:
+        self._show(self._steps)
+
+    def _show(self, finished: int) -> None:
+        while self._shown < min(finished, self._steps):
+            self._shown += 1
+            if self._progress is not None:
+                self._progress(self._shown, self._steps)
 
 
 def _ray_gang(config: LaunchConfig, world_size: int, device: str) -> Gang:
@@ -233,33 +379,3 @@ def choose_device(config: RunConfig) -> str:
             "launch.device",
         )
     return device
-
-
-def write_outputs(generation: Generation, outputs: Outputs) -> list[Path]:
-    """Write the pictures, and what else is asked for; each file appears whole or not at all."""
-    paths = outputs.image_paths(len(generation.images))
-    for image, path in zip(generation.images, paths, strict=True):
-        _write(path, partial(image.save, format=_format(path)))
-    if outputs.latents is not None:
-        latents = torch.cat(generation.latents).contiguous()
-        _write(outputs.latents, lambda part: save_file({"latents": latents}, part))
-    if outputs.report is not None:
-        text = json.dumps(generation.report, indent=2) + "\n"
-        _write(outputs.report, lambda part: part.write_text(text, encoding="utf-8"))
-    if outputs.trace is not None:
-        content = json.dumps(chrome_trace(generation.trace))
-        _write(outputs.trace, lambda part: part.write_text(content, encoding="utf-8"))
-    return paths
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _format(path: Path) -> str:
-    return Image.registered_extensions()[path.suffix.lower()]

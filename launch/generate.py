@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from crossdock.launch.arguments import Outputs
-from crossdock.launch.engine import Engine, Generation, MakeGang, write_outputs
+from crossdock.launch.engine import Engine, Generation, MakeGang
+from crossdock.launch.outputs import write_outputs
 from crossdock.runtime.config import RunConfig
 from crossdock.runtime.errors import ConfigError, UserError
 from crossdock.runtime.request import GenerateRequest
@@ -39,31 +40,40 @@ def run_generate(
     """
     config = load_config(config_path)
     console = Console(highlight=False, soft_wrap=True, quiet=quiet)
-    signal.signal(signal.SIGTERM, _end)
-    try:
-        make_gang = _choose_gang(config, launcher)
+    signal.signal(signal.SIGTERM, end)
+    with locating(config_path):
+        make_gang = choose_gang(config, launcher, "generate")
         console.print(f"{model_dir}: starting {config.world_size} ranks ({launcher})", markup=False)
         with Engine.start(config, model_dir, make_gang=make_gang, first_request=request) as engine:
             console.print(f"layout: {engine.plan.layout_name}; composition verified", markup=False)
             generation = _generate(engine, request, console)
+    if not quiet:
+        for path in write_outputs(generation, outputs):
+            console.print(f"wrote {path}", markup=False)
+        for fault in generation.report["faults"]:
+            console.print(survived(fault), markup=False)
+        console.print(summary(generation.report))
+
+
+@contextmanager
+def locating(config_path: Path) -> Iterator[None]:
+    """An error about the config says file and line."""
+    try:
+        yield
     except UserError as error:
         if error.key is None:
             raise
         raise type(error)(f"{locate(config_path, error.key)}: {error}") from None
-    if not quiet:
-        for path in write_outputs(generation, outputs):
-            console.print(f"wrote {path}", markup=False)
-        console.print(summary(generation.report))
 
 
-def _choose_gang(config: RunConfig, launcher: Launcher) -> MakeGang | None:
-    """None: the engine's own choice, Ray."""
+def choose_gang(config: RunConfig, launcher: Launcher, command: str) -> MakeGang | None:
+    """None: the engine's own choice, Ray. `command`: for the message, when the config wants another launcher."""
     wanted = config.launch.launcher
     if wanted not in ("auto", launcher):
         way = (
-            f"torchrun --nproc-per-node {config.world_size} -m crossdock.launch.torchrun generate ..."
+            f"torchrun --nproc-per-node {config.world_size} -m crossdock.launch.torchrun {command} ..."
             if wanted == "torchrun"
-            else "crossdock generate ..."
+            else f"crossdock {command} ..."
         )
         raise ConfigError(f"found {wanted}, but this is {launcher}; start it with: {way}", "launch.launcher")
     if launcher == "ray":
@@ -98,6 +108,13 @@ def _step_bar(console: Console) -> Iterator[Any]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def survived(fault: dict[str, Any]) -> str:
+    """A fault of the report in one line."""
+    went_on = f"went on after step {fault['resumed_after']}" if fault["resumed_after"] else "began again"
+    what = fault["error"].partition("\n")[0]
+    return f"survived: {what} ({fault['remedy']} in {fault['recovery_s']:.1f} s; {went_on})"
+
+
 def summary(report: dict[str, Any]) -> Table:
     """One row per rank: what it held, what it moved (MiB), and its median time per step."""
     phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in report["phases_s"].items())
@@ -111,11 +128,11 @@ def summary(report: dict[str, Any]) -> Table:
             str(row["rank"]),
             row["device"],
             *(f"{size / 2**20:.1f}" for size in sizes),
-            f"{statistics.median(row['step_ms']):.1f}",
+            f"{statistics.median(row['step_ms']):.1f}" if row["step_ms"] else "-",  # resumed after its last step
         )
     return table
 
 
-def _end(number: int, frame: FrameType | None) -> None:
+def end(number: int, frame: FrameType | None) -> None:
     """SIGTERM ends the run like Ctrl-C: the gang is closed on the way out."""
     raise KeyboardInterrupt

@@ -10,13 +10,14 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import psutil
 import ray
 import torch
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -24,7 +25,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from crossdock.runtime.config import LaunchConfig
-from crossdock.runtime.errors import CrossdockError, LaunchError, RankError
+from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled
+from crossdock.runtime.faults import first_cause, is_conclusive, rank_error
+from crossdock.runtime.gang import Notice
+from crossdock.runtime.status import RankStatus
+from crossdock.runtime.watch import Watch, different_collective
 from crossdock.runtime.worker import RankWorker, compute_threads
 
 T = TypeVar("T")
@@ -40,6 +45,13 @@ _RENDEZVOUS_VARIABLES = (
     "MASTER_PORT",
 )
 _POLL_S = 0.1
+_ASK_EVERY_S = 0.25
+_SUSPECT_S = 1.5
+"""A rank that has not answered for so long is looked at: is its process stopped?"""
+_SILENT_S = 120.0
+"""A rank that has not answered for so long is given up, although its process seems to run."""
+_EXPLAIN_S = 3.0
+"""How long after a rank was cut off another one may take to show that it is the cause."""
 _OBJECT_STORE_BYTES = 256 * 2**20
 """Results and plans only travel through Ray; weights never do."""
 
@@ -65,26 +77,28 @@ class _RankActor:
             ) from None
         return host, self._store.port
 
-    def join(self, host: str, port: int, timeout_s: float, collective_s: float) -> None:
+    def join(self, host: str, port: int, timeout_s: float, collective_s: float) -> tuple[str, int]:
+        """Meet the others; returns (host, pid)."""
         store = self._store or TCPStore(
             host, port, self._worker.world_size, is_master=False, timeout=timedelta(seconds=timeout_s)
         )
         self._worker.join(store, collective_s)
+        return socket.gethostname(), os.getpid()
 
     def call(self, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         try:
             return work(self._worker, *args)
-        except CrossdockError:
-            raise
         except Exception as error:
-            detail = "".join(traceback.format_exception(error)).rstrip()
-            raise RankError(self._worker.rank, f"{type(error).__name__}: {error}\n{detail}") from None
+            raise rank_error(self._worker.status(), error) from None
 
-    def leave(self) -> None:
-        self._worker.leave()
+    def aside(self, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        return work(self._worker, *args)
 
-    def finished_steps(self) -> int:
-        return self._worker.finished_steps
+    def status(self) -> RankStatus:
+        return self._worker.status()
+
+    def sees_stopped(self, pid: int) -> bool:
+        return _is_stopped(pid)
 
 
 class RayGang:
@@ -97,48 +111,62 @@ class RayGang:
         self._owns_ray = False
         self._group: PlacementGroup | None = None
         self._actors: list[Any] = []
+        self._places: list[tuple[str, int]] = []  # (host, pid) of every rank
+
+    @property
+    def can_restart(self) -> bool:
+        return True
 
     def start(self) -> None:
+        self._connect()
+        self.restart()
+
+    def restart(self) -> None:
+        self._end_actors()
         deadline = time.monotonic() + self._config.timeouts.launch_s
         try:
             self._connect()
             self._place(deadline)
             host, port = self._await([self._actors[0].open_store.remote(self._config.port)], deadline)[0]
             limits = (self._config.timeouts.launch_s, self._config.timeouts.collective_s)
-            self._await([actor.join.remote(host, port, *limits) for actor in self._actors], deadline)
+            self._places = self._await([actor.join.remote(host, port, *limits) for actor in self._actors], deadline)
         except BaseException:
             self.close()
             raise
 
-    def call(
-        self,
-        work: Callable[..., T],
-        *args: Any,
-        timeout_s: float,
-        watch: Callable[[int], None] | None = None,
-    ) -> list[T]:
+    def call(self, work: Callable[..., T], *args: Any, timeout_s: float, notice: Notice | None = None) -> list[T]:
         if not self._actors:
-            raise RankError(0, "this gang is closed; start a new engine")
-        progress = _Progress(self._actors[0], watch) if watch else None
+            raise RankError(0, "this gang is closed; start a new engine", "died")
         shared = ray.put(args)
         futures = [actor.call.remote(work, shared) for actor in self._actors]
-        results = self._await(futures, time.monotonic() + timeout_s, progress)
-        if progress is not None:
-            progress.poll(patience_s=_POLL_S)  # the steps since the last question
-        return results
+        return self._await(futures, time.monotonic() + timeout_s, _Watcher(self._actors, self._places, notice))
+
+    def aside(self, rank: int, work: Callable[..., T], *args: Any, timeout_s: float) -> T:
+        try:
+            result: T = ray.get(self._actors[rank].aside.remote(work, args), timeout=timeout_s)
+        except (ray.exceptions.RayError, IndexError) as error:
+            raise RankError(rank, f"does not answer ({type(error).__name__})", "silent") from None
+        return result
 
     def close(self) -> None:
+        self._end_actors()
+        if self._owns_ray:
+            self._owns_ray = False
+            ray.shutdown()
+
+    def _end_actors(self) -> None:
         for actor in self._actors:
             with contextlib.suppress(Exception):
                 ray.kill(actor, no_restart=True)
-        self._actors = []
+        for host, pid in self._places:
+            if host == socket.gethostname() and _is_stopped(pid):  # it does not hear Ray's request to end
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+        self._actors, self._places = [], []
         if self._group is not None:
             with contextlib.suppress(Exception):
                 remove_placement_group(self._group)
             self._group = None
-        if self._owns_ray:
-            self._owns_ray = False
-            ray.shutdown()
 
     # -- starting ------------------------------------------------------------------------------------------------
 
@@ -208,19 +236,34 @@ class RayGang:
 
     # -- waiting -------------------------------------------------------------------------------------------------
 
-    def _await(self, futures: Sequence[Any], deadline: float, progress: _Progress | None = None) -> list[Any]:
-        """All results; the first failure ends the wait, for the other ranks may hang in a collective."""
+    def _await(self, futures: Sequence[Any], deadline: float, watcher: _Watcher | None = None) -> list[Any]:
+        """All results. The first failure that explains itself ends the wait: others may hang in a collective."""
         results: dict[int, Any] = {}
+        errors: dict[int, CrossdockError] = {}
         pending = {future: rank for rank, future in enumerate(futures)}
-        while pending:
-            if time.monotonic() > deadline:
-                raise RankError(min(pending.values()), "did not answer in time; see launch.timeouts")
+        while pending and not any(map(is_conclusive, errors.values())) and time.monotonic() < deadline:
             done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=_POLL_S)
             for future in done:
                 rank = pending.pop(future)
-                results[rank] = _result_of(future, rank)
-            if progress is not None:
-                progress.poll()
+                try:
+                    results[rank] = _result_of(future, rank)
+                except CrossdockError as error:
+                    errors[rank] = error
+                    deadline = min(deadline, time.monotonic() + _EXPLAIN_S)
+                else:
+                    if watcher is not None:
+                        watcher.end(rank)
+            if watcher is not None and pending:
+                watcher.poll()
+                if not errors and (fault := watcher.fault()) is not None:
+                    errors[fault.rank] = fault
+        if pending and all(isinstance(error, RequestCancelled) for error in errors.values()):
+            late = min(pending.values())
+            errors = {late: RankError(late, "was not done in time; see launch.timeouts", "late")}
+        if errors:
+            raise first_cause(errors) if watcher is None else watcher.explain(first_cause(errors))
+        if watcher is not None:
+            watcher.poll(patience_s=_POLL_S)  # the steps since the last question
         return [results[rank] for rank in range(len(futures))]
 
 
@@ -233,29 +276,96 @@ def _own_signal_handlers() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-class _Progress:
-    """Asks rank 0 for its finished steps, one question at a time."""
+class _Watcher:
+    """Asks every rank what it is doing, one question at a time each."""
 
-    def __init__(self, actor: Any, watch: Callable[[int], None]) -> None:
-        self._actor = actor
-        self._watch = watch
-        self._before = ray.get(actor.finished_steps.remote(), timeout=60)
-        self._seen = self._before
-        self._question: Any = None
+    def __init__(self, actors: Sequence[Any], places: Sequence[tuple[str, int]], notice: Notice | None) -> None:
+        self.watch = Watch()
+        self._actors = actors
+        self._places = places
+        self._notice = notice
+        self._questions: dict[Any, int] = {}
+        self._asked_at: dict[int, float] = {}
+        self._over: set[int] = set()  # their results are in
+        self._final: set[Any] = set()  # questions that were asked since
+        self._next = 0.0
+
+    def end(self, rank: int) -> None:
+        """Its result is in; the watch is told when it has also been heard since."""
+        self._over.add(rank)
 
     def poll(self, patience_s: float = 0) -> None:
-        if self._question is None:
-            self._question = self._actor.finished_steps.remote()
-        if ray.wait([self._question], timeout=patience_s)[0]:
-            finished = ray.get(self._question, timeout=60)
-            self._question = None
-            for step in range(self._seen + 1, finished + 1):  # more than one may have finished since the last question
-                self._watch(step - self._before)
-            self._seen = finished
+        now = time.monotonic()
+        if now >= self._next or patience_s:
+            self._next = now + _ASK_EVERY_S
+            for rank, actor in enumerate(self._actors):
+                if rank not in self._questions.values():
+                    question = actor.status.remote()
+                    self._questions[question] = rank
+                    self._asked_at[rank] = now
+                    if rank in self._over:
+                        self._final.add(question)
+        done, _ = ray.wait(list(self._questions), num_returns=len(self._questions), timeout=patience_s)
+        for question in done:
+            rank = self._questions.pop(question)
+            with contextlib.suppress(Exception):  # a dead rank's call says so
+                self.watch.hear(ray.get(question, timeout=1))
+                if question in self._final:
+                    self.watch.end(rank)
+        if done and self._notice is not None:
+            self._notice(self.watch.statuses)
+
+    def fault(self) -> RankError | None:
+        """A rank that is stopped or silent, or what the collectives tell."""
+        now = time.monotonic()
+        for rank in self._questions.values():
+            silent_s = now - self._asked_at[rank]
+            if silent_s > _SUSPECT_S and self._is_stopped(rank):
+                return RankError(rank, "its process {1} on {0} is stopped".format(*self._places[rank]), "stopped")
+            if rank in self.watch.statuses and silent_s > _SILENT_S:
+                return RankError(rank, f"has not answered for {silent_s:.0f} s", "silent")
+        fault = self.watch.fault()
+        return None if fault is None else RankError(fault.rank, fault.what, "collectives")
+
+    def _is_stopped(self, rank: int) -> bool:
+        """Looked up here, or by another rank of the same machine."""
+        host, pid = self._places[rank]
+        if host == socket.gethostname():
+            return _is_stopped(pid)
+        silent = set(self._questions.values())
+        peers = [peer for peer, (there, _) in enumerate(self._places) if there == host and peer not in silent]
+        try:
+            return any(ray.get([self._actors[peer].sees_stopped.remote(pid) for peer in peers[:1]], timeout=1))
+        except ray.exceptions.RayError:
+            return False
+
+    def explain(self, error: CrossdockError) -> CrossdockError:
+        """With where the rank was, and what the others wait for."""
+        if not isinstance(error, RankError) or error.kind == "collectives":
+            return error
+        with contextlib.suppress(Exception):
+            for _ in range(2):  # the answers to open questions may be from before
+                self.poll(patience_s=_ASK_EVERY_S)
+        if error.kind == "cut off" and (fault := different_collective(self.watch.statuses)) is not None:
+            return RankError(fault.rank, fault.what, "collectives")
+        seen = self.watch.last_seen(error.rank)
+        return RankError(error.rank, f"{error.message}; {seen}" if seen else error.message, error.kind)
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    except psutil.Error:
+        return False
+
+
+_BESIDE = ("status", "aside", "sees_stopped")
 
 
 def _watchable(actor: type[_RankActor]) -> type[_RankActor]:
-    return type("RankActor", (actor,), {"finished_steps": ray.method(concurrency_group="watch")(actor.finished_steps)})
+    """Its questions are answered on another thread than its calls."""
+    beside = {name: ray.method(concurrency_group="watch")(getattr(actor, name)) for name in _BESIDE}
+    return type("RankActor", (actor,), beside)
 
 
 def _result_of(future: Any, rank: int) -> Any:
@@ -266,8 +376,7 @@ def _result_of(future: Any, rank: int) -> Any:
         if isinstance(cause, CrossdockError):
             raise cause from None
         raise RankError(rank, f"{type(cause).__name__}: {cause}") from error
-    except ray.exceptions.RayActorError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise RankError(rank, f"its process died: {lines[0]} {lines[-1] if len(lines) > 1 else ''}") from None
+    except ray.exceptions.RayActorError:
+        raise RankError(rank, "its process died: killed, crashed, or out of host memory", "died") from None
     except ray.exceptions.GetTimeoutError:
-        raise RankError(rank, "its result did not arrive within 60 s") from None
+        raise RankError(rank, "its result did not arrive within 60 s", "silent") from None

@@ -177,7 +177,18 @@ class TimeoutConfig(Section):
     launch_s: Seconds = Field(default=180.0, description="Seconds until every rank must be up.")
     load_s: Seconds = Field(default=1800.0, description="Seconds until every rank must have read its weights.")
     collective_s: Seconds = Field(default=300.0, description="Seconds one collective may take.")
-    request_s: Seconds = Field(default=3600.0, description="Seconds one generation may take.")
+    request_s: Seconds = Field(default=3600.0, description="Seconds one generation may take; it then ends with a step.")
+
+
+class RecoveryConfig(Section):
+    """What becomes of a request when a rank fails. torchrun has restarts of its own (`--max-restarts`) instead."""
+
+    retries: int = Field(
+        default=2, ge=0, description="How many times the ranks are started again before a request is given up."
+    )
+    keep_every: int = Field(
+        default=4, ge=0, description="Steps after which the latents are kept, to go on from there; 0: never."
+    )
 
 
 class LaunchConfig(Section):
@@ -203,6 +214,7 @@ class LaunchConfig(Section):
         default=0.25, ge=0, allow_inf_nan=False, description="CPUs that Ray reserves for each rank."
     )
     timeouts: TimeoutConfig = Field(default=TimeoutConfig(), description="Time limits of the phases.")
+    recovery: RecoveryConfig = Field(default=RecoveryConfig(), description="What a fault costs.")
 
 
 class RunConfig(Section):

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
+from crossdock.runtime.status import RankStatus
+
 T = TypeVar("T")
+
+Notice = Callable[[Mapping[int, RankStatus]], None]
+"""Gets what is known of the ranks' states, a few times a second."""
 
 
 class Gang(Protocol):
     """A gang of ranks, each with a `RankWorker`."""
 
     world_size: int
+
+    @property
+    def can_restart(self) -> bool:
+        """Whether lost ranks can be replaced from here."""
 
     def start(self) -> None:
         """Bring every rank up and let them meet.
@@ -21,20 +30,24 @@ class Gang(Protocol):
             RankError: a rank did not come up in time.
         """
 
-    def call(
-        self,
-        work: Callable[..., T],
-        *args: Any,
-        timeout_s: float,
-        watch: Callable[[int], None] | None = None,
-    ) -> list[T]:
+    def restart(self) -> None:
+        """New ranks in place of these, whatever state they are in. Raises what `start` raises."""
+
+    def call(self, work: Callable[..., T], *args: Any, timeout_s: float, notice: Notice | None = None) -> list[T]:
         """`work(worker, *args)` on every rank at once; the results by rank.
 
-        `watch` gets the number of denoise steps that rank 0 has finished, whenever it changes.
+        Raises:
+            RequestCancelled: all ranks stopped, as asked.
+            CrossdockError: what a rank raised.
+            RankError: a rank died, hangs, raised something else, issued other collectives than its group, or did not
+                finish in time. It says where, and what the others waited for. The gang has to be restarted.
+        """
+
+    def aside(self, rank: int, work: Callable[..., T], *args: Any, timeout_s: float) -> T:
+        """`work(worker, *args)` on one rank, on another thread than the call under way.
 
         Raises:
-            CrossdockError: what a rank raised.
-            RankError: a rank died, raised something else, or did not finish in time. The gang is unusable then.
+            RankError: no answer in time.
         """
 
     def close(self) -> None:

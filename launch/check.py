@@ -1,0 +1,167 @@
+"""What the `check` command does: launch, load, verify, tell. Nothing is drawn."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from crossdock.launch.engine import Engine
+from crossdock.launch.generate import Launcher, choose_gang, end, locating
+from crossdock.runtime.config import RunConfig
+from crossdock.runtime.errors import CompositionError
+from crossdock.runtime.reports import RankReport, TensorRecord, Verdict
+from crossdock.runtime.yaml_config import load_config
+
+PROMISES = {
+    "same-schedule": "every rank streams the same blocks in the same order through the same slots",
+    "owned-once": "every parameter and buffer has exactly one home, and nobody else moves it",
+    "covers": "the ranks' parts add up to the checkpoint exactly once; replicas are equal",
+    "no-alias": "blocks share no memory, unless it stays on the device",
+    "in-order": "load, gather, compute, free; no slot is overwritten under its reader",
+    "same-collectives": "the ranks of a group issue the same collectives in the same order",
+    "same-numbers": "a step with streaming and one without it give the same bits (--probe)",
+}
+_COLOURS = {"holds": "green", "violated": "bold red", "not probed": "dim"}
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What a rank holds of the transformer. Sizes in bytes.
+
+    Attributes:
+        homes: kind of home -> how many blocks rest there.
+        resident: how many blocks stay on the device, whatever their home.
+        slots: how many slots the other blocks share.
+        device_bytes: of everything outside the blocks, of slots, and of blocks and shards that stay.
+        host_bytes: of blocks at rest, in host memory or in the page cache; ranks with the same part share them.
+    """
+
+    rank: int
+    homes: dict[str, int]
+    resident: int
+    slots: int
+    slot_bytes: int
+    device_bytes: int
+    host_bytes: int
+
+    @classmethod
+    def of(cls, report: RankReport) -> Holdings:
+        """Added up from what the rank reported."""
+        stay = [home for home in report.homes if home.slot is None]
+        on_device = sum(home.stop - home.start for home in report.homes if home.home == "device_shard")
+        on_device += sum(home.nbytes for home in stay) + sum(report.slot_bytes)
+        on_device += sum(_nbytes(record) for record in report.tensors if record.place == "outside")
+        return cls(
+            report.rank,
+            dict(Counter(str(home.home) for home in report.homes)),
+            len(stay),
+            len(report.slot_bytes),
+            sum(report.slot_bytes),
+            on_device,
+            sum(home.stop - home.start for home in report.homes if home.home.on_host),
+        )
+
+
+def run_check(
+    config_path: Path, model_dir: Path, launcher: Launcher, *, probe: bool, as_json: bool, quiet: bool = False
+) -> None:
+    """Check and print. `quiet`: another rank prints.
+
+    Raises:
+        SystemExit: 1: the composition contract does not hold; everything that is violated was printed.
+        UserError: with file, line and key path, where the config is to blame.
+    """
+    config = load_config(config_path)
+    console = Console(highlight=False, soft_wrap=True, quiet=quiet)
+    signal.signal(signal.SIGTERM, end)
+    if not as_json:
+        console.print(f"{model_dir}: starting {config.world_size} ranks ({launcher})", markup=False)
+    with locating(config_path):
+        verdict = check(config, model_dir, launcher, probe)
+    if as_json:
+        console.print(as_text(model_dir, verdict), markup=False)
+    else:
+        show(verdict, console)
+    if verdict.violations:
+        raise SystemExit(CompositionError.exit_code)
+
+
+def check(config: RunConfig, model_dir: Path, launcher: Launcher, probe: bool) -> Verdict:
+    """Launch, load, verify; end all ranks. `probe`: also run a step with streaming and without it."""
+    make_gang = choose_gang(config, launcher, "check")
+    try:
+        with Engine.start(config, model_dir, make_gang=make_gang, probe=probe) as engine:
+            return engine.verdict
+    except CompositionError as error:
+        if error.verdict is None:
+            raise
+        return error.verdict
+
+
+def as_text(model_dir: Path, verdict: Verdict) -> str:
+    """One JSON object."""
+    content = {
+        "model": str(model_dir),
+        "layout": verdict.layout,
+        "holds": not verdict.violations,
+        "composition": verdict.composition,
+        "violations": [asdict(violation) for violation in verdict.violations],
+        "ranks": [asdict(Holdings.of(report)) for report in verdict.reports],
+    }
+    return json.dumps(content, indent=2)
+
+
+def show(verdict: Verdict, console: Console) -> None:
+    """The checks, what is violated, and what every rank holds."""
+    console.print(checks_table(verdict.composition))
+    for violation in verdict.violations:
+        console.print(str(violation), markup=False)
+    console.print(holdings_table(verdict.layout, [Holdings.of(report) for report in verdict.reports]))
+
+
+def checks_table(composition: Sequence[dict[str, str]]) -> Table:
+    """One row per check."""
+    table = Table(title="composition contract")
+    for name in ("check", "holds when", "verdict", "detail"):
+        table.add_column(name, overflow="fold")
+    for row in composition:
+        check, status = row["check"], row["status"]
+        detail = "see below" if status == "violated" else row["detail"]
+        table.add_row(check, PROMISES.get(check, ""), Text(status, _COLOURS.get(status, "")), Text(detail))
+    return table
+
+
+def holdings_table(layout: str, ranks: Sequence[Holdings]) -> Table:
+    """One row per rank; sizes in MiB."""
+    table = Table(title=f"{layout}: the transformer (MiB)")
+    for name in ("rank", "blocks rest", "stay on the device", "slots", "on the device", "host memory"):
+        table.add_column(name, justify="left" if name == "blocks rest" else "right")
+    for row in ranks:
+        table.add_row(
+            str(row.rank),
+            ", ".join(f"{count} {home}" for home, count in row.homes.items()),
+            str(row.resident),
+            f"{row.slots} ({_mib(row.slot_bytes)})",
+            _mib(row.device_bytes),
+            _mib(row.host_bytes),
+        )
+    return table
+
+
+def _nbytes(record: TensorRecord) -> int:
+    dtype: torch.dtype = getattr(torch, record.dtype.removeprefix("torch."))
+    return math.prod(record.shape) * dtype.itemsize
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.1f}"

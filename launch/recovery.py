@@ -1,0 +1,108 @@
+"""A request that survives faults: what it takes to go on is collected while it runs, and a lost gang is replaced."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from crossdock.runtime.errors import ConfigError, RankError
+from crossdock.runtime.gang import Gang
+from crossdock.runtime.plan import RunPlan, make_plan
+from crossdock.runtime.resume import Snapshot, common_start
+from crossdock.runtime.status import RankStatus
+from crossdock.runtime.worker import RankWorker
+
+ASIDE_S = 5.0
+"""The longest wait for a rank's answer beside a call; a rank that misses it is not asked for a while."""
+NOTCH = 0.9
+"""After an out-of-memory the budget is this share of what it was."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One row of `faults` in `report.json`. Times in seconds.
+
+    Attributes:
+        resumed_after: the step after which the request went on; 0: from its beginning.
+        lost_s: since the last attempt began. `recovery_s`: until the new gang was admitted.
+    """
+
+    rank: int
+    kind: str
+    error: str
+    resumed_after: int
+    lost_s: float
+    recovery_s: float
+    remedy: str
+
+
+class Snapshots:
+    """The newest snapshots that the first rank of every replica has, fetched while the ranks work."""
+
+    def __init__(self, plan: RunPlan, gang: Gang) -> None:
+        self._gang = gang
+        mesh = plan.mesh
+        self._leaders = sorted({mesh.replica_group(rank)[0] for rank in range(mesh.world_size)})
+        self._kept: dict[int, tuple[Snapshot, ...]] = dict.fromkeys(self._leaders, ())
+        self._not_before_s = 0.0
+
+    def notice(self, statuses: Mapping[int, RankStatus]) -> None:
+        """Fetch what is new. A rank that does not answer is left alone for a while: the watch finds out why."""
+        if time.monotonic() < self._not_before_s:
+            return
+        for leader in self._leaders:
+            status = statuses.get(leader)
+            if status is not None and status.kept_step > self._newest(leader):
+                try:
+                    self._kept[leader] = self._gang.aside(leader, _snapshots, timeout_s=ASIDE_S)
+                except RankError:
+                    self._not_before_s = time.monotonic() + ASIDE_S
+                    return
+
+    def start(self) -> tuple[Snapshot, ...] | None:
+        """Where all replicas can go on; None: at the beginning."""
+        return common_start(list(self._kept.values()))
+
+    def _newest(self, leader: int) -> int:
+        return max((snapshot.step for snapshot in self._kept[leader]), default=0)
+
+
+def _snapshots(worker: RankWorker) -> tuple[Snapshot, ...]:
+    return worker.snapshots
+
+
+def restart(gang: Gang, load: Callable[[], None], attempts: int) -> None:
+    """A new gang with the model; `load` fails like the first time may.
+
+    Raises:
+        CrossdockError: it did not come up in `attempts` attempts, or a user has to act.
+    """
+    for attempt in range(1, attempts + 1):
+        try:
+            gang.restart()
+            load()
+            return
+        except RankError:
+            if attempt == attempts:
+                raise
+
+
+def with_less_memory(plan: RunPlan) -> RunPlan | None:
+    """The same run with a budget one notch lower; None where there is no budget, or none below this one."""
+    if plan.budget_bytes is None:
+        return None
+    lower = f"{int(plan.budget_bytes * NOTCH)}B"
+    offload = plan.config.offload.model_copy(update={"device_budget": lower})
+    config = plan.config.model_copy(update={"offload": offload})
+    try:
+        return make_plan(config, plan.model_dir, plan.device)
+    except ConfigError:
+        return None
+
+
+def advice(plan: RunPlan) -> str:
+    """What a user can do about memory that ran out."""
+    if not plan.config.offload.layerwise:
+        return "set offload.layerwise: true, or split the model over more ranks"
+    return "the budget cannot be lowered: ask for a smaller picture, or split the work over more ranks"

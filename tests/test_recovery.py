@@ -1,0 +1,255 @@
+"""What the engine does about a failed request, with a gang of one rank in this process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from crossdock.launch.engine import Engine
+from crossdock.launch.generate import summary, survived
+from crossdock.runtime.config import RunConfig
+from crossdock.runtime.errors import (
+    CompositionError,
+    ConfigError,
+    CrossdockError,
+    RankError,
+    RequestCancelled,
+    RequestTimeout,
+)
+from crossdock.runtime.faults import rank_error
+from crossdock.runtime.gang import Notice
+from crossdock.runtime.worker import RankWorker
+from reference import PROMPT
+
+SIZE = 64
+
+
+class LocalGang:
+    """One rank, in this process."""
+
+    world_size = 1
+    can_restart = True
+
+    def __init__(self) -> None:
+        self.starts = 0
+        self.closed = False
+        self.worker = RankWorker(0, 1, torch.device("cpu"))
+
+    def start(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.worker.teardown()
+        self.starts += 1
+        self.closed = False
+        self.worker = RankWorker(0, 1, torch.device("cpu"))
+
+    def call(self, work: Callable[..., Any], *args: Any, timeout_s: float, notice: Notice | None = None) -> list[Any]:
+        self.worker.on_progress = (lambda _: notice({0: self.worker.status()})) if notice else None
+        try:
+            return [work(self.worker, *args)]
+        except Exception as error:
+            raise rank_error(self.worker.status(), error) from None
+
+    def aside(self, rank: int, work: Callable[..., Any], *args: Any, timeout_s: float) -> Any:
+        return work(self.worker, *args)
+
+    def close(self) -> None:
+        self.closed = True
+        self.worker.teardown()
+
+
+@contextmanager
+def _engine(directory: Path, budget: str | None = None, **recovery: int) -> Iterator[tuple[Engine, LocalGang]]:
+    offload = {"layerwise": True, "device_budget": budget}
+    config = RunConfig.parse({"offload": offload, "launch": {"recovery": {"keep_every": 1} | recovery}})
+    gang = LocalGang()
+    with Engine.start(config, directory, make_gang=lambda *_: gang) as engine:
+        yield engine, gang
+
+
+def _fail(gang: LocalGang, error: BaseException, at: int = 5) -> None:
+    """The rank that is there now raises in pass `at`; guidance makes two passes of a step."""
+    passes = [0]
+
+    def count(*_: Any) -> None:
+        passes[0] += 1
+        if passes[0] == at:
+            raise error
+
+    gang.worker.model.transformer_blocks[1].register_forward_pre_hook(count)
+
+
+def _generate(engine: Engine, **options: Any) -> Any:
+    return engine.generate(PROMPT, steps=4, height=SIZE, width=SIZE, **options)
+
+
+def test_it_goes_on_where_it_was(flux2_dir: Path) -> None:
+    """Steps that are done are not computed again, and every step is shown once."""
+    with _engine(flux2_dir) as (engine, gang):
+        expected = _generate(engine)
+        _fail(gang, ValueError("planted"))
+        shown: list[int] = []
+        found = _generate(engine, progress=lambda step, _: shown.append(step))
+        assert gang.starts == 2
+        assert shown == [1, 2, 3, 4]
+        assert torch.equal(found.latents[0], expected.latents[0])
+        (fault,) = found.report["faults"]
+        assert (fault["resumed_after"], fault["kind"], fault["rank"]) == (2, "raised", 0)
+        assert "ValueError: planted (in step 3, block transformer_blocks.1" in fault["error"]
+        assert len(found.report["ranks"][0]["step_ms"]) == 2
+        assert _generate(engine).report["faults"] == []
+
+
+def test_a_fault_after_the_last_step(flux2_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only the decoding is done again, and the command line can tell of a request without a step of its own."""
+    with _engine(flux2_dir) as (engine, gang):
+        expected = _generate(engine)
+
+        def fail(*_: Any) -> None:
+            raise ValueError("planted")
+
+        gang.worker.pipeline.decode = fail  # type: ignore[method-assign, assignment]
+        found = _generate(engine)
+        assert torch.equal(found.latents[0], expected.latents[0])
+        (fault,) = found.report["faults"]
+        assert fault["resumed_after"] == 4
+        assert found.report["ranks"][0]["step_ms"] == []
+        Console(width=200).print(survived(fault), summary(found.report))
+        shown = capsys.readouterr().out
+        assert "survived: rank 0: ValueError: planted (in decode)" in shown
+        assert "went on after step 4" in shown
+
+
+def test_what_took_too_long_is_not_tried_again(flux2_dir: Path) -> None:
+    """A limit that is up once would be up every time: three times the wait, and the same end."""
+    with _engine(flux2_dir) as (engine, gang):
+        _fail(gang, RankError(0, "was not done in time", "late"))
+        with pytest.raises(RankError, match="not done in time"):
+            _generate(engine)
+        assert (gang.starts, gang.closed) == (1, True)
+
+
+def test_memory_that_runs_out_lowers_the_budget_once(flux2_dir: Path) -> None:
+    """One notch, and it is said; a second time is an error that says what to do."""
+    with _engine(flux2_dir, "6MiB") as (engine, gang):
+        expected = _generate(engine)
+        before = engine.plan.budget_bytes
+        _fail(gang, torch.OutOfMemoryError("planted"))
+        found = _generate(engine)
+        assert before is not None
+        assert engine.plan.budget_bytes == int(before * 0.9)
+        assert found.report["schedule"]["budget_bytes"] == engine.plan.budget_bytes
+        remedy = f"device budget lowered from {before} to {int(before * 0.9)} bytes"
+        assert found.report["faults"][0]["remedy"] == remedy
+        assert torch.equal(found.latents[0], expected.latents[0])
+        setup = RankWorker.setup
+
+        def never_enough(worker: RankWorker, *args: Any, **options: Any) -> Any:
+            report = setup(worker, *args, **options)
+            _fail(gang, torch.OutOfMemoryError("planted"), at=1)
+            return report
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RankWorker, "setup", never_enough)
+            _fail(gang, torch.OutOfMemoryError("planted"), at=1)
+            with pytest.raises(RankError, match=r"planted(.|\n)*ask for a smaller picture"):
+                _generate(engine)
+        assert gang.closed
+
+
+@pytest.mark.parametrize("budget", [None, "least"])
+def test_where_nothing_can_be_lowered(budget: str | None, flux2_dir: Path) -> None:
+    """Without a budget, or at the least one, the error says what would help, after one attempt."""
+    if budget == "least":
+        with pytest.raises(ConfigError) as caught, _engine(flux2_dir, "1KiB"):
+            pass
+        budget = str(caught.value).split("at least ")[1].split(" ")[0] + "B"
+    with _engine(flux2_dir, budget) as (engine, gang):
+        _fail(gang, torch.OutOfMemoryError("planted"))
+        with pytest.raises(RankError, match="ask for a smaller picture, or split the work over more ranks"):
+            _generate(engine)
+        assert (gang.starts, gang.closed) == (1, True)
+
+
+@pytest.mark.parametrize("retries", [0, 1, 2])
+def test_attempts_are_limited(retries: int, flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault that comes every time ends with its own message."""
+    setup = RankWorker.setup
+    with _engine(flux2_dir, retries=retries) as (engine, gang):
+
+        def faulty(worker: RankWorker, *args: Any, **options: Any) -> Any:
+            report = setup(worker, *args, **options)
+            _fail(gang, ValueError("always"), at=1)
+            return report
+
+        monkeypatch.setattr(RankWorker, "setup", faulty)
+        _fail(gang, ValueError("always"), at=1)
+        with pytest.raises(RankError, match="ValueError: always"):
+            _generate(engine)
+        assert gang.starts == 1 + retries
+        assert gang.closed
+
+
+def test_a_gang_that_does_not_come_up_is_started_again(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that dies while it loads costs one more start; one that always does ends it."""
+    setup, fails = RankWorker.setup, [1]
+
+    def faulty(worker: RankWorker, *args: Any, **options: Any) -> Any:
+        if fails[0] > 0:
+            fails[0] -= 1
+            raise ValueError("no load")
+        return setup(worker, *args, **options)
+
+    monkeypatch.setattr(RankWorker, "setup", faulty)
+    with _engine(flux2_dir) as (engine, gang):
+        assert gang.starts == 2
+        assert _generate(engine).report["faults"][0]["error"].startswith("rank 0: ValueError: no load")
+    fails[0] = 100
+    with pytest.raises(RankError, match="no load"), _engine(flux2_dir, retries=1):
+        pass
+    assert fails[0] == 98
+
+
+@pytest.mark.parametrize("error", [CompositionError("planted"), CrossdockError("planted")])
+def test_what_a_new_gang_would_not_mend_is_not_tried_again(error: CrossdockError, flux2_dir: Path) -> None:
+    """A composition that does not hold is no accident."""
+    with _engine(flux2_dir) as (engine, gang):
+        _fail(gang, error)
+        with pytest.raises(type(error), match="planted"):
+            _generate(engine)
+        assert (gang.starts, gang.closed) == (1, True)
+
+
+def test_cancelling(flux2_dir: Path) -> None:
+    """From another thread, between two steps; the next request is right."""
+    with _engine(flux2_dir) as (engine, gang):
+        expected = _generate(engine)
+
+        def cancel(step: int, _: int) -> None:
+            if step == 2:
+                threading.Thread(target=engine.cancel, args=("changed my mind",)).start()
+                time.sleep(0.2)
+
+        with pytest.raises(RequestCancelled, match="stopped after step 3: changed my mind"):
+            _generate(engine, progress=cancel)
+        assert torch.equal(_generate(engine).latents[0], expected.latents[0])
+        assert gang.starts == 1
+
+
+def test_a_time_limit(flux2_dir: Path) -> None:
+    """The request ends with the step in which its time is up; the next one is right."""
+    with _engine(flux2_dir) as (engine, gang):
+        expected = _generate(engine)
+        with pytest.raises(RequestTimeout, match="stopped after step 2"):
+            _generate(engine, time_limit_s=0.5, progress=lambda step, _: time.sleep(0.6 * (step == 1)))
+        assert torch.equal(_generate(engine).latents[0], expected.latents[0])
+        assert gang.starts == 1
