@@ -1,0 +1,400 @@
+"""Composition faults as a maintainer could make them, to be planted in ranks, and the checks that have to catch them.
+
+A plant runs on a rank: it patches the product there, or the model. The ranks cannot import this module: whoever sends
+its functions has them pickled by value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from crossdock.offload.block import StreamedBlock
+from crossdock.offload.block_stream import BlockStream
+from crossdock.offload.copy_engine import CpuCopyEngine
+from crossdock.offload.layout import ALIGNMENT, aligned_bytes
+from crossdock.offload.loader import BlockLoader
+from crossdock.runtime import arrival as arrival_module
+from crossdock.runtime import probe as probe_module
+from crossdock.runtime import worker as worker_module
+from crossdock.runtime.checkpoint import TensorReader
+from crossdock.runtime.plan import RunPlan, make_plan
+from crossdock.runtime.weights import WeightLoader
+from crossdock.runtime.worker import RankWorker
+
+BLOCK = "layers.2"
+NEXT = "layers.3"
+TO_Q = f"{BLOCK}.attention.to_q.weight"
+PACKED = "single_transformer_blocks.2.attn.to_qkv_mlp_proj.weight"
+OUTSIDE = "cap_embedder.1.weight"
+TABLE = f"{BLOCK}.table"
+LATE_S = 0.02
+"""How late copies come where a wait for them is left out."""
+
+Plant = Callable[[RankWorker, pytest.MonkeyPatch], None]
+Stage = Literal["load", "request", "probe"]
+"""When a fault is planted and where it must show: in what ranks report before the first step, in a request after a good
+load, or when streaming on and off are compared after a good load.
+"""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A planted fault.
+
+    Attributes:
+        pitfalls: numbers in the list of what goes wrong elsewhere when offload meets sharding; empty: none of these.
+        check: what must catch it: a row of the composition contract.
+        where: the violation says it: block, parameter, slot or group.
+        rank: where it is planted, the only rank of a layout that has one; None: on all.
+    """
+
+    name: str
+    pitfalls: tuple[int, ...]
+    check: str
+    where: str
+    layouts: tuple[str, ...]
+    plant: Plant
+    stage: Stage = "load"
+    rank: int | None = 1
+    family: str = "z-image"
+
+
+# -- tools -----------------------------------------------------------------------------------------------------------
+
+
+def _is_transformers(stream: BlockStream) -> bool:
+    """Not of the text encoder or the VAE."""
+    return any(block.name in (BLOCK, "single_transformer_blocks.2") for block in stream.blocks)
+
+
+def when_attached(patch: pytest.MonkeyPatch, act: Callable[[BlockStream], None]) -> None:
+    """`act` on the transformer's stream, between loading and rehearsal."""
+    attach = BlockStream.attach
+
+    def attached(stream: BlockStream) -> None:
+        attach(stream)
+        if _is_transformers(stream):
+            act(stream)
+
+    patch.setattr(BlockStream, "attach", attached)
+
+
+def _when_rehearsed(patch: pytest.MonkeyPatch, act: Callable[[BlockStream], None]) -> None:
+    """`act` after all that arrived was found right."""
+    rehearse = worker_module.rehearse
+
+    def rehearsed(plan: Any, rank: int, model: Any, stream: BlockStream, **options: Any) -> Any:
+        arrivals = rehearse(plan, rank, model, stream, **options)
+        act(stream)
+        return arrivals
+
+    patch.setattr(worker_module, "rehearse", rehearsed)
+
+
+def block_of(stream: BlockStream, name: str = BLOCK) -> StreamedBlock:
+    return next(block for block in stream.blocks if block.name == name)
+
+
+def index_of(stream: BlockStream, name: str = BLOCK) -> int:
+    return [block.name for block in stream.blocks].index(name)
+
+
+def _rebind(module: nn.Module, fqn: str, tensor: Tensor) -> None:
+    path, _, leaf = fqn.rpartition(".")
+    module.get_submodule(path)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+# -- same-schedule ---------------------------------------------------------------------------------------------------
+
+
+def order_swapped(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    def swap(stream: BlockStream) -> None:
+        ring, index = stream._run_order.ring, index_of(stream)
+        ring[index], ring[index + 1] = ring[index + 1], ring[index]
+        stream._look_ahead()
+
+    when_attached(patch, swap)
+
+
+def slots_by_turns(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    """Two slots in turn for an odd number of blocks: the last and the first share one."""
+    set_schedule = BlockStream._set_schedule
+
+    def by_turns(stream: BlockStream, schedule: Any, resident: Any) -> None:
+        if _is_transformers(stream):
+            schedule = replace(schedule, slots=tuple(place % 2 for place in range(len(schedule.slots))))
+        set_schedule(stream, schedule, resident)
+
+    patch.setattr(BlockStream, "_set_schedule", by_turns)
+
+
+def planned_alone(**offload: Any) -> Plant:
+    """The rank makes its own plan, as if from what is free on its own device."""
+
+    def plant(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+        setup = RankWorker.setup
+
+        def with_own_plan(self: RankWorker, plan: RunPlan) -> Any:
+            config = plan.config.model_copy(update={"offload": plan.config.offload.model_copy(update=offload)})
+            return setup(self, make_plan(config, plan.model_dir, plan.device))
+
+        patch.setattr(RankWorker, "setup", with_own_plan)
+
+    return plant
+
+
+# -- owned-once ------------------------------------------------------------------------------------------------------
+
+
+def private_copy(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    """A hook keeps one weight on the device after it had come: what is streamed afterwards is never read."""
+
+    def keep(stream: BlockStream) -> None:
+        _rebind(worker.model, TO_Q, worker.model.get_parameter(TO_Q).detach().clone())
+
+    _when_rehearsed(patch, keep)
+
+
+def nothing_is_freed(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    """Every block has memory of its own, beside the slots."""
+    bind = StreamedBlock.bind
+    patch.setattr(StreamedBlock, "bind", lambda self, memory: bind(self, aligned_bytes(memory.nbytes, memory.device)))
+
+
+def left_on_meta(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    load_outside = WeightLoader.load_outside
+
+    def forgetful(loader: WeightLoader) -> None:
+        plan = loader._plan
+        loader._plan = replace(plan, outside=tuple(fqn for fqn in plan.outside if fqn != "x_pad_token"))
+        load_outside(loader)
+
+    patch.setattr(WeightLoader, "load_outside", forgetful)
+
+
+def accelerate_hook(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    _when_rehearsed(patch, lambda stream: add_hook_to_module(block_of(stream).module, ModelHook()))
+
+
+def fully_sharded(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    """FSDP2 takes a block that is streamed already."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def shard(stream: BlockStream) -> None:
+        fully_shard(block_of(stream).module, mesh=init_device_mesh("cpu", (worker.world_size,)))
+
+    _when_rehearsed(patch, shard)
+
+
+def adapter_registered(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    def register(stream: BlockStream) -> None:
+        linear = block_of(stream).module.get_submodule("attention.to_q")
+        linear.register_parameter("lora_a", nn.Parameter(torch.zeros(4, 4), requires_grad=False))
+
+    _when_rehearsed(patch, register)
+
+
+def another_dtype(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    def cast(stream: BlockStream) -> None:
+        _rebind(worker.model, OUTSIDE, worker.model.get_parameter(OUTSIDE).bfloat16())
+
+    _when_rehearsed(patch, cast)
+
+
+def whole_blocks_read(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    """The shard is a view of the whole block, which stays."""
+
+    def source(loader: WeightLoader, block: Any, start: int, stop: int) -> Tensor:
+        return aligned_bytes(block.layout.nbytes, loader._device)[start:stop].zero_()
+
+    patch.setattr(WeightLoader, "_source", source)
+
+
+# -- covers ----------------------------------------------------------------------------------------------------------
+
+
+def slice_of_another_rank(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    load_blocks = WeightLoader.load_blocks
+
+    def crossed(loader: WeightLoader) -> Any:
+        mine, loader._slices = loader._slices, loader._plan.slices[0]
+        weights = load_blocks(loader)
+        loader._slices = weights.slices = mine
+        return weights
+
+    patch.setattr(WeightLoader, "load_blocks", crossed)
+
+
+def parts_in_another_order(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    """The parts of a fused projection are put together from the last to the first."""
+    rows = TensorReader._rows
+
+    def backwards(reader: TensorReader, fqn: str, part: Any, first: int, last: int) -> Tensor:
+        return rows(reader, fqn, part and replace(part, ranges=part.ranges[::-1]), first, last)
+
+    patch.setattr(TensorReader, "_rows", backwards)
+
+
+def shard_of_the_neighbour(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    range_of = WeightLoader._range
+
+    def neighbours(loader: WeightLoader, block: Any) -> tuple[int, int]:
+        start, stop = range_of(loader, block)
+        size = stop - start
+        start = (start + size) % (size * loader._mesh.shape.hsdp_shard)
+        return start, start + size
+
+    patch.setattr(WeightLoader, "_range", neighbours)
+
+
+def shard_off_by_the_alignment(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    fill = WeightLoader._fill
+
+    def shifted(loader: WeightLoader, block: Any, target: Tensor, start: int, stop: int) -> None:
+        fill(loader, block, target, start - ALIGNMENT, stop - ALIGNMENT)
+
+    patch.setattr(WeightLoader, "_fill", shifted)
+
+
+def gathered_without_slicing(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    """All gathers have the size of the largest block; a smaller one has a hole behind every shard."""
+    make = RankWorker._gather
+
+    def gather(self: RankWorker) -> Any:
+        true = make(self)
+        assert true is not None
+        largest = max(block.layout.nbytes for block in self.plan.blocks)
+
+        def all_gather(whole: Tensor, shard: Tensor) -> None:
+            padded, gathered = shard.new_zeros(largest // true.parts), whole.new_empty(largest)
+            padded[: len(shard)] = shard
+            true.all_gather(gathered, padded)
+            whole.copy_(gathered[: len(whole)])
+
+        return replace(true, all_gather=all_gather)
+
+    patch.setattr(RankWorker, "_gather", gather)
+
+
+def bytes_of_the_next_block(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    load = BlockLoader.load
+
+    def mistaken(loader: BlockLoader, block: StreamedBlock, *args: Any, **options: Any) -> None:
+        if block.name == BLOCK:
+            block = replace(block, source=block_of(worker.stream, NEXT).source)
+        load(loader, block, *args, **options)
+
+    patch.setattr(BlockLoader, "load", mistaken)
+
+
+def tail_left_out(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    """A copy ends before the last alignment unit."""
+    move = CpuCopyEngine.move
+    short = lambda engine, target, source: move(engine, target[:-ALIGNMENT], source[:-ALIGNMENT])  # noqa: E731
+    patch.setattr(CpuCopyEngine, "move", short)
+
+
+def initialised_at_random(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    load_outside = WeightLoader.load_outside
+
+    def loaded(loader: WeightLoader) -> None:
+        load_outside(loader)
+        nn.init.normal_(loader._model.get_parameter(OUTSIDE))
+
+    patch.setattr(WeightLoader, "load_outside", loaded)
+
+
+def table_not_rebuilt(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    """A rotary table that the model computes is empty on this rank. All ranks have one: see `with_table`."""
+    built = worker_module.build_on_meta
+
+    def emptied(*args: Any) -> nn.Module:
+        model = built(*args)
+        if TABLE in dict(model.named_buffers()):
+            model.get_buffer(TABLE).zero_()
+        return model
+
+    patch.setattr(worker_module, "build_on_meta", emptied)
+
+
+def with_table(module: Any, patch: pytest.MonkeyPatch) -> None:
+    """Give every transformer that `module` builds a table that no checkpoint holds, in a block."""
+    build = module.build_on_meta
+
+    def built(*args: Any) -> nn.Module:
+        model: nn.Module = build(*args)
+        if hasattr(model, "noise_refiner"):
+            model.get_submodule(BLOCK).register_buffer("table", torch.arange(64.0), persistent=False)
+        return model
+
+    patch.setattr(module, "build_on_meta", built)
+
+
+def table_on_ranks(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    for module in (worker_module, arrival_module, probe_module):
+        with_table(module, patch)
+
+
+# -- no-alias --------------------------------------------------------------------------------------------------------
+
+
+def cached_view(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    """A plain attribute, neither parameter nor buffer, over a weight that comes and goes."""
+
+    def cache(stream: BlockStream) -> None:
+        linear: Any = block_of(stream).module.get_submodule("attention.to_q")
+        linear.cache = linear.weight.data[1:3]
+
+    _when_rehearsed(patch, cache)
+
+
+def tied_across_blocks(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    """Another block's parameter: of the same shape, placed by name, streamed with both."""
+    other = TO_Q.replace(BLOCK, NEXT)
+    _when_rehearsed(patch, lambda stream: _rebind(worker.model, other, worker.model.get_parameter(TO_Q).detach()))
+
+
+def tied_in_a_block(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    one, other = (f"{BLOCK}.attention_norm{number}.weight" for number in (1, 2))
+    _when_rehearsed(patch, lambda stream: _rebind(worker.model, one, worker.model.get_parameter(other).detach()))
+
+
+def outside_in_a_slot(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    def misplace(stream: BlockStream) -> None:
+        weight = worker.model.get_parameter(OUTSIDE)
+        memory = stream.slot_memory[1][: weight.nbytes].view(weight.dtype).view(weight.shape)
+        _rebind(worker.model, OUTSIDE, memory)
+
+    _when_rehearsed(patch, misplace)
+
+
+def one_place_at_rest(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    """The place of a block in the host store, or on the device, is given to the next block as well."""
+    source, given = WeightLoader._source, dict[str, Any]()
+
+    def twice(loader: WeightLoader, block: Any, start: int, stop: int) -> Any:
+        given[block.name] = source(loader, block, start, stop)
+        return given[BLOCK] if block.name == NEXT else given[block.name]
+
+    patch.setattr(WeightLoader, "_source", twice)
+
+
+def slots_overlap(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    lease = BlockStream._lease
+
+    def closer(stream: BlockStream) -> None:
+        lease(stream)
+        if _is_transformers(stream):
+            slot = stream._shared[1]
+            slot.memory = stream.arena.memory[slot.start - ALIGNMENT : slot.stop - ALIGNMENT]
+
+    patch.setattr(BlockStream, "_lease", closer)

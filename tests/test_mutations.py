@@ -1,0 +1,395 @@
+"""Mutation tests of the composition contract: faults planted in ranks of real gangs, each caught by the check that is
+responsible for it, with the rank and the block or parameter; and nothing is found on any layout without one.
+
+Where no check of the contract can see a fault, because all ranks make the same mistake with and without streaming, the
+comparison with diffusers of `test_matrix_e2e` does, and the contract is shown to hold.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mutations
+import mutations_running as running
+from crossdock.runtime import plan as plan_module
+from crossdock.runtime.config import RunConfig
+from crossdock.runtime.coordinator import Coordinator
+from crossdock.runtime.errors import CompositionError, RankError
+from crossdock.runtime.gang import Gang
+from crossdock.runtime.plan import RunPlan, make_plan
+from crossdock.runtime.probe import probe_numbers, probe_request
+from crossdock.runtime.reports import ProbeReport, RankReport, Violation
+from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.verify import CHECKS
+from crossdock.runtime.verify_numbers import SAME_NUMBERS
+from crossdock.runtime.worker import RankResult, RankWorker
+from crossdock.runtime.yaml_config import load_config
+from layouts import FAMILIES, LAYOUTS
+from mutations import BLOCK, NEXT, OUTSIDE, PACKED, TABLE, TO_Q, Mutation, Plant, Stage
+from reference import PROMPT, TOLERANCE, max_error, reference_latents
+
+cloudpickle = pytest.importorskip("ray.cloudpickle", reason="ray is not installed")
+for module in (mutations, running):  # the ranks cannot import the tests
+    cloudpickle.register_pickle_by_value(module)
+
+from crossdock.launch.ray_gang import RayGang  # noqa: E402 - only where there is a ray
+
+GangOf = Callable[[int], Gang]
+Checkpoints = dict[str, Path]
+Seen = tuple[RankReport, RankResult | None, ProbeReport | None]
+"""What one rank told: of its load, a request and a probe, as far as it got."""
+SIZE = 64
+REQUEST = GenerateRequest((PROMPT,), steps=1, height=SIZE, width=SIZE)
+TWO_STEPS = GenerateRequest((PROMPT,), steps=2, height=SIZE, width=SIZE)
+TIMEOUT_S = 120.0
+
+TP = ("layerwise_tp2", "tp2")
+HSDP = ("hsdp", "layerwise_hsdp")
+OFFLOAD = ("layerwise_tp2", "layerwise_ulysses2_ring2")
+
+OWN_BUDGET = mutations.planned_alone(device_budget="5MiB")
+MUTATIONS = (
+    # name, pitfalls, check, where, layouts, plant
+    Mutation("order swapped", (), "same-schedule", "streamed block 6", OFFLOAD, mutations.order_swapped),
+    Mutation("slots by turns", (17,), "same-schedule", "context_refiner.0", OFFLOAD, mutations.slots_by_turns),
+    Mutation("another set of residents", (12,), "same-schedule", "streamed block", OFFLOAD, OWN_BUDGET),
+    Mutation("a wider window", (), "same-schedule", "slot sizes", OFFLOAD, mutations.planned_alone(prefetch=2)),
+    Mutation("a private copy", (1,), "owned-once", TO_Q, ("layerwise_tp2", "hsdp"), mutations.private_copy),
+    Mutation("nothing is freed", (1, 12), "owned-once", BLOCK, ("layerwise", "hsdp"), mutations.nothing_is_freed),
+    Mutation("left on meta", (9,), "owned-once", "x_pad_token", ("tp2", "layerwise_hsdp"), mutations.left_on_meta),
+    Mutation("accelerate hook", (4,), "owned-once", BLOCK, ("single", "layerwise_hsdp"), mutations.accelerate_hook),
+    Mutation(
+        "fully_shard", (1, 2, 4), "owned-once", BLOCK, ("layerwise_tp2", "hsdp"), mutations.fully_sharded, rank=None
+    ),
+    Mutation("adapter registered", (26,), "owned-once", "lora_a", ("ring4", "hsdp"), mutations.adapter_registered),
+    Mutation("another dtype", (), "owned-once", OUTSIDE, ("tp2", "layerwise"), mutations.another_dtype),
+    Mutation("whole blocks read", (6,), "owned-once", "device memory", ("hsdp",), mutations.whole_blocks_read),
+    Mutation("slice of another rank", (), "covers", TO_Q, TP, mutations.slice_of_another_rank),
+    Mutation(
+        "parts in another order", (), "covers", PACKED, TP, mutations.parts_in_another_order, family="flux2-klein"
+    ),
+    Mutation("shard of the neighbour", (), "covers", BLOCK, HSDP, mutations.shard_of_the_neighbour),
+    Mutation("shard off by the alignment", (), "covers", BLOCK, HSDP, mutations.shard_off_by_the_alignment),
+    Mutation(
+        "gathered without slicing",
+        (3,),
+        "covers",
+        "context_refiner.0",
+        HSDP,
+        mutations.gathered_without_slicing,
+        rank=None,
+    ),
+    Mutation(
+        "bytes of the next block", (), "covers", BLOCK, ("layerwise_tp2", "hsdp"), mutations.bytes_of_the_next_block
+    ),
+    Mutation("tail left out", (), "covers", BLOCK, OFFLOAD, mutations.tail_left_out),
+    Mutation("initialised at random", (), "covers", OUTSIDE, ("tp2", "ulysses4"), mutations.initialised_at_random),
+    Mutation("table not rebuilt", (14,), "covers", TABLE, ("layerwise_tp2", "hsdp"), mutations.table_not_rebuilt),
+    Mutation(
+        "cached view", (10,), "no-alias", "attention.to_q.cache", ("layerwise_tp2", "hsdp"), mutations.cached_view
+    ),
+    Mutation("tied across blocks", (11,), "no-alias", NEXT, ("layerwise", "hsdp"), mutations.tied_across_blocks),
+    Mutation("tied in a block", (11,), "no-alias", BLOCK, ("layerwise_tp2", "tp2"), mutations.tied_in_a_block),
+    Mutation("outside in a slot", (9,), "no-alias", OUTSIDE, ("layerwise_tp2", "hsdp"), mutations.outside_in_a_slot),
+    Mutation("one place at rest", (16,), "no-alias", NEXT, ("layerwise_tp2", "hsdp"), mutations.one_place_at_rest),
+    Mutation("slots overlap", (16,), "no-alias", "slot", OFFLOAD, mutations.slots_overlap),
+    Mutation("load left out", (16,), "in-order", BLOCK, ("layerwise_tp2", "layerwise"), running.load_left_out),
+    Mutation("wait left out", (), "in-order", BLOCK, OFFLOAD, running.wait_left_out, "request"),
+    Mutation(
+        "readers not waited for", (17,), "in-order", "in slot", OFFLOAD, running.readers_not_waited_for, "request"
+    ),
+    Mutation(
+        "trusted prediction",
+        (15,),
+        "in-order",
+        NEXT,
+        ("layerwise", "layerwise_tp2"),
+        running.trusted_prediction,
+        "request",
+        rank=None,
+    ),
+    Mutation("error swallowed", (21,), "in-order", BLOCK, OFFLOAD, running.error_swallowed, "request"),
+    Mutation("gathered too early", (), "in-order", BLOCK, ("layerwise_hsdp",), running.gathered_too_early),
+    Mutation("gathers swapped", (5,), "same-collectives", "layers.", ("layerwise_hsdp",), mutations.order_swapped),
+    Mutation(
+        "axes confused", (5, 7), "same-collectives", "ulysses", ("ulysses2_ring2",), running.axes_confused, rank=None
+    ),
+    Mutation(
+        "replica is the world", (5,), "same-collectives", "replica", ("hsdp",), running.replica_is_the_world, rank=None
+    ),
+    Mutation("hooks missing", (8, 12), "same-numbers", BLOCK, OFFLOAD, running.hooks_missing, "probe"),
+    Mutation(
+        "turn not taken",
+        (16, 18, 19),
+        "same-numbers",
+        "noise_refiner.0",
+        ("layerwise", "layerwise_tp2"),
+        running.turn_not_taken,
+        "probe",
+        rank=0,
+    ),
+    Mutation(
+        "copy left out",
+        (16,),
+        "same-numbers",
+        BLOCK,
+        ("layerwise_tp2", "layerwise_hsdp"),
+        running.copy_left_out,
+        "probe",
+    ),
+    Mutation(
+        "damaged at rest",
+        (),
+        "same-numbers",
+        BLOCK,
+        ("layerwise_ulysses2_ring2", "hsdp"),
+        running.damaged_at_rest,
+        "probe",
+    ),
+)
+
+
+def _plan(layout: str, directory: Path) -> RunPlan:
+    return make_plan(load_config(next(known for known in LAYOUTS if known.name == layout).config), directory, "cpu")
+
+
+def _on_ranks(
+    stages: frozenset[str], stage: Stage, plant: Plant | None, rank: int | None, prepare: Plant | None
+) -> Any:
+    """What a rank does: the fault comes with `stage`, and the rank goes through `stages`."""
+
+    def run(worker: RankWorker, plan: RunPlan, request: GenerateRequest, probing: GenerateRequest) -> Seen:
+        import pytest
+
+        def enter(entered: str) -> None:
+            mine = rank is None or worker.rank == min(rank, worker.world_size - 1)
+            if plant is not None and mine and entered == stage:
+                plant(worker, patch)
+
+        with pytest.MonkeyPatch.context() as patch:
+            if prepare is not None:
+                prepare(worker, patch)
+            enter("load")
+            report, result, probed = worker.setup(plan), None, None
+            if "request" in stages:
+                enter("request")
+                result = worker.generate(request)
+            if "probe" in stages:
+                enter("probe")
+                probed = probe_numbers(worker, probing)
+            return report, result, probed
+
+    return run
+
+
+def _violations(plan: RunPlan, seen: list[Seen]) -> dict[str, list[Violation]]:
+    """Stage -> what the coordinator finds in it."""
+    coordinator = Coordinator(plan)
+    found: dict[str, list[Violation]] = {}
+    judged: list[tuple[str, Callable[[Any], None], list[Any]]] = [
+        ("load", coordinator.admit, [report for report, _, _ in seen]),
+        ("request", coordinator.review, [result for _, result, _ in seen if result is not None]),
+        ("probe", coordinator.compare, [probed for _, _, probed in seen if probed is not None]),
+    ]
+    for stage, judge, told in judged:
+        found[stage] = []
+        try:
+            if told:
+                judge(told)
+        except CompositionError as error:
+            found[stage] = list(error.violations)
+    return found
+
+
+def _error(seen: list[Seen], directory: Path) -> float:
+    """Of the picture of TWO_STEPS, to that of diffusers."""
+    result = seen[0][1]
+    assert result is not None
+    assert result.latents is not None
+    return max_error(result.latents, reference_latents(directory, size=(SIZE, SIZE), steps=TWO_STEPS.steps))
+
+
+def _run(gang: Gang, plan: RunPlan, request: GenerateRequest, work: Any) -> list[Seen]:
+    try:
+        seen: list[Seen] = gang.call(work, plan, request, probe_request(plan), timeout_s=TIMEOUT_S)
+    finally:
+        gang.call(RankWorker.teardown, timeout_s=TIMEOUT_S)
+    return seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", [layout.name for layout in LAYOUTS])
+def test_no_false_alarm(layout: str, family: str, gang_of: GangOf, checkpoints: Checkpoints) -> None:
+    """A healthy load, request of two steps or probe is refused."""
+    plan = _plan(layout, checkpoints[family])
+    stages = frozenset({"request", "probe"})
+    seen = _run(gang_of(plan.mesh.world_size), plan, TWO_STEPS, _on_ranks(stages, "load", None, None, None))
+    assert _violations(plan, seen) == {"load": [], "request": [], "probe": []}
+    assert all(result is not None and probed is not None for _, result, probed in seen)
+    assert _error(seen, checkpoints[family]) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("mutation", "layout"),
+    [
+        pytest.param(mutation, layout, id=f"{mutation.name.replace(' ', '-')}-{layout}")
+        for mutation in MUTATIONS
+        for layout in mutation.layouts
+    ],
+)
+def test_mutation_is_caught(
+    mutation: Mutation, layout: str, gang_of: GangOf, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A planted fault passes, or is blamed on another rank, block, parameter or check."""
+    prepare = None
+    if mutation.where == TABLE:
+        mutations.with_table(plan_module, monkeypatch)
+        prepare = mutations.table_on_ranks
+    plan = _plan(layout, checkpoints[mutation.family])
+    work = _on_ranks(frozenset({mutation.stage}), mutation.stage, mutation.plant, mutation.rank, prepare)
+    found = _violations(plan, _run(gang_of(plan.mesh.world_size), plan, REQUEST, work))
+    assert mutation.stage == "load" or found["load"] == []
+    mine = [violation for violation in found[mutation.stage] if violation.check == mutation.check]
+    print(layout, sorted({v.check for v in found[mutation.stage]}), *mine[:2], sep="\n  ")
+    rank = min(1 if mutation.rank is None else mutation.rank, plan.mesh.world_size - 1)
+    assert any(violation.rank == rank and mutation.where in violation.where for violation in mine), mine
+    assert all(f"(holds {violation.where})" not in violation.found for violation in mine), "shared with itself"
+
+
+# -- faults that end in a collective that never returns ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stuck:
+    """A fault on rank 1 of two; `text` is in the error that names it. `pitfalls` as in `Mutation`."""
+
+    name: str
+    pitfalls: tuple[int, ...]
+    parallel: dict[str, Any]
+    text: str
+    plant: Plant
+    family: str = "z-image"
+    kind: str = "collectives"
+
+
+TP_2: dict[str, Any] = {"tp_degree": 2}
+HSDP_2: dict[str, Any] = {"dp_degree": 2, "hsdp": {"shard": 2}}
+ULYSSES_2: dict[str, Any] = {"ulysses_degree": 2}
+STUCK = (
+    Stuck("a reduce left out", (5,), TP_2, "group tp", running.reduce_left_out),
+    Stuck("a reduce on the world", (5,), TP_2, "group", running.reduce_on_the_world),
+    Stuck("text doubled", (7,), ULYSSES_2, "all_to_all", running.text_doubled_on_a_slow_link, "flux2-klein"),
+    Stuck("blocks skipped", (5, 15), HSDP_2, "group weights", running.blocks_skipped),
+    Stuck("one more step", (20,), TP_2, "not at the same step", running.one_more_step, kind="raised"),
+)
+
+
+@pytest.fixture(scope="module")
+def pair(gang_of: GangOf) -> Iterator[RayGang]:
+    """Two ranks apart from those that all tests share: they do not survive."""
+    gang_of(2)  # one Ray for all
+    gang = RayGang(RunConfig().launch, 2, "cpu")
+    gang.start()
+    yield gang
+    gang.close()
+
+
+@pytest.mark.parametrize("stuck", [pytest.param(stuck, id=stuck.name.replace(" ", "-")) for stuck in STUCK])
+def test_a_rank_out_of_step_is_named(stuck: Stuck, pair: RayGang, checkpoints: Checkpoints) -> None:
+    """Ranks that wait for each other hang until the time limit, or somebody else is blamed."""
+    launch = {"timeouts": {"collective_s": 60}}
+    config = RunConfig.parse({"parallel": stuck.parallel, "offload": {"layerwise": True}, "launch": launch})
+    plan = make_plan(config, checkpoints[stuck.family], "cpu")
+    work = _on_ranks(frozenset({"request"}), "request", stuck.plant, 1, None)
+    began = time.monotonic()
+    try:
+        with pytest.raises(RankError, match=stuck.text) as caught:
+            pair.call(work, plan, REQUEST, probe_request(plan), timeout_s=TIMEOUT_S)
+    finally:
+        took_s = time.monotonic() - began
+        pair.restart()
+    print(f"after {took_s:.1f} s: {caught.value}")
+    assert (caught.value.rank, caught.value.kind) == (1, stuck.kind)
+    assert took_s < 30
+
+
+# -- mistakes that all ranks make, with and without streaming ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A fault on all ranks; one of loading is in the plan as well. `pitfalls` as in `Mutation`."""
+
+    name: str
+    pitfalls: tuple[int, ...]
+    layout: str
+    plant: Plant
+    family: str = "z-image"
+    stage: Stage = "request"
+
+
+MISTAKES = (
+    Mistake("a reduce left out", (5,), "tp2", running.reduce_left_out),
+    Mistake("text doubled", (7,), "ulysses2_ring2", running.text_doubled, "flux2-klein"),
+    Mistake("padding attended", (7,), "ulysses4", running.padding_attended),
+    Mistake("merged without weights", (7,), "ring4", running.merged_without_weights),
+    Mistake("cut as one part", (37,), "tp2", running.cut_as_one_part, "flux2-klein", "load"),
+)
+
+
+@pytest.mark.parametrize("mistake", [pytest.param(mistake, id=mistake.name.replace(" ", "-")) for mistake in MISTAKES])
+def test_a_common_mistake_shows_in_the_picture(
+    mistake: Mistake, gang_of: GangOf, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake that no rank can notice is within the tolerance of the comparison with diffusers."""
+    if mistake.stage == "load":
+        mistake.plant(None, monkeypatch)  # type: ignore[arg-type]
+    directory = checkpoints[mistake.family]
+    plan = _plan(mistake.layout, directory)
+    work = _on_ranks(frozenset({"request", "probe"}), mistake.stage, mistake.plant, None, None)
+    seen = _run(gang_of(plan.mesh.world_size), plan, TWO_STEPS, work)
+    assert _violations(plan, seen) == {"load": [], "request": [], "probe": []}, "a check sees it: put it in the table"
+    error = _error(seen, directory)
+    print(f"{mistake.name}: {error:.1e}")
+    assert error > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_a_host_copy_that_is_never_read_shows_when_it_is_poisoned(
+    planted: bool, gang_of: GangOf, checkpoints: Checkpoints
+) -> None:
+    """Pitfall 1: the right picture, from a copy nobody knows of; what `test_streaming_is_real` does shows it."""
+    plan = _plan("layerwise_tp2", checkpoints["z-image"])
+    cached = running.host_copy_never_read
+
+    def run(worker: RankWorker, plan: RunPlan, request: GenerateRequest, probing: GenerateRequest) -> Any:
+        import pytest
+
+        with pytest.MonkeyPatch.context() as patch:
+            if planted:
+                cached(worker, patch)
+            report, before = worker.setup(plan), worker.generate(request)
+            for block in worker.weights.blocks:
+                if isinstance(block.source, torch.Tensor):
+                    block.source.view(torch.float32).mul_(1.5)
+            return report, before, worker.generate(request)
+
+    seen = _run(gang_of(2), plan, REQUEST, run)
+    (_, before, after), _ = seen
+    assert before is not None
+    assert torch.equal(before.latents, after.latents) == planted  # type: ignore[union-attr, arg-type]
+
+
+def test_every_row_and_every_pitfall_has_a_fault() -> None:
+    """A row of the contract, or a failure that others had, is not tried."""
+    assert {mutation.check for mutation in MUTATIONS} == {*CHECKS, SAME_NUMBERS}
+    tried = {number for fault in (*MUTATIONS, *STUCK, *MISTAKES) for number in fault.pitfalls}
+    assert set(range(1, 22)) - tried == {13}, "a model without its second transformer: test_offload_discovery"
+    assert len(MUTATIONS) + len(STUCK) + len(MISTAKES) >= 40
