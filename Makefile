@@ -8,7 +8,7 @@ CHECKPOINT := demo/flux2-klein
 DEMO_CONFIG ?= launch/configs/layerwise_ulysses2_ring2.yaml
 PROMPT ?= a lighthouse on a cliff above a stormy sea
 
-.PHONY: demo test test-gpu bench bench-gpu lint typecheck clean
+.PHONY: demo test test-gpu test-faults bench bench-gpu lint typecheck clean
 
 .venv/.installed: pyproject.toml .ci/constraints.txt .ci/oracles.txt
 	$(PYTHON) -m venv .venv
@@ -36,9 +36,15 @@ test: .venv/.installed
 test-gpu: .typecheck/crossdock
 	PYTHONPATH=.typecheck $(GPU_PYTHON) -m pytest -m gpu
 
+# Over a hundred faults, one after the other; `make test` has a few of them.
+test-faults: .venv/.installed
+	CROSSDOCK_FAULTS=100 $(BIN)/python -m pytest -s tests/test_faults.py
+
 bench: .venv/.installed
 	$(BIN)/python tests/benchmarks/hsdp_vs_fsdp.py
 	$(BIN)/python tests/benchmarks/layerwise.py
+	$(BIN)/python tests/benchmarks/checking.py
+	$(BIN)/python tests/benchmarks/recovery.py
 
 bench-gpu: .typecheck/crossdock
 	PYTHONPATH=.typecheck $(GPU_PYTHON) tests/benchmarks/layerwise.py --size flux-dev
