@@ -57,6 +57,7 @@ class HereGang:
 
     def close(self) -> None:
         self.closed += 1
+        self.worker.teardown()
 
 
 @pytest.fixture

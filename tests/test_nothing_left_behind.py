@@ -139,20 +139,27 @@ def test_interrupted_in_the_middle(number: int, code: int, checkpoints: Checkpoi
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_rank_that_is_killed(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    """kill -9 of one rank: an error that names the rank, exit code 1, the others are ended."""
+@pytest.mark.parametrize("retries", [0, 2])
+def test_a_rank_that_is_killed(retries: int, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """kill -9 of one rank: survived and said; or, when it may not be, an error that names the rank and exit code 1."""
     before = _shared_memory()
-    command = _generate(checkpoints["z-image"], CONFIGS / "layerwise_tp2.yaml", tmp_path / "out.png", "--steps", "3000")
-    with _watched(command) as run:
-        run.wait_for_line("step 3/3000")
+    config, out = tmp_path / "config.yaml", tmp_path / "out" / "out.png"
+    out.parent.mkdir()
+    recovery = f"\nlaunch: {{recovery: {{retries: {retries}, keep_every: 1}}}}\n"
+    config.write_text((CONFIGS / "layerwise_tp2.yaml").read_text() + recovery)
+    with _watched(_generate(checkpoints["z-image"], config, out, "--steps", "100")) as run:
+        run.wait_for_line("step 3/100")
         actors = [p for p in run.family.values() if "RankActor" in " ".join(p.cmdline())]
         assert len(actors) == 2, [p.cmdline() for p in run.family.values()]
         actors[1].kill()
-        assert run.finish() == 1, run.output
+        assert run.finish() == (0 if retries else 1), run.output
         assert run.survivors() == []
-    assert "rank 0:" in run.output or "rank 1:" in run.output
+    begin = "survived: rank " if retries else "crossdock: error: rank "
+    told = [line for line in run.output.splitlines() if line.startswith(begin)]
+    assert len(told) == 1, run.output
+    assert "its process died" in told[0]
+    assert out.exists() == bool(retries)
     assert _shared_memory() == before
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_rank_that_raises_names_itself(gang_of: Callable[[int], Gang]) -> None:
