@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import psutil
 import ray
 import torch
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from crossdock.launch.process_state import process_state
 from crossdock.runtime.config import LaunchConfig
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled
 from crossdock.runtime.faults import first_cause, is_conclusive, rank_error
@@ -98,7 +98,7 @@ class _RankActor:
         return self._worker.status()
 
     def sees_stopped(self, pid: int) -> bool:
-        return _is_stopped(pid)
+        return process_state(pid) == "stopped"
 
 
 class RayGang:
@@ -159,7 +159,9 @@ class RayGang:
             with contextlib.suppress(Exception):
                 ray.kill(actor, no_restart=True)
         for host, pid in self._places:
-            if host == socket.gethostname() and _is_stopped(pid):  # it does not hear Ray's request to end
+            if (
+                host == socket.gethostname() and process_state(pid) == "stopped"
+            ):  # it does not hear Ray's request to end
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
         self._actors, self._places = [], []
@@ -331,7 +333,7 @@ class _Watcher:
         """Looked up here, or by another rank of the same machine."""
         host, pid = self._places[rank]
         if host == socket.gethostname():
-            return _is_stopped(pid)
+            return process_state(pid) == "stopped"
         silent = set(self._questions.values())
         peers = [peer for peer, (there, _) in enumerate(self._places) if there == host and peer not in silent]
         try:
@@ -348,15 +350,7 @@ class _Watcher:
                 self.poll(patience_s=_ASK_EVERY_S)
         if error.kind == "cut off" and (fault := different_collective(self.watch.statuses)) is not None:
             return RankError(fault.rank, fault.what, "collectives")
-        seen = self.watch.last_seen(error.rank)
-        return RankError(error.rank, f"{error.message}; {seen}" if seen else error.message, error.kind)
-
-
-def _is_stopped(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
-    except psutil.Error:
-        return False
+        return self.watch.explain(error)
 
 
 _BESIDE = ("status", "aside", "sees_stopped")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
+from crossdock.launch.process_state import ProcessState
 from crossdock.runtime.errors import CrossdockError, RankError
 from crossdock.runtime.faults import first_cause, is_conclusive
 from crossdock.runtime.status import RankStatus
@@ -24,8 +24,6 @@ _FRESH_S = 0.3
 """How long after a fault the others may take to publish that they wait."""
 EXPLAIN_S = 3.0
 """How long after a rank was cut off another one may take to show that it is the cause."""
-
-ProcessState = Literal["runs", "stopped", "gone"]
 
 
 @dataclass(frozen=True)
@@ -150,13 +148,10 @@ class Judge:
 
     def _say(self, error: CrossdockError, watch: Watch) -> Verdict:
         """With where the rank was, and what the others wait for."""
-        if not isinstance(error, RankError) or error.kind == "collectives":
-            return Verdict(self._rank, error)
-        seen = watch.last_seen(error.rank)
-        message = f"{error.message}; {seen}" if seen else error.message
-        beat = self._beats.get(error.rank)
-        stopped = (beat.agent, beat.status.pid) if beat is not None and error.kind == "stopped" else None
-        return Verdict(self._rank, RankError(error.rank, message, error.kind), stopped)
+        stopped = None
+        if isinstance(error, RankError) and error.kind == "stopped" and (beat := self._beats.get(error.rank)):
+            stopped = beat.agent, beat.status.pid
+        return Verdict(self._rank, watch.explain(error), stopped)
 
     def _quiet_s(self, rank: int, now_s: float) -> float:
         return now_s - self._heard_s[rank]

@@ -25,11 +25,11 @@ from dataclasses import replace
 from types import FrameType
 from typing import Any
 
-import psutil
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from crossdock.launch.arguments import INTERRUPTED, complain_on_stderr
-from crossdock.launch.torchrun_judge import EXPLAIN_S, SUSPECT_S, Beat, Judge, ProcessState, Verdict
+from crossdock.launch.process_state import process_state
+from crossdock.launch.torchrun_judge import EXPLAIN_S, SUSPECT_S, Beat, Judge, Verdict
 from crossdock.runtime.errors import CrossdockError, RankError
 from crossdock.runtime.status import RankStatus
 from crossdock.runtime.worker import RankWorker
@@ -292,17 +292,6 @@ def exit_now(code: int) -> None:
         with contextlib.suppress(Exception):
             stream.flush()
     os._exit(code)
-
-
-def process_state(pid: int) -> ProcessState:
-    """Of a process of this machine; one that nobody has waited for yet is gone, too."""
-    try:
-        state = psutil.Process(pid).status()
-    except psutil.Error:
-        return "gone"
-    if state in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
-        return "gone"
-    return "stopped" if state in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP) else "runs"
 
 
 def _brief(status: RankStatus) -> RankStatus:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -55,6 +55,10 @@ class Piece:
         return memory[self.offset :].as_strided(self.source.shape, (self.step, 1))
 
 
+Bound = tuple[nn.Module, str, Tensor]
+"""(module, attribute, its parameter or buffer)"""
+
+
 @dataclass(frozen=True)
 class StreamedBlock:
     """One transformer block, or another part of a model that moves as one.
@@ -91,6 +95,10 @@ class StreamedBlock:
             for entry in self.layout.entries
         ]
 
+    def bound(self) -> list[Bound]:
+        """What the module has now, for `put_back`: under every name."""
+        return [(owner, leaf, getattr(owner, leaf)) for owner, leaf in self.owners()]
+
     def bind(self, memory: Tensor) -> None:
         """Make the module's parameters and buffers views of `memory` (uint8, the whole block); tied ones stay tied.
 
@@ -109,11 +117,16 @@ class StreamedBlock:
     @contextmanager
     def bound_to(self, memory: Tensor) -> Iterator[None]:
         """Bound to `memory` (uint8, the whole block) meanwhile; afterwards the module has the very tensors it had."""
-        before = [(owner, leaf, getattr(owner, leaf)) for owner, leaf in self.owners()]
+        before = self.bound()
         self.bind(memory)
         try:
             yield
         finally:
-            for owner, leaf, tensor in before:
-                kept = owner._parameters if isinstance(tensor, nn.Parameter) else owner._buffers
-                kept[leaf] = tensor
+            put_back(before)
+
+
+def put_back(tensors: Iterable[Bound]) -> None:
+    """The modules have these very tensors again."""
+    for owner, leaf, tensor in tensors:
+        kept = owner._parameters if isinstance(tensor, nn.Parameter) else owner._buffers
+        kept[leaf] = tensor  # type: ignore[assignment]

@@ -8,10 +8,9 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from crossdock.offload.block import StreamedBlock
+from crossdock.offload.block import Bound, StreamedBlock, put_back
 
 Act = Callable[[int, FrameType | None], None]
 """Gets the block's index and the call of its module that is about to run, or has run."""
@@ -23,7 +22,7 @@ class BlockHooks:
     def __init__(self) -> None:
         self.suspended = False
         self._handles: list[RemovableHandle] = []
-        self._unbound: list[tuple[nn.Module, str, Tensor]] = []
+        self._unbound: list[Bound] = []
 
     @property
     def attached(self) -> bool:
@@ -31,7 +30,7 @@ class BlockHooks:
 
     def attach(self, index: int, block: StreamedBlock, before: Act, after: Act) -> None:
         """Around every call of the block, if it is called at all; call it before the block is bound."""
-        self._unbound += [(owner, leaf, getattr(owner, leaf)) for owner, leaf in block.owners()]
+        self._unbound += block.bound()
         if block.runs:
             self._handles += [
                 block.module.register_forward_pre_hook(self._hook(before, index), prepend=True),
@@ -43,11 +42,7 @@ class BlockHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for module, name, tensor in reversed(self._unbound):
-            if isinstance(tensor, nn.Parameter):
-                module._parameters[name] = tensor
-            else:
-                module._buffers[name] = tensor
+        put_back(reversed(self._unbound))
         self._unbound.clear()
 
     def _hook(self, act: Act, index: int) -> Callable[..., None]:

@@ -14,10 +14,8 @@ class RankStatus:
     Attributes:
         host, pid: where the rank's process runs.
         phase: "idle", "load", "rehearsal", "encode", "denoise" or "decode".
-        steps: denoise steps finished, of all requests.
         step: the number of the step under way, from 1; None outside the denoise loop.
         block: the last one that was asked for; `waits` while its bytes have not arrived.
-        events: how many events the block stream has noted.
         kept_step: the step after which the newest snapshot was taken; 0: there is none.
         groups: what was issued on each of the mesh's groups.
     """
@@ -26,11 +24,9 @@ class RankStatus:
     host: str
     pid: int
     phase: str
-    steps: int = 0
     step: int | None = None
     block: str | None = None
     waits: bool = False
-    events: int = 0
     kept_step: int = 0
     groups: tuple[GroupRecord, ...] = ()
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from crossdock.offload.trace import TraceEvent
 from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.reports import RankReport, Violation
 from crossdock.runtime.verify_aliasing import no_alias
@@ -38,8 +37,3 @@ def verify_request(plan: RunPlan, results: Sequence[Issued]) -> list[Violation]:
     """in-order and same-collectives for what the ranks did in a request."""
     ordered = [violation for result in results for violation in trace_in_order(plan, result.rank, result.trace)]
     return [*ordered, *same_collectives(plan, results)]
-
-
-def verify_trace(plan: RunPlan, rank: int, trace: Sequence[TraceEvent]) -> list[Violation]:
-    """in-order for what a rank did in a request."""
-    return list(trace_in_order(plan, rank, trace))

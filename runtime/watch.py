@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from crossdock.parallel.group import GroupRecord
+from crossdock.runtime.errors import CrossdockError, RankError
 from crossdock.runtime.status import RankStatus, ranks_text
 
 PATIENCE_S = 2.5
@@ -46,6 +47,13 @@ class Watch:
     def fault(self) -> Fault | None:
         """What can be told from the collectives."""
         return different_collective(self.statuses) or self._stuck()
+
+    def explain(self, error: CrossdockError) -> CrossdockError:
+        """With where the rank was, and what the others wait for; what is told of collectives says so itself."""
+        if not isinstance(error, RankError) or error.kind == "collectives":
+            return error
+        seen = self.last_seen(error.rank)
+        return RankError(error.rank, f"{error.message}; {seen}" if seen else error.message, error.kind)
 
     def last_seen(self, rank: int) -> str:
         """Where a rank was, and what the others wait for: the end of a message about it."""

@@ -96,7 +96,6 @@ class RankWorker:
         self.rank = rank
         self.world_size = world_size
         self.device = device
-        self.finished_steps = 0  # of all requests
         self.on_progress: Callable[[int], None] | None = None
         self.ready = False
         self.phase = "idle"
@@ -201,11 +200,9 @@ class RankWorker:
             socket.gethostname(),
             os.getpid(),
             self.phase,
-            self.finished_steps,
             self.log.running if denoises and self.log is not None else None,
             latest[1] if latest else None,
             bool(latest and latest[0] == "wait_begin"),
-            stream.upcoming if stream is not None else 0,
             self.kept.step if self.kept is not None else 0,
             (*self.mesh.records(), *self.stopping.records()) if stream is not None else (),
         )
@@ -352,7 +349,6 @@ class RankWorker:
             log.count_from_here()
         else:
             log.end_step()
-            self.finished_steps += 1
             self.model_steps += 1
         self.stopping.agree(end.finished, end.total)
         if self.keep_every and end.finished % self.keep_every == 0:

@@ -15,7 +15,7 @@ from crossdock.runtime.worker import RankWorker
 @contextmanager
 def admitted(plan: RunPlan) -> Iterator[RankWorker]:
     """Set up and admitted by a coordinator; torn down at the end."""
-    worker = RankWorker(0, 1, torch.device(plan.device))
+    worker = RankWorker(0, 1, torch.device(plan.device, 0) if plan.device == "cuda" else torch.device(plan.device))
     try:
         Coordinator(plan).admit([worker.setup(plan)])
         yield worker

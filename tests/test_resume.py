@@ -14,11 +14,11 @@ import diffusers
 import numpy
 import pytest
 import torch
+from one_rank import admitted
 from torch import Tensor
 
 from crossdock.launch.engine import Engine
 from crossdock.runtime.config import RunConfig
-from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.errors import RequestError
 from crossdock.runtime.gang import Gang
 from crossdock.runtime.plan import make_plan
@@ -67,13 +67,9 @@ CASES = [
 def _worker(directory: Path, scheduler: str = "euler", device: str = "cpu") -> Iterator[RankWorker]:
     """A rank in this process, admitted; its blocks are streamed."""
     plan = make_plan(RunConfig.parse({"offload": {"layerwise": True}}), directory, device, device_bytes=2**33)
-    worker = RankWorker(0, 1, torch.device(device, 0) if device == "cuda" else torch.device(device))
-    try:
-        Coordinator(plan).admit([worker.setup(plan)])
+    with admitted(plan) as worker:
         worker.pipeline.pipe.scheduler = SCHEDULERS[scheduler](worker.pipeline.pipe.scheduler)
         yield worker
-    finally:
-        worker.teardown()
 
 
 class _FaultError(Exception):

@@ -41,7 +41,7 @@ TP = GroupRecord("tp", (0, 1), 7, 0, (Collective(7, "all_reduce float32 64"),), 
 
 def _beat(rank: int, number: int = 1, waiting_s: float | None = None, **more: Any) -> Beat:
     group = replace(TP, waiting_s=waiting_s, issued=7 - (waiting_s is None))
-    status = RankStatus(rank, "host", 100 + rank, "denoise", 1, 2, "blocks.3", groups=(group,))
+    status = RankStatus(rank, "host", 100 + rank, "denoise", 2, "blocks.3", groups=(group,))
     return Beat(number, status, more.pop("agent", HERE_AGENT), **more)
 
 

@@ -24,7 +24,7 @@ from crossdock.offload.layout import BlockLayout, aligned_bytes
 from crossdock.offload.loader import Gather
 from crossdock.offload.schedule import assign_slots
 from crossdock.runtime.plan import RunPlan
-from crossdock.runtime.verify import verify_trace
+from crossdock.runtime.verify_schedule import trace_in_order
 
 WIDTH = 8
 STREAMED = (Home.HOST, Home.DEVICE_SHARD, Home.HOST_SHARD)
@@ -227,7 +227,7 @@ class Case:
         if isinstance(self.stream.engine, CpuCopyEngine):
             plan = SimpleNamespace(blocks=self.stream.blocks, schedule=self.stream.schedule)
             trace = [event for event in self.stream.trace() if event.sequence >= self.stream.scheduled_at]
-            assert verify_trace(cast(RunPlan, plan), 0, trace) == []
+            assert list(trace_in_order(cast(RunPlan, plan), 0, trace)) == []
 
 
 def run(modules: Sequence[Toy], order: Sequence[int]) -> Tensor:
