@@ -180,9 +180,9 @@ def test_the_repeated_step_is_not_counted(flux2_dir: Path) -> None:
         snapshots = _cut(worker, REQUEST)
         worker.generate(REQUEST)
         streamed = 2 * sum(block.layout.nbytes for block in worker.plan.streamed)  # twice per step, under guidance
-        finished = worker.finished_steps
+        finished = worker.model_steps
         part, _ = _resume(worker, snapshots[3])
-        assert worker.finished_steps == finished + STEPS - 3
+        assert worker.model_steps == finished + STEPS - 3
         nothing, _ = _resume(worker, snapshots[STEPS])
     assert len(part.measurements.step_ms) == len(part.measurements.steps) == STEPS - 3
     assert part.measurements.h2d_bytes_per_step == streamed > 0
