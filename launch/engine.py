@@ -6,6 +6,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -15,10 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from crossdock.launch.recovery import Fault, Snapshots, advice, restart, with_less_memory
+from crossdock.launch.recovery import Fault, Snapshots, advice, brief, budget_text, restart, with_less_memory
+from crossdock.launch.telling import Delays, Progress, Steps, Tell
 from crossdock.runtime.config import LaunchConfig, RunConfig
 from crossdock.runtime.coordinator import Coordinator
-from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled
+from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled, RequestTimeout
 from crossdock.runtime.gang import Gang, Notice
 from crossdock.runtime.plan import RunPlan, check_request, make_plan
 from crossdock.runtime.probe import probe_numbers, probe_request
@@ -30,10 +32,6 @@ from crossdock.runtime.worker import RankResult, RankWorker
 
 CANCEL_S = 10.0
 """The longest wait for a rank to take note of a cancel."""
-
-Progress = Callable[[int, int], None]
-"""Called with (finished steps, all steps)."""
-
 
 MakeGang = Callable[[LaunchConfig, int, str], Gang]
 """Makes a gang from (launch section, number of ranks, "cpu" or "cuda")."""
@@ -58,13 +56,16 @@ class Generation:
 class Engine:
     """Use it as a context manager; `close` ends all ranks."""
 
-    def __init__(self, plan: RunPlan, gang: Gang, owns_gang: bool) -> None:
+    def __init__(self, plan: RunPlan, gang: Gang, owns_gang: bool, tell: Tell | None = None) -> None:
         self.gang = gang
+        self._tell: Tell = tell or (lambda line: None)
         self._owns_gang = owns_gang
         self._idle = False  # the ranks wait for work: nobody was interrupted in the middle of it
         self._coordinator = Coordinator(plan)
         self._phases = {"launch": 0.0, "load": 0.0, "verify": 0.0}
         self._number = 0  # of the last request
+        self._lowered = False  # the budget, for this request
+        self._wish: str | None = None  # why the request under way is to be stopped
         self._faults: list[Fault] = []  # survived since the last report
         self._thorough = False  # every byte that arrives is compared, not a sample
 
@@ -87,6 +88,7 @@ class Engine:
         make_gang: MakeGang | None = None,
         first_request: GenerateRequest | None = None,
         probe: bool = False,
+        tell: Tell | None = None,
     ) -> Engine:
         """Plan, launch, load, verify.
 
@@ -95,6 +97,7 @@ class Engine:
             make_gang: without `gang`, makes the engine's own; by default one of Ray actors.
             first_request: what is asked for first, where that is known; refused before anything is started.
             probe: compare every byte that arrives on the devices with the checkpoint, and `probe` the numbers.
+            tell: gets a line when a rank was lost and others are started, and when the ranks wait for one of them.
 
         Raises:
             UserError: the config, the checkpoint or the machine does not do.
@@ -105,7 +108,8 @@ class Engine:
         plan = make_plan(config, Path(model_dir), device)
         if first_request is not None:
             check_request(plan, first_request)
-        engine = cls(plan, gang or (make_gang or _ray_gang)(config.launch, config.world_size, device), gang is None)
+        ranks = gang or (make_gang or _ray_gang)(config.launch, config.world_size, device)
+        engine = cls(plan, ranks, gang is None, tell)
         engine._thorough = probe
         try:
             try:
@@ -137,7 +141,7 @@ class Engine:
         pictures are the same. `launch.recovery` says how often.
 
         Args:
-            time_limit_s: for each round of prompts; by default `launch.timeouts.request_s`.
+            time_limit_s: for each round of prompts, faults included; by default `launch.timeouts.request_s`.
 
         Raises:
             RequestError: the arguments do not fit the model; the engine stays usable.
@@ -153,11 +157,12 @@ class Engine:
             height,
             width,
             guidance_scale,
-            time_limit_s=time_limit_s or launch.timeouts.request_s,
+            time_limit_s=launch.timeouts.request_s if time_limit_s is None else time_limit_s,
             keep_every=launch.recovery.keep_every if self.gang.can_restart else 0,
         )
         check_request(self.plan, request)
         replicas = self.plan.mesh.dp
+        self._wish, self._lowered = None, False
         done: list[RankResult] = []
         for first in range(0, len(prompts), replicas):
             self._number += 1
@@ -175,10 +180,11 @@ class Engine:
     def cancel(self, reason: str = "cancelled") -> None:
         """Stop the request under way at the end of its step; `generate` raises RequestCancelled. For any thread.
 
-        Raises:
-            RankError: the rank that is told did not answer.
+        While ranks are being replaced, it ends as soon as the new ones are there.
         """
-        self.gang.aside(0, RankWorker.cancel, reason, self._number, timeout_s=CANCEL_S)
+        self._wish = reason
+        with suppress(RankError):  # lost, or not there yet: the wish is looked at before the request goes on
+            self.gang.aside(0, RankWorker.cancel, reason, self._number, timeout_s=CANCEL_S)
 
     def probe(self) -> None:
         """Let every rank run one step with streaming and without it: the same bits, or it raises.
@@ -242,17 +248,21 @@ class Engine:
     def _run(self, request: GenerateRequest, progress: Progress | None) -> list[RankResult]:
         """One round of prompts, whatever happens to the ranks meanwhile."""
         snapshots = Snapshots(self.plan, self.gang)
-        shown = _Shown(progress, request.steps)
+        shown, delays = Steps(progress, request.steps), Delays(self._tell)
+        first = time.perf_counter()
+
+        def notice(statuses: Mapping[int, RankStatus]) -> None:
+            shown.notice(statuses)
+            snapshots.notice(statuses)
+            delays.notice(statuses)
+
         for attempt in itertools.count(1):
             start = snapshots.start()
             began = time.perf_counter()
-
-            def notice(statuses: Mapping[int, RankStatus]) -> None:
-                shown.notice(statuses)
-                snapshots.notice(statuses)
-
+            again = replace(request, spent_s=began - first)
+            self._stop_if_asked(again, start[0].step if start else 0)
             try:
-                results = self._attempt(request, start, notice)
+                results = self._attempt(again, start, notice)
             except RankError as error:
                 lost_s = time.perf_counter() - began
                 resumed = snapshots.start()
@@ -262,11 +272,18 @@ class Engine:
         shown.finish()
         return results
 
+    def _stop_if_asked(self, request: GenerateRequest, finished: int) -> None:
+        """Between two attempts nobody else does."""
+        if self._wish is not None:
+            raise RequestCancelled(self._wish, finished)
+        if request.time_limit_s is not None and request.spent_s > request.time_limit_s:
+            raise RequestTimeout(f"the time limit is {request.time_limit_s:g} s", finished)
+
     def _attempt(
         self, request: GenerateRequest, start: tuple[Snapshot, ...] | None, notice: Notice
     ) -> list[RankResult]:
         timeouts = self.plan.config.launch.timeouts
-        timeout_s = (request.time_limit_s or timeouts.request_s) + timeouts.collective_s
+        timeout_s = (request.time_limit_s or timeouts.request_s) - request.spent_s + timeouts.collective_s
         self._idle = False
         try:
             results = self.gang.call(RankWorker.generate, request, start, timeout_s=timeout_s, notice=notice)
@@ -290,27 +307,35 @@ class Engine:
         """
         self._idle = False
         began = time.perf_counter()
-        remedy = "new ranks"
+        remedy, meanwhile = "new ranks", list[RankError]()
+
+        def lost_again(error: RankError) -> None:
+            meanwhile.append(error)
+            if error.kind == "memory":
+                self._save_memory(error)
+
         attempts = self.plan.config.launch.recovery.retries - attempt + 1
         try:
             if error.kind == "memory":
                 remedy = self._save_memory(error)
             if attempts < 1 or error.kind == "late" or not self.gang.can_restart:
                 raise error
-            restart(self.gang, self._load, attempts)
+            self._tell(f"{brief(error)}; remedy: {remedy}")
+            restart(self.gang, self._load, attempts, lost_again)
         except BaseException:
             self.gang.close()
             raise
         recovery_s = time.perf_counter() - began
-        self._faults.append(Fault(error.rank, error.kind, str(error), resumed_after, lost_s, recovery_s, remedy))
+        again = tuple(map(str, meanwhile))
+        self._faults.append(Fault(error.rank, error.kind, str(error), resumed_after, lost_s, recovery_s, remedy, again))
 
     def _save_memory(self, error: RankError) -> str:
         """Lower the budget, once; says from what to what."""
-        saved = any(fault.kind == "memory" for fault in self._faults)
-        plan = None if saved else with_less_memory(self.plan)
+        plan = None if self._lowered else with_less_memory(self.plan)
         if plan is None:
             raise RankError(error.rank, f"{error.message}; {advice(self.plan)}", "memory")
-        remedy = f"device budget lowered from {self.plan.budget_bytes} to {plan.budget_bytes} bytes"
+        self._lowered = True
+        remedy = f"device budget lowered from {budget_text(self.plan)} to {budget_text(plan)}"
         self._coordinator = Coordinator(plan)
         return remedy
 
@@ -331,28 +356,6 @@ class Engine:
             "faults": [asdict(fault) for fault in faults],
             "phases_s": {phase: round(seconds, 4) for phase, seconds in phases.items()},
         }
-
-
-class _Shown:
-    """Tells every finished step of a request once, however often it is resumed."""
-
-    def __init__(self, progress: Progress | None, steps: int) -> None:
-        self._progress = progress
-        self._steps = steps
-        self._shown = 0
-
-    def notice(self, statuses: Mapping[int, RankStatus]) -> None:
-        if 0 in statuses and (step := statuses[0].step) is not None:
-            self._show(step - 1)
-
-    def finish(self) -> None:
-        self._show(self._steps)
-
-    def _show(self, finished: int) -> None:
-        while self._shown < min(finished, self._steps):
-            self._shown += 1
-            if self._progress is not None:
-                self._progress(self._shown, self._steps)
 
 
 def _ray_gang(config: LaunchConfig, world_size: int, device: str) -> Gang:

@@ -6,6 +6,7 @@ import signal
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -44,7 +45,8 @@ def run_generate(
     with locating(config_path):
         make_gang = choose_gang(config, launcher, "generate")
         console.print(f"{model_dir}: starting {config.world_size} ranks ({launcher})", markup=False)
-        with Engine.start(config, model_dir, make_gang=make_gang, first_request=request) as engine:
+        tell = partial(console.print, markup=False)
+        with Engine.start(config, model_dir, make_gang=make_gang, first_request=request, tell=tell) as engine:
             console.print(f"layout: {engine.plan.layout_name}; composition verified", markup=False)
             generation = _generate(engine, request, console)
     if not quiet:
@@ -112,7 +114,8 @@ def survived(fault: dict[str, Any]) -> str:
     """A fault of the report in one line."""
     went_on = f"went on after step {fault['resumed_after']}" if fault["resumed_after"] else "began again"
     what = fault["error"].partition("\n")[0]
-    return f"survived: {what} ({fault['remedy']} in {fault['recovery_s']:.1f} s; {went_on})"
+    more = f", after {len(fault['meanwhile'])} more faults" if fault["meanwhile"] else ""
+    return f"survived: {what} ({fault['remedy']} in {fault['recovery_s']:.1f} s{more}; {went_on})"
 
 
 def summary(report: dict[str, Any]) -> Table:

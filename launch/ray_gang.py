@@ -77,13 +77,20 @@ class _RankActor:
             ) from None
         return host, self._store.port
 
-    def join(self, host: str, port: int, timeout_s: float, collective_s: float) -> tuple[str, int]:
-        """Meet the others; returns (host, pid)."""
-        store = self._store or TCPStore(
-            host, port, self._worker.world_size, is_master=False, timeout=timedelta(seconds=timeout_s)
-        )
-        self._worker.join(store, collective_s)
+    def where(self) -> tuple[str, int]:
+        """(host, pid)"""
         return socket.gethostname(), os.getpid()
+
+    def join(self, host: str, port: int, timeout_s: float, collective_s: float) -> None:
+        """Meet the others."""
+        worker = self._worker
+        try:
+            store = self._store or TCPStore(
+                host, port, worker.world_size, is_master=False, timeout=timedelta(seconds=timeout_s)
+            )
+            worker.join(store, collective_s)
+        except (RuntimeError, OSError) as error:
+            raise RankError(worker.rank, f"could not meet the others: {error}", "cut off") from None
 
     def call(self, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         try:
@@ -127,9 +134,8 @@ class RayGang:
         try:
             self._connect()
             self._place(deadline)
-            host, port = self._await([self._actors[0].open_store.remote(self._config.port)], deadline)[0]
-            limits = (self._config.timeouts.launch_s, self._config.timeouts.collective_s)
-            self._places = self._await([actor.join.remote(host, port, *limits) for actor in self._actors], deadline)
+            self._places = self._await([actor.where.remote() for actor in self._actors], deadline)
+            self._meet(deadline)
         except BaseException:
             self.close()
             raise
@@ -223,6 +229,14 @@ class RayGang:
             if self._device == "cpu":  # OpenMP reads it when a thread starts; torch.set_num_threads comes too late
                 options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
             self._actors.append(remote.options(**options).remote(rank, self.world_size, self._device))
+
+    def _meet(self, deadline: float) -> None:
+        """Let the ranks find each other; they are watched from here on."""
+        opened = [self._actors[0].open_store.remote(self._config.port)]
+        host, port = self._await(opened, deadline, _Watcher(self._actors, self._places, None))[0]
+        limits = (self._config.timeouts.launch_s, self._config.timeouts.collective_s)
+        met = [actor.join.remote(host, port, *limits) for actor in self._actors]
+        self._await(met, deadline, _Watcher(self._actors, self._places, None))
 
     def _check_resources(self, need: dict[str, float]) -> None:
         there = ray.cluster_resources()

@@ -6,15 +6,17 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from crossdock.runtime.errors import ConfigError, RankError
+from crossdock.runtime.errors import CrossdockError, RankError
 from crossdock.runtime.gang import Gang
 from crossdock.runtime.plan import RunPlan, make_plan
 from crossdock.runtime.resume import Snapshot, common_start
 from crossdock.runtime.status import RankStatus
 from crossdock.runtime.worker import RankWorker
 
-ASIDE_S = 5.0
-"""The longest wait for a rank's answer beside a call; a rank that misses it is not asked for a while."""
+ASIDE_S = 1.0
+"""The longest wait for a rank's answer beside a call: the watch waits with it."""
+ALONE_S = 5.0
+"""A rank that missed it is not asked for so long."""
 NOTCH = 0.9
 """After an out-of-memory the budget is this share of what it was."""
 
@@ -26,6 +28,7 @@ class Fault:
     Attributes:
         resumed_after: the step after which the request went on; 0: from its beginning.
         lost_s: since the last attempt began. `recovery_s`: until the new gang was admitted.
+        meanwhile: what happened to gangs that were started in its place and did not come up.
     """
 
     rank: int
@@ -35,6 +38,7 @@ class Fault:
     lost_s: float
     recovery_s: float
     remedy: str
+    meanwhile: tuple[str, ...] = ()
 
 
 class Snapshots:
@@ -57,7 +61,7 @@ class Snapshots:
                 try:
                     self._kept[leader] = self._gang.aside(leader, _snapshots, timeout_s=ASIDE_S)
                 except RankError:
-                    self._not_before_s = time.monotonic() + ASIDE_S
+                    self._not_before_s = time.monotonic() + ALONE_S
                     return
 
     def start(self) -> tuple[Snapshot, ...] | None:
@@ -72,8 +76,8 @@ def _snapshots(worker: RankWorker) -> tuple[Snapshot, ...]:
     return worker.snapshots
 
 
-def restart(gang: Gang, load: Callable[[], None], attempts: int) -> None:
-    """A new gang with the model; `load` fails like the first time may.
+def restart(gang: Gang, load: Callable[[], None], attempts: int, lost: Callable[[RankError], None]) -> None:
+    """A new gang with the model; `load` fails like the first time may. `lost` gets what made another try necessary.
 
     Raises:
         CrossdockError: it did not come up in `attempts` attempts, or a user has to act.
@@ -83,22 +87,35 @@ def restart(gang: Gang, load: Callable[[], None], attempts: int) -> None:
             gang.restart()
             load()
             return
-        except RankError:
+        except RankError as error:
             if attempt == attempts:
                 raise
+            lost(error)
 
 
 def with_less_memory(plan: RunPlan) -> RunPlan | None:
-    """The same run with a budget one notch lower; None where there is no budget, or none below this one."""
-    if plan.budget_bytes is None:
+    """The same run with a budget one notch lower, or the least one; None where there is no budget, or none below it.
+
+    `auto` that has chosen no budget for good, because the memory ran out in the request that it looked at, becomes as
+    little as possible.
+    """
+    lower: str | None = None
+    if plan.budget_bytes is not None:
+        lower_bytes = max(int(plan.budget_bytes * NOTCH), plan.least_budget_bytes)
+        if lower_bytes >= plan.budget_bytes:
+            return None
+        lower = f"{lower_bytes}B"
+    elif plan.config.offload.device_budget != "auto":
         return None
-    lower = f"{int(plan.budget_bytes * NOTCH)}B"
     offload = plan.config.offload.model_copy(update={"device_budget": lower})
-    config = plan.config.model_copy(update={"offload": offload})
-    try:
-        return make_plan(config, plan.model_dir, plan.device)
-    except ConfigError:
-        return None
+    return make_plan(plan.config.model_copy(update={"offload": offload}), plan.model_dir, plan.device)
+
+
+def budget_text(plan: RunPlan) -> str:
+    """The budget for a message."""
+    if plan.budget_bytes is not None:
+        return f"{plan.budget_bytes} bytes"
+    return "auto" if plan.config.offload.device_budget == "auto" else "as little as possible"
 
 
 def advice(plan: RunPlan) -> str:
@@ -106,3 +123,8 @@ def advice(plan: RunPlan) -> str:
     if not plan.config.offload.layerwise:
         return "set offload.layerwise: true, or split the model over more ranks"
     return "the budget cannot be lowered: ask for a smaller picture, or split the work over more ranks"
+
+
+def brief(error: CrossdockError) -> str:
+    """The first line of its message, without the traceback."""
+    return str(error).partition("\n")[0]

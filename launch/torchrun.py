@@ -25,7 +25,6 @@ from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, Req
 from crossdock.runtime.faults import rank_error
 from crossdock.runtime.gang import Notice
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.weights import exchange
 from crossdock.runtime.worker import RankWorker
 
 T = TypeVar("T")
@@ -86,7 +85,7 @@ class TorchrunGang:
             raise self._settled(rank_error(worker.status(), error)) from None
         watch.end_part()
         with self._cut_off():
-            results = exchange(result, self.world_size)
+            results = worker.exchange(result)
         self._broken = broken
         return results
 

@@ -168,6 +168,13 @@ class Group:
             dist.broadcast_object_list(envelope, group=self.handle, group_src=source)
         return envelope[0]
 
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Every rank's `value` (pickled), in group order."""
+        values: list[Any] = [None] * self.size
+        with self._issue("all_gather_object"):
+            dist.all_gather_object(values, value, group=self.handle)
+        return values
+
     def close(self) -> None:
         dist.destroy_process_group(self.handle)
 
@@ -185,3 +192,8 @@ class Group:
         self._begin(operation, *agreed)
         yield
         self._since = None
+
+
+def exchange(value: Any, group: Group | None) -> list[Any]:
+    """`value` of every rank of `group`, in its order; without a group there is one rank. Collective."""
+    return [value] if group is None else group.all_gather_object(value)

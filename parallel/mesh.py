@@ -96,10 +96,15 @@ class Mesh:
     rank: int
     ranks: Mapping[str, tuple[int, ...]]
     groups: Mapping[str, Group | None]
+    world: Group | None = None
 
     @classmethod
-    def connect(cls, shape: MeshShape, rank: int, timeout_s: float) -> Mesh:
-        """Create the process groups. Collective over the world: every rank calls it, once."""
+    def connect(cls, shape: MeshShape, rank: int, timeout_s: float, world: Group | None) -> Mesh:
+        """Create the process groups. Collective over the world: every rank calls it, once.
+
+        Args:
+            world: the group of all ranks; it is not the mesh's own, and outlives it.
+        """
         groups: dict[str, Group | None] = {}
         for name in shape.groups(rank):
             groups[name] = None
@@ -108,7 +113,7 @@ class Mesh:
                     handle = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s))
                     if rank in ranks:
                         groups[name] = Group(handle, name, ranks)
-        return cls(shape, rank, shape.groups(rank), groups)
+        return cls(shape, rank, shape.groups(rank), groups, world)
 
     def index_in(self, name: str) -> int:
         return self.ranks[name].index(self.rank)

@@ -76,10 +76,10 @@ class CompositionError(CrossdockError):
         return self.verdict.violations if self.verdict else ()
 
 
-FaultKind = Literal["raised", "memory", "cut off", "died", "stopped", "silent", "late", "collectives"]
+FaultKind = Literal["raised", "memory", "cut off", "died", "stopped", "silent", "hangs", "late", "collectives"]
 """raised: an exception; memory: the device has none left; cut off: a collective failed, so another rank is to blame;
-died, stopped: its process; silent: it does not answer; late: it was not done in time; collectives: it issued others
-than its group.
+died, stopped: its process; silent: it does not answer; hangs: it answers, but did not come where the others waited for
+it as long as they may; late: it was not done in time; collectives: it issued others than its group.
 """
 
 

@@ -10,7 +10,17 @@ import torch
 from crossdock.runtime.errors import CrossdockError, FaultKind, RankError, RequestCancelled
 from crossdock.runtime.status import RankStatus
 
-_RANKING: tuple[FaultKind, ...] = ("died", "stopped", "memory", "raised", "collectives", "silent", "late", "cut off")
+_RANKING: tuple[FaultKind, ...] = (
+    "died",
+    "stopped",
+    "memory",
+    "raised",
+    "collectives",
+    "silent",
+    "hangs",
+    "late",
+    "cut off",
+)
 
 
 def rank_error(status: RankStatus, error: Exception) -> CrossdockError:
@@ -29,6 +39,8 @@ def rank_error(status: RankStatus, error: Exception) -> CrossdockError:
 def _in_collective(status: RankStatus) -> bool:
     """Outside the denoise loop it is not known whether the rank waits for a gather that is under way."""
     loads = status.phase in ("load", "rehearsal")
+    if status.phase == "connect":  # the groups that the ranks make together are not there yet
+        return True
     return status.waiting is not None or (loads and any(group.waiting_s is not None for group in status.groups))
 
 

@@ -19,7 +19,7 @@ from crossdock.offload.block import Home
 from crossdock.offload.discovery import DiscoveryError, FoundBlock, discover_blocks
 from crossdock.offload.layout import ALIGNMENT, BlockLayout
 from crossdock.offload.offloader import shared_tensors
-from crossdock.offload.residency import Residency
+from crossdock.offload.residency import Residency, minimum_bytes
 from crossdock.offload.schedule import SlotSchedule
 from crossdock.parallel.mesh import MeshShape, describe
 from crossdock.parallel.tensor import TensorParallelism, TensorSlice
@@ -106,6 +106,13 @@ class RunPlan:
     def blocks_budget_bytes(self) -> int | None:
         """What of the budget is left for the blocks."""
         return None if self.budget_bytes is None else self.budget_bytes - self.outside_bytes - ALIGNMENT
+
+    @property
+    def least_budget_bytes(self) -> int:
+        """No budget can be below it."""
+        sizes = [self.blocks[index].layout.nbytes for index in self.order]
+        turns = max(self.turn_bytes.values(), default=0)
+        return self.outside_bytes + ALIGNMENT + max(minimum_bytes(sizes, self.config.offload.depths), turns)
 
     def schedule_report(self, verdict: str) -> ScheduleReport:
         """`verdict`: what became of the schedule when the first steps were measured."""

@@ -20,6 +20,7 @@ class GenerateRequest:
     Attributes:
         number: which request this is to an engine; a cancel names it. Never falls from one request to the next.
         time_limit_s: seconds after which it is stopped, at the next step's end. None: no limit.
+        spent_s: how much of `time_limit_s` earlier attempts at it took.
         keep_every: after every so many steps, what it takes to resume is kept. 0: never.
     """
 
@@ -31,6 +32,7 @@ class GenerateRequest:
     guidance_scale: float | None = None
     number: int = 0
     time_limit_s: float | None = None
+    spent_s: float = 0.0
     keep_every: int = 0
 
     def validate(self) -> None:

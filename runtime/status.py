@@ -13,11 +13,11 @@ class RankStatus:
     """
     Attributes:
         host, pid: where the rank's process runs.
-        phase: "idle", "load", "rehearsal", "encode", "denoise" or "decode".
+        phase: "idle", "connect", "load", "rehearsal", "encode", "denoise" or "decode".
         step: the number of the step under way, from 1; None outside the denoise loop.
         block: the last one that was asked for; `waits` while its bytes have not arrived.
         kept_step: the step after which the newest snapshot was taken; 0: there is none.
-        groups: what was issued on each of the mesh's groups.
+        groups: what was issued on each of the mesh's groups, and on the world's.
     """
 
     rank: int

@@ -11,12 +11,10 @@ import time
 from enum import IntEnum
 
 import torch
-import torch.distributed as dist
 
-from crossdock.parallel.group import Group, GroupRecord
+from crossdock.parallel.group import Group, exchange
 from crossdock.runtime.errors import RankError, RequestCancelled, RequestTimeout
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.weights import exchange
 
 
 class _Wish(IntEnum):
@@ -30,15 +28,17 @@ class _Wish(IntEnum):
 class Stopping:
     """One rank's side of the agreement. `cancel` may be called from any thread, at any time."""
 
-    def __init__(self, rank: int, world_size: int) -> None:
-        self._rank = rank
-        self._world_size = world_size
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._asked: dict[int, str] = {}  # request number -> reason
         self._number = 0
         self._limit_s: float | None = None
         self._began = time.monotonic()
         self._group: Group | None = None
+
+    def meet(self, world: Group | None) -> None:
+        """The ranks that have to agree; None: this one is alone."""
+        self._group = world
 
     def cancel(self, reason: str, number: int) -> None:
         """Ask request `number` to stop; one that is over is not affected, one to come ends with its first step."""
@@ -47,7 +47,7 @@ class Stopping:
 
     def begin(self, request: GenerateRequest) -> None:
         """A request begins: its time runs, and what was asked of earlier ones is forgotten."""
-        self._limit_s, self._began = request.time_limit_s, time.monotonic()
+        self._limit_s, self._began = request.time_limit_s, time.monotonic() - request.spent_s
         with self._lock:
             self._number = request.number
             self._asked = {number: reason for number, reason in self._asked.items() if number >= request.number}
@@ -71,14 +71,9 @@ class Stopping:
         wishes = [row[3] for row in rows]
         if max(wishes) == _Wish.GO_ON:
             return
-        reasons = exchange(self._reason(wish), self._world_size)
+        reasons = exchange(self._reason(wish), self._group)
         reason = reasons[wishes.index(max(wishes))]
         raise (RequestCancelled if max(wishes) == _Wish.CANCEL else RequestTimeout)(reason, finished)
-
-    def records(self) -> tuple[GroupRecord, ...]:
-        """Of the world's group, once it was used; for any thread."""
-        group = self._group
-        return () if group is None else (group.record(),)
 
     def _wish(self) -> _Wish:
         with self._lock:
@@ -89,18 +84,15 @@ class Stopping:
 
     def _reason(self, wish: _Wish) -> str:
         with self._lock:
-            return self._asked[self._number] if wish is _Wish.CANCEL else f"the time limit is {self._limit_s} s"
+            return self._asked[self._number] if wish is _Wish.CANCEL else f"the time limit is {self._limit_s or 0:g} s"
 
     def _gather(self, row: list[int]) -> list[list[int]]:
         """Every rank's row, by rank. On the CPU and the world's own group, apart from the activations."""
-        if self._world_size == 1:
+        if self._group is None:
             return [row]
-        assert dist.group.WORLD is not None
-        if self._group is None or self._group.handle is not dist.group.WORLD:
-            self._group = Group(dist.group.WORLD, "world")
-        rows = torch.empty(self._world_size * len(row), dtype=torch.int64)
+        rows = torch.empty(self._group.size * len(row), dtype=torch.int64)
         self._group.all_gather(rows, torch.tensor(row, dtype=torch.int64))
-        found: list[list[int]] = rows.view(self._world_size, len(row)).tolist()
+        found: list[list[int]] = rows.view(self._group.size, len(row)).tolist()
         return found
 
 

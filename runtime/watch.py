@@ -2,7 +2,8 @@
 
 Pure: statuses and times go in, a verdict comes out. Two ranks of a group that issued different collectives are at fault
 at once; ranks that wait for each other, or for one that has ended its part, after `patience_s`. A rank that computes
-for long is not: nobody knows how long a block takes.
+for long is not: nobody knows how long a block takes. It is only named (`awaited`), until the others' collectives run
+into their time limit; then it is to blame, and not who was cut off first.
 
 Statuses may be of different ages. A rank waits for another that has issued fewer collectives of the group: where all
 run the same program, that one was at an earlier place of it. So ranks can only seem to wait for each other when one of
@@ -48,10 +49,20 @@ class Watch:
         """What can be told from the collectives."""
         return different_collective(self.statuses) or self._stuck()
 
+    def awaited(self) -> Fault | None:
+        """A rank that another one has waited for longer than `patience_s`, and that computes: it is slow, or hangs."""
+        waits = {rank: status.waiting for rank, status in self.statuses.items() if rank not in self.ended}
+        for rank, group in sorted(waits.items()):
+            if any(_under_way([group], self._patience_s)) and (other := self._holds_up(rank)) is not None:
+                return Fault(other, self.last_seen(other))
+        return None
+
     def explain(self, error: CrossdockError) -> CrossdockError:
         """With where the rank was, and what the others wait for; what is told of collectives says so itself."""
         if not isinstance(error, RankError) or error.kind == "collectives":
             return error
+        if error.kind == "cut off" and (other := self._holds_up(error.rank)) is not None:
+            return RankError(other, f"it does not go on; {self.last_seen(other)}", "hangs")
         seen = self.last_seen(error.rank)
         return RankError(error.rank, f"{error.message}; {seen}" if seen else error.message, error.kind)
 
@@ -84,6 +95,19 @@ class Watch:
         culprit = max(circle, key=lambda rank: (waited_for.count(rank), rank))
         places = [f"rank {rank}: {self.statuses[rank]}" for rank in circle]
         return Fault(culprit, f"{ranks_text(sorted(circle))} wait for each other: " + "; ".join(places))
+
+    def _holds_up(self, rank: int) -> int | None:
+        """Whom `rank` waits for, through others that wait themselves; None: nobody, a circle, or one that has ended."""
+        path = [rank]
+        while (status := self.statuses.get(path[-1])) is not None:
+            missing = self._missing(status.waiting) if status.waiting is not None else []
+            if not missing:
+                break
+            if missing[0] in path:
+                return None
+            path.append(missing[0])
+        known = path[-1] in self.statuses and path[-1] not in self.ended
+        return path[-1] if len(path) > 1 and known else None
 
     def _missing(self, group: GroupRecord) -> list[int]:
         """Who has not come to the latest collective of `group`."""

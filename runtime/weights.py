@@ -7,16 +7,15 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from crossdock.offload.block import Home, Piece, StreamedBlock
 from crossdock.offload.host_memory import HostMemoryError, host_memory, require
 from crossdock.offload.host_store import HostStore
 from crossdock.offload.layout import aligned_bytes
+from crossdock.parallel.group import exchange
 from crossdock.parallel.hsdp import shard_range
 from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.tensor import TensorSlice
@@ -25,15 +24,6 @@ from crossdock.runtime.errors import LaunchError
 from crossdock.runtime.meta_model import non_persistent_buffers
 from crossdock.runtime.page_cache import CheckpointPages
 from crossdock.runtime.plan import PlannedBlock, RunPlan
-
-
-def exchange(value: Any, world_size: int) -> list[Any]:
-    """`value` of every rank, by rank. Collective over the world."""
-    if world_size == 1:
-        return [value]
-    values: list[Any] = [None] * world_size
-    dist.all_gather_object(values, value)
-    return values
 
 
 def node_id() -> str:
@@ -114,7 +104,7 @@ class WeightLoader:
             module = self._model.get_submodule(block.name)
             blocks.append(StreamedBlock(block.name, module, block.layout, block.home, source))
         if store is not None:
-            exchange("filled", self._mesh.shape.world_size)
+            exchange("filled", self._mesh.world)
             store.seal()
             if self._device.type == "cuda":
                 store.register()
@@ -170,17 +160,17 @@ class WeightLoader:
         shard = self._mesh.index_in("weights") if on_host[0].home is Home.HOST_SHARD else 0
         nbytes = sum(stop - start for start, stop in map(self._range, on_host))
         part = HostPart(node_id(), self._mesh.shape.coordinates(rank)["tp"], shard)
-        parts = exchange(part, world_size)
+        parts = exchange(part, self._mesh.world)
         sharers = tuple(other for other in range(world_size) if parts[other] == part)
         owner = rank == sharers[0]
         key = part.key(self._plan, nbytes)
         store = HostStore.find(key, nbytes) if owner else None
-        found = exchange(store is not None, world_size)
+        found = exchange(store is not None, self._mesh.world)
         self._check_memory(nbytes * sum(not found[first] for first in _firsts(parts, part.node)))
         if owner and store is None:
             store = HostStore.create(nbytes, key)
         self._found_filled = found[sharers[0]]
-        handles = exchange(store.handle if store else None, world_size)
+        handles = exchange(store.handle if store else None, self._mesh.world)
         return store or HostStore.attach(handles[sharers[0]]), sharers
 
     def _check_memory(self, needed_bytes: int) -> None:

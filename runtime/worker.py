@@ -26,7 +26,7 @@ from crossdock.offload.device_memory import allocated_bytes, spare_bytes, total_
 from crossdock.offload.loader import Gather
 from crossdock.offload.trace import TraceEvent
 from crossdock.parallel.attention import SequenceParallelAttention
-from crossdock.parallel.group import GroupRecord
+from crossdock.parallel.group import Group, GroupRecord, exchange
 from crossdock.parallel.hsdp import all_gather_bytes
 from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.regions import Attend, SequenceParallelism
@@ -56,7 +56,7 @@ from crossdock.runtime.request_log import RequestLog
 from crossdock.runtime.resume import Snapshot, of_replica
 from crossdock.runtime.status import RankStatus
 from crossdock.runtime.stopping import Stopping
-from crossdock.runtime.weights import RankWeights, WeightLoader, exchange
+from crossdock.runtime.weights import RankWeights, WeightLoader
 
 EVENTS_PER_BLOCK = 7
 TRACED_STEPS = 2
@@ -99,7 +99,8 @@ class RankWorker:
         self.on_progress: Callable[[int], None] | None = None
         self.ready = False
         self.phase = "idle"
-        self.stopping = Stopping(rank, world_size)
+        self.stopping = Stopping()
+        self.world: Group | None = None  # all ranks, once they have met
         self.snapshots: tuple[Snapshot, ...] = ()  # the newest two of the request under way, oldest first
         self.log: RequestLog | None = None  # of the latest request
         if device.type == "cuda":
@@ -113,6 +114,14 @@ class RankWorker:
         dist.init_process_group(
             backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timedelta(seconds=timeout_s)
         )
+        if self.world_size > 1:
+            assert dist.group.WORLD is not None
+            self.world = Group(dist.group.WORLD, "world")
+            self.stopping.meet(self.world)
+
+    def exchange(self, value: Any) -> list[Any]:
+        """`value` of every rank, by rank. Collective over the world."""
+        return exchange(value, self.world)
 
     def device_bytes(self) -> int:
         """Memory of this rank's device."""
@@ -127,11 +136,12 @@ class RankWorker:
         """
         began = time.perf_counter()
         allocated = allocated_bytes(self.device)
-        self.phase = "load"
+        self.phase = "connect"
         self.total = checksum if probe else sampled_checksum
         self.plan = plan
         timeout_s = plan.config.launch.timeouts.collective_s
-        self.mesh = Mesh.connect(plan.mesh, self.rank, timeout_s)
+        self.mesh = Mesh.connect(plan.mesh, self.rank, timeout_s, self.world)
+        self.phase = "load"
         self.model = build_on_meta(plan.spec.transformer, plan.model_dir / TRANSFORMER)
         self.tensor = self._apply_tensor_parallelism(self.model)
         self.sequence, self.attention = self._apply_sequence_parallelism(self.model)
@@ -193,6 +203,7 @@ class RankWorker:
     def status(self) -> RankStatus:
         """What this rank is doing right now; for another thread."""
         stream = getattr(self, "stream", None) if self.ready else None
+        mesh = getattr(self, "mesh", None)
         denoises = self.phase == "denoise"
         latest = stream.latest if stream is not None and denoises else None
         return RankStatus(
@@ -204,7 +215,7 @@ class RankWorker:
             latest[1] if latest else None,
             bool(latest and latest[0] == "wait_begin"),
             self.kept.step if self.kept is not None else 0,
-            (*self.mesh.records(), *self.stopping.records()) if stream is not None else (),
+            (*(mesh.records() if mesh is not None else ()), *([self.world.record()] if self.world is not None else [])),
         )
 
     @property
@@ -285,6 +296,7 @@ class RankWorker:
             store.drop()
             store.close()
         self.mesh.disconnect()
+        del self.mesh  # the records of its groups are not the next one's
 
     def leave(self) -> None:
         """Leave the world."""
@@ -371,7 +383,7 @@ class RankWorker:
         Returns the numbers of the events that belong to no step.
         """
         seen = observe(self.plan, self.stream.recorded_order, self.stream.trace(), spare_bytes(self.device))
-        improvement = improve(self.plan, exchange(seen, self.world_size), self.model_steps)
+        improvement = improve(self.plan, self.exchange(seen), self.model_steps)
         self.verdict = improvement.verdict
         if improvement.plan is None:
             return range(0)

@@ -20,7 +20,6 @@ from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.loader import BlockLoader
 from crossdock.parallel import attention as attention_module
 from crossdock.parallel import tensor as tensor_module
-from crossdock.parallel.group import Group
 from crossdock.parallel.mesh import MeshShape
 from crossdock.parallel.tensor import RowParallelLinear
 from crossdock.runtime.request import GenerateRequest
@@ -183,9 +182,7 @@ def reduce_left_out(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
 
 def reduce_on_the_world(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     """The group on which the ranks agree to go on, instead of tensor parallelism's."""
-    assert dist.group.WORLD is not None
-    worker.stopping._group = Group(dist.group.WORLD, "world")
-    _last_row_parallel(worker).group = worker.stopping._group
+    _last_row_parallel(worker).group = worker.world
 
 
 def _last_row_parallel(worker: RankWorker) -> RowParallelLinear:

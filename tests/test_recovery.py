@@ -148,7 +148,7 @@ def test_memory_that_runs_out_lowers_the_budget_once(flux2_dir: Path) -> None:
         assert before is not None
         assert engine.plan.budget_bytes == int(before * 0.9)
         assert found.report["schedule"]["budget_bytes"] == engine.plan.budget_bytes
-        remedy = f"device budget lowered from {before} to {int(before * 0.9)} bytes"
+        remedy = f"device budget lowered from {before} bytes to {int(before * 0.9)} bytes"
         assert found.report["faults"][0]["remedy"] == remedy
         assert torch.equal(found.latents[0], expected.latents[0])
         setup = RankWorker.setup
@@ -164,6 +164,57 @@ def test_memory_that_runs_out_lowers_the_budget_once(flux2_dir: Path) -> None:
             with pytest.raises(RankError, match=r"planted(.|\n)*ask for a smaller picture"):
                 _generate(engine)
         assert gang.closed
+
+
+def test_the_least_budget_is_a_notch_as_well(flux2_dir: Path) -> None:
+    """A budget just above the least one counts as one that cannot be lowered."""
+    with _engine(flux2_dir, "6MiB") as (engine, _):
+        least = engine.plan.least_budget_bytes
+    with pytest.raises(ConfigError, match=f"at least {least} bytes"), _engine(flux2_dir, f"{least - 1}B"):
+        pass
+    with _engine(flux2_dir, f"{least + 256}B") as (engine, gang):
+        expected = _generate(engine)
+        _fail(gang, torch.OutOfMemoryError("planted"))
+        found = _generate(engine)
+        assert engine.plan.budget_bytes == least
+        assert torch.equal(found.latents[0], expected.latents[0])
+
+
+def test_auto_that_took_too_much(flux2_dir: Path) -> None:
+    """The memory that the first steps left free is needed by the decoder: out of memory in every first request."""
+    with _engine(flux2_dir, "auto") as (engine, gang):
+
+        def too_much(*_: Any) -> None:
+            raise torch.OutOfMemoryError("planted")
+
+        gang.worker.pipeline.decode = too_much  # type: ignore[method-assign, assignment]
+        found = _generate(engine)
+        (fault,) = found.report["faults"]
+        assert fault["remedy"] == "device budget lowered from auto to as little as possible"
+        assert found.report["schedule"]["budget_bytes"] is None
+        assert len(found.images) == 1
+
+
+def test_memory_that_runs_out_while_new_ranks_load(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new ranks are loaded with the same budget, until there are no attempts left."""
+    setup, fails = RankWorker.setup, [1]
+
+    def faulty(worker: RankWorker, *args: Any, **options: Any) -> Any:
+        if fails[0] > 0:
+            fails[0] -= 1
+            raise torch.OutOfMemoryError("no room")
+        return setup(worker, *args, **options)
+
+    with _engine(flux2_dir, "6MiB") as (engine, gang):
+        before = engine.plan.budget_bytes
+        monkeypatch.setattr(RankWorker, "setup", faulty)
+        _fail(gang, ValueError("planted"))
+        found = _generate(engine)
+        assert before is not None
+        assert engine.plan.budget_bytes == int(before * 0.9)
+        (fault,) = found.report["faults"]
+        assert [text.partition(" (")[0] for text in fault["meanwhile"]] == ["rank 0: OutOfMemoryError: no room"]
+        assert "after 1 more faults" in survived(fault)
 
 
 @pytest.mark.parametrize("budget", [None, "least"])
@@ -243,6 +294,87 @@ def test_cancelling(flux2_dir: Path) -> None:
             _generate(engine, progress=cancel)
         assert torch.equal(_generate(engine).latents[0], expected.latents[0])
         assert gang.starts == 1
+
+
+def test_cancelling_while_ranks_are_replaced(flux2_dir: Path) -> None:
+    """The wish is lost with the rank that it was told to, or it makes an error of its own."""
+    with _engine(flux2_dir) as (engine, gang):
+        expected = _generate(engine)
+        restart = gang.restart
+
+        def cancelled_meanwhile() -> None:
+            gang.aside = unreachable  # type: ignore[method-assign]
+            engine.cancel("too late for the old ranks")
+            del gang.aside
+            restart()
+
+        def unreachable(*_: Any, **__: Any) -> Any:
+            raise RankError(0, "does not answer", "silent")
+
+        gang.restart = cancelled_meanwhile  # type: ignore[method-assign]
+        _fail(gang, ValueError("planted"))
+        with pytest.raises(RequestCancelled, match="stopped after step 2: too late for the old ranks"):
+            _generate(engine)
+        gang.restart = restart  # type: ignore[method-assign]
+        assert torch.equal(_generate(engine).latents[0], expected.latents[0])
+
+
+def test_cancelling_between_two_rounds_of_prompts(flux2_dir: Path) -> None:
+    """A cancel that comes when one round is over stops that one only, and the next one is drawn."""
+    with _engine(flux2_dir) as (engine, _):
+        steps: list[int] = []
+
+        def cancel(step: int, of: int) -> None:
+            steps.append(step)
+            if step == of:  # told when the round is over
+                engine.cancel("enough")
+
+        with pytest.raises(RequestCancelled, match="stopped after step 0: enough"):
+            engine.generate((PROMPT, PROMPT), steps=2, height=SIZE, width=SIZE, progress=cancel)
+        assert steps == [1, 2]
+        assert len(_generate(engine).images) == 1
+
+
+def test_what_happens_is_told_at_once(flux2_dir: Path) -> None:
+    """A fault that is survived is only told when the picture is there."""
+    with _engine(flux2_dir) as (engine, gang):
+        told: list[str] = []
+        engine._tell = told.append
+        seen_by_new_ranks: list[int] = []
+        restart = gang.restart
+
+        def noting() -> None:
+            seen_by_new_ranks.append(len(told))
+            restart()
+
+        gang.restart = noting  # type: ignore[method-assign]
+        _fail(gang, ValueError("planted"))
+        _generate(engine)
+        assert seen_by_new_ranks == [1]
+        assert told[0].startswith("rank 0: ValueError: planted (in step 3, block transformer_blocks.1")
+        assert told[0].endswith("; remedy: new ranks")
+        assert "Traceback" not in told[0]
+
+
+def test_a_time_limit_counts_what_was_lost(flux2_dir: Path) -> None:
+    """Every new attempt gets the whole time again, and a request of 10 s takes minutes."""
+    with _engine(flux2_dir) as (engine, gang):
+        expected = _generate(engine)
+        restart = gang.restart
+
+        def slowly() -> None:
+            time.sleep(1.0)
+            restart()
+
+        gang.restart = slowly  # type: ignore[method-assign]
+        _fail(gang, ValueError("planted"))
+        with pytest.raises(RequestTimeout, match="stopped after step 2: the time limit is 1 s"):
+            _generate(engine, time_limit_s=1.0)
+        gang.restart = restart  # type: ignore[method-assign]
+        assert torch.equal(_generate(engine).latents[0], expected.latents[0])
+        for limit in (0, 0.0, -1.0):
+            with pytest.raises(CrossdockError, match="time_limit_s: found"):
+                _generate(engine, time_limit_s=limit)
 
 
 def test_a_time_limit(flux2_dir: Path) -> None:

@@ -128,6 +128,55 @@ def test_groups_of_one_name_are_apart() -> None:
     assert culprit(*statuses) is None
 
 
+# -- a rank that is awaited: named, but no fault before the others' collectives are given up -----------------
+
+
+def _held_up() -> Watch:
+    """Rank 3 computes; 2 waits for it, 0 and 1 for 2."""
+    return watch_of(
+        at(0, reduces("tp", (0, 2), 5, LONG)),
+        at(1, reduces("ring", (1, 2), 3, LONG)),
+        at(2, reduces("tp", (0, 2), 4), reduces("ring", (1, 2), 2), reduces("world", (2, 3), 2, LONG)),
+        at(3, reduces("world", (2, 3), 1)),
+    )
+
+
+def test_who_is_awaited_is_named() -> None:
+    """Of ranks that wait one behind the other, one is named that waits itself."""
+    watch = _held_up()
+    assert watch.fault() is None
+    awaited = watch.awaited()
+    assert awaited is not None
+    assert awaited.rank == 3
+    assert awaited.what.startswith("last seen in step 3, block layers.2; rank 2 waits for it in step 3")
+
+
+def test_nobody_is_awaited() -> None:
+    """A rank is named before anybody has waited long, or in a collective to which all have come."""
+    assert watch_of(at(0, reduces("tp", PAIR, 5, 0.1)), at(1, reduces("tp", PAIR, 4))).awaited() is None
+    assert watch_of(*(at(rank, reduces("tp", PAIR, 5, LONG)) for rank in PAIR)).awaited() is None
+    assert watch_of(at(0, reduces("tp", PAIR, 5, LONG))).awaited() is None
+    circle = [at(0, reduces("tp", PAIR, 5, LONG), reduces("ring", PAIR, 2)), at(1, reduces("ring", PAIR, 3, LONG))]
+    assert watch_of(*circle).awaited() is None
+
+
+@pytest.mark.parametrize("cut_off", [0, 1, 2])
+def test_who_did_not_come_is_to_blame(cut_off: int) -> None:
+    """A rank hangs in its part; the first whose collective runs into its time limit is blamed instead."""
+    found = _held_up().explain(RankError(cut_off, "timed out", "cut off"))
+    assert isinstance(found, RankError)
+    assert (found.rank, found.kind) == (3, "hangs")
+    assert "it does not go on; last seen in step 3, block layers.2" in found.message
+
+
+def test_cut_off_by_nobody() -> None:
+    """A collective that failed although all had come is blamed on one of them."""
+    both = watch_of(*(at(rank, reduces("tp", PAIR, 5, LONG)) for rank in PAIR))
+    found = both.explain(RankError(1, "timed out", "cut off"))
+    assert isinstance(found, RankError)
+    assert (found.rank, found.kind) == (1, "cut off")
+
+
 # -- a fault -------------------------------------------------------------------------------------------------
 
 
@@ -357,6 +406,10 @@ LOADS = replace(GATHERS, phase="rehearsal", step=None)
         (replace(GATHERS, waits=True), RuntimeError("connection closed by peer"), "cut off"),
         (LOADS, RuntimeError("connection closed by peer"), "cut off"),
         (replace(LOADS, phase="decode"), RuntimeError("shape"), "raised"),
+        (at(1, step=None), RuntimeError("shape"), "raised"),
+        (replace(at(1, step=None), phase="connect"), RuntimeError("connection closed by peer"), "cut off"),
+        (replace(at(1, reduces("world", PAIR, 2, 0.1), step=None), phase="load"), RuntimeError("closed"), "cut off"),
+        (replace(at(1, reduces("world", PAIR, 2), step=None), phase="load"), RuntimeError("shape"), "raised"),
     ],
 )
 def test_rank_error(status: RankStatus, error: Exception, kind: str) -> None:
