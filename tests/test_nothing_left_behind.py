@@ -125,9 +125,10 @@ def test_a_run_ends_clean(checkpoints: Checkpoints, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
 def test_interrupted_in_the_middle(number: int, code: int, checkpoints: Checkpoints, tmp_path: Path) -> None:
-    """Ctrl-C, a scheduler's SIGTERM, and kill -9 of the driver, in the middle of the denoise loop."""
+    """Ctrl-C, a scheduler's SIGTERM, and kill -9 of the driver of four ranks, in the middle of the denoise loop."""
     before = _shared_memory()
-    command = _generate(checkpoints["z-image"], CONFIGS / "layerwise_tp2.yaml", tmp_path / "out.png", "--steps", "3000")
+    config = CONFIGS / ("layerwise_ulysses2_ring2.yaml" if number == signal.SIGKILL else "layerwise_tp2.yaml")
+    command = _generate(checkpoints["z-image"], config, tmp_path / "out.png", "--steps", "3000")
     with _watched(command) as run:
         run.wait_for_line("step 3/3000")
         os.kill(run.process.pid, number)
