@@ -136,6 +136,9 @@ class RayGang:
             self._place(deadline)
             self._places = self._await([actor.where.remote() for actor in self._actors], deadline)
             self._meet(deadline)
+        except RankError:  # may be tried again, in the same Ray
+            self._end_actors()
+            raise
         except BaseException:
             self.close()
             raise

@@ -27,7 +27,7 @@ class Gang(Protocol):
 
         Raises:
             LaunchError: the machine lacks something.
-            RankError: a rank did not come up in time.
+            RankError: a rank did not come up; `restart` may be tried, and `close` is still owed.
         """
 
     def restart(self) -> None:
