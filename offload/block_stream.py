@@ -78,10 +78,11 @@ class BlockStream:
         self._shared: list[Slot] = []
         self._own: dict[int, Slot] = {}
         self._slots: dict[int, Slot] = {}
+        self._pending: set[Slot] = set()  # claimed for a load of which not all is enqueued
         self._set_schedule(schedule, resident)
         self.arena = arena or Arena(self.slots_bytes, device)
-        self.arena.enter(self)
         self._lease()
+        self.arena.enter(self)
 
     # -- attach and remove ---------------------------------------------------------------------------------------
 
@@ -226,7 +227,14 @@ class BlockStream:
             self._loader.release()
 
     def flush(self) -> None:
+        """Enqueue what was held back. A load that is pending even then broke off: no block is in its slot."""
         self._loader.flush()
+        if not self._pending:
+            return
+        ended = self.engine.submit("gather", _nothing, (self.engine.submit("copy", _nothing, ()),))
+        for slot in self._pending:  # what was enqueued of such a load may still write to the slot
+            slot.holder, slot.ready = None, ended
+        self._pending.clear()
 
     @contextmanager
     def hold(self, name: str) -> Iterator[None]:
@@ -235,7 +243,7 @@ class BlockStream:
         slot = self._slots[index]
         self.flush()
         self._enqueue(index)
-        self.engine.wait(slot.ready)
+        self._await(slot)
         slot.begin_reading()
         try:
             yield
@@ -280,11 +288,7 @@ class BlockStream:
             self.counters.misses += 1
             self._enqueue(index)
         self._fetch_ahead(index)
-        try:
-            self.engine.wait(slot.ready)
-        except BaseException:
-            slot.holder = None  # half filled: the next request loads it again
-            raise
+        self._await(slot)
         slot.begin_reading(call)
         self._reading = index
         self._begin(index)
@@ -306,8 +310,8 @@ class BlockStream:
         done = self.engine.record()
         slot.end_reading(done)
         if self.poison_freed and index not in self._own:
-            slot.ready = self.engine.submit("copy", lambda: fill_nan(slot.memory), (done,))
             slot.holder = None
+            slot.ready = self.engine.submit("copy", lambda: fill_nan(slot.memory), (done,))
 
     def _fetch_ahead(self, index: int) -> None:
         taken = {self._slots[index]}
@@ -320,13 +324,28 @@ class BlockStream:
     def _enqueue(self, index: int, portions: int = 1) -> None:
         """Load block `index` into its slot, behind the slot's last reader and its last load."""
         slot, block = self._slots[index], self.blocks[index]
-        if slot.holder != index:
+        if slot.holder == index:
+            return
+
+        def done(ready: Event) -> None:
+            slot.ready = ready
+            self._pending.discard(slot)
+
+        try:
             waits = slot.claim(index)
-
-            def done(ready: Event) -> None:
-                slot.ready = ready
-
+            self._pending.add(slot)
             self._loader.load(block, slot.memory, waits, self.slot_of(block.name), done, portions=portions)
+        except BaseException:
+            slot.holder = None  # half filled at best: whoever asks for the block loads it again
+            raise
+
+    def _await(self, slot: Slot) -> None:
+        """Make the compute stream wait for what is loaded into `slot`."""
+        try:
+            self.engine.wait(slot.ready)
+        except BaseException:
+            slot.holder = None  # half filled: the next request loads it again
+            raise
 
     # -- memory --------------------------------------------------------------------------------------------------
 
@@ -385,12 +404,16 @@ class BlockStream:
         self.settle()
         for index, slot in {id(slot): (index, slot) for index, slot in self._slots.items()}.values():
             waits = slot.claim(index)
-            slot.ready = self.engine.submit("copy", partial(spoil, slot.memory), waits)
             slot.holder = None
+            slot.ready = self.engine.submit("copy", partial(spoil, slot.memory), waits)
 
     def _note(self, kind: EventKind, index: int) -> None:
         name = self.blocks[index].name
         self._log.note(kind, name, self.slot_of(name), "compute")
+
+
+def _nothing() -> None:
+    """For the event of what is before it on a lane."""
 
 
 def _named(layout: BlockLayout, memory: Tensor) -> dict[str, Tensor]:
