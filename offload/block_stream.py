@@ -26,6 +26,7 @@ from crossdock.offload.layout import BlockLayout, aligned_bytes
 from crossdock.offload.loader import BlockLoader, EventLog, Gather, fill_nan, spoil
 from crossdock.offload.run_order import RunOrder
 from crossdock.offload.schedule import SlotSchedule, slot_sizes
+from crossdock.offload.shared_tensors import shared_tensors_of
 from crossdock.offload.trace import EventKind, StreamCounters, TraceEvent
 
 
@@ -252,25 +253,41 @@ class BlockStream:
 
     @contextmanager
     def gathered(self, name: str, write_back: bool = False) -> Iterator[dict[str, Tensor]]:
-        """The true and whole weights of a block, by their names in it: copies on the device. Collective when sharded.
+        """The true weights of a block, by their names in it: copies on the device. Collective when sharded.
+
+        The names are those of the block's `state_dict()` and of its non-persistent buffers, also where a tensor is
+        shared with another block or lies outside the blocks. Under tensor parallelism it is this rank's slice. Of a
+        part that is no module of its own (`runs` is False), it is what the part alone holds.
 
         Args:
-            write_back: what was changed goes to where the block rests, unless the body raises. Processes that share a
-                host store must all have read before one of them writes, and must make the same change.
+            write_back: what was changed goes to where it rests, unless the body raises; of a shared tensor it changes
+                for all that share it. Processes that share a host store must all have read before one of them
+                writes, and must make the same change.
         """
         index = self._index[name]
         block = self.blocks[index]
-        if not block.home.streamed:
-            assert isinstance(block.source, Tensor)
-            yield _named(block.layout, block.source)
-            return
         self.flush()
+        memory = self._copy_of(block)
+        shared = [(t, t.copy(self._device)) for t in shared_tensors_of(block, self.blocks)] if block.runs else []
+        yield _named(block.layout, memory) | {name: own for tensor, own in shared for name in tensor.names}
+        if not write_back:
+            return
+        for part in {index, *(tensor.part for tensor, _ in shared)}:
+            if part in self._slots:
+                self._forget(self._slots[part])
+        self._loader.store(block, memory)
+        for tensor, own in shared:
+            tensor.write(own)
+
+    def _copy_of(self, block: StreamedBlock) -> Tensor:
+        """All bytes of a block in memory of their own on the device."""
         memory = aligned_bytes(block.layout.nbytes, self._device)
-        self._loader.load(block, memory, (self.engine.record(),), None, self.engine.wait, noted=False)
-        yield _named(block.layout, memory)
-        if write_back:
-            self._forget(self._slots[index])
-            self._loader.store(block, memory)
+        if block.home.streamed:
+            self._loader.load(block, memory, (self.engine.record(),), None, self.engine.wait, noted=False)
+        else:
+            assert isinstance(block.source, Tensor)
+            memory.copy_(block.source)
+        return memory
 
     def _begin(self, index: int, call: FrameType | None = None) -> None:
         self._note("compute_begin", index)

@@ -529,12 +529,17 @@ def test_a_new_schedule_is_prefetched_in_its_own_order() -> None:
     case.finish()
 
 
-@pytest.mark.parametrize("home", STREAMED)
+@pytest.mark.parametrize("home", Home)
 def test_written_back_to_where_it_rests(home: Home) -> None:
     """Pitfall 26: a rank writes its own shard, from its own part of the block; the slot's copy is out of date."""
     seed = next(seed for seed in range(99) if (found := _group_of(seed))[0] > 1 and found[1] > 0)
     for index in range(4):
         case = build([home] * 4, 1, seed)
+        case.check(range(4))
+        with case.stream.gathered(f"blocks.{index}") as tensors:
+            persistent = set(case.modules[index].state_dict())
+            assert set(tensors) == persistent | {"mask"}
+            tensors["up.bias"].fill_(99.0)
         case.check(range(4))
         with case.stream.gathered(f"blocks.{index}", write_back=True) as tensors:
             tensors["up.bias"].add_(1.0)

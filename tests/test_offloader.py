@@ -135,15 +135,53 @@ def _device_bytes(offloader: LayerwiseOffloader) -> int:
     return offloader.stream.arena.nbytes + offloader.stream.resident_memory[OUTSIDE].nbytes
 
 
-def test_gathered_gives_the_true_weights(model: Model) -> None:
-    """For LoRA, state dicts and inspection: what is in the slot may be another block."""
+@pytest.mark.parametrize("outside", ["resident", "held"])
+def test_gathered_gives_the_true_weights(model: Model, outside: Any) -> None:
+    """For LoRA, state dicts and inspection: what is in the slot may be another block, and what is shared elsewhere."""
     twin = copy.deepcopy(model)
-    with LayerwiseOffloader(model, CPU) as offloader:
-        model(X)
+    with LayerwiseOffloader(model, CPU, outside=outside) as offloader:
+        with offloader.present():
+            model(X)
         for index, block in enumerate(twin.blocks):
             with offloader.gathered(f"blocks.{index}") as tensors:
+                assert set(tensors) == set(block.state_dict())
                 for name, tensor in tensors.items():
                     assert torch.equal(tensor, block.state_dict()[name]), name
+        with offloader.gathered(OUTSIDE) as tensors:
+            assert {"embed.weight", "head.weight", "blocks.0.up.weight"} < set(tensors)
+            assert "blocks.1.up.weight" not in tensors
+
+
+@pytest.mark.parametrize("outside", ["resident", "held"])
+@pytest.mark.parametrize(
+    ("block", "name"), [("blocks.6", "up.weight"), ("blocks.0", "turned"), (OUTSIDE, "embed.bias")]
+)
+def test_gathered_writes_what_is_shared(model: Model, block: str, name: str, outside: Any) -> None:
+    """Tied to another block, to what is outside, or outside itself: edited in place it would change the model at once,
+    without `write_back` or after an error.
+    """
+    twin = copy.deepcopy(model)
+    before = twin(X)
+    with torch.no_grad():
+        (twin if block == OUTSIDE else twin.get_submodule(block)).get_parameter(name).add_(1.0)
+    assert not torch.equal(before, twin(X))
+
+    def run() -> Tensor:
+        with offloader.present():
+            return cast(Tensor, model(X))
+
+    with LayerwiseOffloader(model, CPU, outside=outside) as offloader:
+        assert torch.equal(run(), before)
+        with offloader.gathered(block) as tensors:
+            tensors[name].add_(1.0)
+        with suppress(KeyError), offloader.gathered(block, write_back=True) as tensors:
+            tensors[name].add_(1.0)
+            raise KeyError
+        assert torch.equal(run(), before)
+        with offloader.gathered(block, write_back=True) as tensors:
+            tensors[name].add_(1.0)
+        assert torch.equal(run(), twin(X))
+    assert torch.equal(model(X), twin(X)), "what was written stays in the model"
 
 
 def test_gathered_writes_back(model: Model) -> None:
