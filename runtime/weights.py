@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from crossdock.offload.block import Home, Piece, StreamedBlock
+from crossdock.offload.discovery import move_plain_tensors
 from crossdock.offload.host_memory import HostMemoryError, host_memory, require
 from crossdock.offload.host_store import HostStore
 from crossdock.offload.layout import aligned_bytes
@@ -146,10 +147,7 @@ class WeightLoader:
                 module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
             else:
                 module._buffers[leaf] = value
-        for module in self._model.modules():
-            for name, value in list(vars(module).items()):
-                if isinstance(value, Tensor):
-                    setattr(module, name, value.to(self._device))
+        move_plain_tensors(self._model, self._device)
 
     def close(self) -> None:
         self._reader.close()

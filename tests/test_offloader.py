@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, cast
 
@@ -11,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3Model
 
+import crossdock.offload.offloader as offloader_module
 from crossdock.offload.arena import Arena
+from crossdock.offload.block import StreamedBlock
 from crossdock.offload.copy_engine import CpuCopyEngine
 from crossdock.offload.discovery import DiscoveryError, discover_blocks
 from crossdock.offload.offloader import OUTSIDE, LayerwiseOffloader, component_layouts
@@ -48,9 +53,13 @@ class Model(nn.Module):
         last.up.weight = first.up.weight  # two blocks, one tensor
         first.turned = nn.Parameter(cast(Tensor, self.embed.weight).t())  # a view of what is outside
         self.table = torch.linspace(0, 1, width)
+        self.listed = [torch.rand(width), None]
+        self.mapped = {"bias": torch.rand(width)}
+        self.pair = (0.5, torch.rand(width))
+        self.own_weights = [self.head.bias]  # no second place for it
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x) + self.table
+        x = self.embed(x) + self.table + self.listed[0] + self.mapped["bias"] * self.pair[1]
         for block in self.blocks:
             x = block(x)
         return cast(Tensor, self.head(x))
@@ -71,7 +80,12 @@ def _facts(model: nn.Module) -> list[tuple[Any, ...]]:
     tensors = [(n, id(t), t.dtype, t.device, t.shape, t.stride(), t.requires_grad, t.tolist()) for n, t in named]
     hooks = [(n, len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()]
     plain = [(n, id(v)) for n, m in model.named_modules() for v in vars(m).values() if isinstance(v, Tensor)]
-    return [*tensors, *hooks, *plain]
+    kept = [(n, id(v), [*map(id, v.values() if isinstance(v, dict) else v)]) for n, v in _containers(model)]
+    return [*tensors, *hooks, *plain, *kept]
+
+
+def _containers(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, vars(model)[name]) for name in ("listed", "mapped", "pair", "own_weights")]
 
 
 @pytest.mark.parametrize("outside", ["resident", "held"])
@@ -83,7 +97,8 @@ def test_streamed_as_resident_and_given_back(model: Model, budget: int | None, o
     for _ in range(3):
         with offloader.present():
             assert torch.equal(model(X), expected)
-    assert set(offloader.plain_tensors) == {"table", *(f"blocks.{i}.eps" for i in range(7))}
+    kept = {"table", "listed.0", "mapped.bias", "pair.1"}
+    assert set(offloader.plain_tensors) == {*kept, *(f"blocks.{i}.eps" for i in range(7))}
     offloader.remove()
     assert _facts(model) == before
     assert torch.equal(model(X), expected)
@@ -103,11 +118,63 @@ def test_the_memory_of_the_weights_is_given_up(model: Model) -> None:
 
 def test_plain_attributes_are_given_back(model: Model) -> None:
     """Pitfall 10: a tensor that is no parameter is copied to the device; afterwards it is the user's own again."""
-    own, copied = model.table, model.table.clone()
-    own.to = lambda *_: copied  # type: ignore[method-assign, assignment]  # as on another device
+    before = _facts(model)
+    _copied_by_to(model)
+    table, listed = model.table, model.listed
     with LayerwiseOffloader(model, CPU):
-        assert model.table is copied
-    assert model.table is own
+        assert model.table is not table
+        for name, found in _containers(model):
+            assert all(getattr(item, "moved", name == "own_weights") for item in _tensors_in(found))
+        assert model.listed is listed, "whoever else has the list sees the same"
+    assert _facts(model) == before
+
+
+def _tensors_in(container: Any) -> list[Tensor]:
+    items = container.values() if isinstance(container, dict) else container
+    return [item for item in items if isinstance(item, Tensor)]
+
+
+def _copied_by_to(model: Model) -> None:
+    """`to` gives another tensor, as on another device: of everything that is neither parameter nor buffer."""
+    plain = [model.table, *(tensor for _, found in _containers(model) for tensor in _tensors_in(found))]
+    for own in plain:
+        copied = own.detach().clone()
+        copied.moved = True  # type: ignore[attr-defined]
+        own.to = lambda *_, copied=copied: copied  # type: ignore[method-assign, assignment, misc]
+
+
+@pytest.mark.parametrize("outside", ["resident", "held"])
+@pytest.mark.parametrize("place", ["an arena that is too small", "attach", "the last tensor"])
+def test_what_fails_late_is_undone(model: Model, place: str, outside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stores' file descriptors are closed, threads ended, and the model and the arena are as before."""
+    before, files, threads = _facts(model), len(os.listdir("/proc/self/fd")), threading.active_count()
+    expected = model(X)
+    _copied_by_to(model)
+    arena = Arena(1000 if place == "an arena that is too small" else 10**6, CPU)
+    if place == "attach":
+        monkeypatch.setattr(StreamedBlock, "bind", fail_at(3))
+    if place == "the last tensor":
+        monkeypatch.setattr(offloader_module, "set_local_part", fail_at(40, offloader_module.set_local_part))
+    with pytest.raises((ValueError, OSError)):
+        LayerwiseOffloader(model, CPU, outside=outside, arena=arena)
+    monkeypatch.undo()
+    assert len(os.listdir("/proc/self/fd")) == files
+    assert threading.active_count() == threads
+    assert (arena._tenants, arena._slots) == ([], [])
+    assert _facts(model) == before
+    assert torch.equal(model(X), expected)
+
+
+def fail_at(count: int, act: Callable[..., Any] = StreamedBlock.bind) -> Callable[..., Any]:
+    """`act`, whose call number `count` is an OSError."""
+    calls = iter(range(1, 10**6))
+
+    def call(*args: Any) -> Any:
+        if next(calls) == count:
+            raise OSError("planted")
+        return act(*args)
+
+    return call
 
 
 def test_every_tensor_has_one_place(model: Model) -> None:
