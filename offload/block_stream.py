@@ -300,8 +300,9 @@ class BlockStream:
             self._look_ahead()
         self.settle()
         slot = self._slots[index]
-        self._note("wait_begin", index)
-        if slot.holder != index:
+        missed = slot.holder != index
+        self._note("wait_begin", index, missed)
+        if missed:
             self.counters.misses += 1
             self._enqueue(index)
         self._fetch_ahead(index)
@@ -424,9 +425,9 @@ class BlockStream:
             slot.holder = None
             slot.ready = self.engine.submit("copy", partial(spoil, slot.memory), waits)
 
-    def _note(self, kind: EventKind, index: int) -> None:
+    def _note(self, kind: EventKind, index: int, missed: bool = False) -> None:
         name = self.blocks[index].name
-        self._log.note(kind, name, self.slot_of(name), "compute")
+        self._log.note(kind, name, self.slot_of(name), "compute", missed=missed)
 
 
 def _nothing() -> None:

@@ -25,6 +25,7 @@ from crossdock.offload.layout import ALIGNMENT, BlockLayout, aligned_bytes, roun
 from crossdock.offload.loader import BlockLoader, EventLog
 from crossdock.offload.residency import assumed_costs, minimum_bytes, plan_residency
 from crossdock.offload.schedule import assign_slots
+from crossdock.offload.trace import block_times, step_times
 from toy_blocks import (
     STREAMED,
     BlockError,
@@ -374,6 +375,25 @@ def test_skips_and_reversal_are_misses_and_heal() -> None:
     assert case.misses(range(count - 1, -1, -1)) >= count - 2
     case.misses(range(count))
     assert case.misses(range(count)) == 0
+    case.finish()
+
+
+def test_misses_are_told_per_block_and_step() -> None:
+    """A total alone does not say which block was not foreseen, nor when."""
+    case = build([Home.HOST] * 9, 1)
+    orders = [[*range(9)], [*range(9)], [0, 1, 2, 3, 5, 6, 7, 8], [8, *range(8)], [*range(9)]]
+    ends, expected = [], []
+    for order in orders:
+        expected.append(case.misses(order))
+        ends.append(case.stream.upcoming)
+    _quiesce(case.stream)
+    trace = case.stream.trace()
+    assert [times.misses for times in step_times(trace, ends)] == expected
+    assert expected[1:3] == [0, 1]
+    of_blocks = {name: times.misses for name, times in block_times(trace).items()}
+    assert sum(of_blocks.values()) == case.stream.counters.misses
+    assert of_blocks["blocks.5"] == 1, "it ran when block 4 was foreseen"
+    assert of_blocks["blocks.4"] == 0
     case.finish()
 
 
