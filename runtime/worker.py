@@ -228,6 +228,7 @@ class RankWorker:
             RankError: the ranks do not run the same steps.
         """
         self.phase = "encode"
+        self.engine.reset_clock()
         replica = self.mesh.shape.coordinates(self.rank)["dp"]
         has_prompt = replica < len(request.prompts)
         number = replica if has_prompt else 0

@@ -233,6 +233,9 @@ class ImmediateEngine:
     def seconds(self, mark: float) -> float:
         return mark
 
+    def reset_clock(self) -> None:
+        pass
+
     def drain(self) -> None:
         pass
 
