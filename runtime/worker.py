@@ -320,9 +320,8 @@ class RankWorker:
             "ring_rank": self.mesh.index_in("ring"),
             "ring_degree": shape.ring,
         }
-        if self.plan.config.parallel.attention == "xfuser":
-            return XFuserAttention(**place)
-        return SequenceParallelAttention(**place, after_collective=lambda: self.stream.link_used())
+        kind = XFuserAttention if self.plan.config.parallel.attention == "xfuser" else SequenceParallelAttention
+        return kind(**place, after_collective=lambda: self.stream.link_used())
 
     def _gather(self) -> Gather | None:
         group = self.mesh.groups["weights"]
