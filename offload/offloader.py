@@ -25,9 +25,12 @@ from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.copy_engine import CopyEngine, make_copy_engine
 from crossdock.offload.discovery import FoundBlock, PlainTensor, discover_blocks, move_plain_tensors, shared_storage
 from crossdock.offload.foreign import refuse_foreign
+from crossdock.offload.host_memory import host_memory, require
 from crossdock.offload.host_store import HostStore
 from crossdock.offload.layout import BlockLayout, TensorEntry, aligned_bytes, local_part, set_local_part
 from crossdock.offload.residency import assumed_costs, plan_residency
+
+_WAY_OUT = "load the model in a smaller dtype, or end what else takes host memory"
 
 OUTSIDE = "(outside)"
 """The name of the part of a model that belongs to no block."""
@@ -49,6 +52,7 @@ class LayerwiseOffloader:
     Raises:
         DiscoveryError: the block lists are not to be found, or make no sense.
         ForeignMechanismError: another mechanism moves, shards or quantizes the weights (FSDP, offload hooks).
+        HostMemoryError: the host copy of what is streamed does not fit into host memory beside the model.
         ValueError: the budget is too small.
     """
 
@@ -152,6 +156,8 @@ class LayerwiseOffloader:
         self, model: nn.Module, found: Sequence[FoundBlock], layouts: Sequence[BlockLayout], rest: BlockLayout
     ) -> list[StreamedBlock]:
         """The bytes of the blocks and of the rest, copied to where they will rest."""
+        needed = sum(layout.nbytes for layout in layouts) + (rest.nbytes if self._held else 0)
+        require(needed, f"{type(model).__name__}: a host copy of its weights", host_memory(), _WAY_OUT)
         blocks = [self._on_host(block.name, block.module, layout) for block, layout in zip(found, layouts, strict=True)]
         if self._held:
             return [*blocks, self._on_host(OUTSIDE, model, rest, runs=False)]

@@ -19,6 +19,7 @@ from crossdock.offload.arena import Arena
 from crossdock.offload.block import StreamedBlock
 from crossdock.offload.copy_engine import CpuCopyEngine
 from crossdock.offload.discovery import DiscoveryError, discover_blocks
+from crossdock.offload.host_memory import HostMemory, HostMemoryError
 from crossdock.offload.offloader import OUTSIDE, LayerwiseOffloader, component_layouts
 
 CPU = torch.device("cpu")
@@ -163,6 +164,22 @@ def test_what_fails_late_is_undone(model: Model, place: str, outside: Any, monke
     assert (arena._tenants, arena._slots) == ([], [])
     assert _facts(model) == before
     assert torch.equal(model(X), expected)
+
+
+@pytest.mark.parametrize("outside", ["resident", "held"])
+def test_too_little_host_memory_is_refused(model: Model, outside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pitfall 30: past the cgroup's limit there is no exception, but a SIGKILL."""
+    layouts, rest = component_layouts(model, discover_blocks(model))
+    needed = sum(layout.nbytes for layout in layouts) + (rest.nbytes if outside == "held" else 0)
+    before, files = _facts(model), len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(offloader_module, "host_memory", lambda: HostMemory(needed - 1, 2**33, "/sys/fs/cgroup/job"))
+    with pytest.raises(HostMemoryError, match=r"Model: a host copy of its weights: needs 0\.\d+ GiB .*cgroup/job"):
+        LayerwiseOffloader(model, CPU, outside=outside)
+    assert _facts(model) == before
+    assert len(os.listdir("/proc/self/fd")) == files
+    monkeypatch.setattr(offloader_module, "host_memory", lambda: HostMemory(needed, 2**33, "/sys/fs/cgroup/job"))
+    with LayerwiseOffloader(model, CPU, outside=outside) as offloader:
+        assert sum(store.nbytes for store in offloader._stores) == needed
 
 
 def fail_at(count: int, act: Callable[..., Any] = StreamedBlock.bind) -> Callable[..., Any]:
