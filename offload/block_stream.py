@@ -26,6 +26,7 @@ from crossdock.offload.layout import BlockLayout, aligned_bytes
 from crossdock.offload.loader import BlockLoader, EventLog, Gather, fill_nan, spoil
 from crossdock.offload.run_order import RunOrder
 from crossdock.offload.schedule import SlotSchedule, slot_sizes
+from crossdock.offload.shared_tensors import shared_tensors_of
 from crossdock.offload.trace import EventKind, StreamCounters, TraceEvent
 
 
@@ -78,10 +79,11 @@ class BlockStream:
         self._shared: list[Slot] = []
         self._own: dict[int, Slot] = {}
         self._slots: dict[int, Slot] = {}
+        self._pending: set[Slot] = set()  # claimed for a load of which not all is enqueued
         self._set_schedule(schedule, resident)
         self.arena = arena or Arena(self.slots_bytes, device)
-        self.arena.enter(self)
         self._lease()
+        self.arena.enter(self)
 
     # -- attach and remove ---------------------------------------------------------------------------------------
 
@@ -226,7 +228,14 @@ class BlockStream:
             self._loader.release()
 
     def flush(self) -> None:
+        """Enqueue what was held back. A load that is pending even then broke off: no block is in its slot."""
         self._loader.flush()
+        if not self._pending:
+            return
+        ended = self.engine.submit("gather", _nothing, (self.engine.submit("copy", _nothing, ()),))
+        for slot in self._pending:  # what was enqueued of such a load may still write to the slot
+            slot.holder, slot.ready = None, ended
+        self._pending.clear()
 
     @contextmanager
     def hold(self, name: str) -> Iterator[None]:
@@ -235,7 +244,7 @@ class BlockStream:
         slot = self._slots[index]
         self.flush()
         self._enqueue(index)
-        self.engine.wait(slot.ready)
+        self._await(slot)
         slot.begin_reading()
         try:
             yield
@@ -244,25 +253,41 @@ class BlockStream:
 
     @contextmanager
     def gathered(self, name: str, write_back: bool = False) -> Iterator[dict[str, Tensor]]:
-        """The true and whole weights of a block, by their names in it: copies on the device. Collective when sharded.
+        """The true weights of a block, by their names in it: copies on the device. Collective when sharded.
+
+        The names are those of the block's `state_dict()` and of its non-persistent buffers, also where a tensor is
+        shared with another block or lies outside the blocks. Under tensor parallelism it is this rank's slice. Of a
+        part that is no module of its own (`runs` is False), it is what the part alone holds.
 
         Args:
-            write_back: what was changed goes to where the block rests, unless the body raises. Processes that share a
-                host store must all have read before one of them writes, and must make the same change.
+            write_back: what was changed goes to where it rests, unless the body raises; of a shared tensor it changes
+                for all that share it. Processes that share a host store must all have read before one of them
+                writes, and must make the same change.
         """
         index = self._index[name]
         block = self.blocks[index]
-        if not block.home.streamed:
-            assert isinstance(block.source, Tensor)
-            yield _named(block.layout, block.source)
-            return
         self.flush()
+        memory = self._copy_of(block)
+        shared = [(t, t.copy(self._device)) for t in shared_tensors_of(block, self.blocks)] if block.runs else []
+        yield _named(block.layout, memory) | {name: own for tensor, own in shared for name in tensor.names}
+        if not write_back:
+            return
+        for part in {index, *(tensor.part for tensor, _ in shared)}:
+            if part in self._slots:
+                self._forget(self._slots[part])
+        self._loader.store(block, memory)
+        for tensor, own in shared:
+            tensor.write(own)
+
+    def _copy_of(self, block: StreamedBlock) -> Tensor:
+        """All bytes of a block in memory of their own on the device."""
         memory = aligned_bytes(block.layout.nbytes, self._device)
-        self._loader.load(block, memory, (self.engine.record(),), None, self.engine.wait, noted=False)
-        yield _named(block.layout, memory)
-        if write_back:
-            self._forget(self._slots[index])
-            self._loader.store(block, memory)
+        if block.home.streamed:
+            self._loader.load(block, memory, (self.engine.record(),), None, self.engine.wait, noted=False)
+        else:
+            assert isinstance(block.source, Tensor)
+            memory.copy_(block.source)
+        return memory
 
     def _begin(self, index: int, call: FrameType | None = None) -> None:
         self._note("compute_begin", index)
@@ -275,16 +300,13 @@ class BlockStream:
             self._look_ahead()
         self.settle()
         slot = self._slots[index]
-        self._note("wait_begin", index)
-        if slot.holder != index:
+        missed = slot.holder != index
+        self._note("wait_begin", index, missed)
+        if missed:
             self.counters.misses += 1
             self._enqueue(index)
         self._fetch_ahead(index)
-        try:
-            self.engine.wait(slot.ready)
-        except BaseException:
-            slot.holder = None  # half filled: the next request loads it again
-            raise
+        self._await(slot)
         slot.begin_reading(call)
         self._reading = index
         self._begin(index)
@@ -306,8 +328,8 @@ class BlockStream:
         done = self.engine.record()
         slot.end_reading(done)
         if self.poison_freed and index not in self._own:
-            slot.ready = self.engine.submit("copy", lambda: fill_nan(slot.memory), (done,))
             slot.holder = None
+            slot.ready = self.engine.submit("copy", lambda: fill_nan(slot.memory), (done,))
 
     def _fetch_ahead(self, index: int) -> None:
         taken = {self._slots[index]}
@@ -320,13 +342,28 @@ class BlockStream:
     def _enqueue(self, index: int, portions: int = 1) -> None:
         """Load block `index` into its slot, behind the slot's last reader and its last load."""
         slot, block = self._slots[index], self.blocks[index]
-        if slot.holder != index:
+        if slot.holder == index:
+            return
+
+        def done(ready: Event) -> None:
+            slot.ready = ready
+            self._pending.discard(slot)
+
+        try:
             waits = slot.claim(index)
-
-            def done(ready: Event) -> None:
-                slot.ready = ready
-
+            self._pending.add(slot)
             self._loader.load(block, slot.memory, waits, self.slot_of(block.name), done, portions=portions)
+        except BaseException:
+            slot.holder = None  # half filled at best: whoever asks for the block loads it again
+            raise
+
+    def _await(self, slot: Slot) -> None:
+        """Make the compute stream wait for what is loaded into `slot`."""
+        try:
+            self.engine.wait(slot.ready)
+        except BaseException:
+            slot.holder = None  # half filled: the next request loads it again
+            raise
 
     # -- memory --------------------------------------------------------------------------------------------------
 
@@ -385,12 +422,16 @@ class BlockStream:
         self.settle()
         for index, slot in {id(slot): (index, slot) for index, slot in self._slots.items()}.values():
             waits = slot.claim(index)
-            slot.ready = self.engine.submit("copy", partial(spoil, slot.memory), waits)
             slot.holder = None
+            slot.ready = self.engine.submit("copy", partial(spoil, slot.memory), waits)
 
-    def _note(self, kind: EventKind, index: int) -> None:
+    def _note(self, kind: EventKind, index: int, missed: bool = False) -> None:
         name = self.blocks[index].name
-        self._log.note(kind, name, self.slot_of(name), "compute")
+        self._log.note(kind, name, self.slot_of(name), "compute", missed=missed)
+
+
+def _nothing() -> None:
+    """For the event of what is before it on a lane."""
 
 
 def _named(layout: BlockLayout, memory: Tensor) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -56,6 +57,9 @@ class CopyEngine(Protocol):
 
     def seconds(self, mark: Mark) -> float:
         """`mark` on this node's monotonic clock (`time.perf_counter`); waits until the device got there."""
+
+    def reset_clock(self) -> None:
+        """Times are exact near the last call only: call it now and then, while the device has nothing to do."""
 
     def drain(self) -> None:
         """Return when all work submitted so far has been given to the device (CUDA: it is at once; CPU: has run)."""
@@ -121,6 +125,9 @@ class CpuCopyEngine:
     def seconds(self, mark: Mark) -> float:
         return float(mark)
 
+    def reset_clock(self) -> None:
+        pass
+
     def drain(self) -> None:
         for event in [self.submit(lane, _nothing, ()) for lane in LANES]:
             self.wait(event)
@@ -156,10 +163,7 @@ class CudaCopyEngine:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._streams = {lane: torch.cuda.Stream(device) for lane in LANES}  # type: ignore[no-untyped-call]
-        self._epoch = _timing_event()
-        self._epoch.record(torch.cuda.current_stream(device))
-        self._epoch.synchronize()
-        self._epoch_s = time.perf_counter()
+        self.reset_clock()
 
     def submit(
         self, lane: Lane, work: Callable[[], None], after: Sequence[Event], needs: Sequence[Event] = ()
@@ -188,13 +192,22 @@ class CudaCopyEngine:
             return None  # a captured event has no time of its own
         event = _timing_event()
         event.record(torch.cuda.current_stream(self._device) if lane == "compute" else self._streams[lane])
-        return event
+        return self._epoch, event
 
     def seconds(self, mark: Mark) -> float:
         if mark is None:
             return 0.0
-        mark.synchronize()
-        return self._epoch_s + float(self._epoch.elapsed_time(mark)) / 1e3
+        epoch: _Epoch = mark[0]
+        event = mark[1]
+        event.synchronize()
+        return epoch.at_s + float(epoch.event.elapsed_time(event)) / 1e3
+
+    def reset_clock(self) -> None:
+        # elapsed_time is ms in fp32: 4 us exact after a minute, 0.25 ms after an hour
+        event = _timing_event()
+        event.record(torch.cuda.current_stream(self._device))
+        event.synchronize()
+        self._epoch = _Epoch(event, time.perf_counter())
 
     def drain(self) -> None:
         pass
@@ -202,6 +215,14 @@ class CudaCopyEngine:
     def close(self) -> None:
         for stream in self._streams.values():
             stream.synchronize()
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """A CUDA event, and when it happened on the host's clock."""
+
+    event: Any
+    at_s: float
 
 
 def _nothing() -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,10 +122,59 @@ def plain_tensors(module: nn.Module) -> list[str]:
 def named_plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The tensors of `plain_tensors` with their names."""
     registered = {id(tensor) for _, tensor in _tensors(module)}
-    for path, part in module.named_modules():
-        for name, tensor in _attribute_tensors(part):
-            if id(tensor) not in registered:
-                yield f"{path}.{name}" if path else name, tensor
+    yield from (
+        (plain.name, plain.tensor) for plain in _attribute_tensors(module) if id(plain.tensor) not in registered
+    )
+
+
+@dataclass(frozen=True)
+class PlainTensor:
+    """A tensor kept as an attribute of a module, or in a list, tuple or mapping that is one.
+
+    Attributes:
+        name: dotted, from the root (`blocks.3.cache.0`).
+        value: of the attribute: the tensor, or what it is kept in.
+        keys: where in `value` it is; empty where it is `value`.
+    """
+
+    name: str
+    module: nn.Module
+    attribute: str
+    value: Any
+    keys: tuple[Any, ...]
+    tensor: Tensor
+
+    def put(self, tensor: Tensor) -> None:
+        """Keep `tensor` there instead."""
+        kept = getattr(self.module, self.attribute) if self.keys else None
+        if isinstance(kept, list | MutableMapping):
+            kept[self.keys[0]] = tensor
+        elif isinstance(kept, tuple):
+            items = [tensor if place == self.keys[0] else item for place, item in enumerate(kept)]
+            setattr(self.module, self.attribute, kept._make(items) if hasattr(kept, "_make") else type(kept)(items))
+        elif isinstance(kept, Mapping):
+            setattr(self.module, self.attribute, {**kept, self.keys[0]: tensor})
+        else:
+            setattr(self.module, self.attribute, tensor)
+
+    def put_back(self) -> None:
+        """As it was: the very tensor, in the very list, tuple or mapping."""
+        if isinstance(self.value, list | MutableMapping):
+            self.value[self.keys[0]] = self.tensor
+        setattr(self.module, self.attribute, self.value)
+
+
+def move_plain_tensors(model: nn.Module, device: torch.device) -> list[PlainTensor]:
+    """Move tensors that are neither parameters nor buffers; returns what there was, for `put_back`.
+
+    Another name of a parameter or buffer gets a copy, but in a list or mapping: a module's own list of its weights
+    is no second place for them.
+    """
+    registered = {id(tensor) for _, tensor in _tensors(model)}
+    moved = [plain for plain in _attribute_tensors(model) if not plain.keys or id(plain.tensor) not in registered]
+    for plain in moved:
+        plain.put(plain.tensor.to(device))
+    return moved
 
 
 def _stack_paths(model: nn.Module, stacks: Sequence[str] | None) -> tuple[tuple[str, ...], str]:
@@ -289,13 +339,20 @@ def _stored_parts(tensor: Tensor) -> Iterator[Tensor]:
             yield from _stored_parts(part)
 
 
-def _attribute_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, value in vars(module).items():
-        if name in ("_parameters", "_buffers", "_modules"):
-            continue
-        if isinstance(value, torch.Tensor):
-            yield name, value
-        elif isinstance(value, Mapping):
-            yield from ((f"{name}.{key}", item) for key, item in value.items() if isinstance(item, torch.Tensor))
-        elif isinstance(value, list | tuple):
-            yield from ((f"{name}.{i}", item) for i, item in enumerate(value) if isinstance(item, torch.Tensor))
+def _attribute_tensors(model: nn.Module) -> Iterator[PlainTensor]:
+    for path, module in model.named_modules():
+        for attribute, value in list(vars(module).items()):
+            if attribute in ("_parameters", "_buffers", "_modules"):
+                continue
+            name = f"{path}.{attribute}".lstrip(".")
+            if isinstance(value, Tensor):
+                yield PlainTensor(name, module, attribute, value, (), value)
+                continue
+            items: Iterable[tuple[Any, Any]] = ()
+            if isinstance(value, Mapping):
+                items = value.items()
+            elif isinstance(value, list | tuple):
+                items = enumerate(value)
+            for key, item in items:
+                if isinstance(item, Tensor):
+                    yield PlainTensor(f"{name}.{key}", module, attribute, value, (key,), item)

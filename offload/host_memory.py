@@ -67,17 +67,19 @@ def host_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup"
     return min([machine, *groups], key=lambda found: found.available_bytes)
 
 
-def require(needed_bytes: int, what: str, found: HostMemory) -> None:
+FOR_A_RUN = "read the weights from disk (offload.host: mmap), run fewer ranks per node, or use a smaller dtype"
+
+
+def require(needed_bytes: int, what: str, found: HostMemory, remedy: str = FOR_A_RUN) -> None:
     """Check that `needed_bytes` may be taken for `what`.
 
     Raises:
-        HostMemoryError: they may not.
+        HostMemoryError: they may not; `remedy` is what the user can do.
     """
     if needed_bytes > found.available_bytes:
         raise HostMemoryError(
             f"{what}: needs {needed_bytes / GIB:.2f} GiB of host memory, but only {found.available_bytes / GIB:.2f} "
-            f"of {found.limit_bytes / GIB:.2f} GiB are available (limited by {found.limited_by}); read the weights "
-            "from disk (offload.host: mmap), run fewer ranks per node, or use a smaller dtype"
+            f"of {found.limit_bytes / GIB:.2f} GiB are available (limited by {found.limited_by}); {remedy}"
         )
 
 

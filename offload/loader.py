@@ -34,14 +34,20 @@ class EventLog:
         self.upcoming = 0  # the sequence number of the next event
         self._engine = engine
         self._lock = threading.Lock()
-        self._events: deque[tuple[int, EventKind, str, int | None, Mark, int]] = deque(maxlen=limit)
+        self._events: deque[tuple[int, EventKind, str, int | None, Mark, int, bool]] = deque(maxlen=limit)
         self.latest: tuple[EventKind, str] | None = None  # (event, block) of the compute stream
 
     def note(
-        self, kind: EventKind, block: str, slot: int | None, lane: Lane | Literal["compute"], nbytes: int = 0
+        self,
+        kind: EventKind,
+        block: str,
+        slot: int | None,
+        lane: Lane | Literal["compute"],
+        nbytes: int = 0,
+        missed: bool = False,
     ) -> None:
         with self._lock:
-            self._events.append((self.upcoming, kind, block, slot, self._engine.mark(lane), nbytes))
+            self._events.append((self.upcoming, kind, block, slot, self._engine.mark(lane), nbytes, missed))
             self.upcoming += 1
         if lane == "compute":
             self.latest = kind, block
@@ -56,8 +62,8 @@ class EventLog:
         """The last `count` events (all by default), oldest first; waits until the device has got there."""
         events = list(self._events)[-count if count else None :]
         return tuple(
-            TraceEvent(number, kind, block, slot, self._engine.seconds(mark), nbytes)
-            for number, kind, block, slot, mark, nbytes in events
+            TraceEvent(number, kind, block, slot, self._engine.seconds(mark), nbytes, missed)
+            for number, kind, block, slot, mark, nbytes, missed in events
         )
 
 

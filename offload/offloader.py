@@ -11,7 +11,7 @@ where they rest.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
@@ -23,11 +23,14 @@ from crossdock.offload.arena import Arena
 from crossdock.offload.block import Home, StreamedBlock
 from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.copy_engine import CopyEngine, make_copy_engine
-from crossdock.offload.discovery import FoundBlock, discover_blocks, shared_storage
+from crossdock.offload.discovery import FoundBlock, PlainTensor, discover_blocks, move_plain_tensors, shared_storage
 from crossdock.offload.foreign import refuse_foreign
+from crossdock.offload.host_memory import host_memory, require
 from crossdock.offload.host_store import HostStore
 from crossdock.offload.layout import BlockLayout, TensorEntry, aligned_bytes, local_part, set_local_part
 from crossdock.offload.residency import assumed_costs, plan_residency
+
+_WAY_OUT = "load the model in a smaller dtype, or end what else takes host memory"
 
 OUTSIDE = "(outside)"
 """The name of the part of a model that belongs to no block."""
@@ -49,6 +52,7 @@ class LayerwiseOffloader:
     Raises:
         DiscoveryError: the block lists are not to be found, or make no sense.
         ForeignMechanismError: another mechanism moves, shards or quantizes the weights (FSDP, offload hooks).
+        HostMemoryError: the host copy of what is streamed does not fit into host memory beside the model.
         ValueError: the budget is too small.
     """
 
@@ -74,30 +78,25 @@ class LayerwiseOffloader:
         self._device = device
         self._held = outside == "held"
         self._stores: list[HostStore] = []
-        blocks = [self._on_host(block.name, block.module, layout) for block, layout in zip(found, layouts, strict=True)]
-        if self._held:
-            blocks.append(self._on_host(OUTSIDE, model, rest, runs=False))
-        else:
-            blocks.append(_on_device(model, rest, device))
-        self._lent = [
-            _Lent(tensor, local_part(tensor).device, entry, block)
-            for block in blocks
-            for entry, tensor in zip(block.layout.entries, block.tensors(), strict=True)
-        ]
-        self._plain = _move_plain(model, device)
-        self._engine = engine or make_copy_engine(device)
+        self._lent: list[_Lent] = []
+        self._plain: list[PlainTensor] = []
         self._owns_engine = engine is None
-        self.stream = BlockStream(
-            blocks, residency.schedule, device, self._engine, resident=residency.resident, arena=arena
-        )
-        self.stream.attach()
-        for lent in self._lent:
-            set_local_part(lent.tensor, lent.at_rest())  # lets go of the memory that it had
+        self._engine = engine or make_copy_engine(device)
+        with ExitStack() as undo:
+            undo.callback(self._give_back)
+            blocks = self._place(model, found, layouts, rest)
+            self._plain = move_plain_tensors(model, device)
+            self.stream = BlockStream(
+                blocks, residency.schedule, device, self._engine, resident=residency.resident, arena=arena
+            )
+            undo.callback(self.stream.remove)
+            self._lend(blocks)
+            undo.pop_all()
 
     @property
     def plain_tensors(self) -> tuple[str, ...]:
         """Names of tensors that are neither parameters nor buffers; they are on the device meanwhile."""
-        return tuple(f"{path}.{leaf}".lstrip(".") for path, _, leaf, _ in self._plain)
+        return tuple(plain.name for plain in self._plain)
 
     @property
     def turn_bytes(self) -> int:
@@ -122,17 +121,20 @@ class LayerwiseOffloader:
     def remove(self) -> None:
         """Give the model back as it was: the same tensor objects, bits, strides and devices, and none of our hooks."""
         self.stream.remove()
-        for lent in self._lent:
-            lent.give_back()
-        for _, module, leaf, value in self._plain:
-            setattr(module, leaf, value)
-        self._end()
+        self._give_back()
 
     def discard(self) -> None:
         """Take the hooks off and give the memory up. The model is of no use afterwards."""
         self.stream.remove()
         for lent in self._lent:
             set_local_part(lent.tensor, local_part(lent.tensor).new_empty(0))
+        self._end()
+
+    def _give_back(self) -> None:
+        for lent in self._lent:
+            lent.give_back()
+        for plain in self._plain:
+            plain.put_back()
         self._end()
 
     def _end(self) -> None:
@@ -150,13 +152,36 @@ class LayerwiseOffloader:
     ) -> None:
         self.remove()
 
+    def _place(
+        self, model: nn.Module, found: Sequence[FoundBlock], layouts: Sequence[BlockLayout], rest: BlockLayout
+    ) -> list[StreamedBlock]:
+        """The bytes of the blocks and of the rest, copied to where they will rest."""
+        needed = sum(layout.nbytes for layout in layouts) + (rest.nbytes if self._held else 0)
+        require(needed, f"{type(model).__name__}: a host copy of its weights", host_memory(), _WAY_OUT)
+        blocks = [self._on_host(block.name, block.module, layout) for block, layout in zip(found, layouts, strict=True)]
+        if self._held:
+            return [*blocks, self._on_host(OUTSIDE, model, rest, runs=False)]
+        return [*blocks, _on_device(model, rest, self._device)]
+
+    def _lend(self, blocks: Sequence[StreamedBlock]) -> None:
+        """Attach the stream, and let go of the memory that the model's tensors had."""
+        lent = [
+            _Lent(tensor, local_part(tensor).device, entry, block)
+            for block in blocks
+            for entry, tensor in zip(block.layout.entries, block.tensors(), strict=True)
+        ]
+        self.stream.attach()
+        for tensor in lent:
+            self._lent.append(tensor)
+            set_local_part(tensor.tensor, tensor.at_rest())
+
     def _on_host(self, name: str, module: nn.Module, layout: BlockLayout, runs: bool = True) -> StreamedBlock:
         """One store per block, so that `remove` never holds the model twice."""
         store = HostStore.create(layout.nbytes, name="crossdock-component")
+        self._stores.append(store)
         layout.pack(module, store.bytes)
         if self._device.type == "cuda":
             store.register()
-        self._stores.append(store)
         return StreamedBlock(name, module, layout, Home.HOST, store.bytes, runs)
 
 
@@ -207,14 +232,3 @@ def _on_device(model: nn.Module, layout: BlockLayout, device: torch.device) -> S
     memory = aligned_bytes(layout.nbytes, device)
     layout.pack(model, memory)
     return StreamedBlock(OUTSIDE, model, layout, Home.RESIDENT, memory, runs=False)
-
-
-def _move_plain(model: nn.Module, device: torch.device) -> list[tuple[str, nn.Module, str, Tensor]]:
-    """Move tensors kept as plain attributes; returns (module path, module, attribute, what it was)."""
-    moved = []
-    for path, module in model.named_modules():
-        for leaf, value in list(vars(module).items()):
-            if isinstance(value, Tensor):
-                moved.append((path, module, leaf, value))
-                setattr(module, leaf, value.to(device))
-    return moved

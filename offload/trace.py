@@ -21,6 +21,7 @@ class TraceEvent:
         slot: where the block is streamed into; None for one that stays on the device.
         at_s: seconds on the node's monotonic clock (`time.perf_counter`), when it happened on the device.
         nbytes: of a `load_begin` or `gather_begin`: the bytes it moves.
+        missed: of a `wait_begin`: the block was neither there nor on its way.
     """
 
     sequence: int
@@ -29,6 +30,7 @@ class TraceEvent:
     slot: int | None
     at_s: float = 0.0
     nbytes: int = 0
+    missed: bool = False
 
 
 @dataclass
@@ -68,6 +70,8 @@ class Interval:
     nbytes: int
     sequence: int
     """of its begin"""
+    missed: bool = False
+    """of a wait: for a block that was not on its way"""
 
     @property
     def stream(self) -> Stream:
@@ -85,14 +89,18 @@ def intervals(trace: Sequence[TraceEvent]) -> Iterator[Interval]:
         if (ended := _ENDS.get(event.kind)) is not None:
             begin = begun.pop((ended, event.block), None)
             if begin is not None:
-                yield Interval(ended, event.block, event.slot, begin.at_s, event.at_s, begin.nbytes, begin.sequence)
+                times = begin.at_s, event.at_s
+                yield Interval(ended, event.block, event.slot, *times, begin.nbytes, begin.sequence, begin.missed)
         if (begins := _BEGINS.get(event.kind)) is not None:
             begun[begins, event.block] = event
 
 
 @dataclass
 class BlockTimes:
-    """Totals of a block, or of all of them: how often it ran and was loaded, and what that took (ms, bytes)."""
+    """Totals of a block, or of all of them: how often it ran and was loaded, and what that took (ms, bytes).
+
+    `misses`: how often it was asked for and was not even on its way.
+    """
 
     runs: int = 0
     loads: int = 0
@@ -102,12 +110,14 @@ class BlockTimes:
     gather_ms: float = 0.0
     h2d_bytes: int = 0
     gathered_bytes: int = 0
+    misses: int = 0
 
     def add(self, interval: Interval) -> None:
         name = f"{interval.kind}_ms"
         setattr(self, name, round(getattr(self, name) + interval.ms, 6))
         self.runs += interval.kind == "compute"
         self.loads += interval.kind == "copy"
+        self.misses += interval.missed
         self.h2d_bytes += interval.nbytes if interval.kind == "copy" else 0
         self.gathered_bytes += interval.nbytes if interval.kind == "gather" else 0
 

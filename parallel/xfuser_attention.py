@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,11 +58,16 @@ class XFuserAttention:
         ring_group: Group | None,
         ring_rank: int,
         ring_degree: int,
+        after_collective: Callable[[], None] = lambda: None,
     ) -> None:
         """
+        Args:
+            after_collective: called whenever a whole attention, with its exchanges, was given to the compute stream.
+
         Raises:
             ImportError: xfuser, or something that it imports, is not installed.
         """
+        self._after_collective = after_collective
         self._index = ring_rank * ulysses_degree + ulysses_rank
         self._parts = ring_degree * ulysses_degree
         self._ulysses_degree = ulysses_degree
@@ -114,6 +120,7 @@ class XFuserAttention:
         options = None if bias is None else {"attn_mask": bias[:, None, None, :]}
         call = {"backend": self._backend, "combine_qkv_a2a": True, "attention_kwargs": options}
         out: Tensor = self._usp(q, k, v, **call).transpose(1, 2)
+        self._after_collective()
         return out if bias is None else out.masked_fill(keyless(bias)[:, None, None, None], 0.0)
 
     def _limits(self, query: Tensor, layout: SequenceLayout, mask: Tensor | None, scale: float | None) -> str | None:

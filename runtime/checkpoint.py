@@ -5,6 +5,7 @@ Format: https://github.com/huggingface/safetensors#format; sharded files with an
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.errors import CheckpointError
@@ -33,6 +34,10 @@ _DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+PLACED = ("transformer", "text_encoder", "vae")
+"""The components with weights that crossdock puts on the devices."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +93,30 @@ def check_components(model_dir: Path, index: Mapping[str, Any]) -> None:
     """Every component has its folder, and none of its safetensors files is truncated; headers only are read.
 
     Raises:
-        CheckpointError: names the folder or the file.
+        CheckpointError: names the folder or the file, or a component that has weights and no place on the device.
     """
     for name in component_names(index):
         folder = model_dir / name
+        library, class_name = index[name]
+        if name not in PLACED and _is_module(folder, library, class_name):
+            raise CheckpointError(
+                f"{folder}: the component {name!r} ({class_name}) has weights, and crossdock places only "
+                f"{', '.join(PLACED)}: it would lie whole on the device, outside the budget; if the pipeline runs "
+                f"without it, set it to [null, null] in model_index.json"
+            )
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder, but model_index.json lists the component {name!r}")
         for file in sorted(folder.glob("*.safetensors")):
             _header(file)
+
+
+def _is_module(folder: Path, library: object, class_name: object) -> bool:
+    """Whether a component is an `nn.Module`; where its class is not to be found, whether it has weights."""
+    if library in ("diffusers", "transformers"):
+        found = getattr(importlib.import_module(str(library)), str(class_name), None)
+        if isinstance(found, type):
+            return issubclass(found, nn.Module)
+    return any(file.suffix in (".safetensors", ".bin", ".pt", ".pth") for file in folder.glob("*"))
 
 
 def stored_tensors(component_dir: Path) -> dict[str, StoredTensor]:

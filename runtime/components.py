@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import nn
 from crossdock.offload.arena import Arena
 from crossdock.offload.copy_engine import CopyEngine
 from crossdock.offload.discovery import DiscoveryError, FoundBlock, discover_blocks
-from crossdock.offload.layout import ALIGNMENT
+from crossdock.offload.layout import ALIGNMENT, BlockLayout
 from crossdock.offload.offloader import LayerwiseOffloader, component_layouts
 from crossdock.offload.residency import minimum_bytes
 from crossdock.runtime.errors import CheckpointError
@@ -82,17 +82,37 @@ def place_component(
 
 @dataclass(frozen=True)
 class ComponentNeed:
-    """Device bytes of a component: at least during its turn, and what of it never leaves."""
+    """What a component needs on the rank that runs it.
+
+    Attributes:
+        turn_bytes: of the device, at least during its turn.
+        resident_bytes: of the device; what never leaves it.
+        host_bytes: of host memory, where the rest of it rests.
+        loaded_bytes: of host memory, while it was loaded and that copy is being filled.
+    """
 
     name: str
     turn_bytes: int
     resident_bytes: int
+    host_bytes: int
+    loaded_bytes: int
+
+
+def host_peak_bytes(needs: Sequence[ComponentNeed]) -> int:
+    """Host memory that the components need at once. All are loaded, then each in turn is copied and let go of."""
+    peak, loaded, copied = 0, sum(need.loaded_bytes for need in needs), 0
+    for need in needs:
+        copied += need.host_bytes
+        peak = max(peak, loaded + copied)
+        loaded -= need.loaded_bytes
+    return peak
 
 
 def component_needs(
     model_dir: Path, index: Mapping[str, Any], dtype: torch.dtype, prefetch: int
 ) -> tuple[ComponentNeed, ...]:
-    """What the text encoder and the VAE need on the rank that runs them; nothing is loaded.
+    """What the text encoder and the VAE need on the rank that runs them, in the order in which they are placed.
+    Nothing is loaded.
 
     Raises:
         CheckpointError: a component's config does not fit its class.
@@ -103,9 +123,16 @@ def component_needs(
     parts, rest = component_layouts(vae, discover_blocks(vae, VAE_STACKS))
     streamed = minimum_bytes([layout.nbytes for layout in layouts], (prefetch,))
     return (
-        ComponentNeed(TEXT_ENCODER, held.nbytes + streamed, 0),
-        ComponentNeed(VAE, max(layout.nbytes for layout in parts), rest.nbytes + ALIGNMENT),
+        _need(TEXT_ENCODER, held.nbytes + streamed, 0, [*layouts, held], encoder),
+        _need(VAE, max(layout.nbytes for layout in parts), rest.nbytes + ALIGNMENT, parts, vae),
     )
+
+
+def _need(
+    name: str, turn_bytes: int, resident_bytes: int, on_host: Sequence[BlockLayout], module: nn.Module
+) -> ComponentNeed:
+    loaded = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    return ComponentNeed(name, turn_bytes, resident_bytes, sum(layout.nbytes for layout in on_host), loaded)
 
 
 def encoder_blocks(encoder: nn.Module) -> list[FoundBlock]:

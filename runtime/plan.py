@@ -24,7 +24,7 @@ from crossdock.offload.schedule import SlotSchedule
 from crossdock.parallel.mesh import MeshShape, describe
 from crossdock.parallel.tensor import TensorParallelism, TensorSlice
 from crossdock.runtime.checkpoint import StoredTensor, check_components, read_json, read_model_index, stored_tensors
-from crossdock.runtime.components import ComponentNeed, component_needs
+from crossdock.runtime.components import ComponentNeed, component_needs, host_peak_bytes
 from crossdock.runtime.config import RunConfig
 from crossdock.runtime.device_space import divide_device
 from crossdock.runtime.errors import CheckpointError, RequestError
@@ -61,6 +61,7 @@ class RunPlan:
         arena_bytes: device memory that the transformer's blocks, the text encoder and the VAE use in turn; None: they
             do not take turns.
         turn_bytes: component -> how much of the arena, from its start, it uses in its turn.
+        component_host_bytes: host memory that the components that take turns need at once, on the rank that runs them.
         outside: fqns of all parameters and buffers outside the blocks; resident on the device.
         outside_bytes: of these, and of what never leaves the device of the other components.
         stored: the transformer's tensors in the checkpoint.
@@ -81,6 +82,7 @@ class RunPlan:
     budget_bytes: int | None
     arena_bytes: int | None
     turn_bytes: Mapping[str, int]
+    component_host_bytes: int
     outside: tuple[str, ...]
     outside_bytes: int
     stored: Mapping[str, StoredTensor]
@@ -218,6 +220,7 @@ def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int
         space.budget_bytes,
         space.arena_bytes,
         {need.name: need.turn_bytes for need in others},
+        host_peak_bytes(others),
         outside,
         outside_bytes,
         stored,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from crossdock.offload.block import Home, Piece, StreamedBlock
-from crossdock.offload.host_memory import HostMemoryError, host_memory, require
+from crossdock.offload.discovery import move_plain_tensors
+from crossdock.offload.host_memory import FOR_A_RUN, GIB, HostMemoryError, host_memory, require
 from crossdock.offload.host_store import HostStore
 from crossdock.offload.layout import aligned_bytes
 from crossdock.parallel.group import exchange
@@ -90,8 +91,15 @@ class WeightLoader:
         self._pages = CheckpointPages(plan.stored) if in_files else None
 
     def load_blocks(self) -> RankWeights:
-        """Fill every block's home. Collective over the world where blocks rest in host memory."""
-        store, sharers = (None, (self._mesh.rank,)) if self._pages else self._host_store()
+        """Fill every block's home. Collective over the world where blocks or components rest in host memory.
+
+        Raises:
+            LaunchError: there is not enough host memory for them; before a byte was read.
+        """
+        components = self._component_bytes()
+        if self._pages or not any(block.home.on_host for block in self._plan.blocks):
+            self._check_memory(0, components)
+        store, sharers = (None, (self._mesh.rank,)) if self._pages else self._host_store(components)
         self._free = None if store is None else store.bytes
         blocks, filled, ranges = [], [], {}
         for number, block in enumerate(self._plan.blocks):
@@ -136,10 +144,7 @@ class WeightLoader:
                 module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
             else:
                 module._buffers[leaf] = value
-        for module in self._model.modules():
-            for name, value in list(vars(module).items()):
-                if isinstance(value, Tensor):
-                    setattr(module, name, value.to(self._device))
+        move_plain_tensors(self._model, self._device)
 
     def close(self) -> None:
         self._reader.close()
@@ -151,7 +156,15 @@ class WeightLoader:
         parts = self._mesh.shape.hsdp_shard
         return shard_range(block.layout.nbytes, parts, self._mesh.index_in("weights"))
 
-    def _host_store(self) -> tuple[HostStore | None, tuple[int, ...]]:
+    def _component_bytes(self) -> int:
+        """Host memory that text encoders and VAEs need on this node: the first rank of each replica runs them."""
+        if not self._plan.component_host_bytes:
+            return 0
+        runs = self._mesh.rank == self._mesh.ranks["replica"][0]
+        on_node = exchange((node_id(), runs), self._mesh.world)
+        return self._plan.component_host_bytes * on_node.count((node_id(), True))
+
+    def _host_store(self, components: int) -> tuple[HostStore | None, tuple[int, ...]]:
         """One store per node and slice: the first rank that holds the slice makes or finds it, the others map it."""
         on_host = [block for block in self._plan.blocks if block.home.on_host]
         if not on_host:
@@ -166,17 +179,25 @@ class WeightLoader:
         key = part.key(self._plan, nbytes)
         store = HostStore.find(key, nbytes) if owner else None
         found = exchange(store is not None, self._mesh.world)
-        self._check_memory(nbytes * sum(not found[first] for first in _firsts(parts, part.node)))
+        self._check_memory(nbytes * sum(not found[first] for first in _firsts(parts, part.node)), components)
         if owner and store is None:
             store = HostStore.create(nbytes, key)
         self._found_filled = found[sharers[0]]
         handles = exchange(store.handle if store else None, self._mesh.world)
         return store or HostStore.attach(handles[sharers[0]]), sharers
 
-    def _check_memory(self, needed_bytes: int) -> None:
-        """Before a byte is read: too little memory would end in a SIGKILL. The same verdict on all ranks of a node."""
+    def _check_memory(self, blocks: int, components: int) -> None:
+        """Before a byte is read: too little memory would end in a SIGKILL. The same verdict on all ranks of a node.
+
+        Args:
+            blocks, components: the bytes that are still to be taken for them on this node.
+        """
+        what = f"the transformer's blocks ({blocks / GIB:.2f} GiB)" if blocks else ""
+        if components:
+            what += f"{' and ' if what else ''}text encoder and VAE ({components / GIB:.2f} GiB)"
         try:
-            require(needed_bytes, f"{self._plan.model_dir}: the transformer's blocks", host_memory())
+            remedy = FOR_A_RUN if blocks else "run fewer replicas per node, or use a smaller dtype"
+            require(blocks + components, f"{self._plan.model_dir}: {what}", host_memory(), remedy)
         except HostMemoryError as error:
             raise LaunchError(str(error), "offload.host") from None
 

@@ -239,6 +239,7 @@ class RankWorker:
             RankError: the ranks do not run the same steps.
         """
         self.phase = "encode"
+        self.engine.reset_clock()
         replica = self.mesh.shape.coordinates(self.rank)["dp"]
         has_prompt = replica < len(request.prompts)
         number = replica if has_prompt else 0
@@ -331,9 +332,8 @@ class RankWorker:
             "ring_rank": self.mesh.index_in("ring"),
             "ring_degree": shape.ring,
         }
-        if self.plan.config.parallel.attention == "xfuser":
-            return XFuserAttention(**place)
-        return SequenceParallelAttention(**place, after_collective=lambda: self.stream.link_used())
+        kind = XFuserAttention if self.plan.config.parallel.attention == "xfuser" else SequenceParallelAttention
+        return kind(**place, after_collective=lambda: self.stream.link_used())
 
     def _gather(self) -> Gather | None:
         group = self.mesh.groups["weights"]

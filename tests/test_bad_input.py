@@ -102,6 +102,47 @@ def test_missing_component(damaged: Path, component: str) -> None:
     _refused(CheckpointError, damaged, f"{component}: no such folder, but model_index.json lists")
 
 
+def _add_component(directory: Path, name: str, library: str | None, class_name: str | None) -> None:
+    _edit_json(directory / "model_index.json", lambda index: index.update({name: [library, class_name]}))
+    if library is not None:
+        (directory / name).mkdir()
+        (directory / name / "config.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("name", "library", "class_name"),
+    [
+        ("transformer_2", "diffusers", "Flux2Transformer2DModel"),
+        ("text_encoder_2", "transformers", "CLIPTextModel"),
+        ("adapter", "somebodys_code", "Adapter"),
+    ],
+)
+def test_a_module_without_a_place_on_the_device(damaged: Path, name: str, library: str, class_name: str) -> None:
+    """Pitfall 13: diffusers would load it whole, and neither the budget nor the streaming would know of it."""
+    _add_component(damaged, name, library, class_name)
+    save_file({"weight": torch.zeros(1)}, damaged / name / "model.safetensors")
+    _refused(
+        CheckpointError, damaged, f"{name}: the component '{name}' ({class_name})", "transformer, text_encoder, vae"
+    )
+
+
+@pytest.mark.parametrize(
+    ("library", "class_name"),
+    [
+        ("transformers", "CLIPImageProcessor"),
+        ("transformers", "CLIPTokenizer"),
+        ("diffusers", "EulerDiscreteScheduler"),
+        ("somebodys_code", "Helper"),
+        (None, None),
+    ],
+)
+def test_components_that_are_no_modules_are_let_through(
+    damaged: Path, library: str | None, class_name: str | None
+) -> None:
+    _add_component(damaged, "another", library, class_name)
+    _plan(damaged)
+
+
 def test_missing_file_of_the_index(damaged: Path) -> None:
     sorted((damaged / "transformer").glob("*.safetensors"))[0].unlink()
     _refused(CheckpointError, damaged, "no such file, but the index lists it")

@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import diffusers
 import pytest
@@ -484,3 +485,17 @@ def test_ties_and_missing_parameters_are_kept(tmp_path: Path, monkeypatch: pytes
     assert meta.first.weight is meta.second.weight
     assert meta.first.bias is not meta.second.bias
     assert torch.equal(meta.get_buffer("table"), torch.arange(4.0))
+
+
+def test_tensors_kept_in_lists_and_mappings_go_to_the_device() -> None:
+    """Pitfall 10: neither parameter nor buffer, and not even an attribute of the module."""
+    model = nn.Module()
+    own = torch.ones(2)
+    copied = own.clone()
+    own.to = lambda *_: copied  # type: ignore[method-assign, assignment]  # as on another device
+    model.kept, model.named, model.direct = [own], {"table": own}, own
+    loader = object.__new__(WeightLoader)
+    loader._plan = cast(RunPlan, SimpleNamespace(outside=()))
+    loader._model, loader._device = model, torch.device("cpu")
+    loader.load_outside()
+    assert all(found is copied for found in (model.kept[0], model.named["table"], model.direct))

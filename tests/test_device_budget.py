@@ -282,6 +282,36 @@ def test_too_little_host_memory_is_refused_before_loading(flux2_dir: Path, monke
     assert read == []
 
 
+@pytest.mark.parametrize("host", ["shared", "mmap"])
+def test_components_count_as_host_memory(host: str, flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pitfall 30: text encoder and VAE come after the blocks; what is too little for them must show before, too."""
+    from crossdock.offload.host_memory import HostMemory
+    from crossdock.runtime import weights
+
+    plan = _plan(flux2_dir, host=host)
+    with admitted(_plan(flux2_dir)) as worker:
+        components = [offloader._stores for offloader in cast(Any, worker.pipeline._components).values()]
+        stores = sum(store.nbytes for of_one in components for store in of_one)
+    encoder, vae = (flux2_dir / name for name in ("text_encoder", "vae"))
+    files = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (encoder, vae)]
+    assert stores < plan.component_host_bytes
+    assert 0.9 < plan.component_host_bytes / (sum(files) + max(files)) < 1.1, "all loaded, and one of them copied"
+    blocks = plan.host_bytes if host == "shared" else 0
+
+    def go_on(*_: Any, **__: Any) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(weights.HostStore, "find", lambda *_: None)
+    for module, name in ((weights.HostStore, "create"), (weights.WeightLoader, "load_outside")):
+        monkeypatch.setattr(module, name, go_on)
+    for missing in (1, 0):
+        left = HostMemory(blocks + plan.component_host_bytes - missing, 2**33, "/sys/fs/cgroup/job")
+        monkeypatch.setattr(weights, "host_memory", lambda left=left: left)
+        refused = pytest.raises(LaunchError, match=r"text encoder and VAE \(0\.\d+ GiB\): needs 0\.\d+ GiB")
+        with refused if missing else pytest.raises(InterruptedError):
+            RankWorker(0, 1, torch.device("cpu")).setup(plan)
+
+
 def test_bytes_of_another_kind_have_another_key(flux2_dir: Path, tmp_path: Path) -> None:
     """A kept host store is only found again for the same files, the same layout, and the same part of them."""
     directory = shutil.copytree(flux2_dir, tmp_path / "model")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, cast
 
@@ -11,9 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3Model
 
+import crossdock.offload.offloader as offloader_module
 from crossdock.offload.arena import Arena
+from crossdock.offload.block import StreamedBlock
 from crossdock.offload.copy_engine import CpuCopyEngine
 from crossdock.offload.discovery import DiscoveryError, discover_blocks
+from crossdock.offload.host_memory import HostMemory, HostMemoryError
 from crossdock.offload.offloader import OUTSIDE, LayerwiseOffloader, component_layouts
 
 CPU = torch.device("cpu")
@@ -48,9 +54,13 @@ class Model(nn.Module):
         last.up.weight = first.up.weight  # two blocks, one tensor
         first.turned = nn.Parameter(cast(Tensor, self.embed.weight).t())  # a view of what is outside
         self.table = torch.linspace(0, 1, width)
+        self.listed = [torch.rand(width), None]
+        self.mapped = {"bias": torch.rand(width)}
+        self.pair = (0.5, torch.rand(width))
+        self.own_weights = [self.head.bias]  # no second place for it
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x) + self.table
+        x = self.embed(x) + self.table + self.listed[0] + self.mapped["bias"] * self.pair[1]
         for block in self.blocks:
             x = block(x)
         return cast(Tensor, self.head(x))
@@ -71,7 +81,12 @@ def _facts(model: nn.Module) -> list[tuple[Any, ...]]:
     tensors = [(n, id(t), t.dtype, t.device, t.shape, t.stride(), t.requires_grad, t.tolist()) for n, t in named]
     hooks = [(n, len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()]
     plain = [(n, id(v)) for n, m in model.named_modules() for v in vars(m).values() if isinstance(v, Tensor)]
-    return [*tensors, *hooks, *plain]
+    kept = [(n, id(v), [*map(id, v.values() if isinstance(v, dict) else v)]) for n, v in _containers(model)]
+    return [*tensors, *hooks, *plain, *kept]
+
+
+def _containers(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, vars(model)[name]) for name in ("listed", "mapped", "pair", "own_weights")]
 
 
 @pytest.mark.parametrize("outside", ["resident", "held"])
@@ -83,7 +98,8 @@ def test_streamed_as_resident_and_given_back(model: Model, budget: int | None, o
     for _ in range(3):
         with offloader.present():
             assert torch.equal(model(X), expected)
-    assert set(offloader.plain_tensors) == {"table", *(f"blocks.{i}.eps" for i in range(7))}
+    kept = {"table", "listed.0", "mapped.bias", "pair.1"}
+    assert set(offloader.plain_tensors) == {*kept, *(f"blocks.{i}.eps" for i in range(7))}
     offloader.remove()
     assert _facts(model) == before
     assert torch.equal(model(X), expected)
@@ -103,11 +119,79 @@ def test_the_memory_of_the_weights_is_given_up(model: Model) -> None:
 
 def test_plain_attributes_are_given_back(model: Model) -> None:
     """Pitfall 10: a tensor that is no parameter is copied to the device; afterwards it is the user's own again."""
-    own, copied = model.table, model.table.clone()
-    own.to = lambda *_: copied  # type: ignore[method-assign, assignment]  # as on another device
+    before = _facts(model)
+    _copied_by_to(model)
+    table, listed = model.table, model.listed
     with LayerwiseOffloader(model, CPU):
-        assert model.table is copied
-    assert model.table is own
+        assert model.table is not table
+        for name, found in _containers(model):
+            assert all(getattr(item, "moved", name == "own_weights") for item in _tensors_in(found))
+        assert model.listed is listed, "whoever else has the list sees the same"
+    assert _facts(model) == before
+
+
+def _tensors_in(container: Any) -> list[Tensor]:
+    items = container.values() if isinstance(container, dict) else container
+    return [item for item in items if isinstance(item, Tensor)]
+
+
+def _copied_by_to(model: Model) -> None:
+    """`to` gives another tensor, as on another device: of everything that is neither parameter nor buffer."""
+    plain = [model.table, *(tensor for _, found in _containers(model) for tensor in _tensors_in(found))]
+    for own in plain:
+        copied = own.detach().clone()
+        copied.moved = True  # type: ignore[attr-defined]
+        own.to = lambda *_, copied=copied: copied  # type: ignore[method-assign, assignment, misc]
+
+
+@pytest.mark.parametrize("outside", ["resident", "held"])
+@pytest.mark.parametrize("place", ["an arena that is too small", "attach", "the last tensor"])
+def test_what_fails_late_is_undone(model: Model, place: str, outside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stores' file descriptors are closed, threads ended, and the model and the arena are as before."""
+    before, files, threads = _facts(model), len(os.listdir("/proc/self/fd")), threading.active_count()
+    expected = model(X)
+    _copied_by_to(model)
+    arena = Arena(1000 if place == "an arena that is too small" else 10**6, CPU)
+    if place == "attach":
+        monkeypatch.setattr(StreamedBlock, "bind", fail_at(3))
+    if place == "the last tensor":
+        monkeypatch.setattr(offloader_module, "set_local_part", fail_at(40, offloader_module.set_local_part))
+    with pytest.raises((ValueError, OSError)):
+        LayerwiseOffloader(model, CPU, outside=outside, arena=arena)
+    monkeypatch.undo()
+    assert len(os.listdir("/proc/self/fd")) == files
+    assert threading.active_count() == threads
+    assert (arena._tenants, arena._slots) == ([], [])
+    assert _facts(model) == before
+    assert torch.equal(model(X), expected)
+
+
+@pytest.mark.parametrize("outside", ["resident", "held"])
+def test_too_little_host_memory_is_refused(model: Model, outside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pitfall 30: past the cgroup's limit there is no exception, but a SIGKILL."""
+    layouts, rest = component_layouts(model, discover_blocks(model))
+    needed = sum(layout.nbytes for layout in layouts) + (rest.nbytes if outside == "held" else 0)
+    before, files = _facts(model), len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(offloader_module, "host_memory", lambda: HostMemory(needed - 1, 2**33, "/sys/fs/cgroup/job"))
+    with pytest.raises(HostMemoryError, match=r"Model: a host copy of its weights: needs 0\.\d+ GiB .*cgroup/job"):
+        LayerwiseOffloader(model, CPU, outside=outside)
+    assert _facts(model) == before
+    assert len(os.listdir("/proc/self/fd")) == files
+    monkeypatch.setattr(offloader_module, "host_memory", lambda: HostMemory(needed, 2**33, "/sys/fs/cgroup/job"))
+    with LayerwiseOffloader(model, CPU, outside=outside) as offloader:
+        assert sum(store.nbytes for store in offloader._stores) == needed
+
+
+def fail_at(count: int, act: Callable[..., Any] = StreamedBlock.bind) -> Callable[..., Any]:
+    """`act`, whose call number `count` is an OSError."""
+    calls = iter(range(1, 10**6))
+
+    def call(*args: Any) -> Any:
+        if next(calls) == count:
+            raise OSError("planted")
+        return act(*args)
+
+    return call
 
 
 def test_every_tensor_has_one_place(model: Model) -> None:
@@ -135,15 +219,53 @@ def _device_bytes(offloader: LayerwiseOffloader) -> int:
     return offloader.stream.arena.nbytes + offloader.stream.resident_memory[OUTSIDE].nbytes
 
 
-def test_gathered_gives_the_true_weights(model: Model) -> None:
-    """For LoRA, state dicts and inspection: what is in the slot may be another block."""
+@pytest.mark.parametrize("outside", ["resident", "held"])
+def test_gathered_gives_the_true_weights(model: Model, outside: Any) -> None:
+    """For LoRA, state dicts and inspection: what is in the slot may be another block, and what is shared elsewhere."""
     twin = copy.deepcopy(model)
-    with LayerwiseOffloader(model, CPU) as offloader:
-        model(X)
+    with LayerwiseOffloader(model, CPU, outside=outside) as offloader:
+        with offloader.present():
+            model(X)
         for index, block in enumerate(twin.blocks):
             with offloader.gathered(f"blocks.{index}") as tensors:
+                assert set(tensors) == set(block.state_dict())
                 for name, tensor in tensors.items():
                     assert torch.equal(tensor, block.state_dict()[name]), name
+        with offloader.gathered(OUTSIDE) as tensors:
+            assert {"embed.weight", "head.weight", "blocks.0.up.weight"} < set(tensors)
+            assert "blocks.1.up.weight" not in tensors
+
+
+@pytest.mark.parametrize("outside", ["resident", "held"])
+@pytest.mark.parametrize(
+    ("block", "name"), [("blocks.6", "up.weight"), ("blocks.0", "turned"), (OUTSIDE, "embed.bias")]
+)
+def test_gathered_writes_what_is_shared(model: Model, block: str, name: str, outside: Any) -> None:
+    """Tied to another block, to what is outside, or outside itself: edited in place it would change the model at once,
+    without `write_back` or after an error.
+    """
+    twin = copy.deepcopy(model)
+    before = twin(X)
+    with torch.no_grad():
+        (twin if block == OUTSIDE else twin.get_submodule(block)).get_parameter(name).add_(1.0)
+    assert not torch.equal(before, twin(X))
+
+    def run() -> Tensor:
+        with offloader.present():
+            return cast(Tensor, model(X))
+
+    with LayerwiseOffloader(model, CPU, outside=outside) as offloader:
+        assert torch.equal(run(), before)
+        with offloader.gathered(block) as tensors:
+            tensors[name].add_(1.0)
+        with suppress(KeyError), offloader.gathered(block, write_back=True) as tensors:
+            tensors[name].add_(1.0)
+            raise KeyError
+        assert torch.equal(run(), before)
+        with offloader.gathered(block, write_back=True) as tensors:
+            tensors[name].add_(1.0)
+        assert torch.equal(run(), twin(X))
+    assert torch.equal(model(X), twin(X)), "what was written stays in the model"
 
 
 def test_gathered_writes_back(model: Model) -> None:

@@ -26,19 +26,21 @@ Json = dict[str, Any]
 
 
 def _events(script: str, start_s: float = 1.0) -> tuple[TraceEvent, ...]:
-    """`script`: per event its kind, block, slot, ms after `start_s`, bytes."""
+    """`script`: per event its kind, block, slot, ms after `start_s`, bytes ("-": a miss)."""
     found = []
     for number, (kind, block, slot, ms, nbytes) in enumerate(line.split() for line in script.split(",")):
         place = None if slot == "-" else int(slot)
         at_s = start_s + float(ms) / 1e3
-        found.append(TraceEvent(number, cast(EventKind, kind), block, place, at_s, int(nbytes)))
+        missed = kind == "wait_begin" and nbytes == "-"
+        moved = 0 if missed else int(nbytes)
+        found.append(TraceEvent(number, cast(EventKind, kind), block, place, at_s, moved, missed))
     return tuple(found)
 
 
 # b is copied while a is gathered; a's next copy (12) ends when the second step has begun (15); c never runs
 EVENTS = _events("""load_begin a 0 0 64, wait_begin a 0 1 0, load_end a 0 2 0, gather_begin a 0 2 192,
     load_begin b 1 3 32, gather_end a 0 6 0, compute_begin a 0 6 0, load_end b 1 7 0, compute_end a 0 16 0,
-    compute_begin r - 16 0, compute_end r - 18 0, wait_begin b 1 18 0, load_begin a 0 18 64, compute_begin b 1 19 0,
+    compute_begin r - 16 0, compute_end r - 18 0, wait_begin b 1 18 -, load_begin a 0 18 64, compute_begin b 1 19 0,
     compute_end b 1 20 0, load_end a 0 24 0, wait_begin a 0 20 0, compute_begin a 0 25 0, compute_end a 0 30 0,
     load_begin c 1 30 8, load_end c 1 31 0""")
 RUN = "wait_begin a - 0 0, compute_begin a - 1 0, compute_end a - 3 0"
@@ -73,13 +75,14 @@ def test_totals_per_block_and_step() -> None:
     blocks = block_times(EVENTS)
     steps = step_times(EVENTS, [15, 19])  # c comes after the last
     expected = {
-        "a": (2, 2, 15.0, 10.0, 8.0, 4.0, 128, 192),
-        "b": (1, 1, 1.0, 1.0, 4.0, 0.0, 32, 0),
-        "r": (1, 0, 2.0, 0.0, 0.0, 0.0, 0, 0),
-        "c": (0, 1, 0.0, 0.0, 1.0, 0.0, 8, 0),
+        "a": (2, 2, 15.0, 10.0, 8.0, 4.0, 128, 192, 0),
+        "b": (1, 1, 1.0, 1.0, 4.0, 0.0, 32, 0, 1),
+        "r": (1, 0, 2.0, 0.0, 0.0, 0.0, 0, 0, 0),
+        "c": (0, 1, 0.0, 0.0, 1.0, 0.0, 8, 0, 0),
     }
     assert {name: astuple(times) for name, times in blocks.items()} == expected
-    assert [astuple(s) for s in steps] == [(3, 3, 13.0, 6.0, 12.0, 4.0, 160, 192), (1, 0, 5.0, 5.0, 0.0, 0.0, 0, 0)]
+    expected_steps = [(3, 3, 13.0, 6.0, 12.0, 4.0, 160, 192, 1), (1, 0, 5.0, 5.0, 0.0, 0.0, 0, 0, 0)]
+    assert [astuple(s) for s in steps] == expected_steps
     assert step_times([], [15]) == [BlockTimes()]
 
 

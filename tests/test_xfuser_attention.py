@@ -21,8 +21,11 @@ import torch.distributed as dist
 from processes import run_ranks
 from torch import Tensor
 
+import crossdock.parallel.xfuser_attention as xfuser_attention
+import crossdock.runtime.worker as worker_module
 from crossdock.parallel.sequence import SequenceLayout
 from crossdock.parallel.xfuser_attention import XFuserAttention, xfuser_installed, xfuser_limits
+from crossdock.runtime.config import RunConfig
 
 RANKS = 4
 TIME_LIMIT_S = 120
@@ -49,6 +52,43 @@ ERRORS = {
 )
 def test_limits(arguments: tuple[str, int, int, int], reason: str | None) -> None:
     assert xfuser_limits(*arguments) == reason
+
+
+def test_copies_may_use_the_link_after_each_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pitfall 32: whoever holds copies back for collectives must hear of xfuser's as well, and not before them."""
+    order: list[str] = []
+
+    def usp(query: Tensor, *_: Any, **__: Any) -> Tensor:
+        order.append("attention")
+        return query
+
+    stub = types.SimpleNamespace(USP=usp, AttentionBackendType=types.SimpleNamespace(SDPA=None))
+    monkeypatch.setattr(xfuser_attention, "_module", lambda _: stub)
+    place: dict[str, Any] = {"ulysses_rank": 0, "ulysses_degree": 2, "ring_rank": 0, "ring_degree": 1}
+    attention = XFuserAttention(
+        **place, ulysses_group=None, ring_group=None, after_collective=lambda: order.append("link")
+    )
+    query = torch.zeros(1, 4, 2, 8)
+    for _ in range(2):
+        attention.attend(query, query, query, layout=SequenceLayout((8,), 2))
+    assert order == ["attention", "link"] * 2
+
+
+@pytest.mark.parametrize("kind", ["xfuser", "native"])
+def test_the_worker_connects_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    for name in ("XFuserAttention", "SequenceParallelAttention"):
+        monkeypatch.setattr(worker_module, name, lambda name=name, **options: given.update({name: options}))
+    shape = types.SimpleNamespace(ulysses=2, ring=1)
+    worker: Any = object.__new__(worker_module.RankWorker)
+    worker.mesh = types.SimpleNamespace(shape=shape, groups={"ulysses": None, "ring": None}, index_in=lambda _: 0)
+    worker.plan = types.SimpleNamespace(config=RunConfig.parse({"parallel": {"attention": kind}}))
+    calls: list[int] = []
+    worker.stream = types.SimpleNamespace(link_used=lambda: calls.append(1))
+    worker._make_attention()
+    assert list(given) == ["XFuserAttention" if kind == "xfuser" else "SequenceParallelAttention"]
+    next(iter(given.values()))["after_collective"]()
+    assert calls == [1]
 
 
 def test_importing_the_adapter_does_not_import_xfuser() -> None:

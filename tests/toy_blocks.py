@@ -43,6 +43,7 @@ class QueuedEngine:
 
     def __init__(self, delay: Callable[[], None]) -> None:
         self.errors: list[BaseException] = []
+        self.submits_to_failure: int | None = None  # of copies and gathers; then one raises, as on CUDA
         self._delay = delay
         self._lanes: dict[str, queue.SimpleQueue[Any]] = {}
         for lane in ("copy", "gather", "compute"):
@@ -55,6 +56,11 @@ class QueuedEngine:
     def submit(
         self, lane: str, work: Callable[[], None], after: Sequence[Event] = (), needs: Sequence[Event] = ()
     ) -> Event:
+        if lane != "compute" and self.submits_to_failure is not None:
+            self.submits_to_failure -= 1
+            if self.submits_to_failure < 0:
+                self.submits_to_failure = None
+                raise BlockError("the submit")
         done = self.Done()
         self._lanes[lane].put((work, (*after, *needs), done))
         return done
@@ -186,17 +192,64 @@ class ShardGroup:
 
 
 class FailingEngine(CpuCopyEngine):
-    """Raises once where a copy reads one of `fail` (addresses of sources)."""
+    """Raises once where a copy reads one of `fail` (addresses in sources): for whoever waits for it."""
 
     def __init__(self, delay: Callable[[], None] | None = None) -> None:
         super().__init__(60, delay)
         self.fail: set[int] = set()
 
     def move(self, target: Tensor, source: Tensor) -> None:
-        if source.data_ptr() in self.fail:
-            self.fail.clear()
-            raise BlockError("the copy")
+        fail_once(self.fail, target, source)
         super().move(target, source)
+
+
+class ImmediateEngine:
+    """Everything runs in the caller's thread; what a copy or a gather raises comes out of `submit`, as on CUDA."""
+
+    def __init__(self, delay: Callable[[], None] = lambda: None) -> None:
+        self.fail: set[int] = set()
+        self._delay = delay
+
+    def submit(
+        self, lane: str, work: Callable[[], None], after: Sequence[Event] = (), needs: Sequence[Event] = ()
+    ) -> Event:
+        self._delay()
+        work()
+        return self.record()
+
+    def move(self, target: Tensor, source: Tensor) -> None:
+        fail_once(self.fail, target, source)
+        target.copy_(source)
+
+    def wait(self, event: Event) -> None:
+        pass
+
+    def record(self) -> Event:
+        return cast(Event, object())
+
+    def mark(self, lane: str) -> float:
+        return time.perf_counter()
+
+    def seconds(self, mark: float) -> float:
+        return mark
+
+    def reset_clock(self) -> None:
+        pass
+
+    def drain(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def fail_once(addresses: set[int], target: Tensor, source: Tensor) -> None:
+    """Where `source` covers one of `addresses`: fill half of `target`, and raise."""
+    start = source.data_ptr()
+    if any(start <= address < start + source.nbytes for address in addresses):
+        addresses.clear()
+        target[: len(target) // 2].fill_(0xFF)
+        raise BlockError("the copy")
 
 
 @dataclass
@@ -220,11 +273,11 @@ class Case:
         self.check(order)
         return self.stream.counters.misses - before
 
-    def finish(self) -> None:
-        """Detach; what was recorded must be in order."""
+    def finish(self, in_order: bool = True) -> None:
+        """Detach; what was recorded must be in order, unless a load failed."""
         self.stream.remove()
         self.stream.engine.close()
-        if isinstance(self.stream.engine, CpuCopyEngine):
+        if in_order and isinstance(self.stream.engine, CpuCopyEngine):
             plan = SimpleNamespace(blocks=self.stream.blocks, schedule=self.stream.schedule)
             trace = [event for event in self.stream.trace() if event.sequence >= self.stream.scheduled_at]
             assert list(trace_in_order(cast(RunPlan, plan), 0, trace)) == []
