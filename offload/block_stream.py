@@ -22,7 +22,7 @@ from crossdock.offload.arena import Arena, Slot
 from crossdock.offload.block import StreamedBlock
 from crossdock.offload.copy_engine import CopyEngine, Event
 from crossdock.offload.hooks import BlockHooks
-from crossdock.offload.layout import BlockLayout, aligned_bytes
+from crossdock.offload.layout import aligned_bytes
 from crossdock.offload.loader import BlockLoader, EventLog, Gather, fill_nan, spoil
 from crossdock.offload.run_order import RunOrder
 from crossdock.offload.schedule import SlotSchedule, slot_sizes
@@ -196,6 +196,11 @@ class BlockStream:
         return self._loader.counters
 
     @property
+    def read(self) -> dict[str, list[Tensor]]:
+        """Of every block that was loaded: what the copies of its last load really read."""
+        return self._loader.read
+
+    @property
     def upcoming(self) -> int:
         """Sequence number of the next event."""
         return self._log.upcoming
@@ -254,12 +259,12 @@ class BlockStream:
         block = self.blocks[index]
         if not block.home.streamed:
             assert isinstance(block.source, Tensor)
-            yield _named(block.layout, block.source)
+            yield block.named(block.source)
             return
         self.flush()
         memory = aligned_bytes(block.layout.nbytes, self._device)
         self._loader.load(block, memory, (self.engine.record(),), None, self.engine.wait, noted=False)
-        yield _named(block.layout, memory)
+        yield block.named(memory)
         if write_back:
             self._forget(self._slots[index])
             self._loader.store(block, memory)
@@ -391,8 +396,3 @@ class BlockStream:
     def _note(self, kind: EventKind, index: int) -> None:
         name = self.blocks[index].name
         self._log.note(kind, name, self.slot_of(name), "compute")
-
-
-def _named(layout: BlockLayout, memory: Tensor) -> dict[str, Tensor]:
-    tensors = ((entry.names, entry.tensor(memory)) for entry in layout.entries)
-    return {name: tensor for names, tensor in tensors for name in names}

@@ -57,12 +57,12 @@ class Coordinator:
         """After a request, before its pictures are handed out; a changed schedule is judged like the first.
 
         Raises:
-            CompositionError: a rank did not stream in order or issued other collectives than its group, or the new
-                schedule does not compose.
+            CompositionError: a rank did not stream in order, read other bytes than those at rest or issued other
+                collectives than its group, or the new schedule does not compose.
         """
         if any(result.plan is not None for result in results):
             self._adopt(results)
-        violations = verify_request(self.plan, results)
+        violations = verify_request(self.plan, self._reports, results)
         if violations:
             self._judge({violation.check for violation in violations}, violations, "")
 

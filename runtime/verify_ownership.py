@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from crossdock.offload.block import Home
 from crossdock.offload.layout import ALIGNMENT
 from crossdock.offload.schedule import slot_sizes
 from crossdock.parallel.tensor import part_shape
 from crossdock.runtime.plan import RunPlan
-from crossdock.runtime.reports import REPORT_IT, RankReport, TensorRecord, Violation
+from crossdock.runtime.reports import REPORT_IT, HomeRecord, MemorySpan, RankReport, TensorRecord, Violation
 
 NOT_WEIGHTS = 2 * 2**20
 """Bytes that setup may leave allocated on the device besides weights: a few small tensors of the communication."""
@@ -32,6 +32,7 @@ def owned_once(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violati
         for record in report.plain:
             yield from _check_device(plan, report.rank, record, "move it yourself, or register it as a buffer")
         yield from _check_bytes(plan, report)
+        yield from read_at_rest(plan, report.rank, report.homes, {home.block: home.read for home in report.homes})
         for module, what in report.foreign_hooks:
             remedy = "remove it: two mechanisms must not move the same weights"
             yield Violation("owned-once", report.rank, module or "the model", "no other mechanism", what, remedy)
@@ -60,6 +61,30 @@ def _check_device(plan: RunPlan, rank: int, record: TensorRecord, remedy: str) -
         yield Violation("owned-once", rank, record.fqn, f"on {plan.device}", "on meta: never loaded", remedy)
     elif record.device.split(":")[0] != plan.device:
         yield Violation("owned-once", rank, record.fqn, f"on {plan.device}", f"on {record.device}", remedy)
+
+
+def read_at_rest(
+    plan: RunPlan, rank: int, homes: Sequence[HomeRecord], reads: Mapping[str, Sequence[MemorySpan]]
+) -> Iterator[Violation]:
+    """What was copied into the slots are the very bytes that rest in the home, not another copy of them."""
+    for home in homes:
+        if not home.home.streamed:
+            continue
+        places = home.pages if home.rest is None else (home.rest,)
+        read = reads.get(home.block, ())
+        strange = [span for span in read if not any(place.holds(span) for place in places)]
+        if read and not strange:
+            continue
+        where = plan.tensor_at(home.block, home.start)
+        expected = f"bytes read from where they rest ({home.home}: {_spans(places)})"
+        found = f"read from {_spans(strange)}: a second copy" if strange else "never read"
+        remedy = "something keeps weights of its own and loads from there: let go of it (a hook, a wrapper, a cache)"
+        yield Violation("owned-once", rank, where, expected, found, remedy)
+
+
+def _spans(spans: Sequence[MemorySpan]) -> str:
+    first = ", ".join(f"{span.start:#x} to {span.stop:#x}" for span in spans[:1])
+    return f"{first} and {len(spans) - 1} more" if len(spans) > 1 else first
 
 
 def _check_bytes(plan: RunPlan, report: RankReport) -> Iterator[Violation]:

@@ -44,13 +44,14 @@ from crossdock.runtime.inspection import (
     memory_span,
     record_homes,
     record_plain,
+    record_reads,
     record_tensors,
     sampled_checksum,
 )
 from crossdock.runtime.meta_model import build_on_meta
 from crossdock.runtime.pipeline import RankPipeline, StepEnd
 from crossdock.runtime.plan import TRANSFORMER, RunPlan
-from crossdock.runtime.reports import Measurements, RankReport, RankTrace
+from crossdock.runtime.reports import Measurements, MemorySpan, RankReport, RankTrace
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.request_log import RequestLog
 from crossdock.runtime.resume import Snapshot, of_replica
@@ -67,7 +68,8 @@ TRACED_STEPS = 2
 class RankResult:
     """What a rank returns for one request; the picture comes from the first rank of each replica with a prompt.
 
-    `timeline` is the whole request, `trace` its last steps for the coordinator, `collectives` what was issued so far.
+    `timeline` is the whole request, `trace` its last steps for the coordinator, `collectives` what was issued so far,
+    `read` what every block's last load read, as in `HomeRecord`.
     `verdict` says what became of the residency schedule. Where it was changed in this request, `plan` is the new one
     and `report` what the rank now holds.
     """
@@ -77,6 +79,7 @@ class RankResult:
     timeline: RankTrace
     trace: tuple[TraceEvent, ...]
     collectives: tuple[GroupRecord, ...]
+    read: dict[str, tuple[MemorySpan, ...]]
     verdict: str
     plan: RunPlan | None = None
     report: RankReport | None = None
@@ -258,7 +261,8 @@ class RankWorker:
         modules = (self.model, *self.pipeline.on_device)
         measurements = log.measurements(self.rank, self.device, self.weights, modules, done.step_ms, phases)
         timeline = RankTrace(self.rank, measurements.host, measurements.device, events, spans)
-        result = RankResult(self.rank, measurements, timeline, self._last_steps(events), issued, self.verdict)
+        read = record_reads(self.stream)
+        result = RankResult(self.rank, measurements, timeline, self._last_steps(events), issued, read, self.verdict)
         if self.changed is not None:
             result.plan, result.report = self.plan, self.changed
         result.latents, result.image = latents, image

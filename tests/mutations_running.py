@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from crossdock.offload.arena import Arena, Slot
-from crossdock.offload.block import StreamedBlock
+from crossdock.offload.block import Piece, StreamedBlock
 from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.loader import BlockLoader
 from crossdock.parallel import attention as attention_module
@@ -280,16 +280,25 @@ def cut_as_one_part(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tensor_module, "_part_sizes", lambda linear, style, dim: [linear.weight.shape[dim]])
 
 
+# -- owned-once: what is read ----------------------------------------------------------------------------------------
+
+
 def host_copy_never_read(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
-    """Loads come from a private copy that was made when the model was loaded."""
-    load, kept = BlockLoader.load, dict[Any, Tensor]()
+    """Loads come from a private copy that is made by the first one."""
+    load, kept = BlockLoader.load, dict[Any, Any]()
 
     def cached(loader: BlockLoader, block: StreamedBlock, *args: Any, **options: Any) -> None:
-        if isinstance(block.source, Tensor):
-            block = replace(block, source=kept.setdefault((loader, block.name), block.source.clone()))
-        load(loader, block, *args, **options)
+        key = (loader, block.name)
+        kept.setdefault(key, _copied(block.source))
+        load(loader, replace(block, source=kept[key]), *args, **options)
 
     patch.setattr(BlockLoader, "load", cached)
+
+
+def _copied(source: Tensor | tuple[Piece, ...]) -> Tensor | tuple[Piece, ...]:
+    if isinstance(source, Tensor):
+        return source.clone()
+    return tuple(replace(piece, source=piece.source.clone()) for piece in source)
 
 
 def one_more_step(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:

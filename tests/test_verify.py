@@ -128,6 +128,11 @@ def _at_rest(report: RankReport) -> RankReport:
     return _home(report, 1, rest=report.homes[0].rest)
 
 
+def _read_from_the_next(report: RankReport) -> RankReport:
+    index = next(i for i, home in enumerate(report.homes) if CUT.startswith(f"{home.block}."))
+    return _home(report, index, read=report.homes[index + 1].read)
+
+
 def _arrived(report: RankReport, fqn: str) -> RankReport:
     """The bytes of one tensor came wrong."""
     change = lambda record: replace(record, found=record.found ^ 1) if record.fqn == fqn else record  # noqa: E731
@@ -228,6 +233,9 @@ FAULTS = (
         partial(_device_bytes, allocated=123456789),
         ANY,
     ),
+    Fault("read from a copy", "owned-once", "a second copy", lambda r: _home(r, 1, read=(r.slots[0],)), STREAMED),
+    Fault("read from another block", "owned-once", CUT.partition(".att")[0], _read_from_the_next, (*STREAMED, "hsdp")),
+    Fault("never read", "owned-once", "never read", lambda r: _home(r, 1, read=()), (*STREAMED, "hsdp")),
     Fault("outside in a slot", "no-alias", OUTSIDE, lambda r: _tensor(r, OUTSIDE, span=_over(r.slots[1])), STREAMED),
     Fault(
         "outside over a weight",
