@@ -137,6 +137,8 @@ class BlockStream:
     @contextmanager
     def unrecorded(self) -> Iterator[None]:
         """What runs meanwhile leaves neither events nor an order of running behind; afterwards all slots are empty."""
+        self.settle()
+        self.engine.drain()  # of a load that is under way, all events stay or none
         run_order, since = copy.deepcopy(self._run_order), self._log.upcoming
         try:
             yield

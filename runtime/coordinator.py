@@ -60,9 +60,10 @@ class Coordinator:
             CompositionError: a rank did not stream in order, read other bytes than those at rest or issued other
                 collectives than its group, or the new schedule does not compose.
         """
+        before = self.plan
         if any(result.plan is not None for result in results):
             self._adopt(results)
-        violations = verify_request(self.plan, self._reports, results)
+        violations = verify_request(self.plan, self._reports, results, before)
         if violations:
             self._judge({violation.check for violation in violations}, violations, "")
 

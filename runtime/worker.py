@@ -59,25 +59,22 @@ from crossdock.runtime.status import RankStatus
 from crossdock.runtime.stopping import Stopping
 from crossdock.runtime.weights import RankWeights, WeightLoader, exchange
 
-EVENTS_PER_BLOCK = 7
-TRACED_STEPS = 2
-"""How many of a request's last steps a rank keeps the trace of."""
-
 
 @dataclass
 class RankResult:
     """What a rank returns for one request; the picture comes from the first rank of each replica with a prompt.
 
-    `timeline` is the whole request, `trace` its last steps for the coordinator, `collectives` what was issued so far,
-    `read` what every block's last load read, as in `HomeRecord`.
-    `verdict` says what became of the residency schedule. Where it was changed in this request, `plan` is the new one
-    and `report` what the rank now holds.
+    `timeline` is the whole request, `before` the last event of every slot before it, `scheduled_at` the number of the
+    first event under the present schedule, `collectives` what was issued so far, `read` what every block's last load
+    read, as in `HomeRecord`. `verdict` says what became of the residency schedule. Where it was changed in this
+    request, `plan` is the new one and `report` what the rank now holds.
     """
 
     rank: int
     measurements: Measurements
     timeline: RankTrace
-    trace: tuple[TraceEvent, ...]
+    before: tuple[TraceEvent, ...]
+    scheduled_at: int
     collectives: tuple[GroupRecord, ...]
     read: dict[str, tuple[MemorySpan, ...]]
     verdict: str
@@ -85,6 +82,11 @@ class RankResult:
     report: RankReport | None = None
     latents: Tensor | None = None
     image: Image.Image | None = None
+
+    @property
+    def trace(self) -> tuple[TraceEvent, ...]:
+        """For the coordinator: all steps, and what was in the slots when the first one began."""
+        return (*self.before, *self.timeline.events)
 
 
 def compute_threads(world_size: int) -> int:
@@ -189,7 +191,7 @@ class RankWorker:
             arrivals=self.arrivals,
             device_bytes=measure_device(self.model, self.pipeline.on_device, shards, self.device, grown_bytes),
             foreign_hooks=foreign_hooks(self.model),
-            trace=self._since_scheduled(self.stream.trace()),
+            trace=tuple(e for e in self.stream.trace() if e.sequence >= self.stream.scheduled_at),
             collectives=issued,
         )
 
@@ -261,8 +263,16 @@ class RankWorker:
         modules = (self.model, *self.pipeline.on_device)
         measurements = log.measurements(self.rank, self.device, self.weights, modules, done.step_ms, phases)
         timeline = RankTrace(self.rank, measurements.host, measurements.device, events, spans)
-        read = record_reads(self.stream)
-        result = RankResult(self.rank, measurements, timeline, self._last_steps(events), issued, read, self.verdict)
+        result = RankResult(
+            self.rank,
+            measurements,
+            timeline,
+            log.before,
+            self.stream.scheduled_at,
+            issued,
+            record_reads(self.stream),
+            self.verdict,
+        )
         if self.changed is not None:
             result.plan, result.report = self.plan, self.changed
         result.latents, result.image = latents, image
@@ -385,13 +395,5 @@ class RankWorker:
         self.stream.reschedule(self.plan.schedule, self.plan.resident, self.plan.order)
         before = self.stream.upcoming
         self.stream.rehearse()
-        rehearsed = range(before, self.stream.upcoming)
         self.changed = self.report()  # now: later, another component may have the memory
-        return rehearsed
-
-    def _last_steps(self, events: tuple[TraceEvent, ...]) -> tuple[TraceEvent, ...]:
-        """The events of about the last `TRACED_STEPS` steps."""
-        return self._since_scheduled(events[-TRACED_STEPS * EVENTS_PER_BLOCK * len(self.plan.blocks) :])
-
-    def _since_scheduled(self, events: tuple[TraceEvent, ...]) -> tuple[TraceEvent, ...]:
-        return tuple(event for event in events if event.sequence >= self.stream.scheduled_at)
+        return range(before, self.stream.upcoming)  # with what it fetched ahead: the report waited for that

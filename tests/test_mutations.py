@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,10 @@ OFFLOAD = ("layerwise_tp2", "layerwise_ulysses2_ring2")
 OWN_BUDGET = mutations.planned_alone(device_budget="5MiB")
 MUTATIONS = (
     # name, pitfalls, check, where, layouts, plant
-    Mutation("order swapped", (), "same-schedule", "streamed block 6", OFFLOAD, mutations.order_swapped),
+    Mutation("order swapped", (), "same-schedule", BLOCK, OFFLOAD, mutations.order_swapped),
     Mutation("slots by turns", (17,), "same-schedule", "context_refiner.0", OFFLOAD, mutations.slots_by_turns),
-    Mutation("another set of residents", (12,), "same-schedule", "streamed block", OFFLOAD, OWN_BUDGET),
-    Mutation("a wider window", (), "same-schedule", "slot sizes", OFFLOAD, mutations.planned_alone(prefetch=2)),
+    Mutation("another set of residents", (12,), "same-schedule", "layers", OFFLOAD, OWN_BUDGET),
+    Mutation("a wider window", (), "same-schedule", "slot 2 (of ", OFFLOAD, mutations.planned_alone(prefetch=2)),
     Mutation("a private copy", (1,), "owned-once", TO_Q, ("layerwise_tp2", "hsdp"), mutations.private_copy),
     Mutation("nothing is freed", (1, 12), "owned-once", BLOCK, ("layerwise", "hsdp"), mutations.nothing_is_freed),
     Mutation(
@@ -126,6 +126,19 @@ MUTATIONS = (
     Mutation("one place at rest", (16,), "no-alias", NEXT, ("layerwise_tp2", "hsdp"), mutations.one_place_at_rest),
     Mutation("slots overlap", (16,), "no-alias", "slot", OFFLOAD, mutations.slots_overlap),
     Mutation("load left out", (16,), "in-order", BLOCK, ("layerwise_tp2", "layerwise"), running.load_left_out),
+    Mutation(
+        "left out in the first step",
+        (16,),
+        "in-order",
+        BLOCK,
+        (*OFFLOAD, "layerwise"),
+        running.first_load_left_out,
+        "request",
+        steps=4,
+    ),
+    Mutation(
+        "stale from the start", (16,), "in-order", "noise_refiner.1", OFFLOAD, running.stale_from_the_start, "request"
+    ),
     Mutation("wait left out", (), "in-order", BLOCK, OFFLOAD, running.wait_left_out, "request"),
     Mutation(
         "readers not waited for", (17,), "in-order", "in slot", OFFLOAD, running.readers_not_waited_for, "request"
@@ -290,7 +303,8 @@ def test_mutation_is_caught(
         prepare = mutations.table_on_ranks
     plan = _plan(layout, checkpoints[mutation.family])
     work = _on_ranks(frozenset({mutation.stage}), mutation.stage, mutation.plant, mutation.rank, prepare)
-    found = _violations(plan, _run(gang_of(plan.mesh.world_size), plan, REQUEST, work))
+    request = replace(REQUEST, steps=mutation.steps)
+    found = _violations(plan, _run(gang_of(plan.mesh.world_size), plan, request, work))
     assert mutation.stage == "load" or found["load"] == []
     mine = [violation for violation in found[mutation.stage] if violation.check == mutation.check]
     print(layout, sorted({v.check for v in found[mutation.stage]}), *mine[:2], sep="\n  ")
@@ -322,6 +336,7 @@ STUCK = (
     Stuck("a reduce left out", (5,), TP_2, "group tp", running.reduce_left_out),
     Stuck("a reduce on the world", (5,), TP_2, "group", running.reduce_on_the_world),
     Stuck("text doubled", (7,), ULYSSES_2, "all_to_all", running.text_doubled_on_a_slow_link, "flux2-klein"),
+    Stuck("text dropped", (7,), ULYSSES_2, "all_to_all", running.text_dropped_on_a_slow_link, "flux2-klein"),
     Stuck("blocks skipped", (5, 15), HSDP_2, "group weights", running.blocks_skipped),
     Stuck("one more step", (20,), TP_2, "not at the same step", running.one_more_step, kind="raised"),
 )
@@ -374,6 +389,7 @@ class Mistake:
 MISTAKES = (
     Mistake("a reduce left out", (5,), "tp2", running.reduce_left_out),
     Mistake("text doubled", (7,), "ulysses2_ring2", running.text_doubled, "flux2-klein"),
+    Mistake("text dropped", (7,), "ulysses2_ring2", running.text_dropped, "flux2-klein"),
     Mistake("padding attended", (7,), "ulysses4", running.padding_attended),
     Mistake("merged without weights", (7,), "ring4", running.merged_without_weights),
     Mistake("cut as one part", (37,), "tp2", running.cut_as_one_part, "flux2-klein", "load"),
