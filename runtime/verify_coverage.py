@@ -97,7 +97,8 @@ def _replicas_agree(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[V
         tp = plan.mesh.coordinates(rank)["tp"]
         for home in report.homes:
             if home.checksum is not None:
-                sums[("block", home.block, tp, home.start, home.stop)][rank] = (home.checksum, home.block)
+                where = plan.tensor_at(home.block, home.start)  # the first of those bytes; the sum is of all
+                sums[("block", home.block, tp, home.start, home.stop)][rank] = (home.checksum, where)
         for record in report.tensors:
             if record.checksum is not None:
                 part = record.part.ranges if record.part else None
