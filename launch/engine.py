@@ -24,11 +24,12 @@ from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, Req
 from crossdock.runtime.gang import Gang, Notice
 from crossdock.runtime.plan import RunPlan, check_request, make_plan
 from crossdock.runtime.probe import probe_numbers, probe_request
+from crossdock.runtime.rank_result import RankResult
 from crossdock.runtime.reports import RankTrace, Verdict
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.resume import Snapshot
 from crossdock.runtime.status import RankStatus
-from crossdock.runtime.worker import RankResult, RankWorker
+from crossdock.runtime.worker import RankWorker
 
 CANCEL_S = 10.0
 """The longest wait for a rank to take note of a cancel."""

@@ -95,6 +95,11 @@ class StreamedBlock:
             for entry in self.layout.entries
         ]
 
+    def named(self, memory: Tensor) -> dict[str, Tensor]:
+        """Its tensors inside `memory` (uint8, the whole block), under every name."""
+        tensors = ((entry.names, entry.tensor(memory)) for entry in self.layout.entries)
+        return {name: tensor for names, tensor in tensors for name in names}
+
     def bound(self) -> list[Bound]:
         """What the module has now, for `put_back`: under every name."""
         return [(owner, leaf, getattr(owner, leaf)) for owner, leaf in self.owners()]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from types import FrameType
 
 import torch
@@ -20,14 +19,14 @@ from torch import Tensor
 
 from crossdock.offload.arena import Arena, Slot
 from crossdock.offload.block import StreamedBlock
-from crossdock.offload.copy_engine import CopyEngine, Event
+from crossdock.offload.copy_engine import CopyEngine
 from crossdock.offload.hooks import BlockHooks
-from crossdock.offload.layout import BlockLayout, aligned_bytes
-from crossdock.offload.loader import BlockLoader, EventLog, Gather, fill_nan, spoil
+from crossdock.offload.loader import BlockLoader, EventLog, Gather, fill_nan
 from crossdock.offload.run_order import RunOrder
 from crossdock.offload.schedule import SlotSchedule, slot_sizes
-from crossdock.offload.shared_tensors import shared_tensors_of
+from crossdock.offload.slot_loads import SlotLoads
 from crossdock.offload.trace import EventKind, StreamCounters, TraceEvent
+from crossdock.offload.true_weights import TrueWeights
 
 
 class BlockStream:
@@ -67,6 +66,7 @@ class BlockStream:
         self._device = device
         self._log = EventLog(engine, trace_limit)
         self._loader = BlockLoader(engine, gather, self._log, yields_link)
+        self._loads = SlotLoads(engine, self._loader)
         self._collectives = 0  # of the block that is running
         self._portions = 1
         if gather is None and any(block.home.sharded for block in self.blocks):
@@ -79,7 +79,6 @@ class BlockStream:
         self._shared: list[Slot] = []
         self._own: dict[int, Slot] = {}
         self._slots: dict[int, Slot] = {}
-        self._pending: set[Slot] = set()  # claimed for a load of which not all is enqueued
         self._set_schedule(schedule, resident)
         self.arena = arena or Arena(self.slots_bytes, device)
         self._lease()
@@ -139,6 +138,8 @@ class BlockStream:
     @contextmanager
     def unrecorded(self) -> Iterator[None]:
         """What runs meanwhile leaves neither events nor an order of running behind; afterwards all slots are empty."""
+        self.settle()
+        self.engine.drain()  # of a load that is under way, all events stay or none
         run_order, since = copy.deepcopy(self._run_order), self._log.upcoming
         try:
             yield
@@ -198,6 +199,11 @@ class BlockStream:
         return self._loader.counters
 
     @property
+    def read(self) -> dict[str, list[Tensor]]:
+        """Of every block that was loaded: what the copies of its last load really read."""
+        return self._loader.read
+
+    @property
     def upcoming(self) -> int:
         """Sequence number of the next event."""
         return self._log.upcoming
@@ -228,14 +234,8 @@ class BlockStream:
             self._loader.release()
 
     def flush(self) -> None:
-        """Enqueue what was held back. A load that is pending even then broke off: no block is in its slot."""
-        self._loader.flush()
-        if not self._pending:
-            return
-        ended = self.engine.submit("gather", _nothing, (self.engine.submit("copy", _nothing, ()),))
-        for slot in self._pending:  # what was enqueued of such a load may still write to the slot
-            slot.holder, slot.ready = None, ended
-        self._pending.clear()
+        """Enqueue what was held back."""
+        self._loads.flush()
 
     @contextmanager
     def hold(self, name: str) -> Iterator[None]:
@@ -244,7 +244,7 @@ class BlockStream:
         slot = self._slots[index]
         self.flush()
         self._enqueue(index)
-        self._await(slot)
+        self._loads.wait(slot)
         slot.begin_reading()
         try:
             yield
@@ -264,30 +264,13 @@ class BlockStream:
                 for all that share it. Processes that share a host store must all have read before one of them
                 writes, and must make the same change.
         """
-        index = self._index[name]
-        block = self.blocks[index]
         self.flush()
-        memory = self._copy_of(block)
-        shared = [(t, t.copy(self._device)) for t in shared_tensors_of(block, self.blocks)] if block.runs else []
-        yield _named(block.layout, memory) | {name: own for tensor, own in shared for name in tensor.names}
-        if not write_back:
-            return
-        for part in {index, *(tensor.part for tensor, _ in shared)}:
-            if part in self._slots:
-                self._forget(self._slots[part])
-        self._loader.store(block, memory)
-        for tensor, own in shared:
-            tensor.write(own)
-
-    def _copy_of(self, block: StreamedBlock) -> Tensor:
-        """All bytes of a block in memory of their own on the device."""
-        memory = aligned_bytes(block.layout.nbytes, self._device)
-        if block.home.streamed:
-            self._loader.load(block, memory, (self.engine.record(),), None, self.engine.wait, noted=False)
-        else:
-            assert isinstance(block.source, Tensor)
-            memory.copy_(block.source)
-        return memory
+        weights = TrueWeights.of(self._index[name], self.blocks, self._loader, self._device)
+        yield weights.named
+        if write_back:
+            for part in weights.parts & self._slots.keys():
+                self._loads.forget(self._slots[part])
+            weights.write_back()
 
     def _begin(self, index: int, call: FrameType | None = None) -> None:
         self._note("compute_begin", index)
@@ -306,7 +289,7 @@ class BlockStream:
             self.counters.misses += 1
             self._enqueue(index)
         self._fetch_ahead(index)
-        self._await(slot)
+        self._loads.wait(slot)
         slot.begin_reading(call)
         self._reading = index
         self._begin(index)
@@ -340,30 +323,9 @@ class BlockStream:
                 self._enqueue(following, self._portions)
 
     def _enqueue(self, index: int, portions: int = 1) -> None:
-        """Load block `index` into its slot, behind the slot's last reader and its last load."""
-        slot, block = self._slots[index], self.blocks[index]
-        if slot.holder == index:
-            return
-
-        def done(ready: Event) -> None:
-            slot.ready = ready
-            self._pending.discard(slot)
-
-        try:
-            waits = slot.claim(index)
-            self._pending.add(slot)
-            self._loader.load(block, slot.memory, waits, self.slot_of(block.name), done, portions=portions)
-        except BaseException:
-            slot.holder = None  # half filled at best: whoever asks for the block loads it again
-            raise
-
-    def _await(self, slot: Slot) -> None:
-        """Make the compute stream wait for what is loaded into `slot`."""
-        try:
-            self.engine.wait(slot.ready)
-        except BaseException:
-            slot.holder = None  # half filled: the next request loads it again
-            raise
+        """Load block `index` into its slot."""
+        block = self.blocks[index]
+        self._loads.enqueue(self._slots[index], index, block, self.slot_of(block.name), portions)
 
     # -- memory --------------------------------------------------------------------------------------------------
 
@@ -406,11 +368,6 @@ class BlockStream:
             with suppress(Exception):  # a load that failed is of no interest any more; one under way must end first
                 self.engine.wait(slot.ready)
 
-    def _forget(self, slot: Slot) -> None:
-        """What the slot holds is out of date."""
-        self.engine.wait(slot.ready)
-        slot.holder = None
-
     def _bind(self) -> None:
         for index, block in enumerate(self.blocks):
             memory = self._slots[index].memory if block.home.streamed else block.source
@@ -418,22 +375,11 @@ class BlockStream:
             block.bind(memory)
 
     def _poison(self) -> None:
-        """NaN at the beginning of all that can lie in a slot, whose bytes are forgotten."""
+        """No slot holds anything but NaN from here on."""
         self.settle()
         for index, slot in {id(slot): (index, slot) for index, slot in self._slots.items()}.values():
-            waits = slot.claim(index)
-            slot.holder = None
-            slot.ready = self.engine.submit("copy", partial(spoil, slot.memory), waits)
+            self._loads.spoil(slot, index)
 
     def _note(self, kind: EventKind, index: int, missed: bool = False) -> None:
         name = self.blocks[index].name
         self._log.note(kind, name, self.slot_of(name), "compute", missed=missed)
-
-
-def _nothing() -> None:
-    """For the event of what is before it on a lane."""
-
-
-def _named(layout: BlockLayout, memory: Tensor) -> dict[str, Tensor]:
-    tensors = ((entry.names, entry.tensor(memory)) for entry in layout.entries)
-    return {name: tensor for names, tensor in tensors for name in names}

@@ -70,6 +70,9 @@ class EventLog:
 class BlockLoader:
     """Loads blocks on the lanes of `engine`; `counters` are its totals.
 
+    `read` has, of every block, the tensors that its last load really read: noted beside the copy itself, or where a
+    shard on the device is gathered, beside the gather.
+
     Where copies and collectives share a link, a copy is cut into portions: the first is enqueued at once, each of the
     others behind a collective (`release`), so that the copy uses the link while the collectives do not.
     """
@@ -77,6 +80,7 @@ class BlockLoader:
     def __init__(self, engine: CopyEngine, gather: Gather | None, log: EventLog, yields_link: bool) -> None:
         self.engine = engine
         self.counters = StreamCounters()
+        self.read: dict[str, list[Tensor]] = {}
         self._gather = gather
         self._log = log
         self.yields_link = yields_link
@@ -148,8 +152,10 @@ class BlockLoader:
             def work() -> None:
                 if place == 0:
                     job.note("load_begin", "copy", nbytes)
+                    self.read[job.block.name] = []
                 for part, source in moves[place]:
                     self.engine.move(part, source)
+                    self.read[job.block.name].append(source)
                 if place == len(moves) - 1:
                     job.note("load_end", "copy")
 
@@ -171,6 +177,8 @@ class BlockLoader:
         def work() -> None:
             job.note("gather_begin", "gather", nbytes)
             gather.all_gather(whole, shard)
+            if job.block.home is Home.DEVICE_SHARD:
+                self.read[job.block.name] = [shard]
             job.note("gather_end", "gather")
 
         self.counters.gathered_bytes += nbytes

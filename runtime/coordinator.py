@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 
 from crossdock.runtime.errors import CompositionError
 from crossdock.runtime.plan import RunPlan
+from crossdock.runtime.rank_result import RankResult
 from crossdock.runtime.reports import ProbeReport, RankReport, Verdict, Violation
 from crossdock.runtime.verify import CHECKS, verify_composition, verify_request
 from crossdock.runtime.verify_numbers import SAME_NUMBERS, same_numbers
-from crossdock.runtime.worker import RankResult
 
 SHOWN = 5
 """How many violations an error lists; the rest is counted."""
@@ -57,12 +57,13 @@ class Coordinator:
         """After a request, before its pictures are handed out; a changed schedule is judged like the first.
 
         Raises:
-            CompositionError: a rank did not stream in order or issued other collectives than its group, or the new
-                schedule does not compose.
+            CompositionError: a rank did not stream in order, read other bytes than those at rest or issued other
+                collectives than its group, or the new schedule does not compose.
         """
+        before = self.plan
         if any(result.plan is not None for result in results):
             self._adopt(results)
-        violations = verify_request(self.plan, results)
+        violations = verify_request(self.plan, self._reports, results, before)
         if violations:
             self._judge({violation.check for violation in violations}, violations, "")
 

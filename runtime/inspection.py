@@ -68,6 +68,26 @@ def memory_span(tensor: Tensor) -> MemorySpan | None:
     return MemorySpan(tensor.data_ptr(), tensor.data_ptr() + (1 + steps) * tensor.element_size())
 
 
+def memory_spans(tensors: Iterable[Tensor]) -> tuple[MemorySpan, ...]:
+    """The spans of all, by address; what touches is one."""
+    merged: list[MemorySpan] = []
+    for span in sorted({span for tensor in tensors if (span := memory_span(tensor)) is not None}, key=_start):
+        if merged and span.start <= merged[-1].stop:
+            merged[-1] = MemorySpan(merged[-1].start, max(merged[-1].stop, span.stop))
+        else:
+            merged.append(span)
+    return tuple(merged)
+
+
+def _start(span: MemorySpan) -> int:
+    return span.start
+
+
+def record_reads(stream: BlockStream) -> dict[str, tuple[MemorySpan, ...]]:
+    """Block -> what the copies of its last load really read, seen where they are made. Nothing may be on its way."""
+    return {block: memory_spans(sources) for block, sources in stream.read.items()}
+
+
 class Places:
     """Address ranges of slots and resident blocks."""
 
@@ -154,7 +174,7 @@ def record_homes(
         total: `checksum` or `sampled_checksum`.
     """
     planned = {block.name: block for block in plan.blocks}
-    stays = stream.resident_memory
+    stays, reads = stream.resident_memory, record_reads(stream)
     return tuple(
         HomeRecord(
             block.name,
@@ -165,6 +185,8 @@ def record_homes(
             total(block.source) if block.name in filled and isinstance(block.source, Tensor) else None,
             memory_span(block.source) if isinstance(block.source, Tensor) else None,
             memory_span(stays[block.name]) if block.name in stays else None,
+            () if isinstance(block.source, Tensor) else memory_spans(piece.source for piece in block.source),
+            reads.get(block.name, ()),
         )
         for block in stream.blocks
     )

@@ -158,6 +158,12 @@ class RunPlan:
             return None
         return next((block for block in self.blocks if fqn.startswith(f"{block.name}.")), None)
 
+    def tensor_at(self, block: str, byte: int) -> str:
+        """The full name of the tensor that has byte `byte` of a block, or of the next one; the block's, after all."""
+        layout = next((known.layout for known in self.blocks if known.name == block), None)
+        entries = sorted(layout.entries, key=lambda entry: entry.offset) if layout is not None else ()
+        return next((f"{block}.{e.name}" for e in entries if e.nbytes and byte < e.offset + e.nbytes), block)
+
 
 def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int | None = None) -> RunPlan:
     """Plan a run.

@@ -63,8 +63,8 @@ class HomeRecord:
     """Where one block rests. `start` and `stop` are the bytes of its `nbytes` that this rank holds.
 
     `checksum` is of those bytes; None where another rank read them into the store that both share. `rest` is where
-    they lie, None in the page cache; `stays` the device memory that the block has for itself, None where it shares a
-    slot.
+    they lie, None in the page cache, where they are scattered: `pages`. `stays` is the device memory that the block has
+    for itself, None where it shares a slot. `read` is what the copies of its last load really read.
     """
 
     block: str
@@ -76,6 +76,8 @@ class HomeRecord:
     checksum: int | None
     rest: MemorySpan | None
     stays: MemorySpan | None
+    pages: tuple[MemorySpan, ...]
+    read: tuple[MemorySpan, ...]
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,17 @@ from crossdock.runtime.inspection import device_weight_bytes
 from crossdock.runtime.reports import Measurements, Span
 from crossdock.runtime.weights import RankWeights
 
+_EVENTS_PER_BLOCK = 7
+"""At most, in one pass."""
+
 
 class RequestLog:
     """Counts from where the request's own steps begin: in a resumed one after the step that was repeated.
 
     Attributes:
         rehearsed: the numbers of the events that belong to no step.
+        before: the last event of every slot before the steps, if it left the slot in a known state: a load that was
+            under way, or failed, did not.
     """
 
     def __init__(self, stream: BlockStream, skipped: int = 0) -> None:
@@ -42,6 +47,7 @@ class RequestLog:
 
     def count_from_here(self) -> None:
         self._before, self._since = replace(self._stream.counters), self._stream.upcoming
+        self.before = self._last_of_slots()
         self._began_s = time.perf_counter()
 
     def end_step(self) -> None:
@@ -52,6 +58,20 @@ class RequestLog:
         """What the block stream did in the steps."""
         trace = self._stream.trace()
         return tuple(e for e in trace if e.sequence >= self._since and e.sequence not in self.rehearsed)
+
+    def _last_of_slots(self) -> tuple[TraceEvent, ...]:
+        """As far as the last pass tells."""
+        sharded = {block.name: block.home.sharded for block in self._stream.blocks}
+        latest = {}
+        for event in self._stream.trace(_EVENTS_PER_BLOCK * len(sharded)):
+            if self._stream.scheduled_at <= event.sequence < self._since and event.kind != "wait_begin":
+                latest[event.block if event.slot is None else event.slot] = event
+        ended = (
+            event
+            for event in latest.values()
+            if event.kind in ("gather_end", "compute_end") or (event.kind == "load_end" and not sharded[event.block])
+        )
+        return tuple(sorted(ended, key=lambda event: event.sequence))
 
     def spans(self, encodes: Sequence[Span], denoised_s: float, decoded_s: float) -> tuple[Span, ...]:
         """Encode, each step, decode; times are seconds of `time.perf_counter`."""

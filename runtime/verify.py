@@ -5,14 +5,16 @@ Every check has a function in a `verify_*.py` of its own; see the README for wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 from crossdock.runtime.plan import RunPlan
-from crossdock.runtime.reports import RankReport, Violation
+from crossdock.runtime.reports import MemorySpan, RankReport, Violation
 from crossdock.runtime.verify_aliasing import no_alias
 from crossdock.runtime.verify_collectives import Issued, same_collectives
 from crossdock.runtime.verify_coverage import covers
-from crossdock.runtime.verify_ownership import owned_once
+from crossdock.runtime.verify_ownership import owned_once, read_at_rest
 from crossdock.runtime.verify_schedule import in_order, same_schedule, trace_in_order
 
 CHECKS: dict[str, Callable[[RunPlan, Sequence[RankReport]], Iterable[Violation]]] = {
@@ -33,7 +35,34 @@ def verify_composition(plan: RunPlan, reports: Sequence[RankReport]) -> list[Vio
     return [violation for check in CHECKS.values() for violation in check(plan, reports)]
 
 
-def verify_request(plan: RunPlan, results: Sequence[Issued]) -> list[Violation]:
-    """in-order and same-collectives for what the ranks did in a request."""
-    ordered = [violation for result in results for violation in trace_in_order(plan, result.rank, result.trace)]
-    return [*ordered, *same_collectives(plan, results)]
+class Did(Issued, Protocol):
+    """What a rank tells of a request."""
+
+    @property
+    def scheduled_at(self) -> int: ...
+
+    @property
+    def read(self) -> Mapping[str, Sequence[MemorySpan]]: ...
+
+
+def verify_request(
+    plan: RunPlan, reports: Sequence[RankReport], results: Sequence[Did], before: RunPlan | None = None
+) -> list[Violation]:
+    """What the ranks did in a request: in-order, same-collectives, and of owned-once what was read.
+
+    Args:
+        reports: what the ranks held when they were admitted.
+        before: the plan that held until the schedule was changed in this request, where it was.
+    """
+    ordered = [violation for result in results for violation in _in_order(plan, before or plan, result)]
+    homes = {report.rank: report.homes for report in reports}
+    read = [v for result in results for v in read_at_rest(plan, result.rank, homes.get(result.rank, ()), result.read)]
+    return [*ordered, *read, *same_collectives(plan, results)]
+
+
+def _in_order(plan: RunPlan, before: RunPlan, result: Did) -> Iterator[Violation]:
+    """Every step, under the schedule that held at the time."""
+    trace = result.trace
+    changed = bisect_left(trace, result.scheduled_at, key=lambda event: event.sequence)
+    yield from trace_in_order(before, result.rank, trace[:changed])
+    yield from trace_in_order(plan, result.rank, trace[changed:])

@@ -83,7 +83,11 @@ def _shards_cover(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[Vio
                     expected = shard_range(sizes[home.block], len(group), index)
                 found = (home.start, home.stop)
                 if found != expected:
-                    yield Violation("covers", rank, home.block, f"bytes {expected}", f"bytes {found}", REPORT_IT)
+                    where = plan.tensor_at(home.block, home.start)
+                    of_block = f"of block {home.block}"
+                    yield Violation(
+                        "covers", rank, where, f"bytes {expected} {of_block}", f"bytes {found} {of_block}", REPORT_IT
+                    )
 
 
 def _replicas_agree(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[Violation]:
@@ -93,7 +97,8 @@ def _replicas_agree(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[V
         tp = plan.mesh.coordinates(rank)["tp"]
         for home in report.homes:
             if home.checksum is not None:
-                sums[("block", home.block, tp, home.start, home.stop)][rank] = (home.checksum, home.block)
+                where = plan.tensor_at(home.block, home.start)  # the first of those bytes; the sum is of all
+                sums[("block", home.block, tp, home.start, home.stop)][rank] = (home.checksum, where)
         for record in report.tensors:
             if record.checksum is not None:
                 part = record.part.ranges if record.part else None

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from crossdock.offload.block import Home
 from crossdock.offload.layout import ALIGNMENT
 from crossdock.offload.schedule import slot_sizes
 from crossdock.parallel.tensor import part_shape
 from crossdock.runtime.plan import RunPlan
-from crossdock.runtime.reports import REPORT_IT, RankReport, TensorRecord, Violation
+from crossdock.runtime.reports import REPORT_IT, HomeRecord, MemorySpan, RankReport, TensorRecord, Violation
 
 NOT_WEIGHTS = 2 * 2**20
 """Bytes that setup may leave allocated on the device besides weights: a few small tensors of the communication."""
+
+_LET_GO = "something keeps weights on the device that are streamed: let go of it (a hook, a wrapper, a cached copy)"
 
 
 def owned_once(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:
@@ -31,7 +33,9 @@ def owned_once(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violati
             yield from _check_home(plan, report.rank, record)
         for record in report.plain:
             yield from _check_device(plan, report.rank, record, "move it yourself, or register it as a buffer")
+        yield from _check_freed(plan, report)
         yield from _check_bytes(plan, report)
+        yield from read_at_rest(plan, report.rank, report.homes, {home.block: home.read for home in report.homes})
         for module, what in report.foreign_hooks:
             remedy = "remove it: two mechanisms must not move the same weights"
             yield Violation("owned-once", report.rank, module or "the model", "no other mechanism", what, remedy)
@@ -62,23 +66,60 @@ def _check_device(plan: RunPlan, rank: int, record: TensorRecord, remedy: str) -
         yield Violation("owned-once", rank, record.fqn, f"on {plan.device}", f"on {record.device}", remedy)
 
 
+def read_at_rest(
+    plan: RunPlan, rank: int, homes: Sequence[HomeRecord], reads: Mapping[str, Sequence[MemorySpan]]
+) -> Iterator[Violation]:
+    """What was copied into the slots are the very bytes that rest in the home, not another copy of them."""
+    for home in homes:
+        if not home.home.streamed:
+            continue
+        places = home.pages if home.rest is None else (home.rest,)
+        read = reads.get(home.block, ())
+        strange = [span for span in read if not any(place.holds(span) for place in places)]
+        if read and not strange:
+            continue
+        where = plan.tensor_at(home.block, home.start)
+        expected = f"bytes read from where they rest ({home.home}: {_spans(places)})"
+        found = f"read from {_spans(strange)}: a second copy" if strange else "never read"
+        remedy = "something keeps weights of its own and loads from there: let go of it (a hook, a wrapper, a cache)"
+        yield Violation("owned-once", rank, where, expected, found, remedy)
+
+
+def _spans(spans: Sequence[MemorySpan]) -> str:
+    first = ", ".join(f"{span.start:#x} to {span.stop:#x}" for span in spans[:1])
+    return f"{first} and {len(spans) - 1} more" if len(spans) > 1 else first
+
+
+def _check_freed(plan: RunPlan, report: RankReport) -> Iterator[Violation]:
+    """Per streamed block: it has no bytes on the device beside its slot's, so that they fall when the slot is freed."""
+    records = {record.fqn: record for record in report.tensors}
+    for block in plan.streamed:
+        names = (f"{block.name}.{name}" for entry in block.layout.entries for name in entry.names)
+        held = [records[fqn] for fqn in names if fqn in records]
+        own = [record for record in held if record.place != f"slot {block.slot}" and record.span is not None]
+        if own:
+            kept = sum(span.nbytes for span in {record.span for record in own} if span is not None)
+            expected = f"all {block.layout.nbytes} bytes in slot {block.slot}, which the next block takes"
+            found = f"{kept} bytes elsewhere that are never freed, of {own[0].fqn} first"
+            yield Violation("owned-once", report.rank, block.name, expected, found, _LET_GO)
+
+
 def _check_bytes(plan: RunPlan, report: RankReport) -> Iterator[Violation]:
-    """What lies on the device is what the plan has there: blocks that were to be streamed would show, and copies."""
+    """What lies on the device is what the plan has there. A total, because a hidden copy belongs to no tensor."""
     planned, counted = planned_device_bytes(plan, report), report.device_bytes
     found = counted.weights + counted.shards
     where = next(
         (r.fqn for r in report.tensors if r.place == "outside" and plan.owner_of(r.fqn) is not None), "device memory"
     )
-    remedy = "something keeps weights on the device that are streamed: let go of it (a hook, a wrapper, a cached copy)"
     pieces = 1 + sum(not block.home.on_host for block in plan.blocks)
     if found > planned + pieces * ALIGNMENT:
         expected = f"at most {planned} bytes of weights on the device"
-        yield Violation("owned-once", report.rank, where, expected, f"{found} bytes", remedy)
+        yield Violation("owned-once", report.rank, where, expected, f"{found} bytes", _LET_GO)
     if counted.allocated is not None:
         most = max(planned, found) + counted.others + counted.rounding + NOT_WEIGHTS
         if counted.allocated > most:
             expected = f"at most {most} bytes allocated on the device by loading"
-            yield Violation("owned-once", report.rank, where, expected, f"{counted.allocated} bytes", remedy)
+            yield Violation("owned-once", report.rank, where, expected, f"{counted.allocated} bytes", _LET_GO)
 
 
 def planned_device_bytes(plan: RunPlan, report: RankReport) -> int:

@@ -7,14 +7,12 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor, nn
 from torch.distributed import Store  # type: ignore[attr-defined]
 
@@ -24,7 +22,6 @@ from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.copy_engine import make_copy_engine
 from crossdock.offload.device_memory import allocated_bytes, spare_bytes, total_bytes
 from crossdock.offload.loader import Gather
-from crossdock.offload.trace import TraceEvent
 from crossdock.parallel.attention import SequenceParallelAttention
 from crossdock.parallel.group import Group, GroupRecord, exchange
 from crossdock.parallel.hsdp import all_gather_bytes
@@ -44,44 +41,21 @@ from crossdock.runtime.inspection import (
     memory_span,
     record_homes,
     record_plain,
+    record_reads,
     record_tensors,
     sampled_checksum,
 )
 from crossdock.runtime.meta_model import build_on_meta
 from crossdock.runtime.pipeline import RankPipeline, StepEnd
 from crossdock.runtime.plan import TRANSFORMER, RunPlan
-from crossdock.runtime.reports import Measurements, RankReport, RankTrace
+from crossdock.runtime.rank_result import RankResult
+from crossdock.runtime.reports import RankReport, RankTrace
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.request_log import RequestLog
 from crossdock.runtime.resume import Snapshot, of_replica
 from crossdock.runtime.status import RankStatus
 from crossdock.runtime.stopping import Stopping
 from crossdock.runtime.weights import RankWeights, WeightLoader
-
-EVENTS_PER_BLOCK = 7
-TRACED_STEPS = 2
-"""How many of a request's last steps a rank keeps the trace of."""
-
-
-@dataclass
-class RankResult:
-    """What a rank returns for one request; the picture comes from the first rank of each replica with a prompt.
-
-    `timeline` is the whole request, `trace` its last steps for the coordinator, `collectives` what was issued so far.
-    `verdict` says what became of the residency schedule. Where it was changed in this request, `plan` is the new one
-    and `report` what the rank now holds.
-    """
-
-    rank: int
-    measurements: Measurements
-    timeline: RankTrace
-    trace: tuple[TraceEvent, ...]
-    collectives: tuple[GroupRecord, ...]
-    verdict: str
-    plan: RunPlan | None = None
-    report: RankReport | None = None
-    latents: Tensor | None = None
-    image: Image.Image | None = None
 
 
 def compute_threads(world_size: int) -> int:
@@ -196,7 +170,7 @@ class RankWorker:
             arrivals=self.arrivals,
             device_bytes=measure_device(self.model, self.pipeline.on_device, shards, self.device, grown_bytes),
             foreign_hooks=foreign_hooks(self.model),
-            trace=self._since_scheduled(self.stream.trace()),
+            trace=tuple(e for e in self.stream.trace() if e.sequence >= self.stream.scheduled_at),
             collectives=issued,
         )
 
@@ -270,7 +244,16 @@ class RankWorker:
         modules = (self.model, *self.pipeline.on_device)
         measurements = log.measurements(self.rank, self.device, self.weights, modules, done.step_ms, phases)
         timeline = RankTrace(self.rank, measurements.host, measurements.device, events, spans)
-        result = RankResult(self.rank, measurements, timeline, self._last_steps(events), issued, self.verdict)
+        result = RankResult(
+            self.rank,
+            measurements,
+            timeline,
+            log.before,
+            self.stream.scheduled_at,
+            issued,
+            record_reads(self.stream),
+            self.verdict,
+        )
         if self.changed is not None:
             result.plan, result.report = self.plan, self.changed
         result.latents, result.image = latents, image
@@ -393,13 +376,5 @@ class RankWorker:
         self.stream.reschedule(self.plan.schedule, self.plan.resident, self.plan.order)
         before = self.stream.upcoming
         self.stream.rehearse()
-        rehearsed = range(before, self.stream.upcoming)
         self.changed = self.report()  # now: later, another component may have the memory
-        return rehearsed
-
-    def _last_steps(self, events: tuple[TraceEvent, ...]) -> tuple[TraceEvent, ...]:
-        """The events of about the last `TRACED_STEPS` steps."""
-        return self._since_scheduled(events[-TRACED_STEPS * EVENTS_PER_BLOCK * len(self.plan.blocks) :])
-
-    def _since_scheduled(self, events: tuple[TraceEvent, ...]) -> tuple[TraceEvent, ...]:
-        return tuple(event for event in events if event.sequence >= self.stream.scheduled_at)
+        return range(before, self.stream.upcoming)  # with what it fetched ahead: the report waited for that

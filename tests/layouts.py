@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 CONFIGS = Path(__file__).resolve().parents[1] / "launch" / "configs"
 
@@ -32,4 +33,12 @@ LAYOUTS = (
     Layout("ulysses2_ring2"),
     Layout("layerwise_ulysses2_ring2", through_torchrun=True),
 )
+COMBINED: dict[str, dict[str, Any]] = {
+    "hsdp2_ulysses2_tp2": {"parallel": {"ulysses_degree": 2, "tp_degree": 2, "hsdp": {"shard": 2}}},
+    "ring2_tp2": {"parallel": {"ring_degree": 2, "tp_degree": 2}},
+    "hsdp4_ulysses2_ring2": {"parallel": {"ulysses_degree": 2, "ring_degree": 2, "hsdp": {"shard": 4}}},
+    "dp2_ulysses2": {"parallel": {"dp_degree": 2, "ulysses_degree": 2}},
+}
+"""HSDP on the ranks of a sequence group, TP inside of both: every mechanism at once. For use with PARTLY_RESIDENT."""
+PARTLY_RESIDENT: dict[str, Any] = {"layerwise": True, "prefetch": 2, "device_budget": "4MiB"}
 FAMILIES = ("flux2-klein", "z-image")

@@ -52,6 +52,7 @@ class Mutation:
         check: what must catch it: a row of the composition contract.
         where: the violation says it: block, parameter, slot or group.
         rank: where it is planted, the only rank of a layout that has one; None: on all.
+        steps: of the request.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Mutation:
     stage: Stage = "load"
     rank: int | None = 1
     family: str = "z-image"
+    steps: int = 1
 
 
 # -- tools -----------------------------------------------------------------------------------------------------------

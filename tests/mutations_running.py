@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from crossdock.offload.arena import Arena, Slot
-from crossdock.offload.block import StreamedBlock
+from crossdock.offload.block import Piece, StreamedBlock
 from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.loader import BlockLoader
 from crossdock.parallel import attention as attention_module
@@ -50,6 +50,33 @@ def load_left_out(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
             load(loader, block, memory, after, slot, done, **options)
 
     patch.setattr(BlockLoader, "load", forgetful)
+
+
+def first_load_left_out(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    """Once, in the first step of a request; the following steps are right."""
+    load, left_out = worker.stream._loader.load, list[str]()
+
+    def forgetful(block: Any, memory: Any, after: Any, slot: Any, done: Any, **options: Any) -> None:
+        if block.name == BLOCK and not left_out:
+            left_out.append(block.name)
+            done(worker.engine.record())
+        else:
+            load(block, memory, after, slot, done, **options)
+
+    patch.setattr(worker.stream._loader, "load", forgetful)
+
+
+def stale_from_the_start(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    """What was in a slot when the request began is taken for its first block."""
+    stream, index = worker.stream, index_of(worker.stream, "noise_refiner.1")
+    prepare = stream.prepare
+
+    def prepared() -> None:  # when the text encoder, which may have the memory before, is done
+        stream._slots[index].holder = index
+        patch.setattr(stream, "prepare", prepare)
+        prepare()
+
+    patch.setattr(stream, "prepare", prepared)
 
 
 def wait_left_out(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
@@ -191,8 +218,17 @@ def _last_row_parallel(worker: RankWorker) -> RowParallelLinear:
 
 
 def text_doubled_on_a_slow_link(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
-    """Slow, so that the ranks are heard before gloo ends the one that gets a message of another size."""
     text_doubled(worker, patch)
+    _slow_link(patch)
+
+
+def text_dropped_on_a_slow_link(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    text_dropped(worker, patch)
+    _slow_link(patch)
+
+
+def _slow_link(patch: pytest.MonkeyPatch) -> None:
+    """So that the ranks are heard before gloo ends the one that gets a message of another size."""
     exchange = dist.all_to_all_single
 
     def slow(*args: Any, **options: Any) -> Any:
@@ -204,12 +240,19 @@ def text_doubled_on_a_slow_link(worker: RankWorker, patch: pytest.MonkeyPatch) -
 
 def text_doubled(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     """The replicated text enters twice."""
+    _change_text(worker, lambda text, dim: torch.cat([text] * 2, dim=dim))
 
-    def double(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        twice = {name: torch.cat([kwargs[name]] * 2, dim=dim) for name, dim in _TEXT.items()}
-        return args, kwargs | twice
 
-    worker.model.register_forward_pre_hook(double, with_kwargs=True, prepend=True)
+def text_dropped(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    """The second half of the text is lost."""
+    _change_text(worker, lambda text, dim: text.narrow(dim, 0, text.shape[dim] // 2))
+
+
+def _change_text(worker: RankWorker, change: Callable[[Tensor, int], Tensor]) -> None:
+    def changed(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, kwargs | {name: change(kwargs[name], dim) for name, dim in _TEXT.items()}
+
+    worker.model.register_forward_pre_hook(changed, with_kwargs=True, prepend=True)
 
 
 _TEXT = {"encoder_hidden_states": 1, "txt_ids": -2}
@@ -277,16 +320,25 @@ def cut_as_one_part(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tensor_module, "_part_sizes", lambda linear, style, dim: [linear.weight.shape[dim]])
 
 
+# -- owned-once: what is read ----------------------------------------------------------------------------------------
+
+
 def host_copy_never_read(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
-    """Loads come from a private copy that was made when the model was loaded."""
-    load, kept = BlockLoader.load, dict[Any, Tensor]()
+    """Loads come from a private copy that is made by the first one."""
+    load, kept = BlockLoader.load, dict[Any, Any]()
 
     def cached(loader: BlockLoader, block: StreamedBlock, *args: Any, **options: Any) -> None:
-        if isinstance(block.source, Tensor):
-            block = replace(block, source=kept.setdefault((loader, block.name), block.source.clone()))
-        load(loader, block, *args, **options)
+        key = (loader, block.name)
+        kept.setdefault(key, _copied(block.source))
+        load(loader, replace(block, source=kept[key]), *args, **options)
 
     patch.setattr(BlockLoader, "load", cached)
+
+
+def _copied(source: Tensor | tuple[Piece, ...]) -> Tensor | tuple[Piece, ...]:
+    if isinstance(source, Tensor):
+        return source.clone()
+    return tuple(replace(piece, source=piece.source.clone()) for piece in source)
 
 
 def one_more_step(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from crossdock.launch.engine import Engine
 from crossdock.runtime.config import OffloadConfig, RunConfig
 from crossdock.runtime.gang import Gang
 from crossdock.runtime.yaml_config import load_config
-from layouts import FAMILIES, LAYOUTS, Layout
+from layouts import COMBINED, FAMILIES, LAYOUTS, PARTLY_RESIDENT, Layout
 from reference import EVEN_SIZE, ODD_SIZE, OTHER_PROMPT, PROMPT, TOLERANCE, max_error, reference_latents
 
 GangOf = Callable[[int], Gang]
@@ -120,20 +120,11 @@ def test_prompts_are_spread_over_replicas(prompts: tuple[str, ...], gang_of: Gan
         assert max_error(latents, reference_latents(directory, prompt, ODD_SIZE, 3 + number)) <= TOLERANCE
 
 
-COMBINED = {
-    "hsdp2_ulysses2_tp2": {"parallel": {"ulysses_degree": 2, "tp_degree": 2, "hsdp": {"shard": 2}}},
-    "ring2_tp2": {"parallel": {"ring_degree": 2, "tp_degree": 2}},
-    "hsdp4_ulysses2_ring2": {"parallel": {"ulysses_degree": 2, "ring_degree": 2, "hsdp": {"shard": 4}}},
-    "dp2_ulysses2": {"parallel": {"dp_degree": 2, "ulysses_degree": 2}},
-}
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", COMBINED)
 def test_combinations_layerwise(name: str, family: str, gang_of: GangOf, checkpoints: Checkpoints) -> None:
     """HSDP on the ranks of a sequence group, TP inside of both: every mechanism at once, with part of it resident."""
-    offload = {"layerwise": True, "prefetch": 2, "device_budget": "4MiB"}
-    config = RunConfig.parse({**COMBINED[name], "offload": offload})
+    config = RunConfig.parse({**COMBINED[name], "offload": PARTLY_RESIDENT})
     with Engine.start(config, checkpoints[family], gang_of(config.world_size)) as engine:
         latents = engine.generate(PROMPT, height=ODD_SIZE[0], width=ODD_SIZE[1]).latents[0]
     error = max_error(latents, reference_latents(checkpoints[family], size=ODD_SIZE))

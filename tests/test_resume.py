@@ -22,9 +22,10 @@ from crossdock.runtime.config import RunConfig
 from crossdock.runtime.errors import RequestError
 from crossdock.runtime.gang import Gang
 from crossdock.runtime.plan import make_plan
+from crossdock.runtime.rank_result import RankResult
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.resume import Snapshot, common_start
-from crossdock.runtime.worker import RankResult, RankWorker
+from crossdock.runtime.worker import RankWorker
 from layouts import FAMILIES
 from reference import ODD_SIZE, OTHER_PROMPT, PROMPT
 

@@ -128,6 +128,18 @@ def _at_rest(report: RankReport) -> RankReport:
     return _home(report, 1, rest=report.homes[0].rest)
 
 
+def _read_from_the_next(report: RankReport) -> RankReport:
+    index = next(i for i, home in enumerate(report.homes) if CUT.startswith(f"{home.block}."))
+    return _home(report, index, read=report.homes[index + 1].read)
+
+
+def _kept(report: RankReport) -> RankReport:
+    """One weight of a block has memory of its own beside the slots."""
+    span = _record(report, CUT).span
+    assert span is not None
+    return _tensor(report, CUT, place="outside", offset=0, span=MemorySpan(span.start + 2**40, span.stop + 2**40))
+
+
 def _arrived(report: RankReport, fqn: str) -> RankReport:
     """The bytes of one tensor came wrong."""
     change = lambda record: replace(record, found=record.found ^ 1) if record.fqn == fqn else record  # noqa: E731
@@ -166,13 +178,25 @@ FAULTS = (
     Fault(
         "blocks swapped",
         "same-schedule",
-        "streamed block 1",
+        "noise_refiner.1: expected streamed in place 1",
         lambda r: replace(r, order=_swap(r.order, 1, 2)),
         STREAMED,
     ),
-    Fault("block left out", "same-schedule", "None", lambda r: replace(r, order=r.order[:-1]), STREAMED),
+    Fault(
+        "block left out",
+        "same-schedule",
+        "streamed in place 8, found nothing",
+        lambda r: replace(r, order=r.order[:-1]),
+        STREAMED,
+    ),
     Fault("another slot", "same-schedule", "noise_refiner.0", lambda r: _home(r, 0, slot=2), STREAMED),
-    Fault("other slot sizes", "same-schedule", "slot sizes", lambda r: replace(r, slot_bytes=(1, 2)), STREAMED),
+    Fault(
+        "other slot sizes",
+        "same-schedule",
+        "slot 2 (of context",
+        lambda r: replace(r, slot_bytes=(1, 2)),
+        STREAMED,
+    ),
     Fault("another block size", "same-schedule", "noise_refiner.1", lambda r: _home(r, 1, nbytes=1), STREAMED),
     Fault("homes swapped", "same-schedule", "layers", lambda r: replace(r, homes=_swap(r.homes, 4, 5)), ANY),
     Fault("left on meta", "owned-once", OUTSIDE, partial(_tensor, fqn=OUTSIDE, device="meta", place="nowhere"), ANY),
@@ -228,6 +252,10 @@ FAULTS = (
         partial(_device_bytes, allocated=123456789),
         ANY,
     ),
+    Fault("never freed", "owned-once", f"elsewhere that are never freed, of {CUT} first", _kept, STREAMED),
+    Fault("read from a copy", "owned-once", "a second copy", lambda r: _home(r, 1, read=(r.slots[0],)), STREAMED),
+    Fault("read from another block", "owned-once", CUT.partition(".att")[0], _read_from_the_next, (*STREAMED, "hsdp")),
+    Fault("never read", "owned-once", "never read", lambda r: _home(r, 1, read=()), (*STREAMED, "hsdp")),
     Fault("outside in a slot", "no-alias", OUTSIDE, lambda r: _tensor(r, OUTSIDE, span=_over(r.slots[1])), STREAMED),
     Fault(
         "outside over a weight",
@@ -375,7 +403,7 @@ FAULTS = (
     Fault(
         "more slots than the window",
         "in-order",
-        "window",
+        "a window of 3 slots, found 4",
         lambda r: replace(r, trace=(*r.trace, *(replace(e, slot=7) for e in r.trace[:2]))),
         STREAMED,
     ),

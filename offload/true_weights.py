@@ -1,16 +1,59 @@
-"""Tensors of a block that rest elsewhere: with what is outside the blocks, because another block uses them too."""
+"""The true weights of a streamed block, wherever they rest: as copies, and back again.
+
+Some rest elsewhere than the block: with what is outside the blocks, because another block uses them too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from crossdock.offload.block import StreamedBlock
-from crossdock.offload.layout import Distribution, local_part
+from crossdock.offload.layout import Distribution, aligned_bytes, local_part
+from crossdock.offload.loader import BlockLoader
+
+
+@dataclass(frozen=True)
+class TrueWeights:
+    """Copies of a block's tensors on the device.
+
+    Attributes:
+        named: the tensors by their names in the block.
+        parts: which of the stream's blocks change with them.
+    """
+
+    named: dict[str, Tensor]
+    parts: frozenset[int]
+    _block: StreamedBlock
+    _memory: Tensor
+    _shared: Sequence[tuple[SharedTensor, Tensor]]
+    _loader: BlockLoader
+
+    @classmethod
+    def of(cls, index: int, blocks: Sequence[StreamedBlock], loader: BlockLoader, device: torch.device) -> Self:
+        """Of `blocks[index]`. Collective when sharded."""
+        block = blocks[index]
+        memory = aligned_bytes(block.layout.nbytes, device)
+        if block.home.streamed:
+            loader.load(block, memory, (loader.engine.record(),), None, loader.engine.wait, noted=False)
+        else:
+            assert isinstance(block.source, Tensor)
+            memory.copy_(block.source)
+        shared = [(each, each.copy(device)) for each in shared_tensors_of(block, blocks)] if block.runs else []
+        named = block.named(memory) | {name: own for each, own in shared for name in each.names}
+        parts = frozenset({index, *(each.part for each, _ in shared if each.part is not None)})
+        return cls(named, parts, block, memory, shared, loader)
+
+    def write_back(self) -> None:
+        """Bring what the copies hold now to where the tensors rest: this rank's part of it."""
+        self._loader.store(self._block, self._memory)
+        for shared, own in self._shared:
+            shared.write(own)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,74 @@
+"""Loads of blocks into slots. A load that breaks off, wherever it broke, leaves no block in its slot."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from crossdock.offload.arena import Slot
+from crossdock.offload.block import StreamedBlock
+from crossdock.offload.copy_engine import CopyEngine, Event
+from crossdock.offload.loader import BlockLoader, spoil
+
+
+class SlotLoads:
+    """What `loader` brings into slots. A slot's `holder` is a block from the moment its load is asked for."""
+
+    def __init__(self, engine: CopyEngine, loader: BlockLoader) -> None:
+        self._engine = engine
+        self._loader = loader
+        self._pending: set[Slot] = set()  # claimed for a load of which not all is enqueued
+
+    def enqueue(self, slot: Slot, holder: int, block: StreamedBlock, number: int | None, portions: int = 1) -> None:
+        """Load `block` into `slot`, behind the slot's last reader and its last load; not if it is there.
+
+        Args:
+            holder: the block's index.
+            number: the slot's, for the trace; None where the block has it alone.
+        """
+        if slot.holder == holder:
+            return
+
+        def done(ready: Event) -> None:
+            slot.ready = ready
+            self._pending.discard(slot)
+
+        try:
+            waits = slot.claim(holder)
+            self._pending.add(slot)
+            self._loader.load(block, slot.memory, waits, number, done, portions=portions)
+        except BaseException:
+            slot.holder = None  # half filled at best: whoever asks for the block loads it again
+            raise
+
+    def flush(self) -> None:
+        """Enqueue what was held back. A load that is pending even then broke off: no block is in its slot."""
+        self._loader.flush()
+        if not self._pending:
+            return
+        ended = self._engine.submit("gather", _nothing, (self._engine.submit("copy", _nothing, ()),))
+        for slot in self._pending:  # what was enqueued of such a load may still write to the slot
+            slot.holder, slot.ready = None, ended
+        self._pending.clear()
+
+    def wait(self, slot: Slot) -> None:
+        """Make the compute stream wait for what is loaded into `slot`."""
+        try:
+            self._engine.wait(slot.ready)
+        except BaseException:
+            slot.holder = None  # half filled: the next request loads it again
+            raise
+
+    def forget(self, slot: Slot) -> None:
+        """What the slot holds is out of date."""
+        self._engine.wait(slot.ready)
+        slot.holder = None
+
+    def spoil(self, slot: Slot, holder: int) -> None:
+        """NaN at the beginning of all that can lie in the slot, whose bytes are forgotten."""
+        waits = slot.claim(holder)
+        slot.holder = None
+        slot.ready = self._engine.submit("copy", partial(spoil, slot.memory), waits)
+
+
+def _nothing() -> None:
+    """For the event of what is before it on a lane."""

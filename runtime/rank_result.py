@@ -1,0 +1,42 @@
+"""What a rank returns for one request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from PIL import Image
+from torch import Tensor
+
+from crossdock.offload.trace import TraceEvent
+from crossdock.parallel.group import GroupRecord
+from crossdock.runtime.plan import RunPlan
+from crossdock.runtime.reports import Measurements, MemorySpan, RankReport, RankTrace
+
+
+@dataclass
+class RankResult:
+    """What a rank returns for one request; the picture comes from the first rank of each replica with a prompt.
+
+    `timeline` is the whole request, `before` the last event of every slot before it, `scheduled_at` the number of the
+    first event under the present schedule, `collectives` what was issued so far, `read` what every block's last load
+    read, as in `HomeRecord`. `verdict` says what became of the residency schedule. Where it was changed in this
+    request, `plan` is the new one and `report` what the rank now holds.
+    """
+
+    rank: int
+    measurements: Measurements
+    timeline: RankTrace
+    before: tuple[TraceEvent, ...]
+    scheduled_at: int
+    collectives: tuple[GroupRecord, ...]
+    read: dict[str, tuple[MemorySpan, ...]]
+    verdict: str
+    plan: RunPlan | None = None
+    report: RankReport | None = None
+    latents: Tensor | None = None
+    image: Image.Image | None = None
+
+    @property
+    def trace(self) -> tuple[TraceEvent, ...]:
+        """For the coordinator: all steps, and what was in the slots when the first one began."""
+        return (*self.before, *self.timeline.events)
