@@ -20,14 +20,13 @@ from torch import Tensor
 
 from crossdock.offload.arena import Arena, Slot
 from crossdock.offload.block import StreamedBlock
-from crossdock.offload.copy_engine import CopyEngine, Event
+from crossdock.offload.copy_engine import CopyEngine, Event, nothing
 from crossdock.offload.hooks import BlockHooks
-from crossdock.offload.layout import BlockLayout, aligned_bytes
 from crossdock.offload.loader import BlockLoader, EventLog, Gather, fill_nan, spoil
 from crossdock.offload.run_order import RunOrder
 from crossdock.offload.schedule import SlotSchedule, slot_sizes
-from crossdock.offload.shared_tensors import shared_tensors_of
 from crossdock.offload.trace import EventKind, StreamCounters, TraceEvent
+from crossdock.offload.true_weights import true_weights
 
 
 class BlockStream:
@@ -232,7 +231,7 @@ class BlockStream:
         self._loader.flush()
         if not self._pending:
             return
-        ended = self.engine.submit("gather", _nothing, (self.engine.submit("copy", _nothing, ()),))
+        ended = self.engine.submit("gather", nothing, (self.engine.submit("copy", nothing, ()),))
         for slot in self._pending:  # what was enqueued of such a load may still write to the slot
             slot.holder, slot.ready = None, ended
         self._pending.clear()
@@ -253,41 +252,12 @@ class BlockStream:
 
     @contextmanager
     def gathered(self, name: str, write_back: bool = False) -> Iterator[dict[str, Tensor]]:
-        """The true weights of a block, by their names in it: copies on the device. Collective when sharded.
-
-        The names are those of the block's `state_dict()` and of its non-persistent buffers, also where a tensor is
-        shared with another block or lies outside the blocks. Under tensor parallelism it is this rank's slice. Of a
-        part that is no module of its own (`runs` is False), it is what the part alone holds.
-
-        Args:
-            write_back: what was changed goes to where it rests, unless the body raises; of a shared tensor it changes
-                for all that share it. Processes that share a host store must all have read before one of them
-                writes, and must make the same change.
-        """
-        index = self._index[name]
-        block = self.blocks[index]
+        """The true weights of a block; see `true_weights`. Collective when sharded."""
         self.flush()
-        memory = self._copy_of(block)
-        shared = [(t, t.copy(self._device)) for t in shared_tensors_of(block, self.blocks)] if block.runs else []
-        yield _named(block.layout, memory) | {name: own for tensor, own in shared for name in tensor.names}
-        if not write_back:
-            return
-        for part in {index, *(tensor.part for tensor, _ in shared)}:
-            if part in self._slots:
-                self._forget(self._slots[part])
-        self._loader.store(block, memory)
-        for tensor, own in shared:
-            tensor.write(own)
-
-    def _copy_of(self, block: StreamedBlock) -> Tensor:
-        """All bytes of a block in memory of their own on the device."""
-        memory = aligned_bytes(block.layout.nbytes, self._device)
-        if block.home.streamed:
-            self._loader.load(block, memory, (self.engine.record(),), None, self.engine.wait, noted=False)
-        else:
-            assert isinstance(block.source, Tensor)
-            memory.copy_(block.source)
-        return memory
+        with true_weights(
+            self._index[name], self.blocks, self._loader, self._device, write_back, self._forget
+        ) as found:
+            yield found
 
     def _begin(self, index: int, call: FrameType | None = None) -> None:
         self._note("compute_begin", index)
@@ -302,9 +272,8 @@ class BlockStream:
         slot = self._slots[index]
         missed = slot.holder != index
         self._note("wait_begin", index, missed)
-        if missed:
-            self.counters.misses += 1
-            self._enqueue(index)
+        self.counters.misses += missed
+        self._enqueue(index)
         self._fetch_ahead(index)
         self._await(slot)
         slot.begin_reading(call)
@@ -406,10 +375,11 @@ class BlockStream:
             with suppress(Exception):  # a load that failed is of no interest any more; one under way must end first
                 self.engine.wait(slot.ready)
 
-    def _forget(self, slot: Slot) -> None:
-        """What the slot holds is out of date."""
-        self.engine.wait(slot.ready)
-        slot.holder = None
+    def _forget(self, index: int) -> None:
+        """What the slot of block `index` holds, if it has one, is out of date."""
+        if index in self._slots:
+            self._await(self._slots[index])
+            self._slots[index].holder = None
 
     def _bind(self) -> None:
         for index, block in enumerate(self.blocks):
@@ -428,12 +398,3 @@ class BlockStream:
     def _note(self, kind: EventKind, index: int, missed: bool = False) -> None:
         name = self.blocks[index].name
         self._log.note(kind, name, self.slot_of(name), "compute", missed=missed)
-
-
-def _nothing() -> None:
-    """For the event of what is before it on a lane."""
-
-
-def _named(layout: BlockLayout, memory: Tensor) -> dict[str, Tensor]:
-    tensors = ((entry.names, entry.tensor(memory)) for entry in layout.entries)
-    return {name: tensor for names, tensor in tensors for name in names}
