@@ -129,7 +129,7 @@ class CpuCopyEngine:
         pass
 
     def drain(self) -> None:
-        for event in [self.submit(lane, _nothing, ()) for lane in LANES]:
+        for event in [self.submit(lane, nothing, ()) for lane in LANES]:
             self.wait(event)
 
     def close(self) -> None:
@@ -225,7 +225,7 @@ class _Epoch:
     at_s: float
 
 
-def _nothing() -> None:
+def nothing() -> None:
     """For its event."""
 
 

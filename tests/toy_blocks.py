@@ -22,6 +22,7 @@ from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.copy_engine import CopyEngine, CpuCopyEngine, Event
 from crossdock.offload.layout import BlockLayout, aligned_bytes
 from crossdock.offload.loader import Gather
+from crossdock.offload.residency import assumed_costs, minimum_bytes, plan_residency
 from crossdock.offload.schedule import assign_slots
 from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.verify_schedule import trace_in_order
@@ -108,21 +109,40 @@ def nothing() -> None:
     pass
 
 
+def strided(choice: random.Random, tensor: Tensor) -> Tensor:
+    """The values of `tensor` (two-dimensional) turned, with gaps, behind an offset, or as it is."""
+    match choice.randrange(4):
+        case 0:
+            return tensor.t().contiguous().t()
+        case 1:
+            wide = tensor.repeat_interleave(2, dim=1)
+            return wide[:, ::2]
+        case 2:
+            return torch.cat([tensor, tensor])[len(tensor) :]
+        case _:
+            return tensor
+
+
 class Toy(nn.Module):
-    """bf16, fp32, int8, column-major fp8, bool and tied tensors, all of which the output depends on."""
+    """Mixed dtypes and strides, column-major fp8, bool and tied tensors, all of which the output depends on."""
 
     def __init__(self, choice: random.Random) -> None:
         super().__init__()
         hidden = choice.randint(1, 20)
-        self.up = nn.Linear(WIDTH, hidden, dtype=torch.bfloat16)
+        self.up = nn.Linear(WIDTH, hidden, dtype=choice.choice((torch.bfloat16, torch.float16, torch.float64)))
+        self.up.weight = nn.Parameter(strided(choice, self.up.weight.detach()))
         self.down = nn.Linear(hidden, WIDTH)
         if choice.random() < 0.5:
             self.alias = nn.Linear(hidden, WIDTH)
             self.alias.weight = self.down.weight  # tied
             self.norm = nn.LayerNorm(WIDTH)
         square = (WIDTH, WIDTH)
-        self.int8 = nn.Parameter(torch.randint(-99, 99, square, dtype=torch.int8), requires_grad=False)
-        self.fp8 = nn.Parameter(torch.randn(square).to(torch.float8_e4m3fn).t(), requires_grad=False)
+        whole = choice.choice((torch.int8, torch.int16, torch.int32))
+        self.int8 = nn.Parameter(
+            strided(choice, torch.randint(-99, 99, square, dtype=torch.int32).to(whole)), requires_grad=False
+        )
+        fp8 = choice.choice((torch.float8_e4m3fn, torch.float8_e5m2))
+        self.fp8 = nn.Parameter(torch.randn(square).to(fp8).t(), requires_grad=False)
         self.register_buffer("scale", torch.rand(hidden) + 0.5)
         self.register_buffer("mask", torch.rand(WIDTH) < 0.5, persistent=False)
         self.requires_grad_(False)
@@ -148,7 +168,9 @@ class Toy(nn.Module):
 
     def _compute(self, x: Tensor) -> Tensor:
         self._point(0)
-        hidden = self.up(x.bfloat16()).float() * cast(Tensor, self.scale)
+        # kernels may round differently by strides and alignment, and the twin's memory has another alignment
+        up = self.up.weight.clone(memory_format=torch.contiguous_format)
+        hidden = nn.functional.linear(x.to(up.dtype), up, self.up.bias).float() * cast(Tensor, self.scale)
         self._point(1)
         x = torch.tanh(x + (self.alias if hasattr(self, "alias") else self.down)(hidden))
         if hasattr(self, "norm"):
@@ -305,8 +327,13 @@ def build(
     poison: bool = False,
     resident: Collection[int] = (),
     arena: Arena | None = None,
+    budget: float | None = None,
 ) -> Case:
-    """An attached stream over one toy block per home."""
+    """An attached stream over one toy block per home.
+
+    Args:
+        budget: residents and slots as planned for it, from the minimum (0.0) to everything (1.0).
+    """
     choice = random.Random(seed)
     torch.manual_seed(seed)
     modules = [Toy(choice) for _ in homes]
@@ -323,6 +350,13 @@ def build(
         blocks.append(StreamedBlock(f"blocks.{index}", module, layout, home, source))
         wholes.append(whole)
     schedule = assign_slots(sum(home.streamed for home in homes) - len(resident), prefetch)
+    if budget is not None:
+        streamable = [index for index, home in enumerate(homes) if home.streamed]
+        sizes = [blocks[index].layout.nbytes for index in streamable]
+        least = minimum_bytes(sizes, (prefetch,))
+        allowed = least + int(budget * max(sum(sizes) - least, 0))
+        residency = plan_residency(sizes, assumed_costs(sizes), allowed, (prefetch,))
+        resident, schedule = [streamable[place] for place in residency.resident], residency.schedule
     engine = engine or CpuCopyEngine(60)
     for module in modules:
         module.engine = engine if isinstance(engine, QueuedEngine) else None
