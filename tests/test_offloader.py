@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import threading
 from collections.abc import Callable
@@ -148,6 +149,7 @@ def _copied_by_to(model: Model) -> None:
 @pytest.mark.parametrize("place", ["an arena that is too small", "attach", "the last tensor"])
 def test_what_fails_late_is_undone(model: Model, place: str, outside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stores' file descriptors are closed, threads ended, and the model and the arena are as before."""
+    gc.collect()  # of other tests' models
     before, files, threads = _facts(model), len(os.listdir("/proc/self/fd")), threading.active_count()
     expected = model(X)
     _copied_by_to(model)
@@ -159,8 +161,9 @@ def test_what_fails_late_is_undone(model: Model, place: str, outside: Any, monke
     with pytest.raises((ValueError, OSError)):
         LayerwiseOffloader(model, CPU, outside=outside, arena=arena)
     monkeypatch.undo()
-    assert len(os.listdir("/proc/self/fd")) == files
-    assert threading.active_count() == threads
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= files
+    assert threading.active_count() <= threads
     assert (arena._tenants, arena._slots) == ([], [])
     assert _facts(model) == before
     assert torch.equal(model(X), expected)
