@@ -16,7 +16,7 @@ def same_schedule(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Viol
     """Every rank streams the same blocks in the same order through the same slots, as planned."""
     check = "same-schedule"
     order = tuple(block.name for block in plan.streamed)
-    homes = [(block.name, block.home, block.slot, block.layout.nbytes) for block in plan.blocks]
+    homes = [(b.name, _described(b.name, b.home, b.slot, b.layout.nbytes)) for b in plan.blocks]
     sizes = slot_sizes([block.layout.nbytes for block in plan.streamed], plan.schedule.slots)
     for report in reports:
         for place, (expected, found) in enumerate(zip_longest(order, report.order)):
@@ -25,16 +25,20 @@ def same_schedule(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Viol
                 yield Violation(
                     check, report.rank, str(expected or found), wanted, f"{found or 'nothing'} there", REPORT_IT
                 )
-        held = [(home.block, home.home, home.slot, home.nbytes) for home in report.homes]
-        for expected_home, found_home in zip_longest(homes, held):
-            if expected_home != found_home:
-                where = str((expected_home or found_home or ("?",))[0])
-                yield Violation(check, report.rank, where, str(expected_home), str(found_home), REPORT_IT)
+        held = [(home.block, _described(home.block, home.home, home.slot, home.nbytes)) for home in report.homes]
+        for (name, wanted_home), (other, found_home) in zip_longest(homes, held, fillvalue=("", "no block")):
+            if wanted_home != found_home:
+                yield Violation(check, report.rank, name or other, wanted_home, found_home, REPORT_IT)
         for slot, (planned, size) in enumerate(zip_longest(sizes, report.slot_bytes, fillvalue=0)):
             if planned != size:
                 first = next((block.name for block in plan.streamed if block.slot == slot), "no block")
                 where = f"slot {slot} (of {first})"
                 yield Violation(check, report.rank, where, f"{planned} bytes", f"{size} bytes", REPORT_IT)
+
+
+def _described(block: str, home: Home, slot: int | None, nbytes: int) -> str:
+    place = "memory of its own" if slot is None else f"slot {slot}"
+    return f"{block} ({nbytes} bytes, {home}) in {place}"
 
 
 def in_order(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:

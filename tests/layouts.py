@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crossdock.runtime.yaml_config import load_config
+
 CONFIGS = Path(__file__).resolve().parents[1] / "launch" / "configs"
 
 
@@ -19,6 +21,23 @@ class Layout:
     @property
     def config(self) -> Path:
         return CONFIGS / f"{self.name}.yaml"
+
+    @property
+    def facts(self) -> frozenset[str]:
+        """What mutations ask of it; blocks are `streamed` where they are `sharded`, `copied` from the host, or both."""
+        config = load_config(self.config)
+        parallel, sharded = config.parallel, config.parallel.hsdp is not None
+        known = {
+            "ranks": config.world_size > 1,
+            "dp": parallel.dp_degree > 1,
+            "ulysses": parallel.ulysses_degree > 1,
+            "ring": parallel.ring_degree > 1,
+            "tp": parallel.tp_degree > 1,
+            "sharded": sharded,
+            "copied": config.offload.layerwise,
+            "streamed": sharded or config.offload.layerwise,
+        }
+        return frozenset(fact for fact, holds in known.items() if holds)
 
 
 LAYOUTS = (

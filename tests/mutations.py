@@ -53,6 +53,7 @@ class Mutation:
         where: the violation says it: block, parameter, slot or group.
         rank: where it is planted, the only rank of a layout that has one; None: on all.
         steps: of the request.
+        needs: what a layout must have for it, and with a `!` must not, in words of `Layout.facts`.
     """
 
     name: str
@@ -65,6 +66,10 @@ class Mutation:
     rank: int | None = 1
     family: str = "z-image"
     steps: int = 1
+    needs: str = ""
+
+    def applies(self, facts: frozenset[str]) -> bool:
+        return all((word.removeprefix("!") in facts) != word.startswith("!") for word in self.needs.split())
 
 
 # -- tools -----------------------------------------------------------------------------------------------------------
