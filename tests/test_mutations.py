@@ -177,7 +177,15 @@ MUTATIONS = (
     ),
     Mutation("tail left out", (), "covers", BLOCK, OFFLOAD, mutations.tail_left_out, needs="copied"),
     Mutation("initialised at random", (), "covers", OUTSIDE, ("tp2", "ulysses4"), mutations.initialised_at_random),
-    Mutation("table not rebuilt", (14,), "covers", TABLE, ("layerwise_tp2", "hsdp"), mutations.table_not_rebuilt),
+    Mutation(
+        "table not rebuilt",
+        (14,),
+        "covers",
+        TABLE,
+        ("layerwise_tp2", "hsdp"),
+        mutations.table_not_rebuilt,
+        needs="!one_store",
+    ),
     Mutation(
         "cached view",
         (10,),
