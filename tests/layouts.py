@@ -24,7 +24,10 @@ class Layout:
 
     @property
     def facts(self) -> frozenset[str]:
-        """What mutations ask of it; blocks are `streamed` where they are `sharded`, `copied` from the host, or both."""
+        """What mutations ask of it; blocks are `streamed` where they are `sharded`, `copied` from the host, or both.
+
+        `one_store`: ranks divide the work of filling one copy in host memory.
+        """
         config = load_config(self.config)
         parallel, sharded = config.parallel, config.parallel.hsdp is not None
         known = {
@@ -35,6 +38,7 @@ class Layout:
             "tp": parallel.tp_degree > 1,
             "sharded": sharded,
             "copied": config.offload.layerwise,
+            "one_store": config.offload.layerwise and not sharded and config.world_size > parallel.tp_degree,
             "streamed": sharded or config.offload.layerwise,
         }
         return frozenset(fact for fact, holds in known.items() if holds)

@@ -35,6 +35,8 @@ OUTSIDE = "cap_embedder.1.weight"
 TABLE = f"{BLOCK}.table"
 LATE_S = 0.02
 """How late copies come where a wait for them is left out."""
+VERY_LATE_S = 0.5
+"""How late one copy comes to be later than a block that computes on a busy machine."""
 
 Plant = Callable[[RankWorker, pytest.MonkeyPatch], None]
 Stage = Literal["load", "request", "probe"]

@@ -24,7 +24,7 @@ from crossdock.parallel.mesh import MeshShape
 from crossdock.parallel.tensor import RowParallelLinear
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.worker import RankWorker
-from mutations import BLOCK, LATE_S, block_of, index_of, when_attached
+from mutations import BLOCK, LATE_S, VERY_LATE_S, block_of, index_of, when_attached
 
 
 def holds(stream: BlockStream, index: int, memory: Tensor) -> bool:
@@ -266,7 +266,14 @@ def hooks_missing(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     stream = worker.stream
     for handle in stream._hooks._handles[2 * index_of(stream) : 2 * index_of(stream) + 2]:
         handle.remove()
-    patch.setattr(worker.engine, "_delay", lambda: time.sleep(LATE_S))
+    engine, move, index = worker.engine, worker.engine.move, index_of(stream)
+
+    def late(target: Tensor, source: Tensor) -> None:
+        if holds(stream, index, target):
+            time.sleep(VERY_LATE_S)
+        move(target, source)
+
+    patch.setattr(engine, "move", late)
 
 
 def turn_not_taken(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
