@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 
 DOUBT = 0.05
+LEAST_ROUNDS = 5
+"""Fewer say nothing of an aim."""
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -32,6 +34,8 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
 
 def verdict(values: Sequence[float], most: float) -> str:
     """Whether the median is at most that, as far as the values can tell."""
+    if len(values) < LEAST_ROUNDS:
+        return "too few rounds"
     low, high = median_interval(values)
     if high <= most:
         return "met"
