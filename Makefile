@@ -43,11 +43,13 @@ test-faults: .venv/.installed
 bench: .venv/.installed
 	$(BIN)/python tests/benchmarks/hsdp_vs_fsdp.py
 	$(BIN)/python tests/benchmarks/layerwise.py
+	$(BIN)/python tests/benchmarks/layerwise.py --budgets 10 --tokens 256
 	$(BIN)/python tests/benchmarks/checking.py
 	$(BIN)/python tests/benchmarks/recovery.py
 
 bench-gpu: .typecheck/crossdock
 	PYTHONPATH=.typecheck $(GPU_PYTHON) tests/benchmarks/layerwise.py --size flux-dev
+	PYTHONPATH=.typecheck $(GPU_PYTHON) tests/benchmarks/layerwise.py --size flux-dev --budgets 10
 
 lint: .venv/.installed
 	$(BIN)/ruff check

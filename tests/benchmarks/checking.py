@@ -1,12 +1,18 @@
-"""What watching and checking cost, with both on and off in one run.
+"""What checking costs, with it on and off in turn in one run.
 
-    python tests/benchmarks/checking.py [--rounds 5] [--steps 4] [--size 256] [--heads 8]
+    python tests/benchmarks/checking.py [--loads 10] [--rounds 20] [--steps 4] [--size 256] [--heads 8]
 
 Two Ray ranks on the CPU hold a FLUX.2-shaped pipeline (0.2B parameters in the transformer, 0.8B with 16 heads; fp32,
-random), layerwise with tp 2. Before the first step: the sampled comparison with the checkpoint, the ranks' reports and
-the verdict, against loading; the rehearsal is told apart, for it also brings the first blocks. In a request: the
-coordinator's questions four times a second, the record of every collective, and the ranks' agreement at every step's
-end, switched on and off in turn.
+random), layerwise with tp 2.
+
+A load: the model is set up and the first step run, with everything that is checked in between (the rehearsal with its
+comparison with the checkpoint, the ranks' reports, the verdict) and without any of it. Part of the rehearsal is only
+brought forward: blocks are then there, and memory was touched, when the first step wants them. So the cost is what the
+load and the first step take longer together; aim: 3% of the load. Both are long, and their difference is short: it is
+also put together from what the ranks spend checking, less the exposed copying that the first step is spared.
+
+A request: the coordinator's questions four times a second, the record of every collective, the trace of every block,
+the ranks' agreement at every step's end and the review of the request, all on or all off; aim: 1% of a step.
 """
 
 from __future__ import annotations
@@ -15,18 +21,22 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
+from unittest.mock import patch
 
 import typer
 from diffusers import Flux2Transformer2DModel
+from figures import median_interval, verdict
 from rich.console import Console
 from rich.table import Table
 
 import crossdock.launch.ray_gang as ray_gang
 from crossdock.launch.engine import Engine
+from crossdock.offload.trace import block_times
 from crossdock.runtime.config import RunConfig
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.plan import RunPlan
@@ -35,22 +45,26 @@ from crossdock.runtime.tiny_checkpoint import make_checkpoint
 from crossdock.runtime.worker import RankWorker
 
 SHAPE = {"num_layers": 3, "num_single_layers": 9, "attention_head_dim": 128, "axes_dims_rope": (32, 32, 32, 32)}
+LOAD_AIM = 0.03
+STEP_AIM = 0.01
 
 
 def main(
-    rounds: Annotated[int, typer.Option(min=0, help="Rounds; in each, a request with and one without.")] = 5,
+    loads: Annotated[int, typer.Option(min=0, help="Rounds; in each, a load with checks and one without.")] = 10,
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds; in each, a request with checks and one without.")] = 20,
     steps: Annotated[int, typer.Option(min=1, help="Denoise steps of a request.")] = 4,
     size: Annotated[int, typer.Option(min=64, help="Pixels of the picture's sides.")] = 256,
     heads: Annotated[int, typer.Option(min=1, help="Attention heads of the transformer, 128 wide.")] = 8,
 ) -> None:
-    """Time loading and requests with and without checks."""
-    console = Console()
+    """Time loads and requests with and without checks."""
+    console = Console(width=130)
     config = RunConfig.parse({"parallel": {"tp_degree": 2}, "offload": {"layerwise": True}})
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "checkpoint"
         make_large_checkpoint(directory, heads)
         with Engine.start(config, directory) as engine:
-            _show_load(console, _load_again(engine))
+            if loads:
+                _show_loads(console, *_loads(engine, loads, size))
             if rounds:
                 _show_requests(console, _requests(engine, rounds, steps, size))
 
@@ -64,95 +78,199 @@ def make_large_checkpoint(directory: Path, heads: int) -> None:
     large.save_pretrained(directory / "transformer")
 
 
-def _load_again(engine: Engine) -> list[dict[str, float]]:
-    """Per rank, the parts of a second setup: files in the page cache, libraries imported."""
+# -- loads -----------------------------------------------------------------------------------------
 
-    def timed_setup(worker: RankWorker, plan: RunPlan) -> tuple[RankReport, dict[str, float]]:
-        from crossdock.runtime.arrival import rehearse
 
-        def least(*works: Callable[[], Any]) -> list[float]:
-            times: list[list[float]] = [[] for _ in works]
-            for _ in range(5):
-                for work, found in zip(works, times, strict=True):
-                    worker.engine.drain()
-                    began = time.perf_counter()
-                    work()
-                    found.append(time.perf_counter() - began)
-            return [min(found) for found in times]
+@dataclass(frozen=True)
+class Load:
+    """A load and the first step, in seconds.
 
-        report = worker.setup(plan)
-        plain, compared, reported = least(
-            lambda: worker.stream.rehearse(lambda *_: None),
-            lambda: rehearse(plan, worker.rank, worker.model, worker.stream),
-            worker.report,
-        )
-        return report, {"load": worker.load_s, "rehearsal": plain, "comparison": compared - plain, "report": reported}
+    `setup_s` is what the coordinator waits, its verdict included; `wait_s` the exposed copying in the first step;
+    `checks_s` what is spent checking. Its `parts` are of the slower rank, and some overlap.
+    """
 
+    setup_s: float
+    step_s: float
+    wait_s: float
+    checks_s: float
+    parts: dict[str, float]
+
+
+def _loads(engine: Engine, rounds: int, size: int) -> tuple[list[Load], list[Load]]:
+    """With checks and without, per round. One of each before, uncounted: libraries are imported, files cached."""
+    found: dict[bool, list[Load]] = {True: [], False: []}
+    for number in range(rounds + 1):
+        for checked in (True, False) if number % 2 else (False, True):
+            load = _load(engine, checked, size)
+            if number:
+                found[checked].append(load)
+    return found[True], found[False]
+
+
+def _load(engine: Engine, checked: bool, size: int) -> Load:
     engine.gang.call(RankWorker.teardown, timeout_s=60)
-    timed = engine.gang.call(timed_setup, engine.plan, timeout_s=300)
     began = time.perf_counter()
-    Coordinator(engine.plan).admit([report for report, _ in timed])
-    verdict = time.perf_counter() - began
-    return [times | {"verdict": verdict} for _, times in timed]
+    answers = engine.gang.call(_timed_setup, engine.plan, checked, timeout_s=600)
+    loaded = time.perf_counter()
+    parts, checks_s = dict[str, float](), 0.0
+    if checked:
+        reports = [report for report, _ in answers if report is not None]
+        Coordinator(engine.plan).admit(reports)
+        parts = {name: max(took[name] for _, took in answers) for name in answers[0][1]}
+        parts["copying, on its lane"] = max(
+            sum(times.copy_ms for times in block_times(report.trace).values()) / 1e3 for report in reports
+        )
+        parts["verdict"] = time.perf_counter() - loaded
+        checks_s = max(took["rehearsal"] + took["report"] for _, took in answers) + parts["verdict"]
+    setup_s = time.perf_counter() - began
+    ranks = engine.generate("a lighthouse", steps=1, height=size, width=size).report["ranks"]
+    step_ms = max(rank["step_ms"][0] for rank in ranks)
+    wait_ms = max(rank["steps"][0]["wait_ms"] for rank in ranks)
+    return Load(setup_s, step_ms / 1e3, wait_ms / 1e3, checks_s, parts)
 
 
-def _requests(engine: Engine, rounds: int, steps: int, size: int) -> dict[str, list[float]]:
-    """Mean step time in ms, of the slower rank, per round."""
-    found: dict[str, list[float]] = {"checked": [], "unchecked": []}
+def _timed_setup(worker: RankWorker, plan: RunPlan, checked: bool) -> tuple[RankReport | None, dict[str, float]]:
+    """On a rank: `setup`, with all that is checked in it or without; what that took."""
+    import crossdock.offload.block_stream as streaming
+    import crossdock.runtime.worker as working
+    from crossdock.runtime.arrival import Arrivals
+
+    took = dict.fromkeys(("rehearsal", "comparing", "spoiling, on the copy lane", "report"), 0.0)
+
+    def timed(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return work(*args, **options)
+            finally:
+                took[name] += time.perf_counter() - began
+
+        return run
+
+    parts = (
+        ("rehearsal", working, "rehearse"),
+        ("comparing", Arrivals, "__init__"),
+        ("comparing", Arrivals, "block"),
+        ("comparing", Arrivals, "outside"),
+        ("spoiling, on the copy lane", streaming, "spoil"),
+        ("report", working.RankWorker, "report"),
+    )
+    with ExitStack() as stack:
+        if checked:
+            for name, owner, work in parts:
+                stack.enter_context(patch.object(owner, work, timed(name, getattr(owner, work))))
+        else:
+            stack.enter_context(patch.object(working, "rehearse", lambda *_, **__: ()))
+            stack.enter_context(patch.object(working.RankWorker, "report", lambda *_: None))
+        return worker.setup(plan), took
+
+
+def _show_loads(console: Console, checked: list[Load], plain: list[Load]) -> None:
+    load_s = statistics.median(load.setup_s for load in plain)
+    table = Table(
+        title=f"checking a load of {load_s:.2f} s, {len(checked)} rounds: medians, with where they lie at 95%"
+    )
+    for name in ("", "ms", "share of the load"):
+        table.add_column(name, justify="left" if not name else "right")
+
+    def row(name: str, seconds: Sequence[float]) -> None:
+        shares = [each / load_s for each in seconds]
+        table.add_row(name, _interval([each * 1e3 for each in seconds], ".0f"), _interval(shares, ".1%"))
+
+    pairs = list(zip(checked, plain, strict=True))
+    compared = [load.parts["comparing"] + load.parts["report"] + load.parts["verdict"] for load in checked]
+    spared = [off.wait_s - on.wait_s for on, off in pairs]
+    put_together = [on.checks_s - less for (on, _), less in zip(pairs, spared, strict=True)]
+    timed = [on.setup_s + on.step_s - off.setup_s - off.step_s for on, off in pairs]
+    row("what the ranks and the coordinator spend checking", [load.checks_s for load in checked])
+    for name in checked[0].parts:
+        row(f"  {name}", [load.parts[name] for load in checked])
+    row("  streaming: the rehearsal less comparing", [x.parts["rehearsal"] - x.parts["comparing"] for x in checked])
+    row("brought forward: exposed copying that the first step is spared", spared)
+    row("extra, put together: the one less the other", put_together)
+    row("  of it comparing, report and verdict", compared)
+    row("the load, timed, takes longer by", [on.setup_s - off.setup_s for on, off in pairs])
+    row("the first step, timed, is shorter by", [off.step_s - on.step_s for on, off in pairs])
+    row("extra, timed: the one less the other", timed)
+    console.print(table)
+    for name, seconds in (("put together", put_together), ("timed", timed), ("without the streaming", compared)):
+        shares = [each / load_s for each in seconds]
+        told = verdict(shares, LOAD_AIM)
+        console.print(f"extra, {name}: {_interval(shares, '.1%')} of a load; aim {LOAD_AIM:.0%}: {told}")
+
+
+def _interval(values: Sequence[float], form: str) -> str:
+    low, high = median_interval(values)
+    return f"{statistics.median(values):{form}} ({low:{form}} to {high:{form}})"
+
+
+# -- requests --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of a request, in ms per step: the steps alone, of the slower rank; and all that its caller waits."""
+
+    step_ms: float
+    whole_ms: float
+
+
+def _requests(engine: Engine, rounds: int, steps: int, size: int) -> list[tuple[Times, Times]]:
+    """With checks and without, per round."""
     engine.generate("warm up", steps=2, height=size, width=size)
+    found = []
     for number in range(rounds):
-        sides = list(found) if number % 2 else list(found)[::-1]
-        for side in sides:
-            with _checks(engine, on=side == "checked"):
-                report = engine.generate("a lighthouse", steps=steps, height=size, width=size).report
-            found[side].append(max(statistics.mean(row["step_ms"]) for row in report["ranks"]))
+        pair = {on: _request(engine, on, steps, size) for on in ((True, False) if number % 2 else (False, True))}
+        found.append((pair[True], pair[False]))
     return found
 
 
+def _request(engine: Engine, checked: bool, steps: int, size: int) -> Times:
+    with ExitStack() as stack:
+        if not checked:
+            stack.enter_context(_unchecked(engine))
+        began = time.perf_counter()
+        report = engine.generate("a lighthouse", steps=steps, height=size, width=size).report
+        whole_ms = (time.perf_counter() - began) * 1e3
+    return Times(max(statistics.mean(rank["step_ms"]) for rank in report["ranks"]), whole_ms / steps)
+
+
 @contextmanager
-def _checks(engine: Engine, on: bool) -> Iterator[None]:
-    def switch_off(worker: RankWorker) -> None:
-        from crossdock.parallel.group import Group
-        from crossdock.runtime.stopping import Stopping
-
-        worker.switched: Any = (Group._begin, Stopping.agree)  # type: ignore[misc, attr-defined]
-        Group._begin = lambda *_: None  # type: ignore[method-assign]
-        Stopping.agree = lambda *_: None  # type: ignore[method-assign]
-
-    def switch_on(worker: RankWorker) -> None:
-        from crossdock.parallel.group import Group
-        from crossdock.runtime.stopping import Stopping
-
-        Group._begin, Stopping.agree = worker.switched  # type: ignore[method-assign, attr-defined]
-
-    if on:
-        yield
-        return
-    every = ray_gang._ASK_EVERY_S
-    engine.gang.call(switch_off, timeout_s=60)
-    ray_gang._ASK_EVERY_S = 1e6
+def _unchecked(engine: Engine) -> Iterator[None]:
+    engine.gang.call(_switch_off, timeout_s=60)
     try:
-        yield
+        with (
+            patch.object(ray_gang, "_ASK_EVERY_S", 1e6),
+            patch.object(engine._coordinator, "review", lambda *_: None),
+        ):
+            yield
     finally:
-        ray_gang._ASK_EVERY_S = every
-        engine.gang.call(switch_on, timeout_s=60)
+        engine.gang.call(_switch_on, timeout_s=60)
 
 
-def _show_load(console: Console, ranks: list[dict[str, float]]) -> None:
-    table = Table(title="before the first step, seconds")
-    for name in ("rank", *ranks[0], "checks / load"):
+def _switch_off(worker: RankWorker) -> None:
+    from crossdock.offload.loader import EventLog
+    from crossdock.parallel.group import Group
+    from crossdock.runtime.stopping import Stopping
+
+    worker.switched: Any = ExitStack()  # type: ignore[misc, attr-defined]
+    for owner, name in ((Group, "_begin"), (Stopping, "agree"), (EventLog, "note")):
+        worker.switched.enter_context(patch.object(owner, name, lambda *_, **__: None))  # type: ignore[attr-defined]
+
+
+def _switch_on(worker: RankWorker) -> None:
+    worker.switched.close()  # type: ignore[attr-defined]
+
+
+def _show_requests(console: Console, found: list[tuple[Times, Times]]) -> None:
+    table = Table(title=f"{len(found)} rounds: medians, ratios with where their median lies at 95%")
+    for name in ("ms per step", "with checks", "without", "ratio", f"aim: at most {1 + STEP_AIM:.2f}"):
         table.add_column(name)
-    for rank, times in enumerate(ranks):
-        share = (times["comparison"] + times["report"] + times["verdict"]) / times["load"]
-        table.add_row(str(rank), *(f"{seconds:.3f}" for seconds in times.values()), f"{share:.1%}")
+    for name, read in (("a step", lambda times: times.step_ms), ("the whole request", lambda times: times.whole_ms)):
+        ratios = [read(on) / read(off) for on, off in found]
+        medians = [f"{statistics.median(map(read, side)):.1f}" for side in zip(*found, strict=True)]
+        table.add_row(name, *medians, _interval(ratios, ".3f"), verdict(ratios, 1 + STEP_AIM))
     console.print(table)
-
-
-def _show_requests(console: Console, found: dict[str, list[float]]) -> None:
-    ratios = [on / off for on, off in zip(found["checked"], found["unchecked"], strict=True)]
-    medians = {side: statistics.median(times) for side, times in found.items()}
-    console.print(f"a step with checks {medians['checked']:.1f} ms, without {medians['unchecked']:.1f} ms")
-    console.print(f"ratio: {statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,20 @@
 """Time per step of layerwise streaming at several budgets, against the resident model and, on a GPU, against peers.
 
     python tests/benchmarks/layerwise.py [--size small|flux-dev] [--tokens 256 --tokens 1024] [--json figures.json]
+    python tests/benchmarks/layerwise.py --budgets 10 --tokens 256
+
+With `--budgets`, so many budgets from the least to the whole model, in equal steps, take the place of the usual ones
+and of the peers: is each obeyed, and does a larger one never make a step slower?
 
 `small` is the 283M-parameter FLUX transformer of `hsdp_vs_fsdp.py` in fp32; `flux-dev` has the shape of FLUX.1-dev
 (11.9B parameters, bf16) with random weights, and needs a GPU that holds 24 GB for the resident side. All sides run in
 one process with the same weights; every round runs the resident model right before each other side, so that a ratio
-is taken between runs a few seconds apart. Peers (on a GPU; on a CPU they move nothing): diffusers' group offloading
-with streams, and accelerate's `cpu_offload`.
+is taken between runs a few seconds apart. Peers (on a GPU; on a CPU they move nothing): diffusers' group offloading at
+its settings, and accelerate's `cpu_offload`. It is an error when any side's output differs from the resident one's.
+
+The peak is of the weights, observed in a step of its own (`observed_peak`); what the resident run adds while it
+computes is left out. The aims: on a CPU a step takes at most 1.02 of the resident one; on a GPU the efficiency is at
+least 0.97, and where copying takes less time than computing, no step is slower than the resident one.
 """
 
 from __future__ import annotations
@@ -19,6 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,14 +36,18 @@ import typer
 from accelerate import cpu_offload
 from diffusers import FluxTransformer2DModel
 from diffusers.hooks import apply_group_offloading
-from hsdp_vs_fsdp import CONFIG, make_inputs, run_step
+from figures import spread, verdict
+from hsdp_vs_fsdp import CONFIG, blocks_of, make_inputs, run_step
+from observed_peak import PeakObserver, activations_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from crossdock.offload.copy_engine import make_copy_engine
+from crossdock.offload.discovery import discover_blocks
 from crossdock.offload.host_store import HostStore
-from crossdock.offload.offloader import LayerwiseOffloader
+from crossdock.offload.offloader import LayerwiseOffloader, component_layouts
+from crossdock.offload.residency import minimum_bytes
 
 STACKS = ("transformer_blocks", "single_transformer_blocks")
 MIB = 2**20
@@ -48,22 +61,63 @@ class Size(StrEnum):
 BUDGETS_MIB = {Size.SMALL: (None, 512, 768), Size.FLUX_DEV: (2 * 1024, 8 * 1024, 14 * 1024, 20 * 1024)}
 """None: as little as possible."""
 TOKENS = {Size.SMALL: (256, 1024), Size.FLUX_DEV: (4096,)}
+PREFETCH = 1
+CPU_AIM = 1.02
+"""Of the resident run's time."""
+GPU_AIM = 0.97
+"""Efficiency."""
+GROUP_OFFLOADING: dict[str, dict[str, Any]] = {
+    "1 block": {"offload_type": "block_level", "num_blocks_per_group": 1},
+    "4 blocks": {"offload_type": "block_level", "num_blocks_per_group": 4},  # with a stream it takes 1
+    "1 block, stream": {"offload_type": "block_level", "num_blocks_per_group": 1, "use_stream": True},
+    "1 block, recorded stream": {
+        "offload_type": "block_level",
+        "num_blocks_per_group": 1,
+        "use_stream": True,
+        "record_stream": True,
+    },
+    "leaf, stream": {"offload_type": "leaf_level", "use_stream": True},
+    "leaf, recorded stream": {"offload_type": "leaf_level", "use_stream": True, "record_stream": True},
+}
+"""What diffusers' group offloading is called with, by name."""
+HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
+"""Its own, which stay on a model until they are removed."""
 
 
 @dataclass
 class Side:
-    """What was measured of one way to run the model; times in ms per step, sizes in bytes."""
+    """What was measured of one way to run the model; times in ms per step, sizes in bytes.
+
+    `budget_bytes` and `h2d_bytes` are only known of our own sides; a side without a budget takes as little as it can.
+    """
 
     name: str
+    budget_bytes: int | None = None
     step_ms: list[float] = field(default_factory=list)
     resident_ms: list[float] = field(default_factory=list)
-    weight_bytes: int = 0
-    h2d_bytes: int = 0
+    peak_bytes: int = 0
+    h2d_bytes: int | None = None
     identical: bool = False
 
     @property
     def ratios(self) -> list[float]:
         return [mine / resident for mine, resident in zip(self.step_ms, self.resident_ms, strict=True)]
+
+    def slowdowns(self, copied_s: float) -> list[float]:
+        """Per round the time of a step, by the longer of computing and copying: the inverse of the efficiency."""
+        copy_ms = (self.h2d_bytes or 0) / copied_s * 1e3
+        return [mine / max(resident, copy_ms) for mine, resident in zip(self.step_ms, self.resident_ms, strict=True)]
+
+    def judge(self, copied_s: float, device: torch.device) -> str:
+        """Whether the aims are met."""
+        if self.h2d_bytes is None:
+            return ""
+        if device.type == "cpu":
+            return verdict(self.ratios, CPU_AIM)
+        found = [verdict(self.slowdowns(copied_s), 1 / GPU_AIM)]
+        if self.h2d_bytes / copied_s * 1e3 < statistics.median(self.resident_ms):
+            found.append(verdict(self.ratios, 1.0))
+        return next((worse for worse in found if worse != "met"), "met")
 
 
 def make_model(size: Size) -> FluxTransformer2DModel:
@@ -90,10 +144,17 @@ def inputs_for(size: Size, tokens: int, device: torch.device) -> dict[str, Tenso
     return {name: value.to(device, value.dtype if name.endswith("_ids") else dtype) for name, value in inputs.items()}
 
 
+def equal_steps(model: Any, count: int) -> list[int]:
+    """So many budgets in bytes, from the least that will do to the whole model."""
+    layouts, rest = component_layouts(model, discover_blocks(model, STACKS))
+    sizes = [layout.nbytes for layout in layouts]
+    least, whole = rest.nbytes + minimum_bytes(sizes, (PREFETCH,)), rest.nbytes + sum(sizes)
+    return [least + (whole - least) * number // max(count - 1, 1) for number in range(count)]
+
+
 @contextmanager
-def layerwise(model: Any, device: torch.device, budget_mib: int | None) -> Iterator[LayerwiseOffloader]:
-    budget = None if budget_mib is None else budget_mib * MIB
-    with LayerwiseOffloader(model, device, budget_bytes=budget, stacks=STACKS) as offloader:
+def layerwise(model: Any, device: torch.device, budget: int | None) -> Iterator[LayerwiseOffloader]:
+    with LayerwiseOffloader(model, device, budget_bytes=budget, prefetch=PREFETCH, stacks=STACKS) as offloader:
         yield offloader
 
 
@@ -149,20 +210,15 @@ def measure(
             times.append(time_steps(step, steps, device))
 
 
-def peers(model: Any, device: torch.device) -> Iterator[tuple[str, Any]]:
-    """(name, model) one after the other, each with the other library's offloading; `model` is used up."""
-    apply_group_offloading(
-        model,
-        onload_device=device,
-        offload_device=torch.device("cpu"),
-        offload_type="block_level",
-        num_blocks_per_group=1,
-        use_stream=True,
-        record_stream=True,
-    )
-    yield "diffusers group offloading", model
-    model._diffusers_hook.remove_hook("group_offloading", recurse=True)
-    yield "accelerate cpu_offload", cpu_offload(model.to("cpu"), device)
+@contextmanager
+def group_offloading(model: Any, device: torch.device, settings: dict[str, Any]) -> Iterator[None]:
+    apply_group_offloading(model, onload_device=device, offload_device=torch.device("cpu"), **settings)
+    try:
+        yield
+    finally:
+        for name in HOOKS:
+            model._diffusers_hook.remove_hook(name, recurse=True)
+        model.to("cpu")
 
 
 @torch.no_grad()
@@ -171,74 +227,146 @@ def main(
     tokens: Annotated[list[int] | None, typer.Option(help="Image tokens; may be repeated.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps per side and round.")] = 3,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; a ratio is taken in each.")] = 5,
+    budgets: Annotated[int, typer.Option(min=0, help="Sweep so many budgets; 0: the usual ones, and peers.")] = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
-    """Time layerwise against resident; exit code 1 when an output of ours is not bit-identical."""
+    """Time layerwise against resident; exit code 1 when any side's output is not bit-identical."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)  # on the CPU: one thread computes, the other core copies
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, one compute thread"
     copied_s = bandwidth(device)
     print(f"{place}; {size}; host to device {copied_s / 2**30:.1f} GiB/s; {rounds} rounds of {steps} steps")
-    resident = make_model(size).to(device)
+    resident, model = make_model(size).to(device), make_model(size)
     figures: dict[str, Any] = {"device": place, "size": size, "bandwidth": copied_s}
-    failed = False
+    differing: list[str] = []
     for count in tokens or TOKENS[size]:
-        inputs = inputs_for(size, count, device)
-        sides = _sides(size, inputs, resident, rounds, steps, device)
-        show(f"{count} image tokens", sides, copied_s)
-        failed |= any(not side.identical for side in sides if side.name.startswith("layerwise"))
+        bench = Bench(resident, model, inputs_for(size, count, device), device, rounds, steps)
+        if budgets:
+            sides = [bench.layerwise(budget) for budget in equal_steps(model, budgets)]
+        else:
+            sides = [bench.layerwise(None if mib is None else mib * MIB) for mib in BUDGETS_MIB[size]]
+            sides += bench.peers() if device.type == "cuda" else []
+        show(f"{count} image tokens", sides, copied_s, device)
+        if budgets:
+            print(falling(sides))
+        differing += [side.name for side in sides if not side.identical]
         figures[str(count)] = [asdict(side) for side in sides]
     if json_path is not None:
         json_path.write_text(json.dumps(figures, indent=2) + "\n")
-    if failed:
+    if differing:
+        print(f"the output differs from the resident run's: {', '.join(differing)}")
         raise typer.Exit(1)
 
 
-def _sides(
-    size: Size, inputs: dict[str, Tensor], resident: Any, rounds: int, steps: int, device: torch.device
-) -> list[Side]:
-    sides, model = [], make_model(size)
+@dataclass
+class Bench:
+    """One model resident, and the same once more for each side in turn, on the CPU in between."""
 
-    def against_resident(side: Side, other: Any) -> None:
-        run, run_resident = lambda: run_step(other, inputs), lambda: run_step(resident, inputs)
-        measure(side, run, run_resident, rounds, steps, device)
-        sides.append(side)
+    resident: Any
+    model: Any
+    inputs: dict[str, Tensor]
+    device: torch.device
+    rounds: int
+    steps: int
 
-    for budget in BUDGETS_MIB[size]:
-        side = Side("layerwise, least memory" if budget is None else f"layerwise, {budget} MiB")
-        with layerwise(model, device, budget) as offloader:
-            run_step(model, inputs)
-            before = offloader.stream.counters.h2d_bytes
-            run_step(model, inputs)
-            side.h2d_bytes = offloader.stream.counters.h2d_bytes - before
-            side.weight_bytes = offloader.stream.arena.nbytes + offloader.stream.resident_memory["(outside)"].nbytes
-            against_resident(side, model)
-    for name, other in peers(model, device) if device.type == "cuda" else ():
-        against_resident(Side(name), other)
-    del model
-    gc.collect()
-    return sides
+    def __post_init__(self) -> None:
+        self.activations = activations_of(self._run_resident, self._blocks(self.resident), self.device)
+
+    def layerwise(self, budget: int | None) -> Side:
+        side = Side("layerwise, least memory" if budget is None else f"layerwise, {budget / MIB:.0f} MiB", budget)
+        observer = self._observer()
+        with layerwise(self.model, self.device, budget) as offloader:
+            counters = offloader.stream.counters
+            self._run()
+            before = counters.h2d_bytes
+            self._run()
+            side.h2d_bytes = counters.h2d_bytes - before
+            return self._measured(side, observer)
+
+    def peers(self) -> list[Side]:
+        """Each with the other library's offloading; `model` is used up."""
+        sides = []
+        for name, settings in GROUP_OFFLOADING.items():
+            observer = self._observer()
+            with group_offloading(self.model, self.device, settings):
+                sides.append(self._measured(Side(f"diffusers, {name}"), observer))
+        observer = self._observer()
+        cpu_offload(self.model, self.device)
+        return [*sides, self._measured(Side("accelerate cpu_offload"), observer)]
+
+    def _measured(self, side: Side, observer: PeakObserver) -> Side:
+        measure(side, self._run, self._run_resident, self.rounds, self.steps, self.device)
+        side.peak_bytes = observer.weights(self._run)
+        gc.collect()
+        return side
+
+    def _observer(self) -> PeakObserver:
+        gc.collect()
+        return PeakObserver(self.model, self._blocks(self.model), self.activations, self.device)
+
+    @staticmethod
+    def _blocks(model: Any) -> list[Any]:
+        return list(blocks_of(model).values())
+
+    def _run(self) -> Tensor:
+        return run_step(self.model, self.inputs)
+
+    def _run_resident(self) -> Tensor:
+        return run_step(self.resident, self.inputs)
 
 
-def show(title: str, sides: list[Side], copied_s: float) -> None:
-    """Efficiency: the longer of computing and copying, by the time it took."""
+def show(title: str, sides: list[Side], copied_s: float, device: torch.device) -> None:
     table = Table(title=title)
-    for column in ("side", "weights MiB", "copied MiB/step", "ms/step", "ratio to resident", "efficiency", "output"):
-        table.add_column(column, justify="left" if column in ("side", "output") else "right")
+    texts = ("side", "peak <= budget", "output", "aim")
+    for column in (
+        "side",
+        "peak MiB",
+        "peak <= budget",
+        "copied MiB/step",
+        "ms/step",
+        "ratio to resident",
+        "efficiency",
+        "output",
+        "aim",
+    ):
+        table.add_column(column, justify="left" if column in texts else "right")
     for side in sides:
-        compute = statistics.median(side.resident_ms)
-        least = max(compute, side.h2d_bytes / copied_s * 1e3)
-        low, high = min(side.ratios), max(side.ratios)
+        ours = side.h2d_bytes is not None
         table.add_row(
             side.name,
-            f"{side.weight_bytes / MIB:.0f}" if side.weight_bytes else "",
-            f"{side.h2d_bytes / MIB:.0f}" if side.h2d_bytes else "",
+            f"{side.peak_bytes / MIB:.1f}",
+            obeyed(side),
+            f"{(side.h2d_bytes or 0) / MIB:.0f}" if ours else "",
             f"{statistics.median(side.step_ms):.1f}",
-            f"{statistics.median(side.ratios):.3f} ({low:.3f}-{high:.3f})",
-            f"{least / statistics.median(side.step_ms):.2f}" if side.weight_bytes else "",
+            spread(side.ratios, 3),
+            f"{1 / statistics.median(side.slowdowns(copied_s)):.2f}" if ours else "",
             "bit-identical" if side.identical else "differs",
+            side.judge(copied_s, device),
         )
-    Console().print(table)
+    Console(width=170).print(table)
+
+
+def obeyed(side: Side) -> str:
+    if side.budget_bytes is None:
+        return ""
+    over = side.peak_bytes - side.budget_bytes
+    return "yes" if over <= 0 else f"no: {over} bytes over"
+
+
+def falling(sides: list[Side]) -> str:
+    """Whether more memory never makes a step slower. The noise of a side: the least to the greatest of its ratios."""
+    medians = [statistics.median(side.ratios) for side in sides]
+    rise = max((later - earlier for earlier, later in combinations(medians, 2)), default=0.0)
+    slower = [
+        f"{more.name} after {less.name}" for less, more in combinations(sides, 2) if min(more.ratios) > max(less.ratios)
+    ]
+    noise = max(max(side.ratios) - min(side.ratios) for side in sides)
+    held = sum(obeyed(side) == "yes" for side in sides)
+    falls = "yes" if rise <= 0 else f"no: {'; '.join(slower)}" if slower else "within noise"
+    return (
+        f"budget obeyed: {held} of {len(sides)}; step time falls with the budget: {falls} "
+        f"(largest rise of a median {max(rise, 0.0):.3f} of a resident step; widest min-max of one budget {noise:.3f})"
+    )
 
 
 if __name__ == "__main__":
