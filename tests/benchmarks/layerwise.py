@@ -236,13 +236,13 @@ def main(
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, one compute thread"
     copied_s = bandwidth(device)
     print(f"{place}; {size}; host to device {copied_s / 2**30:.1f} GiB/s; {rounds} rounds of {steps} steps")
-    resident, model = make_model(size).to(device), make_model(size)
+    resident = make_model(size).to(device)
     figures: dict[str, Any] = {"device": place, "size": size, "bandwidth": copied_s}
     differing: list[str] = []
     for count in tokens or TOKENS[size]:
-        bench = Bench(resident, model, inputs_for(size, count, device), device, rounds, steps)
+        bench = Bench(resident, make_model(size), inputs_for(size, count, device), device, rounds, steps)
         if budgets:
-            sides = [bench.layerwise(budget) for budget in equal_steps(model, budgets)]
+            sides = [bench.layerwise(budget) for budget in equal_steps(bench.model, budgets)]
         else:
             sides = [bench.layerwise(None if mib is None else mib * MIB) for mib in BUDGETS_MIB[size]]
             sides += bench.peers() if device.type == "cuda" else []
@@ -251,6 +251,8 @@ def main(
             print(falling(sides))
         differing += [side.name for side in sides if not side.identical]
         figures[str(count)] = [asdict(side) for side in sides]
+        del bench  # its model, before the next is made
+        gc.collect()
     if json_path is not None:
         json_path.write_text(json.dumps(figures, indent=2) + "\n")
     if differing:
