@@ -27,8 +27,8 @@ from crossdock.offload.discovery import FoundBlock, PlainTensor, discover_blocks
 from crossdock.offload.foreign import refuse_foreign
 from crossdock.offload.host_memory import host_memory, require
 from crossdock.offload.host_store import HostStore
-from crossdock.offload.layout import BlockLayout, TensorEntry, aligned_bytes, local_part, set_local_part
-from crossdock.offload.residency import assumed_costs, plan_residency
+from crossdock.offload.layout import ALIGNMENT, BlockLayout, TensorEntry, aligned_bytes, local_part, set_local_part
+from crossdock.offload.residency import assumed_costs, minimum_bytes, plan_residency
 
 _WAY_OUT = "load the model in a smaller dtype, or end what else takes host memory"
 
@@ -71,9 +71,9 @@ class LayerwiseOffloader:
         refuse_foreign(model, device)
         found = [] if stacks is not None and not stacks else discover_blocks(model, stacks)
         layouts, rest = component_layouts(model, found)
-        if outside == "resident" and budget_bytes is not None:
-            budget_bytes -= rest.nbytes
         sizes = [layout.nbytes for layout in layouts]
+        if budget_bytes is not None:
+            budget_bytes = _for_blocks(budget_bytes, rest.nbytes, minimum_bytes(sizes, (prefetch,)))
         residency = plan_residency(sizes, assumed_costs(sizes), budget_bytes, (prefetch,))
         self._device = device
         self._held = outside == "held"
@@ -232,3 +232,11 @@ def _on_device(model: nn.Module, layout: BlockLayout, device: torch.device) -> S
     memory = aligned_bytes(layout.nbytes, device)
     layout.pack(model, memory)
     return StreamedBlock(OUTSIDE, model, layout, Home.RESIDENT, memory, runs=False)
+
+
+def _for_blocks(budget_bytes: int, rest_bytes: int, least_bytes: int) -> int:
+    """What of a budget is left for the blocks; slots and the rest are allocated with a margin for their alignment."""
+    fixed = rest_bytes + 2 * ALIGNMENT
+    if budget_bytes < fixed + least_bytes:
+        raise ValueError(f"budget_bytes: {budget_bytes} is below the minimum of {fixed + least_bytes} bytes")
+    return budget_bytes - fixed

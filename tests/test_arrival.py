@@ -168,7 +168,9 @@ def test_a_load_that_brings_nothing_is_caught(way: str, flux2_dir: Path, monkeyp
     violations = _violations(plan)
     block = next(block for block in plan.blocks if block.name == BLOCK)
     assert sorted(_named(violations, "covers")) == sorted(f"{BLOCK}.{entry.name}" for entry in block.layout.entries)
-    assert {violation.check for violation in violations} == {"covers", "owned-once"}, "nothing was read from where it rests"
+    assert {violation.check for violation in violations} == {"covers", "owned-once"}, (
+        "nothing was read from where it rests"
+    )
 
 
 def test_a_tensor_left_out_of_a_load_is_caught(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,10 +216,14 @@ def test_the_budget_holds_for_blocks_and_rest(model: Model, more: int) -> None:
     with LayerwiseOffloader(model, CPU, budget_bytes=least + more) as offloader:
         assert _device_bytes(offloader) <= least + more
         assert not more or _device_bytes(offloader) > least
+    with pytest.raises(ValueError, match=f"{least - 1} is below the minimum of {least} bytes"):
+        LayerwiseOffloader(model, CPU, budget_bytes=least - 1)
 
 
 def _device_bytes(offloader: LayerwiseOffloader) -> int:
-    return offloader.stream.arena.nbytes + offloader.stream.resident_memory[OUTSIDE].nbytes
+    """What was really allocated, the margins for alignment included."""
+    memories = (offloader.stream.arena.memory, offloader.stream.resident_memory[OUTSIDE])
+    return sum(memory.untyped_storage().nbytes() for memory in memories)
 
 
 @pytest.mark.parametrize("outside", ["resident", "held"])

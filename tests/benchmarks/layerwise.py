@@ -46,6 +46,7 @@ from torch import Tensor
 from crossdock.offload.copy_engine import make_copy_engine
 from crossdock.offload.discovery import discover_blocks
 from crossdock.offload.host_store import HostStore
+from crossdock.offload.layout import ALIGNMENT
 from crossdock.offload.offloader import LayerwiseOffloader, component_layouts
 from crossdock.offload.residency import minimum_bytes
 
@@ -148,7 +149,8 @@ def equal_steps(model: Any, count: int) -> list[int]:
     """So many budgets in bytes, from the least that will do to the whole model."""
     layouts, rest = component_layouts(model, discover_blocks(model, STACKS))
     sizes = [layout.nbytes for layout in layouts]
-    least, whole = rest.nbytes + minimum_bytes(sizes, (PREFETCH,)), rest.nbytes + sum(sizes)
+    fixed = rest.nbytes + 2 * ALIGNMENT
+    least, whole = fixed + minimum_bytes(sizes, (PREFETCH,)), fixed + sum(sizes)
     return [least + (whole - least) * number // max(count - 1, 1) for number in range(count)]
 
 
