@@ -15,10 +15,11 @@ from torch import nn
 from crossdock.offload.arena import Arena
 from crossdock.offload.copy_engine import CopyEngine
 from crossdock.offload.discovery import DiscoveryError, FoundBlock, discover_blocks
+from crossdock.offload.host_memory import HostMemoryError
 from crossdock.offload.layout import ALIGNMENT, BlockLayout
 from crossdock.offload.offloader import LayerwiseOffloader, component_layouts
 from crossdock.offload.residency import minimum_bytes
-from crossdock.runtime.errors import CheckpointError
+from crossdock.runtime.errors import CheckpointError, LaunchError
 from crossdock.runtime.meta_model import build_on_meta
 
 TEXT_ENCODER = "text_encoder"
@@ -69,15 +70,20 @@ class WholeComponent:
 def place_component(
     name: str, module: nn.Module, device: torch.device, engine: CopyEngine, arena: Arena | None, prefetch: int
 ) -> Component:
-    """Without an arena the VAE stays on the device and the text encoder comes and goes; else they take turns in it."""
+    """Without an arena the VAE stays on the device and the text encoder comes and goes; else they take turns in it.
+
+    Raises:
+        LaunchError: host memory has become too little since it was looked at, before loading.
+    """
     if arena is None:
         return WholeComponent(module, device, stays=name == VAE)
-    if name == VAE:
-        return LayerwiseOffloader(module, device, prefetch=0, stacks=VAE_STACKS, arena=arena, engine=engine)
-    stacks = None if encoder_blocks(module) else ()
-    return LayerwiseOffloader(
-        module, device, prefetch=prefetch, stacks=stacks, outside="held", arena=arena, engine=engine
-    )
+    options: dict[str, Any] = {"prefetch": 0, "stacks": VAE_STACKS}
+    if name != VAE:
+        options = {"prefetch": prefetch, "stacks": None if encoder_blocks(module) else (), "outside": "held"}
+    try:
+        return LayerwiseOffloader(module, device, arena=arena, engine=engine, **options)
+    except HostMemoryError as error:
+        raise LaunchError(f"{name}: {error}", "offload.host") from None
 
 
 @dataclass(frozen=True)

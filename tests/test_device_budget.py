@@ -282,6 +282,18 @@ def test_too_little_host_memory_is_refused_before_loading(flux2_dir: Path, monke
     assert read == []
 
 
+def test_host_memory_that_has_become_too_little(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process took it while the blocks were read: a traceback instead of a message."""
+    from crossdock.offload import offloader
+    from crossdock.offload.host_memory import HostMemory
+
+    monkeypatch.setattr(offloader, "host_memory", lambda: HostMemory(2**10, 2**33, "/sys/fs/cgroup/job"))
+    worker = RankWorker(0, 1, torch.device("cpu"))
+    with pytest.raises(LaunchError, match=r"text_encoder: .* needs 0\.\d+ GiB") as caught:
+        worker.setup(_plan(flux2_dir))
+    assert caught.value.key == "offload.host"
+
+
 @pytest.mark.parametrize("host", ["shared", "mmap"])
 def test_components_count_as_host_memory(host: str, flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pitfall 30: text encoder and VAE come after the blocks; what is too little for them must show before, too."""
