@@ -18,6 +18,7 @@ from rich.table import Table
 from crossdock.launch.arguments import Outputs
 from crossdock.launch.engine import Engine, Generation, MakeGang
 from crossdock.launch.outputs import write_outputs
+from crossdock.launch.recovery import brief
 from crossdock.runtime.config import RunConfig
 from crossdock.runtime.errors import ConfigError, UserError
 from crossdock.runtime.request import GenerateRequest
@@ -113,9 +114,8 @@ def _step_bar(console: Console) -> Iterator[Any]:
 def survived(fault: dict[str, Any]) -> str:
     """A fault of the report in one line."""
     went_on = f"went on after step {fault['resumed_after']}" if fault["resumed_after"] else "began again"
-    what = fault["error"].partition("\n")[0]
     more = f", after {len(fault['meanwhile'])} more faults" if fault["meanwhile"] else ""
-    return f"survived: {what} ({fault['remedy']} in {fault['recovery_s']:.1f} s{more}; {went_on})"
+    return f"survived: {brief(fault['error'])} ({fault['remedy']} in {fault['recovery_s']:.1f} s{more}; {went_on})"
 
 
 def summary(report: dict[str, Any]) -> Table:

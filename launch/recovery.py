@@ -125,6 +125,6 @@ def advice(plan: RunPlan) -> str:
     return "the budget cannot be lowered: ask for a smaller picture, or split the work over more ranks"
 
 
-def brief(error: CrossdockError) -> str:
-    """The first line of its message, without the traceback."""
+def brief(error: CrossdockError | str) -> str:
+    """The first line of an error, or of its message: without the traceback."""
     return str(error).partition("\n")[0]
