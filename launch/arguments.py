@@ -18,6 +18,7 @@ from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.yaml_config import load_config
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+VIDEO_SUFFIXES = (".mp4",)
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
 
@@ -33,8 +34,9 @@ class Outputs:
 
     def check(self, images: int = 1) -> None:
         """Raise `RequestError` when one of the files for `images` pictures could not be written."""
-        if self.image.suffix.lower() not in IMAGE_SUFFIXES:
-            raise RequestError(f"--out {self.image}: allowed: a file ending in {', '.join(IMAGE_SUFFIXES)}")
+        allowed = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
+        if self.image.suffix.lower() not in allowed:
+            raise RequestError(f"--out {self.image}: allowed: a file ending in {', '.join(allowed)}")
         named = [("--out", path) for path in self.image_paths(images)]
         named += [("--latents", self.latents)] if self.latents else []
         named += [("--report", self.report)] if self.report else []
@@ -45,6 +47,12 @@ class Outputs:
             other = taken.setdefault(path.resolve(), option)
             if other != option:
                 raise RequestError(f"{option} {path}: is the same file as {other}; give each output its own")
+
+    def check_kind(self, family: str, videos: bool) -> None:
+        """Raise `RequestError` when `--out` is for pictures and the model makes videos, or the other way round."""
+        allowed, made = (VIDEO_SUFFIXES, "videos") if videos else (IMAGE_SUFFIXES, "pictures")
+        if self.image.suffix.lower() not in allowed:
+            raise RequestError(f"--out {self.image}: {family} makes {made}; allowed: {', '.join(allowed)}")
 
     def image_paths(self, images: int) -> list[Path]:
         """One path for each picture: `out.png`, or `out_0.png`, `out_1.png`, ... for several."""
@@ -83,9 +91,15 @@ def build_app(run: RunGenerate) -> typer.Typer:
         guidance_scale: Annotated[
             float | None, typer.Option(help="Guidance; by default the pipeline's own.", show_default=False)
         ] = None,
-        out: Annotated[Path, typer.Option(help="Picture; several get _0, _1, ... before the suffix.")] = Path(
-            "out.png"
-        ),
+        negative_prompt: Annotated[
+            str | None, typer.Option(help="What not to draw, where the pipeline has guidance.", show_default=False)
+        ] = None,
+        frames: Annotated[
+            int | None, typer.Option(help="Frames of a video; by default the pipeline's own.", show_default=False)
+        ] = None,
+        out: Annotated[
+            Path, typer.Option(help="Picture, or video (.mp4); several get _0, _1, ... before the suffix.")
+        ] = Path("out.png"),
         latents: Annotated[
             Path | None, typer.Option(help="Also write the final latents (safetensors, key `latents`).")
         ] = None,
@@ -94,8 +108,10 @@ def build_app(run: RunGenerate) -> typer.Typer:
             Path | None, typer.Option(help="Also write what every rank did when (JSON, for Perfetto and `timeline`).")
         ] = None,
     ) -> None:
-        """Draw one picture for each prompt."""
-        request = GenerateRequest(tuple(prompt), seed, steps, height, width, guidance_scale)
+        """Draw one picture, or make one video, for each prompt."""
+        request = GenerateRequest(
+            tuple(prompt), seed, steps, height, width, guidance_scale, negative_prompt=negative_prompt, frames=frames
+        )
         outputs = Outputs(out, latents, report, trace)
         request.validate()
         outputs.check(len(request.prompts))

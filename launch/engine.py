@@ -13,7 +13,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from crossdock.launch.recovery import Fault, Snapshots, advice, brief, budget_text, restart, with_less_memory
@@ -22,11 +21,13 @@ from crossdock.runtime.config import LaunchConfig, RunConfig
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled, RequestTimeout
 from crossdock.runtime.gang import Gang, Notice
-from crossdock.runtime.plan import RunPlan, check_request, make_plan
+from crossdock.runtime.media import Media
+from crossdock.runtime.plan import RunPlan, make_plan
 from crossdock.runtime.probe import probe_numbers, probe_request
 from crossdock.runtime.rank_result import RankResult
 from crossdock.runtime.reports import RankTrace, Verdict
 from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.request_checks import check_request
 from crossdock.runtime.resume import Snapshot
 from crossdock.runtime.status import RankStatus
 from crossdock.runtime.worker import RankWorker
@@ -43,12 +44,13 @@ class Generation:
     """The answer to a request, in the order of its prompts.
 
     Attributes:
-        latents: per prompt `[1, channels, height, width]`, fp32, what diffusers returns with `output_type="latent"`.
+        images: pictures, or videos where the model makes these.
+        latents: per prompt, fp32, as the denoise loop left them; the shape is the pipeline's own.
         report: the content of `report.json`.
         trace: per rank, and per round of prompts, what it did when.
     """
 
-    images: list[Image.Image]
+    images: list[Media]
     latents: list[Tensor]
     report: dict[str, Any]
     trace: list[RankTrace]
@@ -133,10 +135,12 @@ class Engine:
         height: int = 256,
         width: int = 256,
         guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+        frames: int | None = None,
         time_limit_s: float | None = None,
         progress: Progress | None = None,
     ) -> Generation:
-        """Generate one picture per prompt; prompt number i is drawn with `seed + i`.
+        """Generate one picture, or video, per prompt; prompt number i is drawn with `seed + i`.
 
         A rank that fails meanwhile is replaced, and the request goes on from the last steps that were kept; the
         pictures are the same. `launch.recovery` says how often.
@@ -158,6 +162,8 @@ class Engine:
             height,
             width,
             guidance_scale,
+            negative_prompt,
+            frames,
             time_limit_s=launch.timeouts.request_s if time_limit_s is None else time_limit_s,
             keep_every=launch.recovery.keep_every if self.gang.can_restart else 0,
         )
@@ -170,10 +176,9 @@ class Engine:
             part = prompts[first : first + replicas]
             round_ = replace(request, prompts=part, seed=seed + first, number=self._number)
             done.extend(self._run(round_, progress))
-        finished = [result for result in done if result.image is not None and result.latents is not None]
         return Generation(
-            [result.image for result in finished if result.image is not None],
-            [result.latents for result in finished if result.latents is not None],
+            [media for result in done for media in result.media],
+            [result.latents for result in done if result.latents is not None],
             self._report(done[-self.plan.mesh.world_size :]),
             [result.timeline for result in done],
         )

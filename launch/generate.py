@@ -21,6 +21,7 @@ from crossdock.launch.outputs import write_outputs
 from crossdock.launch.recovery import brief
 from crossdock.runtime.config import RunConfig
 from crossdock.runtime.errors import ConfigError, UserError
+from crossdock.runtime.plan import spec_for
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.yaml_config import load_config, locate
 
@@ -40,7 +41,8 @@ def run_generate(
     Raises:
         UserError: with file, line and key path, where the config is to blame.
     """
-    config = load_config(config_path)
+    config, spec = load_config(config_path), spec_for(model_dir)
+    outputs.check_kind(spec.family, videos=spec.fps is not None)
     console = Console(highlight=False, soft_wrap=True, quiet=quiet)
     signal.signal(signal.SIGTERM, end)
     with locating(config_path):
@@ -95,6 +97,8 @@ def _generate(engine: Engine, request: GenerateRequest, console: Console) -> Gen
             height=request.height,
             width=request.width,
             guidance_scale=request.guidance_scale,
+            negative_prompt=request.negative_prompt,
+            frames=request.frames,
             progress=step,
         )
 

@@ -15,14 +15,19 @@ from safetensors.torch import save_file
 
 from crossdock.launch.arguments import Outputs
 from crossdock.launch.engine import Generation
+from crossdock.launch.video_file import write_video
+from crossdock.runtime.media import Video
 from crossdock.runtime.trace_file import chrome_trace
 
 
 def write_outputs(generation: Generation, outputs: Outputs) -> list[Path]:
-    """Write the pictures, and what else is asked for; each file appears whole or not at all."""
+    """Write the pictures or videos, and what else is asked for; each file appears whole or not at all."""
     paths = outputs.image_paths(len(generation.images))
-    for image, path in zip(generation.images, paths, strict=True):
-        _write(path, partial(image.save, format=_format(path)))
+    for made, path in zip(generation.images, paths, strict=True):
+        if isinstance(made, Video):
+            _write(path, partial(write_video, made))
+        else:
+            _write(path, partial(made.save, format=_format(path)))
     if outputs.latents is not None:
         latents = torch.cat(generation.latents).contiguous()
         _write(outputs.latents, lambda part: save_file({"latents": latents}, part))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,6 @@ _DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-
-PLACED = ("transformer", "text_encoder", "vae")
-"""The components with weights that crossdock puts on the devices."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +85,11 @@ def component_names(index: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def check_components(model_dir: Path, index: Mapping[str, Any]) -> None:
+def check_components(model_dir: Path, index: Mapping[str, Any], placed: Sequence[str]) -> None:
     """Every component has its folder, and none of its safetensors files is truncated; headers only are read.
+
+    Args:
+        placed: the components with weights that crossdock puts on the devices.
 
     Raises:
         CheckpointError: names the folder or the file, or a component that has weights and no place on the device.
@@ -98,10 +97,10 @@ def check_components(model_dir: Path, index: Mapping[str, Any]) -> None:
     for name in component_names(index):
         folder = model_dir / name
         library, class_name = index[name]
-        if name not in PLACED and _is_module(folder, library, class_name):
+        if name not in placed and _is_module(folder, library, class_name):
             raise CheckpointError(
                 f"{folder}: the component {name!r} ({class_name}) has weights, and crossdock places only "
-                f"{', '.join(PLACED)}: it would lie whole on the device, outside the budget; if the pipeline runs "
+                f"{', '.join(placed)}: it would lie whole on the device, outside the budget; if the pipeline runs "
                 f"without it, set it to [null, null] in model_index.json"
             )
         if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""The pipeline's other components: the text encoder and the VAE, and how they get on and off the device."""
+"""The pipeline's other components: text encoders and decoders (VAEs), and how they get on and off the device."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ from crossdock.offload.residency import minimum_bytes
 from crossdock.runtime.errors import CheckpointError, LaunchError
 from crossdock.runtime.meta_model import build_on_meta
 
-TEXT_ENCODER = "text_encoder"
-VAE = "vae"
-VAE_STACKS = ("decoder", "encoder")
+VAE_PARTS = ("decoder", "encoder")
 """Each is one block. The rest of a VAE is small, and pipelines read it outside of decoding (statistics of latents)."""
 
 
@@ -68,22 +66,29 @@ class WholeComponent:
 
 
 def place_component(
-    name: str, module: nn.Module, device: torch.device, engine: CopyEngine, arena: Arena | None, prefetch: int
+    module: nn.Module, device: torch.device, engine: CopyEngine, arena: Arena | None, prefetch: int, decodes: bool
 ) -> Component:
-    """Without an arena the VAE stays on the device and the text encoder comes and goes; else they take turns in it.
+    """Without an arena what decodes stays on the device and a text encoder comes and goes; else they take turns in it.
 
     Raises:
         LaunchError: host memory has become too little since it was looked at, before loading.
     """
     if arena is None:
-        return WholeComponent(module, device, stays=name == VAE)
-    options: dict[str, Any] = {"prefetch": 0, "stacks": VAE_STACKS}
-    if name != VAE:
-        options = {"prefetch": prefetch, "stacks": None if encoder_blocks(module) else (), "outside": "held"}
+        return WholeComponent(module, device, stays=decodes)
+    options: dict[str, Any] = {"prefetch": prefetch, "outside": "held"}
+    parts = vae_parts(module) if decodes else ()
+    if parts:
+        options = {"prefetch": 0, "outside": "resident"}
+    stacks = parts or (None if component_blocks(module) else ())
     try:
-        return LayerwiseOffloader(module, device, arena=arena, engine=engine, **options)
+        return LayerwiseOffloader(module, device, arena=arena, engine=engine, stacks=stacks, **options)
     except HostMemoryError as error:
-        raise LaunchError(f"{name}: {error}", "offload.host") from None
+        raise LaunchError(f"{type(module).__name__}: {error}", "offload.host") from None
+
+
+def vae_parts(module: nn.Module) -> tuple[str, ...]:
+    """The parts of a VAE that are one block each; none: it is no VAE."""
+    return tuple(name for name in VAE_PARTS if hasattr(module, name))
 
 
 @dataclass(frozen=True)
@@ -115,23 +120,31 @@ def host_peak_bytes(needs: Sequence[ComponentNeed]) -> int:
 
 
 def component_needs(
-    model_dir: Path, index: Mapping[str, Any], dtype: torch.dtype, prefetch: int
+    model_dir: Path,
+    index: Mapping[str, Any],
+    encoders: Sequence[str],
+    decoders: Sequence[str],
+    dtype: torch.dtype,
+    prefetch: int,
 ) -> tuple[ComponentNeed, ...]:
-    """What the text encoder and the VAE need on the rank that runs them, in the order in which they are placed.
-    Nothing is loaded.
+    """What the components need on the rank that runs them, in the order in which they are placed. Nothing is loaded.
 
     Raises:
         CheckpointError: a component's config does not fit its class.
     """
-    encoder = _text_encoder_on_meta(model_dir / TEXT_ENCODER, index[TEXT_ENCODER][1]).to(dtype)
-    vae = build_on_meta(index[VAE][1], model_dir / VAE).to(dtype)
-    layouts, held = component_layouts(encoder, encoder_blocks(encoder))
-    parts, rest = component_layouts(vae, discover_blocks(vae, VAE_STACKS))
-    streamed = minimum_bytes([layout.nbytes for layout in layouts], (prefetch,))
-    return (
-        _need(TEXT_ENCODER, held.nbytes + streamed, 0, [*layouts, held], encoder),
-        _need(VAE, max(layout.nbytes for layout in parts), rest.nbytes + ALIGNMENT, parts, vae),
-    )
+    needs = []
+    for name in (*encoders, *decoders):
+        module = _on_meta(model_dir / name, index[name][0], index[name][1], dtype)
+        parts = vae_parts(module) if name in decoders else ()
+        found = discover_blocks(module, parts) if parts else component_blocks(module)
+        layouts, rest = component_layouts(module, found)
+        sizes = [layout.nbytes for layout in layouts]
+        if parts:
+            needs.append(_need(name, max(sizes), rest.nbytes + ALIGNMENT, layouts, module))
+        else:
+            streamed = minimum_bytes(sizes, (prefetch,))
+            needs.append(_need(name, rest.nbytes + streamed, 0, [*layouts, rest], module))
+    return tuple(needs)
 
 
 def _need(
@@ -141,19 +154,35 @@ def _need(
     return ComponentNeed(name, turn_bytes, resident_bytes, sum(layout.nbytes for layout in on_host), loaded)
 
 
-def encoder_blocks(encoder: nn.Module) -> list[FoundBlock]:
+def component_blocks(module: nn.Module) -> list[FoundBlock]:
     """The blocks of a text encoder; none where nothing looks like one: then it moves as one piece."""
     try:
-        return discover_blocks(encoder)
+        return discover_blocks(module)
     except DiscoveryError:
         return []
 
 
-def _text_encoder_on_meta(folder: Path, class_name: str) -> nn.Module:
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        with torch.device("meta"):
-            model: nn.Module = getattr(transformers, class_name)(config)
-    except (AttributeError, OSError, TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {class_name} cannot be built: {error}") from None
-    return model.eval()
+def _on_meta(folder: Path, library: str, class_name: str, dtype: torch.dtype) -> nn.Module:
+    """The module as it will be loaded, in `dtype` but for what its class keeps in fp32."""
+    if library == "diffusers":
+        module = build_on_meta(class_name, folder)
+    else:
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            with torch.device("meta"):
+                module = getattr(transformers, class_name)(config)
+        except (AttributeError, OSError, TypeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{folder / 'config.json'}: {class_name} cannot be built: {error}") from None
+    return _cast(module, library, dtype)
+
+
+def _cast(module: nn.Module, library: str, dtype: torch.dtype) -> nn.Module:
+    """As `from_pretrained` does: some classes keep some parts in fp32, transformers' only where fp16 is asked for."""
+    kept = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+    if library == "diffusers" or dtype == torch.float16:
+        kept |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    nn.Module.to(module, dtype)
+    for name, child in module.named_modules():
+        if name.rpartition(".")[2] in kept:
+            nn.Module.to(child, torch.float32)
+    return module.eval()

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,16 +22,24 @@ from crossdock.offload.residency import Residency, minimum_bytes
 from crossdock.offload.schedule import SlotSchedule
 from crossdock.parallel.mesh import MeshShape, describe
 from crossdock.parallel.tensor import TensorParallelism, TensorSlice
-from crossdock.runtime.checkpoint import StoredTensor, check_components, read_json, read_model_index, stored_tensors
-from crossdock.runtime.components import ComponentNeed, component_needs, host_peak_bytes
+from crossdock.runtime.checkpoint import (
+    StoredTensor,
+    check_components,
+    component_names,
+    read_json,
+    read_model_index,
+    stored_tensors,
+)
+from crossdock.runtime.components import component_needs, host_peak_bytes
 from crossdock.runtime.config import RunConfig
 from crossdock.runtime.device_space import divide_device
-from crossdock.runtime.errors import CheckpointError, RequestError
+from crossdock.runtime.errors import CheckpointError
+from crossdock.runtime.families import SPECS, spec_of_pipeline
 from crossdock.runtime.meta_model import build_on_meta, non_persistent_buffers
 from crossdock.runtime.plan_checks import check_attention, check_degree, check_pages, check_tensors
 from crossdock.runtime.reports import ScheduleReport
-from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.specs import SPECS, ModelSpec, spec_of_pipeline
+from crossdock.runtime.specs import ModelSpec
+from crossdock.runtime.vae_scale import latent_frames, latent_pixels
 
 TRANSFORMER = "transformer"
 """The pipeline component that is sharded and streamed."""
@@ -61,6 +68,7 @@ class RunPlan:
         arena_bytes: device memory that the transformer's blocks, the text encoder and the VAE use in turn; None: they
             do not take turns.
         turn_bytes: component -> how much of the arena, from its start, it uses in its turn.
+        encoders, decoders: the components that encode prompts and that make pictures of latents.
         component_host_bytes: host memory that the components that take turns need at once, on the rank that runs them.
         outside: fqns of all parameters and buffers outside the blocks; resident on the device.
         outside_bytes: of these, and of what never leaves the device of the other components.
@@ -69,6 +77,7 @@ class RunPlan:
         slices: per TP rank, fqn -> the part it holds; a tensor that is missing here is replicated.
         pipeline_dtype: dtype of the other components.
         pixel_multiple: picture sizes are multiples of this.
+        frame_multiple: videos have a multiple of this, and one more, frames.
     """
 
     config: RunConfig
@@ -81,6 +90,8 @@ class RunPlan:
     residency: Residency
     budget_bytes: int | None
     arena_bytes: int | None
+    encoders: tuple[str, ...]
+    decoders: tuple[str, ...]
     turn_bytes: Mapping[str, int]
     component_host_bytes: int
     outside: tuple[str, ...]
@@ -90,6 +101,7 @@ class RunPlan:
     slices: tuple[Mapping[str, TensorSlice], ...]
     pipeline_dtype: torch.dtype
     pixel_multiple: int
+    frame_multiple: int
 
     @cached_property
     def _outside(self) -> frozenset[str]:
@@ -176,9 +188,10 @@ def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int
         ConfigError: the config does not fit the model.
         LaunchError: an optional package is missing.
     """
-    index = read_model_index(model_dir)
-    spec = _spec_for(index["_class_name"], model_dir)
-    check_components(model_dir, index)
+    index, spec = read_model_index(model_dir), spec_for(model_dir)
+    names = component_names(index)
+    encoders, decoders = (tuple(n for n in known if n in names) for known in (spec.encoders, spec.decoders))
+    check_components(model_dir, index, (TRANSFORMER, *encoders, *decoders))
     folder = model_dir / TRANSFORMER
     model = build_on_meta(spec.transformer, folder)
     stored = stored_tensors(folder)
@@ -188,23 +201,27 @@ def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int
 
     mesh = mesh_shape(config)
     found = transformer_blocks(model, spec)
-    names = [block.name for block in found]
+    block_names = [block.name for block in found]
     slices = _tensor_slices(model, spec, mesh.tp)
     dtypes = _dtypes(model, stored, config)
     shared = shared_tensors(model, found)
     layouts = [_layout(block, dtypes, mesh.hsdp_shard, shared) for block in found]
     placed = {
         f"{name}.{local}"
-        for name, layout in zip(names, layouts, strict=True)
+        for name, layout in zip(block_names, layouts, strict=True)
         for entry in layout.entries
         for local in entry.names
     }
     outside = tuple(fqn for fqn in _all_tensors(model) if fqn not in placed)
     pipeline_dtype = _pipeline_dtype(stored, config)
-    others = _others(config, model_dir, index, pipeline_dtype)
+    depth = config.offload.depths[0]
+    vae_config = read_json(model_dir / spec.decoders[0] / "config.json")
+    others = (
+        component_needs(model_dir, index, encoders, decoders, pipeline_dtype, depth) if config.offload.layerwise else ()
+    )
     outside_bytes = sum(_nbytes(model, fqn, dtypes) for fqn in outside) + sum(need.resident_bytes for need in others)
     if config.offload.host == "mmap":
-        check_pages(names, layouts, stored)
+        check_pages(block_names, layouts, stored)
     home = _home(config, mesh)
     order = tuple(range(len(found))) if home.streamed else ()
     space = divide_device(
@@ -220,11 +237,13 @@ def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int
         spec,
         mesh,
         device,
-        _planned_blocks(names, layouts, [home] * len(found), space.residency, order),
+        _planned_blocks(block_names, layouts, [home] * len(found), space.residency, order),
         order,
         space.residency,
         space.budget_bytes,
         space.arena_bytes,
+        encoders,
+        decoders,
         {need.name: need.turn_bytes for need in others},
         host_peak_bytes(others),
         outside,
@@ -233,15 +252,9 @@ def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int
         dtypes,
         slices,
         pipeline_dtype,
-        _pixel_multiple(model_dir),
+        spec.patch * latent_pixels(vae_config),
+        latent_frames(vae_config),
     )
-
-
-def _others(
-    config: RunConfig, model_dir: Path, index: Mapping[str, Any], dtype: torch.dtype
-) -> tuple[ComponentNeed, ...]:
-    """The components that take turns with the transformer."""
-    return component_needs(model_dir, index, dtype, config.offload.depths[0]) if config.offload.layerwise else ()
 
 
 def _planned_blocks(
@@ -257,21 +270,6 @@ def _planned_blocks(
         PlannedBlock(name, layout, home, slots.get(index))
         for index, (name, layout, home) in enumerate(zip(names, layouts, homes, strict=True))
     )
-
-
-def check_request(plan: RunPlan, request: GenerateRequest) -> None:
-    """
-    Raises:
-        RequestError: no pipeline, or not this one, can do what is asked for.
-    """
-    request.validate()
-    for name in ("height", "width"):
-        pixels, multiple = getattr(request, name), plan.pixel_multiple
-        if pixels % multiple:
-            below = max(pixels // multiple, 1) * multiple
-            raise RequestError(
-                f"{name}: found {pixels}; allowed for {plan.spec.family}: a multiple of {multiple}, such as {below}"
-            )
 
 
 def mesh_shape(config: RunConfig) -> MeshShape:
@@ -291,7 +289,13 @@ def transformer_blocks(model: nn.Module, spec: ModelSpec) -> list[FoundBlock]:
         raise CheckpointError(str(error)) from None
 
 
-def _spec_for(pipeline: str, model_dir: Path) -> ModelSpec:
+def spec_for(model_dir: Path) -> ModelSpec:
+    """The family of a checkpoint.
+
+    Raises:
+        CheckpointError: no such directory, not a diffusers pipeline, or none that crossdock knows.
+    """
+    pipeline = read_model_index(model_dir)["_class_name"]
     spec = spec_of_pipeline(pipeline)
     if spec is None:
         known = ", ".join(f"{spec.pipeline} ({family})" for family, spec in SPECS.items())
@@ -342,13 +346,6 @@ def _pipeline_dtype(stored: Mapping[str, StoredTensor], config: RunConfig) -> to
         if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16):
             elements[tensor.dtype] += torch.Size(tensor.shape).numel()
     return elements.most_common(1)[0][0] if elements else torch.float32
-
-
-def _pixel_multiple(model_dir: Path) -> int:
-    """Pixels per latent, times the 2x2 patches of the transformer."""
-    config = read_json(model_dir / "vae" / "config.json")
-    halvings = max(len(config.get("block_out_channels", ())) - 1, 0)
-    return 2 << halvings
 
 
 def _layout(block: FoundBlock, dtypes: Mapping[str, torch.dtype], shards: int, without: frozenset[int]) -> BlockLayout:

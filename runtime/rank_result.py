@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from PIL import Image
 from torch import Tensor
 
 from crossdock.offload.trace import TraceEvent
 from crossdock.parallel.group import GroupRecord
+from crossdock.runtime.media import Media
 from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.reports import Measurements, MemorySpan, RankReport, RankTrace
 
@@ -34,7 +34,7 @@ class RankResult:
     plan: RunPlan | None = None
     report: RankReport | None = None
     latents: Tensor | None = None
-    image: Image.Image | None = None
+    media: list[Media] = field(default_factory=list)
 
     @property
     def trace(self) -> tuple[TraceEvent, ...]:

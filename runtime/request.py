@@ -18,6 +18,7 @@ class GenerateRequest:
     `height` and `width` are in pixels. `guidance_scale` None takes the pipeline's own default.
 
     Attributes:
+        frames: of a video; None takes the pipeline's own default.
         number: which request this is to an engine; a cancel names it. Never falls from one request to the next.
         time_limit_s: seconds after which it is stopped, at the next step's end. None: no limit.
         spent_s: how much of `time_limit_s` earlier attempts at it took.
@@ -30,6 +31,8 @@ class GenerateRequest:
     height: int = 256
     width: int = 256
     guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    frames: int | None = None
     number: int = 0
     time_limit_s: float | None = None
     spent_s: float = 0.0
@@ -46,6 +49,8 @@ class GenerateRequest:
             value = getattr(self, name)
             if value < 1:
                 raise RequestError(f"{name}: found {value}; allowed: an integer >= 1")
+        if self.frames is not None and self.frames < 1:
+            raise RequestError(f"frames: found {self.frames}; allowed: an integer >= 1")
         if not 0 <= self.seed <= MAX_SEED:
             raise RequestError(f"seed: found {self.seed}; allowed: an integer from 0 to {MAX_SEED}")
         scale = self.guidance_scale

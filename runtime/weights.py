@@ -194,7 +194,7 @@ class WeightLoader:
         """
         what = f"the transformer's blocks ({blocks / GIB:.2f} GiB)" if blocks else ""
         if components:
-            what += f"{' and ' if what else ''}text encoder and VAE ({components / GIB:.2f} GiB)"
+            what += f"{' and ' if what else ''}text encoders and VAE ({components / GIB:.2f} GiB)"
         try:
             remedy = FOR_A_RUN if blocks else "run fewer replicas per node, or use a smaller dtype"
             require(blocks + components, f"{self._plan.model_dir}: {what}", host_memory(), remedy)

@@ -31,7 +31,7 @@ from crossdock.parallel.tensor import RowParallelLinear, TensorParallelism
 from crossdock.parallel.xfuser_attention import XFuserAttention
 from crossdock.runtime.arrival import rehearse
 from crossdock.runtime.attention import AttentionBinding
-from crossdock.runtime.components import VAE
+from crossdock.runtime.denoise_loop import StepEnd
 from crossdock.runtime.errors import RequestCancelled
 from crossdock.runtime.improvement import MEASURED_STEPS, improve, observe
 from crossdock.runtime.inspection import (
@@ -46,7 +46,7 @@ from crossdock.runtime.inspection import (
     sampled_checksum,
 )
 from crossdock.runtime.meta_model import build_on_meta
-from crossdock.runtime.pipeline import RankPipeline, StepEnd
+from crossdock.runtime.pipeline import RankPipeline
 from crossdock.runtime.plan import TRANSFORMER, RunPlan
 from crossdock.runtime.rank_result import RankResult
 from crossdock.runtime.reports import RankReport, RankTrace
@@ -226,21 +226,23 @@ class RankWorker:
         self.keep_every = request.keep_every if self.rank == self.mesh.ranks["replica"][0] else 0
         self.changed: RankReport | None = None  # what the rank holds since the schedule was improved
         prompt, seed = request.prompts[number], request.seed + number
+        decodes = has_prompt and self.rank == self.mesh.ranks["replica"][0]
         try:
-            done = self.pipeline.denoise(prompt, seed, request, partial(self._on_step, log), snapshot)
+            done = self.pipeline.run(
+                prompt, seed, request, partial(self._on_step, log), snapshot, partial(self._begin_decode, decodes)
+            )
         except RequestCancelled:
             self._finish_request()
             raise
-        denoised = time.perf_counter()
-        self.phase = "decode"
-        latents = image = None
-        with self.pipeline.turn(VAE):
-            if has_prompt and self.rank == self.mesh.ranks["replica"][0]:
-                latents, image = done.latents, self.pipeline.decode(done.latents)
         decoded = time.perf_counter()
         issued = self._issued()
-        events, spans = log.events(), log.spans(done.encodes, denoised, decoded)
-        phases = {"load": self.load_s, "encode": done.encode_s, "denoise": done.denoise_s, "decode": decoded - denoised}
+        events, spans = log.events(), log.spans(done.encodes, done.end_s, decoded)
+        phases = {
+            "load": self.load_s,
+            "encode": done.encode_s,
+            "denoise": done.denoise_s,
+            "decode": decoded - done.end_s,
+        }
         modules = (self.model, *self.pipeline.on_device)
         measurements = log.measurements(self.rank, self.device, self.weights, modules, done.step_ms, phases)
         timeline = RankTrace(self.rank, measurements.host, measurements.device, events, spans)
@@ -256,7 +258,8 @@ class RankWorker:
         )
         if self.changed is not None:
             result.plan, result.report = self.plan, self.changed
-        result.latents, result.image = latents, image
+        if decodes:
+            result.latents, result.media = done.latents, done.media or []
         self._finish_request()
         return result
 
@@ -338,6 +341,10 @@ class RankWorker:
     def _begin_forward(self) -> None:
         self.phase = "denoise"
         self.stream.prepare()
+
+    def _begin_decode(self, here: bool) -> bool:
+        self.phase = "decode"
+        return here
 
     def _on_step(self, log: RequestLog, end: StepEnd) -> None:
         if end.repeated:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
@@ -29,24 +32,58 @@ def _pipeline(directory: Path) -> DiffusionPipeline:
     return pipe
 
 
+@dataclass(frozen=True)
+class Reference:
+    """`latents` as the last step left them, fp32; `media` as diffusers returns it: PIL pictures or float frames."""
+
+    latents: Tensor
+    media: list[Any]
+
+
 @cache
-def reference_latents(
-    directory: Path, prompt: str = PROMPT, size: tuple[int, int] = EVEN_SIZE, seed: int = 0, steps: int = 4
-) -> Tensor:
-    """`[1, channels, height, width]`, fp32."""
-    latents: Tensor = _pipeline(directory)(
+def reference(
+    directory: Path,
+    prompt: str = PROMPT,
+    size: tuple[int, int] = EVEN_SIZE,
+    seed: int = 0,
+    steps: int = 4,
+    frames: int | None = None,
+) -> Reference:
+    found: list[Tensor] = []
+
+    def keep(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        found.append(tensors["latents"])
+        return tensors
+
+    output = _pipeline(directory)(
         prompt=prompt,
         height=size[0],
         width=size[1],
         num_inference_steps=steps,
         generator=torch.Generator("cpu").manual_seed(seed),
-        output_type="latent",
+        output_type="pil" if frames is None else "np",
         return_dict=False,
-    )[0]
-    return latents
+        callback_on_step_end=keep,
+        **({} if frames is None else {"num_frames": frames}),
+    )
+    return Reference(found[-1], list(output[0]))
+
+
+def reference_latents(
+    directory: Path, prompt: str = PROMPT, size: tuple[int, int] = EVEN_SIZE, seed: int = 0, steps: int = 4
+) -> Tensor:
+    """As the last step left them, fp32."""
+    return reference(directory, prompt, size, seed, steps).latents
 
 
 def max_error(found: Tensor, expected: Tensor) -> float:
     assert found.shape == expected.shape, f"{found.shape} instead of {expected.shape}"
     assert found.isfinite().all()
     return float((found - expected).abs().max())
+
+
+def max_levels(found: Any, expected: Any) -> int:
+    """How many of 256 levels two pictures differ by, at most, in any pixel."""
+    assert found.size == expected.size, f"{found.size} instead of {expected.size}"
+    levels = np.asarray(found, dtype=np.int16) - np.asarray(expected, dtype=np.int16)
+    return int(np.abs(levels).max())

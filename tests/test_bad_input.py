@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from crossdock.launch.engine import choose_device
 from crossdock.runtime.config import RunConfig
 from crossdock.runtime.errors import CheckpointError, ConfigError, LaunchError, RequestError, UserError
-from crossdock.runtime.plan import RunPlan, check_request, make_plan
+from crossdock.runtime.plan import RunPlan, make_plan
 from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.request_checks import check_request
 
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
 

@@ -29,6 +29,7 @@ from crossdock.runtime.improvement import RankObservation, improve
 from crossdock.runtime.pipeline import RankPipeline
 from crossdock.runtime.plan import RunPlan, make_plan
 from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.stage import Stage
 from crossdock.runtime.weights import HostPart
 from crossdock.runtime.worker import RankWorker
 from layouts import FAMILIES
@@ -137,12 +138,12 @@ def test_a_rank_without_a_component_evicts_for_it() -> None:
     case = build([Home.HOST] * 4, 1, resident=range(4))
     size = case.stream.blocks[0].layout.nbytes
     pipeline = object.__new__(RankPipeline)
-    pipeline._arena, pipeline._components = case.stream.arena, {}
+    pipeline._arena, pipeline._stage = case.stream.arena, Stage({}, torch.device("cpu"))
     pipeline._plan = cast(RunPlan, SimpleNamespace(turn_bytes={"vae": size + 1}))
     assert case.misses(range(4)) == 1
     assert case.misses(range(4)) == 0
     before = case.stream.counters.h2d_bytes
-    with pipeline.turn("vae"):
+    with pipeline.turn(("vae",)):
         pass
     case.check(range(4))
     lost = case.stream.counters.h2d_bytes - before
@@ -259,7 +260,7 @@ def test_the_next_request_is_right(where: str, error: type[BaseException], check
             handle.remove()
         again = worker.generate(REQUEST)
         assert torch.equal(_latents(again), expected)
-        assert again.image is not None
+        assert again.media
 
 
 # -- host memory ----------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ TORCH_ONLY = {"torch", "numpy", "crossdock"} | set(sys.stdlib_module_names)
 
 
 def _modules(room: str) -> list[Path]:
-    return sorted((ROOT / room).glob("*.py"))
+    return sorted((ROOT / room).rglob("*.py"))
 
 
 def _imports(path: Path) -> Iterator[str]:

@@ -23,7 +23,7 @@ from crossdock.parallel.tensor import (
     tensor_slices,
 )
 from crossdock.runtime.checkpoint import TensorReader, stored_tensors
-from crossdock.runtime.specs import SPECS
+from crossdock.runtime.families import SPECS
 
 MODELS = {"flux2-klein": Flux2Transformer2DModel, "z-image": ZImageTransformer2DModel}
 

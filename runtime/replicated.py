@@ -1,63 +1,41 @@
 """One text encoder per replica: the first rank runs it, the others get what it returned.
 
-The pipeline does not notice: it calls its text encoder on every rank, and the proxy that stands there answers with
-the same output everywhere. So no rank but the first holds its weights.
+The pipeline does not notice: it calls its own methods that encode (`encode_prompt`) on every rank, and they return the
+same everywhere. So no rank but the first holds the weights of the text encoders.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from crossdock.parallel.mesh import Mesh
 
 
-class ReplicatedTextEncoder(nn.Module):
-    """Stands in a pipeline for its text encoder.
+def replicated(
+    method: Callable[..., Any], device: torch.device, mesh: Mesh, turn: Callable[[], AbstractContextManager[None]]
+) -> Callable[..., Any]:
+    """`method` on the replica's first rank, its return value on all of them. Collective over the replica.
 
     Args:
-        encoder: the real one on the replica's first rank, None on the others.
-        device: where it runs, and where its output is put.
-        turn: the context in which it is on its device; entered on every rank.
+        device: where the other ranks put the tensors.
+        turn: the context in which it runs; entered on every rank.
     """
 
-    def __init__(
-        self,
-        encoder: nn.Module | None,
-        dtype: torch.dtype,
-        device: torch.device,
-        mesh: Mesh,
-        turn: Callable[[], AbstractContextManager[None]],
-    ) -> None:
-        super().__init__()
-        self.dtype = dtype
-        self.device = device
-        self.calls: list[tuple[float, float]] = []  # begin and end, seconds of time.perf_counter
-        self._held = [encoder]  # in a list: not a submodule, so that it is moved by nobody else
-        self._mesh = mesh
-        self._turn = turn
+    @functools.wraps(method)  # pipelines may look at the signature
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with turn():
+            value = method(*args, **kwargs) if mesh.rank == mesh.ranks["replica"][0] else None
+            return _broadcast(value, device, mesh)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
-        with self._turn():
-            output = self._encode(*args, **kwargs)
-        output = _broadcast(output, self.device, self._mesh)
-        self.calls.append((began, time.perf_counter()))
-        return output
-
-    def _encode(self, *args: Any, **kwargs: Any) -> Any:
-        encoder = self._held[0]
-        if encoder is None:
-            return None
-        with torch.no_grad():
-            return encoder(*args, **kwargs)
+    return call
 
 
 def _broadcast(value: Any, device: torch.device, mesh: Mesh) -> Any:

@@ -1,0 +1,113 @@
+"""A pipeline's denoise loop from outside: its steps, their times, and what its random numbers come from."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crossdock.runtime.resume import Snapshot
+
+
+@dataclass(frozen=True)
+class StepEnd:
+    """A step of the denoise loop has ended.
+
+    Attributes:
+        finished: how many steps of the request are done.
+        total: how many there are.
+        repeated: a resumed loop only ran this step to get to where it goes on; it was done before.
+        snapshot: takes one; to be called before the next step begins.
+    """
+
+    finished: int
+    total: int
+    repeated: bool
+    snapshot: Callable[[], Snapshot]
+
+
+@contextmanager
+def own_randomness(device: torch.device, seed: int) -> Iterator[tuple[torch.Generator, ...]]:
+    """The generators that a scheduler draws from, which pipelines do not tell of the request's own: the process's.
+
+    They are seeded inside, with a number that has nothing to do with the initial noise, and put back afterwards.
+    """
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        generators = (torch.default_generator, *(torch.cuda.default_generators[d.index or 0] for d in cuda))
+        for generator in generators:
+            generator.manual_seed(random.Random(seed).getrandbits(63))
+        yield generators
+
+
+class DenoiseLoop:
+    """The denoise loop as its callback sees it: resumes, counts, and takes the time of each step.
+
+    On CUDA the time is taken by device events, so that no step is made to wait for the device.
+
+    Attributes:
+        latents: as the last step left them; None before the first.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        generators: tuple[torch.Generator, ...],
+        on_step: Callable[[StepEnd], None],
+        resume: Snapshot | None,
+    ) -> None:
+        self._cuda = device.type == "cuda"
+        self._generators = generators
+        self._on_step = on_step
+        self._resume = resume
+        self._marks: list[Any] = []
+        self.latents: Tensor | None = None
+
+    @contextmanager
+    def watching(self, transformer: nn.Module) -> Iterator[None]:
+        """The first step begins with the transformer's first call."""
+        handle = transformer.register_forward_pre_hook(self._begin, prepend=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def tick(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        repeated = self._resume is not None and step == 0
+        if self._resume is not None and repeated:
+            latents = self._resume.restore(timestep, tensors["latents"], pipe.scheduler, self._generators)
+            tensors = {**tensors, "latents": latents}
+            self._marks.clear()
+        self.latents = tensors["latents"]
+        self._marks.append(self._now())
+        finished = step + (1 if self._resume is None else self._resume.step)
+
+        def snapshot() -> Snapshot:
+            return Snapshot.take(finished, timestep, tensors["latents"], pipe.scheduler, self._generators)
+
+        self._on_step(StepEnd(finished, len(pipe.scheduler.timesteps), repeated, snapshot))
+        return tensors
+
+    def step_ms(self) -> list[float]:
+        if self._cuda:
+            torch.cuda.synchronize()
+            return [before.elapsed_time(after) for before, after in pairwise(self._marks)]
+        return [(after - before) * 1e3 for before, after in pairwise(self._marks)]
+
+    def _begin(self, *_: Any) -> None:
+        if not self._marks:
+            self._marks.append(self._now())
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event

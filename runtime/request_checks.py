@@ -1,0 +1,31 @@
+"""Whether a model can do what a request asks for."""
+
+from __future__ import annotations
+
+from crossdock.runtime.errors import RequestError
+from crossdock.runtime.plan import RunPlan
+from crossdock.runtime.request import GenerateRequest
+
+
+def check_request(plan: RunPlan, request: GenerateRequest) -> None:
+    """
+    Raises:
+        RequestError: no pipeline, or not this one, can do what is asked for.
+    """
+    request.validate()
+    for name in ("height", "width"):
+        pixels, multiple = getattr(request, name), plan.pixel_multiple
+        if pixels % multiple:
+            below = max(pixels // multiple, 1) * multiple
+            raise RequestError(
+                f"{name}: found {pixels}; allowed for {plan.spec.family}: a multiple of {multiple}, such as {below}"
+            )
+    frames, multiple = request.frames, plan.frame_multiple
+    if frames is not None and plan.spec.fps is None:
+        raise RequestError(f"frames: found {frames}; {plan.spec.family} makes pictures: leave it out")
+    if frames is not None and (frames - 1) % multiple:
+        below = (frames - 1) // multiple * multiple + 1
+        raise RequestError(
+            f"frames: found {frames}; allowed for {plan.spec.family}: a multiple of {multiple}, and one more, "
+            f"such as {below}"
+        )

@@ -1,0 +1,24 @@
+"""How many pixels and frames one latent of a VAE stands for, by its config: every class says it in its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def latent_pixels(config: Mapping[str, Any]) -> int:
+    """Pixels along each side of a latent."""
+    for name in ("scale_factor_spatial", "spatial_compression_ratio"):
+        if config.get(name):
+            return int(config[name])
+    if "temperal_downsample" in config:
+        return 1 << len(config["temperal_downsample"])
+    return 1 << max(len(config.get("block_out_channels", ())) - 1, 0)
+
+
+def latent_frames(config: Mapping[str, Any]) -> int:
+    """Frames per latent after the first, which stands for one; 1 where there is no time."""
+    for name in ("scale_factor_temporal", "temporal_compression_ratio"):
+        if config.get(name):
+            return int(config[name])
+    return 1 << sum(map(bool, config.get("temperal_downsample", ())))
