@@ -8,7 +8,7 @@ CHECKPOINT := demo/flux2-klein
 DEMO_CONFIG ?= launch/configs/layerwise_ulysses2_ring2.yaml
 PROMPT ?= a lighthouse on a cliff above a stormy sea
 
-.PHONY: demo test test-gpu test-faults bench bench-gpu lint typecheck clean
+.PHONY: demo test test-all test-gpu test-faults bench bench-gpu lint typecheck clean
 
 .venv/.installed: pyproject.toml .ci/constraints.txt .ci/oracles.txt
 	$(PYTHON) -m venv .venv
@@ -27,6 +27,10 @@ demo: .venv/.installed $(CHECKPOINT)
 
 test: .venv/.installed
 	$(BIN)/python -m pytest
+
+# The whole matrix: every family in every layout.
+test-all: .venv/.installed
+	CROSSDOCK_ALL=1 $(BIN)/python -m pytest
 
 # The tree of links makes `import crossdock` work without an installation, for mypy and for a GPU machine's own python.
 .typecheck/crossdock:

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from crossdock.parallel.regions import SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, LinearStyle, TensorPlan
+
+
+@dataclass(frozen=True)
+class Published:
+    """A checkpoint of a family that can be downloaded.
+
+    Attributes:
+        name: as its publisher calls it.
+        parameters: of the transformer, as published; tensors in the checkpoint that are no parameters count as well.
+        config: of the transformer: what differs from the class's defaults.
+    """
+
+    name: str
+    parameters: float
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -25,6 +42,7 @@ class ModelSpec:
         decoders: the components that make pictures of latents. The first one that runs ends the denoise loop.
         patch: latents along each side of a token.
         fps: frames per second of the videos that it makes; None: it makes pictures.
+        published: its checkpoints.
     """
 
     family: str
@@ -39,6 +57,7 @@ class ModelSpec:
     decoders: tuple[str, ...] = ("vae",)
     patch: int = 2
     fps: int | None = None
+    published: tuple[Published, ...] = ()
 
 
 def attention_plan(attention: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> dict[str, LinearStyle]:

@@ -40,6 +40,19 @@ def checkpoints(flux2_dir: Path, z_image_dir: Path) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Callable[[str], Path]:
+    """Recipe -> its tiny checkpoint, made when it is first asked for; read it, do not change it."""
+    made = dict(checkpoints)
+
+    def checkpoint_of(recipe: str) -> Path:
+        if recipe not in made:
+            made[recipe] = _checkpoint(tmp_path_factory, recipe)
+        return made[recipe]
+
+    return checkpoint_of
+
+
+@pytest.fixture(scope="session")
 def gang_of() -> Iterator[Callable[[int], Gang]]:
     """World size -> a running gang of Ray actors, started on first use and shared by all tests."""
     ray = pytest.importorskip("ray", reason="ray is not installed: the torchrun tests cover the same layouts")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +66,29 @@ COMBINED: dict[str, dict[str, Any]] = {
 """HSDP on the ranks of a sequence group, TP inside of both: every mechanism at once. For use with PARTLY_RESIDENT."""
 PARTLY_RESIDENT: dict[str, Any] = {"layerwise": True, "prefetch": 2, "device_budget": "4MiB"}
 FAMILIES = ("flux2-klein", "z-image")
+"""On these, every mechanism is tested; `ROWS` has all of them."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A family's row of the matrix.
+
+    Attributes:
+        recipe: of its tiny checkpoint.
+        sizes: height and width in pixels; one has a token count that divides by the ranks, one that does not.
+        frames: of a video.
+        quick: the layouts that the test command runs; `make test-all` runs all.
+        refused: layout -> what the message says, where the model cannot do it.
+    """
+
+    recipe: str
+    sizes: tuple[tuple[int, int], ...] = ((256, 256), (208, 176))
+    frames: int | None = None
+    quick: tuple[str, ...] = ("layerwise_tp2", "layerwise_hsdp", "layerwise_ulysses2_ring2")
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+
+ROWS = (
+    Row("flux2-klein", quick=tuple(layout.name for layout in LAYOUTS)),
+    Row("z-image", quick=tuple(layout.name for layout in LAYOUTS)),
+)

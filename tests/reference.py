@@ -83,7 +83,14 @@ def max_error(found: Tensor, expected: Tensor) -> float:
 
 
 def max_levels(found: Any, expected: Any) -> int:
-    """How many of 256 levels two pictures differ by, at most, in any pixel."""
-    assert found.size == expected.size, f"{found.size} instead of {expected.size}"
-    levels = np.asarray(found, dtype=np.int16) - np.asarray(expected, dtype=np.int16)
-    return int(np.abs(levels).max())
+    """How many of 256 levels two pictures or videos differ by, at most, in any pixel."""
+    ours, theirs = _levels(found), _levels(expected)
+    assert ours.shape == theirs.shape, f"{ours.shape} instead of {theirs.shape}"
+    return int(np.abs(ours - theirs).max())
+
+
+def _levels(media: Any) -> Any:
+    """A picture, or the frames of a video, as integers from 0 to 255."""
+    if isinstance(media, np.ndarray):  # as diffusers returns videos: float, 0..1
+        media = (media * 255).round()
+    return np.asarray(getattr(media, "frames", media)).astype(np.int16)

@@ -6,7 +6,7 @@ from typing import Any
 
 from crossdock.parallel.regions import SequenceRegion
 from crossdock.parallel.tensor import ROW, LinearStyle, TensorPlan
-from crossdock.runtime.specs import SWIGLU, ModelSpec, attention_plan
+from crossdock.runtime.specs import SWIGLU, ModelSpec, Published, attention_plan
 from crossdock.runtime.tiny_parts import (
     HEAD_DIM,
     HEADS,
@@ -48,6 +48,30 @@ SPEC = ModelSpec(
             within="",
             leave="proj_out",
             gathers="hidden_states",
+        ),
+    ),
+    published=(
+        Published(
+            "FLUX.2-klein-4B",
+            3.876e9,
+            {
+                "num_layers": 5,
+                "num_single_layers": 20,
+                "num_attention_heads": 24,
+                "joint_attention_dim": 7680,
+                "guidance_embeds": False,
+            },
+        ),
+        Published(
+            "FLUX.2-klein-9B",
+            9.079e9,
+            {
+                "num_layers": 8,
+                "num_single_layers": 24,
+                "num_attention_heads": 32,
+                "joint_attention_dim": 12288,
+                "guidance_embeds": False,
+            },
         ),
     ),
 )

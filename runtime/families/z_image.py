@@ -6,7 +6,7 @@ from typing import Any
 
 from crossdock.parallel.regions import SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
-from crossdock.runtime.specs import ModelSpec, attention_plan
+from crossdock.runtime.specs import ModelSpec, Published, attention_plan
 from crossdock.runtime.tiny_parts import (
     HEADS,
     HIDDEN,
@@ -53,6 +53,7 @@ SPEC = ModelSpec(
         heads=tuple(f"{stack}.*.attention" for stack in STACKS),
     ),
     regions=tuple(_region(stack) for stack in STACKS),
+    published=(Published("Z-Image-Turbo", 6.155e9, {"axes_lens": [1536, 512, 512]}),),
 )
 
 
