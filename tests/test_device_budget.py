@@ -55,7 +55,7 @@ def _minimum(directory: Path) -> int:
 def _device_bytes(worker: RankWorker) -> int:
     """Distinct storages behind the transformer, the text encoder and the VAE: all that can be used on the device."""
     pipe = worker.pipeline.pipe
-    modules = [worker.model, pipe.vae, pipe.text_encoder._held[0]]
+    modules = [worker.model, pipe.vae, pipe.text_encoder]
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
@@ -77,7 +77,7 @@ def test_ten_budgets(family: str, checkpoints: Checkpoints) -> None:
             latents = worker.generate(REQUEST).latents
             again = worker.generate(REQUEST)
             held = _device_bytes(worker)
-            encoder_bytes = sum(p.nbytes for p in worker.pipeline.pipe.text_encoder._held[0].parameters())
+            encoder_bytes = sum(p.nbytes for p in worker.pipeline.pipe.text_encoder.parameters())
         assert latents is not None
         first = latents if first is None else first
         assert torch.equal(latents, first)
@@ -241,7 +241,7 @@ def test_the_next_request_is_right(where: str, error: type[BaseException], check
         expected = _latents(worker.generate(REQUEST))
         pipe = worker.pipeline.pipe
         victim = {
-            "encoder": pipe.text_encoder._held[0].model.layers[2].mlp,
+            "encoder": pipe.text_encoder.model.layers[2].mlp,
             "first block": worker.model.transformer_blocks[0],
             "in a block": worker.model.single_transformer_blocks[2].attn,
             "vae": pipe.vae.decoder.mid_block,
