@@ -45,6 +45,7 @@ class ModelSpec:
         patch: latents along each side of a token.
         fps: frames per second of the videos that it makes; None: it makes pictures.
         published: its checkpoints.
+        refused: shipped config -> why this family cannot run in it, where that does not follow from the rest.
     """
 
     family: str
@@ -61,6 +62,7 @@ class ModelSpec:
     patch: int = 2
     fps: int | None = None
     published: tuple[Published, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 def attention_plan(attention: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> dict[str, LinearStyle]:
