@@ -43,12 +43,15 @@ class Reference:
 @cache
 def reference(
     directory: Path,
-    prompt: str = PROMPT,
+    prompt: str | tuple[str, ...] = PROMPT,
     size: tuple[int, int] = EVEN_SIZE,
     seed: int = 0,
     steps: int = 4,
     frames: int | None = None,
 ) -> Reference:
+    """Of several prompts, one batch; number i is drawn with `seed + i`."""
+    several = isinstance(prompt, tuple)
+    generators = [torch.Generator("cpu").manual_seed(seed + n) for n in range(len(prompt) if several else 1)]
     found: list[Tensor] = []
 
     def keep(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -56,11 +59,11 @@ def reference(
         return tensors
 
     output = _pipeline(directory)(
-        prompt=prompt,
+        prompt=list(prompt) if several else prompt,
         height=size[0],
         width=size[1],
         num_inference_steps=steps,
-        generator=torch.Generator("cpu").manual_seed(seed),
+        generator=generators if several else generators[0],
         output_type="pil" if frames is None else "np",
         return_dict=False,
         callback_on_step_end=keep,
