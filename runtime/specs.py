@@ -104,7 +104,7 @@ Z_IMAGE = ModelSpec(
             )
         },
         head_count="n_heads",
-        heads=tuple(f"{stack}.*.attention" for stack in Z_IMAGE_STACKS),
+        heads={f"{stack}.*.attention": ("heads",) for stack in Z_IMAGE_STACKS},
     ),
     regions=tuple(_z_image_region(stack) for stack in Z_IMAGE_STACKS),
     vae_input="scale_and_shift",
