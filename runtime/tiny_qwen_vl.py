@@ -41,7 +41,7 @@ def qwen_vl_tokenizer(*known: str) -> Any:
     words = {word for text in texts for word, _ in byte_level.pre_tokenize_str(text)}
     merges: dict[tuple[str, str], None] = {}
     for word in sorted(words, key=lambda word: (word[0] != "Ġ", word)):  # within a sentence, words begin with a space
-        start, *others = word
+        start, others = word[0], word[1:]
         for letter in others:
             merges[start, letter] = None
             start += letter

@@ -57,6 +57,7 @@ def _components() -> dict[str, Any]:
     from diffusers.pipelines.longcat_image.system_messages import SYSTEM_PROMPT_EN
 
     tokenizer = qwen_vl_tokenizer(SYSTEM_PROMPT_EN)
+    tokenizer.model_max_length = 4096
     return {
         "scheduler": flow_scheduler(shift=3.0, dynamic_shifting=True),
         "tokenizer": tokenizer,
