@@ -156,8 +156,9 @@ class RankPipeline:
         output = None
         with own_randomness(self._device, seeds[0]) as generators, late, self._stage:
             loop = DenoiseLoop(self._device, (*drawn, *generators), on_step, resume)
-            with loop.watching(self.pipe.transformer), suppress(_NotDecodedHereError):
-                output = self.pipe(**self._arguments(prompts, drawn, request), callback_on_step_end=loop.tick)
+            arguments = self._arguments(prompts, drawn, request)
+            with loop.watching(self.pipe.transformer), loop.told_by(self.pipe) as tells, suppress(_NotDecodedHereError):
+                output = self.pipe(**arguments, **tells)
         assert loop.latents is not None
         encodes = tuple(Span("encode", *call) for call in self._encodes)
         encode_s = sum(span.end_s - span.begin_s for span in encodes)

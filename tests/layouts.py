@@ -90,6 +90,10 @@ class Row:
 
 
 ROWS = (
+    Row("flux1", quick=("layerwise_tp2", "layerwise_ulysses2_ring2")),
+    Row("flux2", quick=("tp2", "layerwise_hsdp")),
     Row("flux2-klein", quick=tuple(layout.name for layout in LAYOUTS)),
+    Row("longcat-image", quick=("layerwise_tp2", "layerwise_ulysses2_ring2")),
+    Row("ovis-image", quick=("layerwise_tp2", "ulysses4")),
     Row("z-image", quick=tuple(layout.name for layout in LAYOUTS)),
 )
