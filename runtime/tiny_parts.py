@@ -16,7 +16,7 @@ LATENT_CHANNELS = 6
 TEXT_HIDDEN = 72
 
 VAE_CHANNELS = (12, 24, 24, 36)
-_CHAT_TEMPLATE = """\
+CHAT_TEMPLATE = """\
 {%- for message in messages %}<|im_start|>{{ message.role }}
 {{ message.content }}<|im_end|>
 {% endfor %}
@@ -27,8 +27,8 @@ _CHAT_TEMPLATE = """\
 
 {% endif %}
 {%- endif %}"""
-_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
-_TOKENIZER_TEXTS = (
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+TOKENIZER_TEXTS = (
     "a red fox in the snow, a small boat on a lake at night, a green house by the sea",
     "the quick brown fox jumps over the lazy dog while the harbour crane lifts a blue container",
     "a photo of a cat that holds a sign with the words hello world, studio light, high detail",
@@ -64,15 +64,15 @@ def qwen_tokenizer() -> Any:
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=list(_SPECIAL_TOKENS),
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator(_TOKENIZER_TEXTS, trainer)
+    bpe.train_from_iterator(TOKENIZER_TEXTS, trainer)
     tokenizer = Qwen2TokenizerFast(
-        tokenizer_object=bpe, additional_special_tokens=list(_SPECIAL_TOKENS[1:3]), model_max_length=1024
+        tokenizer_object=bpe, additional_special_tokens=list(SPECIAL_TOKENS[1:3]), model_max_length=1024
     )
-    tokenizer.chat_template = _CHAT_TEMPLATE
+    tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
