@@ -25,9 +25,19 @@ SIZE_LIMIT_BYTES = 20_000_000
 STACKS = {
     "flux2-klein": {"transformer_blocks": 3, "single_transformer_blocks": 5},
     "z-image": {"noise_refiner": 2, "context_refiner": 2, "layers": 5},
+    "wan2.1": {"blocks": 5},
+    "wan2.2-ti2v-5b": {"blocks": 5},
+    "wan2.2-a14b": {"blocks": 5},
     "qwen-image": {"transformer_blocks": 5},
     "qwen-image-2.1": {"transformer_blocks": 6},
     "krea2": {"text_fusion.layerwise_blocks": 2, "text_fusion.refiner_blocks": 2, "transformer_blocks": 5},
+}
+WAN = {
+    "_class_name": "WanPipeline",
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
 }
 CLASSES = {
     "flux2-klein": {
@@ -44,6 +54,9 @@ CLASSES = {
         "text_encoder": ["transformers", "Qwen3Model"],
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     },
+    "wan2.1": {**WAN, "transformer_2": [None, None], "boundary_ratio": None, "expand_timesteps": False},
+    "wan2.2-ti2v-5b": {**WAN, "transformer_2": [None, None], "boundary_ratio": None, "expand_timesteps": True},
+    "wan2.2-a14b": {**WAN, "transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875},
     "qwen-image": {
         "_class_name": "QwenImagePipeline",
         "transformer": ["diffusers", "QwenImageTransformer2DModel"],
