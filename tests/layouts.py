@@ -89,6 +89,7 @@ class Row:
 
 
 ROWS = (
+    Row("flux1", quick=("layerwise_tp2", "layerwise_ulysses2_ring2")),
     Row("flux2-klein", quick=tuple(layout.name for layout in LAYOUTS)),
     Row("z-image", quick=tuple(layout.name for layout in LAYOUTS)),
 )
