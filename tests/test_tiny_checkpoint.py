@@ -31,6 +31,7 @@ STACKS = {
     "wan2.2-a14b": {"blocks": 5},
     "qwen-image": {"transformer_blocks": 5},
     "qwen-image-2.1": {"transformer_blocks": 6},
+    "sd3.5": {"transformer_blocks": 5},
     "krea2": {"text_fusion.layerwise_blocks": 2, "text_fusion.refiner_blocks": 2, "transformer_blocks": 5},
 }
 WAN = {
@@ -80,6 +81,15 @@ CLASSES = {
         "transformer": ["diffusers", "QwenImage21Transformer2DModel"],
         "vae": ["diffusers", "AutoencoderKLQwenImage21"],
         "text_encoder": ["transformers", "Qwen3VLForConditionalGeneration"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    },
+    "sd3.5": {
+        "_class_name": "StableDiffusion3Pipeline",
+        "transformer": ["diffusers", "SD3Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_3": ["transformers", "T5EncoderModel"],
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     },
     "krea2": {

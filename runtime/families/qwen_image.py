@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from crossdock.parallel.regions import SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
 from crossdock.runtime.specs import ModelSpec, Published, attention_plan
 from crossdock.runtime.tiny_parts import (
