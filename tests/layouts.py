@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ class Layout:
         known = {
             "ranks": config.world_size > 1,
             "dp": parallel.dp_degree > 1,
+            "cfg": parallel.cfg_degree > 1,
             "ulysses": parallel.ulysses_degree > 1,
             "ring": parallel.ring_degree > 1,
             "tp": parallel.tp_degree > 1,
@@ -56,6 +56,9 @@ LAYOUTS = (
     Layout("ring4"),
     Layout("ulysses2_ring2"),
     Layout("layerwise_ulysses2_ring2", through_torchrun=True),
+    Layout("layerwise_cfg2"),
+    Layout("layerwise_tp2_ulysses2"),
+    Layout("layerwise_hsdp_ulysses2"),
 )
 COMBINED: dict[str, dict[str, Any]] = {
     "hsdp2_ulysses2_tp2": {"parallel": {"ulysses_degree": 2, "tp_degree": 2, "hsdp": {"shard": 2}}},
@@ -78,14 +81,12 @@ class Row:
         sizes: height and width in pixels; one has a token count that divides by the ranks, one that does not.
         frames: of a video.
         quick: the layouts that the test command runs; `make test-all` runs all.
-        refused: layout -> what the message says, where the model cannot do it.
     """
 
     recipe: str
     sizes: tuple[tuple[int, int], ...] = ((256, 256), (208, 176))
     frames: int | None = None
     quick: tuple[str, ...] = ("layerwise_tp2", "layerwise_hsdp", "layerwise_ulysses2_ring2")
-    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 ROWS = (
