@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from crossdock.offload.arena import Arena
 from crossdock.offload.copy_engine import CopyEngine
+from crossdock.parallel.guidance import GuidanceParallelism
 from crossdock.parallel.mesh import Mesh
 from crossdock.runtime.components import Component, place_component
 from crossdock.runtime.denoise_loop import DenoiseLoop, StepEnd, own_randomness
@@ -81,6 +82,8 @@ class RankPipeline:
         self._encodes: list[tuple[float, float]] = []  # begin and end, seconds of time.perf_counter
         self._on_decode: Callable[[], bool] = lambda: False
         self._hook(mesh, first)
+        if (group := mesh.groups["cfg"]) is not None and plan.spec.branches is not None:
+            self.pipe.transformer = GuidanceParallelism(group).over(transformer, plan.spec.branches)
         self.pipe.set_progress_bar_config(disable=True)
 
     def _hook(self, mesh: Mesh, first: bool) -> None:

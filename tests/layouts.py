@@ -34,6 +34,7 @@ class Layout:
         known = {
             "ranks": config.world_size > 1,
             "dp": parallel.dp_degree > 1,
+            "cfg": parallel.cfg_degree > 1,
             "ulysses": parallel.ulysses_degree > 1,
             "ring": parallel.ring_degree > 1,
             "tp": parallel.tp_degree > 1,
@@ -56,6 +57,9 @@ LAYOUTS = (
     Layout("ring4"),
     Layout("ulysses2_ring2"),
     Layout("layerwise_ulysses2_ring2", through_torchrun=True),
+    Layout("layerwise_cfg2"),
+    Layout("layerwise_tp2_ulysses2"),
+    Layout("layerwise_hsdp_ulysses2"),
 )
 COMBINED: dict[str, dict[str, Any]] = {
     "hsdp2_ulysses2_tp2": {"parallel": {"ulysses_degree": 2, "tp_degree": 2, "hsdp": {"shard": 2}}},
