@@ -27,7 +27,7 @@ from crossdock.parallel.group import Group, GroupRecord, exchange
 from crossdock.parallel.hsdp import all_gather_bytes
 from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.regions import Attend, SequenceParallelism
-from crossdock.parallel.tensor import RowParallelLinear, TensorParallelism
+from crossdock.parallel.tensor import EXCHANGING, TensorParallelism
 from crossdock.parallel.xfuser_attention import XFuserAttention
 from crossdock.runtime.arrival import rehearse
 from crossdock.runtime.attention import AttentionBinding
@@ -138,7 +138,7 @@ class RankWorker:
         self.stream.attach()
         self.model.register_forward_pre_hook(lambda *_: self._begin_forward())
         for module in self.model.modules():
-            if isinstance(module, RowParallelLinear):
+            if isinstance(module, EXCHANGING):
                 module.register_forward_hook(lambda *_: self.stream.link_used())
         self.pipeline = RankPipeline(plan, self.mesh, self.model, self.device, self.engine, self.arena)
         self.verdict = "assumed costs: nothing was measured yet"

@@ -10,16 +10,19 @@ import pytest
 import torch
 from diffusers import Flux2Transformer2DModel, ZImageTransformer2DModel
 from safetensors.torch import load_file
+from thread_ranks import as_group, groups_of, run_threads
 from torch import Tensor, nn
 
 from crossdock.parallel.tensor import (
     COLUMN,
     ROW,
     LinearStyle,
+    ParallelRMSNorm,
     RowParallelLinear,
     TensorParallelism,
     TensorPlan,
     TensorSlice,
+    matching_modules,
     tensor_slices,
 )
 from crossdock.runtime.checkpoint import TensorReader, stored_tensors
@@ -118,6 +121,185 @@ def test_what_does_not_divide_is_named() -> None:
         tensor_slices(model, TensorPlan(linears={"left": COLUMN}, head_count="heads"), 0, 2)
     with pytest.raises(ValueError, match="do not split in the proportions"):
         tensor_slices(model, TensorPlan({"up": LinearStyle("column", (3, 1))}, "heads"), 0, 2)
+
+
+class Gated(nn.Module):
+    """What sits between column- and row-parallel linears in the field's models, all at once.
+
+    A norm over all heads, a table per head that comes from outside, a gate and a scale per head, fewer key heads than
+    heads, and an output projection of attention and MLP side by side.
+    """
+
+    def __init__(self, heads: int, kv_heads: int, width: int, hidden: int, affine: bool = True) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = heads, kv_heads
+        inner, kv_inner = heads * width, kv_heads * width
+        self.to_q, self.to_k = nn.Linear(24, inner), nn.Linear(24, kv_inner)
+        self.norm_q, self.norm_k = nn.RMSNorm(inner, 1e-6, affine), nn.RMSNorm(kv_inner, 1e-6, affine)
+        self.to_gate, self.scale = nn.Linear(24, heads), nn.Parameter(torch.randn(heads))
+        self.mlp, self.out = nn.Linear(24, 2 * hidden), nn.Linear(inner + hidden, 24)
+
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """x `[batch, tokens, 24]`, tables `[batch, heads, tokens, width]` and `[batch, tokens, heads * width]`."""
+        q = (self.norm_q(self.to_q(x)) * tables[1]).unflatten(-1, (self.num_heads, -1)) * tables[0].transpose(1, 2)
+        k = self.norm_k(self.to_k(x)).unflatten(-1, (self.num_kv_heads, -1))
+        k = k.repeat_interleave(self.num_heads // self.num_kv_heads, 2) * self.scale[:, None]
+        attention = (q + k.cumsum(1)) * torch.sigmoid(self.to_gate(x)).unsqueeze(-1)
+        value, gate = self.mlp(x).chunk(2, -1)
+        return self.out(torch.cat([attention.flatten(2), value * torch.nn.functional.silu(gate)], -1))  # type: ignore[no-any-return]
+
+
+class Caller(nn.Module):
+    """Gives the block what it is made for: one table counts heads, the other features."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, by_head: Tensor, by_feature: Tensor) -> Tensor:
+        return self.block(x, (by_head, by_feature))  # type: ignore[no-any-return]
+
+
+def gated_plan(hidden: int, inner: int) -> TensorPlan:
+    return TensorPlan(
+        linears={
+            "block.to_q": COLUMN,
+            "block.to_k": COLUMN,
+            "block.to_gate": COLUMN,
+            "block.to_absent?": COLUMN,
+            "block.mlp": LinearStyle("column", (1, 1)),
+            "block.out": LinearStyle("row", (inner, hidden)),
+        },
+        head_count="heads",
+        heads={"block": ("num_heads", "num_kv_heads")},
+        norms=("block.norm_q", "block.norm_k"),
+        vectors=("block.scale",),
+        inputs={"": {"by_head": 1, "by_feature": -1}},
+    )
+
+
+def fill(local: nn.Module, whole: nn.Module, handle: TensorParallelism) -> None:
+    """What the weight loader does: a rank's part of every tensor of the whole model."""
+    weights = dict(whole.named_parameters())
+    for fqn in [name for name, parameter in local.named_parameters() if parameter.is_meta]:
+        path, _, leaf = fqn.rpartition(".")
+        value = _take(handle.slices[fqn], weights[fqn]) if fqn in handle.slices else weights[fqn]
+        local.get_submodule(path)._parameters[leaf] = nn.Parameter(value)
+
+
+@pytest.mark.parametrize(
+    ("degree", "heads", "kv_heads", "hidden", "affine"),
+    [(2, 4, 2, 12, True), (3, 6, 6, 30, True), (2, 6, 2, 8, False), (4, 8, 4, 20, True)],
+)
+def test_what_spans_all_heads(degree: int, heads: int, kv_heads: int, hidden: int, affine: bool) -> None:
+    """Against the whole block, in float64; the proportions of the output projection have no common unit but 2."""
+    torch.manual_seed(0)
+    whole = Caller(Gated(heads, kv_heads, 6, hidden, affine)).double()
+    for parameter in whole.parameters():
+        nn.init.normal_(parameter)
+    x, by_head = torch.randn(2, 5, 24).double(), torch.randn(2, heads, 5, 6).double()
+    by_feature = torch.randn(2, 5, heads * 6).double()
+    meeting, groups = groups_of(degree)
+
+    def work(rank: int) -> Tensor:
+        local = copy.deepcopy(whole)
+        handle = TensorParallelism.apply(local, gated_plan(hidden, heads * 6), rank, degree, as_group(groups[rank]))
+        fill(local, whole, handle)
+        return local(x, by_head, by_feature)  # type: ignore[no-any-return]
+
+    expected = whole(x, by_head, by_feature)
+    for found in run_threads([meeting], work, degree):
+        assert (found - expected).abs().max() < 1e-12 * expected.abs().max()
+
+
+def test_what_spans_all_heads_is_put_back() -> None:
+    whole = Caller(Gated(4, 2, 6, 12))
+    before, parts = copy.deepcopy(whole.state_dict()), {name: id(m) for name, m in whole.named_modules()}
+    handle = TensorParallelism.apply(whole, gated_plan(12, 24), 0, 2, group=None)
+    assert whole.get_parameter("block.norm_q.weight").shape == (12,)
+    assert whole.get_parameter("block.scale").shape == (2,)
+    assert (whole.block.num_heads, whole.block.num_kv_heads) == (2, 1)
+    handle.remove()
+    assert {name: id(m) for name, m in whole.named_modules()} == parts
+    assert (whole.block.num_heads, whole.block.num_kv_heads) == (4, 2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in whole.state_dict().items())
+    x = torch.randn(1, 3, 24)
+    assert whole(x, torch.randn(1, 4, 3, 6), torch.randn(1, 3, 24)).shape == x.shape  # inputs are whole again
+
+
+def test_a_plan_that_does_not_fit_leaves_the_model_alone() -> None:
+    whole = Caller(Gated(4, 2, 6, 12))
+    parts = {name: id(m) for name, m in whole.named_modules()}
+    plan = TensorPlan({"block.to_q": COLUMN}, "heads", inputs={"": {"nonsense": 1}})
+    with pytest.raises(ValueError, match=r"Caller\.forward has no argument 'nonsense'"):
+        TensorParallelism.apply(whole, plan, 0, 2, group=None)
+    assert {name: id(m) for name, m in whole.named_modules()} == parts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("eps", [1e-6, None])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_norm_on_one_rank_is_torchs(dtype: torch.dtype, eps: float | None, affine: bool) -> None:
+    """Bit for bit: the sum is made in fp32 and rounded once, at the end."""
+    torch.manual_seed(0)
+    norm, alone = nn.RMSNorm(96, eps, affine).to(dtype), ParallelRMSNorm(96, eps, affine).to(dtype)
+    if affine:
+        nn.init.normal_(norm.weight)
+        alone.load_state_dict(norm.state_dict())
+    x = 3 * torch.randn(4, 7, 96).to(dtype)
+    assert torch.equal(alone(x), norm(x))
+
+
+@pytest.mark.parametrize("degree", [2, 3])
+def test_a_norm_in_bfloat16_is_as_exact_as_torchs(degree: int) -> None:
+    torch.manual_seed(0)
+    norm = nn.RMSNorm(96, 1e-6).bfloat16()
+    nn.init.normal_(norm.weight)
+    x = 3 * torch.randn(4, 7, 96).bfloat16()
+    meeting, groups = groups_of(degree)
+
+    def work(rank: int) -> Tensor:
+        local = ParallelRMSNorm(96 // degree, 1e-6).bfloat16()
+        local.group, local.degree = as_group(groups[rank]), degree
+        local.weight = nn.Parameter(norm.weight.chunk(degree)[rank])
+        return local(x.chunk(degree, -1)[rank])
+
+    found, exact = torch.cat(run_threads([meeting], work, degree), -1), norm.double()(x.double())
+    assert (found.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+    assert (found != norm.bfloat16()(x)).float().mean() < 0.01  # of the values, the last bit of a few
+
+
+def test_heads_that_do_not_divide_are_named() -> None:
+    """Two key heads of six features divide by 4 as features, but not as heads."""
+    model, plan = Caller(Gated(8, 2, 6, 12)), gated_plan(12, 48)
+    with pytest.raises(ValueError, match="block: 2 num_kv_heads do not divide by tp_degree 4"):
+        tensor_slices(model, plan, 0, 4)
+    model.block.norm_k = nn.LayerNorm(12)
+    with pytest.raises(ValueError, match=r"block\.norm_k: LayerNorm is not an RMSNorm"):
+        tensor_slices(model, plan, 0, 2)
+
+
+def test_only_an_optional_pattern_may_match_nothing() -> None:
+    model = nn.ModuleDict({"up": nn.Linear(4, 6)})
+    assert matching_modules(model, "up?") == ["up"]
+    assert matching_modules(model, "u?") == []
+    with pytest.raises(ValueError, match="no module of ModuleDict matches 'u'"):
+        matching_modules(model, "u")
+    with pytest.raises(ValueError, match=r"no parameter of ModuleDict matches 'up\.scale'"):
+        tensor_slices(model, TensorPlan({}, "heads", vectors=("up.scale",)), 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("parts", "features", "expected"),
+    [((1, 4), 20, [(2, 4), (12, 20)]), ((3, 8), 44, [(6, 12), (28, 44)]), ((6, 10), 16, [(3, 6), (11, 16)])],
+)
+def test_proportions_need_no_common_unit(
+    parts: tuple[int, ...], features: int, expected: list[tuple[int, int]]
+) -> None:
+    """Row-parallel, the second of two ranks: of each part the second half."""
+    model = nn.ModuleDict({"down": nn.Linear(features, 4)})
+    part = tensor_slices(model, TensorPlan({"down": LinearStyle("row", parts)}, "heads"), 1, 2)["down.weight"]
+    assert (part.dim, list(part.ranges), part.full_size) == (1, expected, features)
 
 
 @pytest.mark.parametrize(("family", "degree"), DEGREES)

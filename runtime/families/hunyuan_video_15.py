@@ -28,7 +28,7 @@ SPEC = ModelSpec(
             "transformer_blocks.*.ff_context.net.2": ROW,
         },
         head_count="num_attention_heads",
-        heads=("transformer_blocks.*.attn",),
+        heads={"transformer_blocks.*.attn": ("heads",)},
     ),
     regions=(
         SequenceRegion(
@@ -38,6 +38,7 @@ SPEC = ModelSpec(
             gathers="hidden_states",
         ),
     ),
+    branches="calls",
     encoders=("text_encoder", "text_encoder_2"),
     patch=1,
     fps=24,
@@ -81,6 +82,8 @@ def _text_encoder(vocab_size: int) -> Any:
     return Qwen2_5_VLTextModel(
         Qwen2_5_VLTextConfig(
             vocab_size=vocab_size,
+            bos_token_id=None,
+            eos_token_id=None,
             hidden_size=TEXT_HIDDEN,
             intermediate_size=120,
             num_hidden_layers=4,  # what the last but two gives is read

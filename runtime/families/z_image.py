@@ -50,7 +50,7 @@ SPEC = ModelSpec(
             )
         },
         head_count="n_heads",
-        heads=tuple(f"{stack}.*.attention" for stack in STACKS),
+        heads={f"{stack}.*.attention": ("heads",) for stack in STACKS},
     ),
     regions=tuple(_region(stack) for stack in STACKS),
     branches="batch",

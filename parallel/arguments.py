@@ -1,0 +1,59 @@
+"""What a module is called with, changed on the way in."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+class Arguments:
+    """What a module is called with, by name, however it was passed."""
+
+    def __init__(self, places: Mapping[str, int], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._places = places
+        self.args, self.kwargs = list(args), dict(kwargs)
+
+    def get(self, name: str) -> Any:
+        """None where it was not passed."""
+        place = self._places[name]
+        return self.args[place] if place < len(self.args) else self.kwargs.get(name)
+
+    def change(self, name: str, act: Callable[[Any], Any]) -> None:
+        """What was passed becomes what `act` makes of it; what was not passed stays the default."""
+        place = self._places[name]
+        if place < len(self.args):
+            self.args[place] = act(self.args[place])
+        elif name in self.kwargs:
+            self.kwargs[name] = act(self.kwargs[name])
+
+
+def hook_arguments(module: nn.Module, names: tuple[str, ...], act: Callable[[Arguments], None]) -> RemovableHandle:
+    """Have `act` look at, and change, the arguments `names` whenever `module` is called.
+
+    Raises:
+        ValueError: the module's forward does not have them all.
+    """
+    parameters = list(inspect.signature(module.forward).parameters)
+    if missing := [name for name in names if name not in parameters]:
+        raise ValueError(f"{type(module).__name__}.forward has no argument {missing[0]!r}")
+    places = {name: parameters.index(name) for name in names}
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        arguments = Arguments(places, args, kwargs)
+        act(arguments)
+        return tuple(arguments.args), arguments.kwargs
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def map_tensors(act: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`act` on a tensor, or on every tensor of a tuple; whatever else it is stays."""
+    if isinstance(value, Tensor):
+        return act(value)
+    if isinstance(value, tuple | list):
+        return type(value)(map_tensors(act, element) for element in value)
+    return value
