@@ -156,8 +156,9 @@ class RankPipeline:
         output = None
         with own_randomness(self._device, seed) as generators, late, self._stage:
             loop = DenoiseLoop(self._device, (generator, *generators), on_step, resume)
-            with loop.watching(self.pipe.transformer), suppress(_NotDecodedHereError):
-                output = self.pipe(**self._arguments(prompt, generator, request), callback_on_step_end=loop.tick)
+            arguments = self._arguments(prompt, generator, request)
+            with loop.watching(self.pipe.transformer), loop.told_by(self.pipe) as tells, suppress(_NotDecodedHereError):
+                output = self.pipe(**arguments, **tells)
         assert loop.latents is not None
         encodes = tuple(Span("encode", *call) for call in self._encodes)
         encode_s = sum(span.end_s - span.begin_s for span in encodes)
