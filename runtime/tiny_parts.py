@@ -76,7 +76,7 @@ def qwen_tokenizer() -> Any:
     return tokenizer
 
 
-def kl_vae() -> Any:
+def kl_vae(latent_channels: int = LATENT_CHANNELS) -> Any:
     from diffusers import AutoencoderKL
 
     levels = len(VAE_CHANNELS)
@@ -85,7 +85,7 @@ def kl_vae() -> Any:
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=VAE_CHANNELS,
         layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
+        latent_channels=latent_channels,
         norm_num_groups=12,
         sample_size=256,
         scaling_factor=0.3611,

@@ -25,20 +25,23 @@ _TEMPLATE_TEXTS = (
 """Pipelines drop as many tokens as these are long in the published tokenizer, where each word is one."""
 
 
-def qwen_vl_tokenizer() -> Any:
+def qwen_vl_tokenizer(*known: str) -> Any:
     """A byte-level BPE tokenizer like Qwen's, for which each known word is one token.
 
     Its merges are listed, not trained: training stops at a number of tokens, and breaks words.
+
+    Args:
+        known: texts whose words it knows as well.
     """
     from tokenizers import pre_tokenizers
     from transformers import Qwen2TokenizerFast
 
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    texts = (*_TEMPLATE_TEXTS, *TOKENIZER_TEXTS)
+    texts = (*_TEMPLATE_TEXTS, *TOKENIZER_TEXTS, *known)
     words = {word for text in texts for word, _ in byte_level.pre_tokenize_str(text)}
     merges: dict[tuple[str, str], None] = {}
     for word in sorted(words, key=lambda word: (word[0] != "Ġ", word)):  # within a sentence, words begin with a space
-        start, *others = word
+        start, others = word[0], word[1:]
         for letter in others:
             merges[start, letter] = None
             start += letter

@@ -91,7 +91,10 @@ class Row:
 
 ROWS = (
     Row("flux1", quick=("layerwise_tp2", "layerwise_ulysses2_ring2")),
+    Row("flux2", quick=("tp2", "layerwise_hsdp")),
     Row("flux2-klein", quick=tuple(layout.name for layout in LAYOUTS)),
+    Row("longcat-image", quick=("layerwise_tp2", "layerwise_ulysses2_ring2")),
+    Row("ovis-image", quick=("layerwise_tp2", "ulysses4")),
     Row("z-image", quick=tuple(layout.name for layout in LAYOUTS)),
     Row("wan2.1", ((64, 128), (80, 112)), frames=9, quick=("layerwise_tp2", "layerwise_ulysses2_ring2")),
     Row("wan2.2-ti2v-5b", ((128, 128), (160, 96)), frames=9, quick=("layerwise_hsdp", "layerwise_ulysses2_ring2")),

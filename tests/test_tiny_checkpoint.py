@@ -24,7 +24,10 @@ from crossdock.runtime.vae_scale import latent_pixels
 SIZE_LIMIT_BYTES = 20_000_000
 STACKS = {
     "flux1": {"transformer_blocks": 3, "single_transformer_blocks": 5},
+    "flux2": {"transformer_blocks": 2, "single_transformer_blocks": 6},
     "flux2-klein": {"transformer_blocks": 3, "single_transformer_blocks": 5},
+    "longcat-image": {"transformer_blocks": 2, "single_transformer_blocks": 4},
+    "ovis-image": {"transformer_blocks": 2, "single_transformer_blocks": 5},
     "z-image": {"noise_refiner": 2, "context_refiner": 2, "layers": 5},
     "wan2.1": {"blocks": 5},
     "wan2.2-ti2v-5b": {"blocks": 5},
@@ -52,11 +55,32 @@ CLASSES = {
         "tokenizer_2": ["transformers", "T5Tokenizer"],
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     },
+    "flux2": {
+        "_class_name": "Flux2Pipeline",
+        "transformer": ["diffusers", "Flux2Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLFlux2"],
+        "text_encoder": ["transformers", "Mistral3ForConditionalGeneration"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    },
     "flux2-klein": {
         "_class_name": "Flux2KleinPipeline",
         "transformer": ["diffusers", "Flux2Transformer2DModel"],
         "vae": ["diffusers", "AutoencoderKLFlux2"],
         "text_encoder": ["transformers", "Qwen3ForCausalLM"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    },
+    "longcat-image": {
+        "_class_name": "LongCatImagePipeline",
+        "transformer": ["diffusers", "LongCatImageTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    },
+    "ovis-image": {
+        "_class_name": "OvisImagePipeline",
+        "transformer": ["diffusers", "OvisImageTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "Qwen3Model"],
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     },
     "z-image": {

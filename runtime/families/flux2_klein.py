@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from crossdock.runtime.families.flux_blocks import FLUX2_PLAN, QUERY_KEY_NORMS, REGION, STACKS, tiny_flux2_vae
-from crossdock.runtime.specs import ModelSpec, Published
-from crossdock.runtime.tiny_parts import (
-    HEAD_DIM,
-    HEADS,
-    LATENT_CHANNELS,
-    TEXT_HIDDEN,
-    TinyRecipe,
-    flow_scheduler,
-    qwen3_config,
-    qwen_tokenizer,
+from crossdock.runtime.families.flux_blocks import (
+    FLUX2_PLAN,
+    QUERY_KEY_NORMS,
+    REGION,
+    STACKS,
+    tiny_flux2_transformer,
+    tiny_flux2_vae,
 )
+from crossdock.runtime.specs import ModelSpec, Published
+from crossdock.runtime.tiny_parts import TinyRecipe, flow_scheduler, qwen3_config, qwen_tokenizer
 
 SPEC = ModelSpec(
     family="flux2-klein",
@@ -52,22 +50,6 @@ SPEC = ModelSpec(
 )
 
 
-def _transformer() -> Any:
-    from diffusers import Flux2Transformer2DModel
-
-    return Flux2Transformer2DModel(
-        in_channels=4 * LATENT_CHANNELS,
-        num_layers=3,
-        num_single_layers=5,
-        attention_head_dim=HEAD_DIM,
-        num_attention_heads=HEADS,
-        joint_attention_dim=3 * TEXT_HIDDEN,  # the pipeline joins three hidden states of the text encoder
-        timestep_guidance_channels=48,
-        axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=False,
-    )
-
-
 def _components() -> dict[str, Any]:
     from transformers import Qwen3ForCausalLM
 
@@ -76,7 +58,7 @@ def _components() -> dict[str, Any]:
     return {
         "scheduler": flow_scheduler(shift=3.0, dynamic_shifting=True),
         "tokenizer": tokenizer,
-        "transformer": _transformer(),
+        "transformer": tiny_flux2_transformer(num_layers=3, num_single_layers=5, guidance_embeds=False),
         "vae": tiny_flux2_vae(),
         "text_encoder": encoder,
     }

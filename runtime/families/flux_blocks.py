@@ -7,7 +7,7 @@ from typing import Any
 from crossdock.parallel.regions import SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, LinearStyle, TensorPlan
 from crossdock.runtime.specs import SWIGLU, attention_plan
-from crossdock.runtime.tiny_parts import LATENT_CHANNELS, VAE_CHANNELS
+from crossdock.runtime.tiny_parts import HEAD_DIM, HEADS, LATENT_CHANNELS, TEXT_HIDDEN, VAE_CHANNELS
 
 DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
 STACKS = (DOUBLE, SINGLE)
@@ -66,6 +66,22 @@ FLUX2_PLAN = TensorPlan(
     },
     head_count="num_attention_heads",
 )
+
+
+def tiny_flux2_transformer(num_layers: int, num_single_layers: int, guidance_embeds: bool) -> Any:
+    from diffusers import Flux2Transformer2DModel
+
+    return Flux2Transformer2DModel(
+        in_channels=4 * LATENT_CHANNELS,
+        num_layers=num_layers,
+        num_single_layers=num_single_layers,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        joint_attention_dim=3 * TEXT_HIDDEN,  # the pipelines join three hidden states of the text encoder
+        timestep_guidance_channels=48,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )
 
 
 def tiny_flux2_vae() -> Any:

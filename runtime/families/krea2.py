@@ -26,6 +26,7 @@ SPEC = ModelSpec(
         head_count="num_attention_heads",
     ),
     regions=(),
+    branches="calls",
     published=(Published("Krea-2-Raw", 12.820e9), Published("Krea-2-Turbo", 12.820e9)),
 )
 

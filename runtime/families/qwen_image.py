@@ -38,6 +38,7 @@ SPEC = ModelSpec(
         head_count="num_attention_heads",  # no module's `heads` is cut: the processor divides a whole width by it
     ),
     regions=(),
+    branches="calls",
     guidance="true_cfg_scale",
     published=(Published("Qwen-Image", 20.430e9), Published("Qwen-Image-2512", 20.430e9)),
 )

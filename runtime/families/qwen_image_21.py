@@ -26,6 +26,7 @@ SPEC = ModelSpec(
         head_count="num_attention_heads",  # no module's `heads` is cut: the processor divides a whole width by it
     ),
     regions=(),
+    branches="calls",
     guidance="true_cfg_scale",
     published=(Published("Qwen-Image-2.1", 7.115e9),),
 )

@@ -42,6 +42,7 @@ SPEC = ModelSpec(
         heads={f"{BLOCKS}.attn": ("heads",), f"{BLOCKS}.attn2?": ("heads",)},
     ),
     regions=(),
+    branches="batch",
     encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
     published=(
         Published(
