@@ -13,6 +13,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from crossdock.runtime.plan import spec_for
+
 PROMPT = (
     "a lighthouse on a cliff above a stormy sea at dusk, seen from a small boat, with gulls, long waves, a red roof "
     "and one lit window"
@@ -49,6 +51,7 @@ def reference(
     seed: int = 0,
     steps: int = 4,
     frames: int | None = None,
+    guided: tuple[float, str] | None = None,
 ) -> Reference:
     """Of several prompts, one batch; number i is drawn with `seed + i`."""
     several = isinstance(prompt, tuple)
@@ -64,6 +67,9 @@ def reference(
         at_step_end = {"callback_on_step_end": keep}
     else:
         pipe.scheduler.step = _keeping(type(pipe.scheduler).step.__get__(pipe.scheduler), found)
+    wishes: dict[str, Any] = {} if frames is None else {"num_frames": frames}
+    if guided is not None:
+        wishes |= {spec_for(directory).guidance: guided[0], "negative_prompt": guided[1]}
     output = pipe(
         prompt=list(prompt) if several else prompt,
         height=size[0],
@@ -73,7 +79,7 @@ def reference(
         output_type="pil" if frames is None else "np",
         return_dict=False,
         **at_step_end,
-        **({} if frames is None else {"num_frames": frames}),
+        **wishes,
     )
     return Reference(found[-1], list(output[0]))
 

@@ -69,9 +69,9 @@ def test_latents_equal_diffusers(
     found = {}
     with Engine.start(config, directory, gang) as engine:
         for size in row.sizes:
-            generation = engine.generate(PROMPT, height=size[0], width=size[1], frames=row.frames)
+            generation = engine.generate(PROMPT, height=size[0], width=size[1], **row.wishes)
             found[size] = generation.latents[0]
-            expected = reference(directory, size=size, frames=row.frames)
+            expected = reference(directory, size=size, frames=row.frames, guided=row.guided)
             error = max_error(found[size], expected.latents)
             levels = max_levels(generation.images[0], expected.media[0])
             print(f"{layout.name} {row.recipe} {size[0]}x{size[1]}: max error {error:.2e}, {levels} of 256 levels")
@@ -81,7 +81,7 @@ def test_latents_equal_diffusers(
         resident = config.model_copy(update={"offload": OffloadConfig()})
         with Engine.start(resident, directory, gang) as engine:
             for size, streamed in found.items():
-                again = engine.generate(PROMPT, height=size[0], width=size[1], frames=row.frames).latents[0]
+                again = engine.generate(PROMPT, height=size[0], width=size[1], **row.wishes).latents[0]
                 assert torch.equal(streamed, again), "layerwise on and off differ"
 
 
