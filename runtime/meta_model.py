@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from crossdock.runtime.checkpoint import read_json
+from crossdock.runtime.checkpoint import component_class, read_json
 from crossdock.runtime.errors import CheckpointError
 
 
@@ -35,8 +34,11 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build_on_meta(class_name: str, component_dir: Path) -> nn.Module:
+def build_on_meta(class_name: str, component_dir: Path, library: str = "diffusers") -> nn.Module:
     """The diffusers model `class_name` with the config of `component_dir`: parameters on meta, buffers real.
+
+    Args:
+        library: as in model_index.json.
 
     Raises:
         CheckpointError: the config is missing, names another class, or does not fit the class.
@@ -46,9 +48,12 @@ def build_on_meta(class_name: str, component_dir: Path) -> nn.Module:
         raise CheckpointError(
             f"{component_dir / 'config.json'}: _class_name is {config.get('_class_name')!r}, expected {class_name!r}"
         )
+    found: Any = component_class(library, class_name)
+    if found is None:
+        raise CheckpointError(f"{component_dir / 'config.json'}: {library} has no class {class_name}; is it too old?")
     try:
         with _EmptyOnMeta():
-            model: nn.Module = getattr(diffusers, class_name).from_config(config)
+            model: nn.Module = found.from_config(config)
     except (TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
         raise CheckpointError(f"{component_dir / 'config.json'}: {class_name} cannot be built: {error}") from None
     return _parameters_to_meta(model).eval()

@@ -91,4 +91,10 @@ class Row:
 ROWS = (
     Row("flux2-klein", quick=tuple(layout.name for layout in LAYOUTS)),
     Row("z-image", quick=tuple(layout.name for layout in LAYOUTS)),
+    Row(
+        "ltx2",
+        sizes=((128, 128), (96, 160)),  # 32 and 30 tokens of video, 9 of audio
+        frames=9,
+        quick=("layerwise_tp2", "layerwise_ulysses2_ring2"),
+    ),
 )

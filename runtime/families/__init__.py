@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from crossdock.runtime.families import flux2_klein, z_image
+from crossdock.runtime.families import flux2_klein, ltx2, z_image
 from crossdock.runtime.specs import ModelSpec
 from crossdock.runtime.tiny_parts import TinyRecipe
 
-_MODULES = (flux2_klein, z_image)
+_MODULES = (flux2_klein, ltx2, z_image)
 
 SPECS: Mapping[str, ModelSpec] = {module.SPEC.family: module.SPEC for module in _MODULES}
 TINY: Mapping[str, TinyRecipe] = {module.SPEC.family: module.TINY for module in _MODULES}
