@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from crossdock.parallel.regions import SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, LinearStyle, TensorPlan
 from crossdock.runtime.specs import ModelSpec, Published, attention_plan
 from crossdock.runtime.tiny_parts import (
@@ -42,7 +41,7 @@ SPEC = ModelSpec(
         | _feed_forward("ff")
         | _feed_forward("audio_ff"),
         head_count="num_attention_heads",
-        heads={name: ("heads",) for name in ATTENTION},
+        heads=dict.fromkeys(ATTENTION, ("heads",)),
         norms=tuple(f"{name}.{norm}" for name in ATTENTION for norm in ("norm_q", "norm_k")),
         inputs={
             f"transformer_blocks.*.{name}": {f"{part}_rotary_emb": 1 for part in parts}
