@@ -28,7 +28,7 @@ _CHAT_TEMPLATE = """\
 {% endif %}
 {%- endif %}"""
 _SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
-_TOKENIZER_TEXTS = (
+TOKENIZER_TEXTS = (
     "a red fox in the snow, a small boat on a lake at night, a green house by the sea",
     "the quick brown fox jumps over the lazy dog while the harbour crane lifts a blue container",
     "a photo of a cat that holds a sign with the words hello world, studio light, high detail",
@@ -68,7 +68,7 @@ def qwen_tokenizer() -> Any:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator(_TOKENIZER_TEXTS, trainer)
+    bpe.train_from_iterator(TOKENIZER_TEXTS, trainer)
     tokenizer = Qwen2TokenizerFast(
         tokenizer_object=bpe, additional_special_tokens=list(_SPECIAL_TOKENS[1:3]), model_max_length=1024
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -14,13 +16,24 @@ from safetensors import safe_open
 
 from crossdock.runtime import tiny_checkpoint
 from crossdock.runtime.errors import CheckpointError, RequestError
-from crossdock.runtime.families import TINY
+from crossdock.runtime.families import TINY, spec_of_pipeline
 from crossdock.runtime.tiny_checkpoint import make_checkpoint
+from crossdock.runtime.vae_scale import latent_pixels
 
 SIZE_LIMIT_BYTES = 20_000_000
 STACKS = {
     "flux2-klein": {"transformer_blocks": 3, "single_transformer_blocks": 5},
     "z-image": {"noise_refiner": 2, "context_refiner": 2, "layers": 5},
+    "wan2.1": {"blocks": 5},
+    "wan2.2-ti2v-5b": {"blocks": 5},
+    "wan2.2-a14b": {"blocks": 5},
+}
+WAN = {
+    "_class_name": "WanPipeline",
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
 }
 CLASSES = {
     "flux2-klein": {
@@ -37,7 +50,12 @@ CLASSES = {
         "text_encoder": ["transformers", "Qwen3Model"],
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     },
+    "wan2.1": {**WAN, "transformer_2": [None, None], "boundary_ratio": None, "expand_timesteps": False},
+    "wan2.2-ti2v-5b": {**WAN, "transformer_2": [None, None], "boundary_ratio": None, "expand_timesteps": True},
+    "wan2.2-a14b": {**WAN, "transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875},
 }
+FRAMES = 9
+"""Of a video: three latent frames, of which the first stands for one."""
 RELATIVE_NOISE = 1e-6
 VISIBLE = 5e-4
 
@@ -63,17 +81,26 @@ def pipeline(request: pytest.FixtureRequest, checkpoints: Callable[[str], Path])
     return pipe
 
 
-def latents_of(pipe: Any, prompt: str = "a red fox in the snow", noise: torch.Tensor | None = None) -> torch.Tensor:
-    generator = torch.Generator("cpu").manual_seed(0)
-    latents: torch.Tensor = pipe(
+def run(pipe: Any, prompt: str, tokens: tuple[int, int], steps: int, output_type: str) -> Any:
+    """The first picture or video; `tokens` along its height and width."""
+    spec = spec_of_pipeline(type(pipe).__name__)
+    assert spec is not None
+    pixels = spec.patch * latent_pixels(pipe.vae.config)
+    frames = {"num_frames": FRAMES} if "num_frames" in inspect.signature(pipe.__call__).parameters else {}
+    return pipe(
         prompt=prompt,
-        height=128,
-        width=112,
-        num_inference_steps=2,
-        generator=generator,
-        latents=noise,
-        output_type="latent",
-    ).images
+        height=tokens[0] * pixels,
+        width=tokens[1] * pixels,
+        num_inference_steps=steps,
+        generator=torch.Generator("cpu").manual_seed(0),
+        output_type=output_type,
+        return_dict=False,
+        **frames,
+    )[0]
+
+
+def latents_of(pipe: Any, prompt: str = "a red fox in the snow") -> torch.Tensor:
+    latents: torch.Tensor = run(pipe, prompt, (8, 7), 2, "latent")
     return latents
 
 
@@ -128,12 +155,13 @@ def test_bytes_follow_from_the_seed(family: str, tmp_path: Path, checkpoints: Ca
     assert {name for name in first if other[name] != first[name]} == {n for n in first if n.endswith(".safetensors")}
 
 
-@pytest.mark.parametrize(("height", "width"), [(256, 256), (208, 176)])
-def test_diffusers_draws_a_picture(pipeline: Any, tmp_path: Path, height: int, width: int) -> None:
-    image = pipeline(prompt="a boat", height=height, width=width, num_inference_steps=4).images[0]
-    image.save(tmp_path / "out.png")
-    assert image.size == (width, height)
-    assert all(high - low > 100 for low, high in image.getextrema())
+@pytest.mark.parametrize("tokens", [(8, 8), (7, 5)])
+def test_diffusers_draws_a_picture(pipeline: Any, tokens: tuple[int, int]) -> None:
+    pixels = torch.tensor(np.array(run(pipeline, "a boat", tokens, 4, "np")[0]))
+    *frames, height, width, channels = pixels.shape
+    assert (height * tokens[1], channels) == (width * tokens[0], 3)
+    assert frames in ([], [FRAMES])
+    assert (pixels.reshape(-1, 3).amax(0) - pixels.reshape(-1, 3).amin(0)).min() > 0.4
 
 
 def test_one_word_changes_the_latents(pipeline: Any) -> None:
@@ -178,17 +206,21 @@ def test_pad_tokens_and_norms_are_not_trivial(pipeline: Any) -> None:
         assert 0.5 <= pipeline.vae.bn.running_var.min() < pipeline.vae.bn.running_var.max() <= 1.5
 
 
-def test_rounding_of_the_noise_is_not_amplified(pipeline: Any) -> None:
-    transformer = pipeline.transformer.config
-    shape = (1, transformer.in_channels, 8, 7) if hasattr(pipeline.vae, "bn") else (1, transformer.in_channels, 16, 14)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    relative = 2 * torch.rand(shape, generator=torch.Generator().manual_seed(3)) - 1
-    moved = latents_of(pipeline, noise=noise * (1 + RELATIVE_NOISE * relative)) - latents_of(pipeline, noise=noise)
-    assert moved.abs().max() < 1e-5
+def test_rounding_of_the_noise_is_not_amplified(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, draw = latents_of(pipeline), torch.randn
+
+    def drawn(*shape: Any, **options: Any) -> torch.Tensor:
+        noise = draw(*shape, **options)
+        relative = 2 * torch.rand(noise.shape, generator=torch.Generator().manual_seed(3)) - 1
+        return noise * (1 + RELATIVE_NOISE * relative)
+
+    monkeypatch.setattr(torch, "randn", drawn)
+    moved = (latents_of(pipeline) - expected).abs().max()
+    assert 0 < moved < 1e-5
 
 
 def test_unknown_family(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"found 'zimage'; did you mean z-image\? allowed: flux2-klein, z-image"):
+    with pytest.raises(RequestError, match=r"found 'zimage'; did you mean z-image\? allowed: flux2-klein, z-image,"):
         make_checkpoint("zimage", tmp_path / "new")
     assert not list(tmp_path.iterdir())
 
