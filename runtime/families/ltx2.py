@@ -85,7 +85,7 @@ def _transformer() -> Any:
         audio_attention_head_dim=HEAD_DIM // 2,
         audio_cross_attention_dim=audio_dim,
         audio_pos_embed_max_pos=1,
-        num_layers=5,
+        num_layers=4,
         caption_channels=TEXT_HIDDEN,
         rope_type="split",
     )
