@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
 
 import torch
@@ -78,6 +79,28 @@ class DenoiseLoop:
             yield
         finally:
             handle.remove()
+
+    @contextmanager
+    def told_by(self, pipe: Any) -> Iterator[dict[str, Any]]:
+        """What `pipe` has to be called with, inside, for `tick` to be called at each step's end.
+
+        Some pipelines have no argument for it: there, what the scheduler's step returns are the step's last latents.
+        """
+        if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
+            yield {"callback_on_step_end": self.tick}
+            return
+        scheduler, original, steps = pipe.scheduler, type(pipe.scheduler), count()
+
+        def step(scheduler: Any, output: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+            latents, *others = original.step(scheduler, output, timestep, *args, **kwargs)
+            return self.tick(pipe, next(steps), timestep, {"latents": latents})["latents"], *others
+
+        # in its class: what the scheduler itself holds goes into snapshots
+        scheduler.__class__ = type(original.__name__, (original,), {"step": step})
+        try:
+            yield {}
+        finally:
+            scheduler.__class__ = original
 
     def tick(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         repeated = self._resume is not None and step == 0

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from crossdock.offload.arena import Arena
 from crossdock.offload.copy_engine import CopyEngine
+from crossdock.parallel.guidance import GuidanceParallelism
 from crossdock.parallel.mesh import Mesh
 from crossdock.runtime.components import Component, place_component
 from crossdock.runtime.denoise_loop import DenoiseLoop, StepEnd, own_randomness
@@ -82,6 +83,8 @@ class RankPipeline:
         self._encodes: list[tuple[float, float]] = []  # begin and end, seconds of time.perf_counter
         self._on_decode: Callable[[], bool] = lambda: False
         self._hook(mesh, first)
+        if (group := mesh.groups["cfg"]) is not None and plan.spec.branches is not None:
+            self.pipe.transformer = GuidanceParallelism(group).over(transformer, plan.spec.branches)
         self.pipe.set_progress_bar_config(disable=True)
 
     def _hook(self, mesh: Mesh, first: bool) -> None:
@@ -154,8 +157,9 @@ class RankPipeline:
         output = None
         with own_randomness(self._device, seed) as generators, late, self._stage:
             loop = DenoiseLoop(self._device, (generator, *generators), on_step, resume)
-            with loop.watching(self.pipe.transformer), suppress(_NotDecodedHereError):
-                output = self.pipe(**self._arguments(prompt, generator, request), callback_on_step_end=loop.tick)
+            arguments = self._arguments(prompt, generator, request)
+            with loop.watching(self.pipe.transformer), loop.told_by(self.pipe) as tells, suppress(_NotDecodedHereError):
+                output = self.pipe(**arguments, **tells)
         assert loop.latents is not None
         encodes = tuple(Span("encode", *call) for call in self._encodes)
         encode_s = sum(span.end_s - span.begin_s for span in encodes)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from crossdock.parallel.guidance import Branches
 from crossdock.parallel.regions import SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, LinearStyle, TensorPlan
 
@@ -36,6 +37,7 @@ class ModelSpec:
         block_stacks: paths of the module lists of transformer blocks, in execution order.
         tensor_plan: which linears tensor parallelism cuts.
         regions: where tokens are cut and put together under sequence parallelism.
+        branches: how the pipeline runs the branches of guidance; None: it has one.
         guidance: the pipeline's argument for classifier-free guidance.
         encoders: the components that encode prompts, where the checkpoint has them.
         encode: the pipeline's methods that run them, and encoders that the pipeline calls itself. What these return
@@ -58,6 +60,7 @@ class ModelSpec:
     block_stacks: tuple[str, ...]
     tensor_plan: TensorPlan
     regions: tuple[SequenceRegion, ...]
+    branches: Branches | None
     guidance: str = "guidance_scale"
     encoders: tuple[str, ...] = ("text_encoder",)
     encode: tuple[str, ...] = ("encode_prompt",)

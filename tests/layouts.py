@@ -34,6 +34,7 @@ class Layout:
         known = {
             "ranks": config.world_size > 1,
             "dp": parallel.dp_degree > 1,
+            "cfg": parallel.cfg_degree > 1,
             "ulysses": parallel.ulysses_degree > 1,
             "ring": parallel.ring_degree > 1,
             "tp": parallel.tp_degree > 1,
@@ -56,6 +57,9 @@ LAYOUTS = (
     Layout("ring4"),
     Layout("ulysses2_ring2"),
     Layout("layerwise_ulysses2_ring2", through_torchrun=True),
+    Layout("layerwise_cfg2"),
+    Layout("layerwise_tp2_ulysses2"),
+    Layout("layerwise_hsdp_ulysses2"),
 )
 COMBINED: dict[str, dict[str, Any]] = {
     "hsdp2_ulysses2_tp2": {"parallel": {"ulysses_degree": 2, "tp_degree": 2, "hsdp": {"shard": 2}}},
@@ -91,6 +95,8 @@ class Row:
 ROWS = (
     Row("flux2-klein", quick=tuple(layout.name for layout in LAYOUTS)),
     Row("z-image", quick=tuple(layout.name for layout in LAYOUTS)),
+    Row("wan2.1", ((64, 128), (80, 112)), frames=9, quick=("layerwise_tp2", "layerwise_ulysses2_ring2")),
+    Row("wan2.2-ti2v-5b", ((128, 128), (160, 96)), frames=9, quick=("layerwise_hsdp", "layerwise_ulysses2_ring2")),
     Row(
         "ltx2",
         sizes=((128, 128), (96, 160)),  # 32 and 30 tokens of video, 9 of audio

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -59,7 +60,12 @@ def reference(
         found.append(tensors["latents"])
         return tensors
 
-    output = _pipeline(directory)(
+    pipe, at_step_end = _pipeline(directory), {}
+    if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
+        at_step_end = {"callback_on_step_end": keep}
+    else:
+        pipe.scheduler.step = _keeping(type(pipe.scheduler).step.__get__(pipe.scheduler), found)
+    output = pipe(
         prompt=prompt,
         height=size[0],
         width=size[1],
@@ -67,10 +73,21 @@ def reference(
         generator=torch.Generator("cpu").manual_seed(seed),
         output_type="pil" if frames is None else "np",
         return_dict=False,
-        callback_on_step_end=keep,
+        **at_step_end,
         **({} if frames is None else {"num_frames": frames}),
     )
     return Reference(found[-1], list(output[0]), list(output[1]) if len(output) > 1 else [])
+
+
+def _keeping(step: Any, found: list[Tensor]) -> Any:
+    """A scheduler's `step` whose results are kept, for pipelines that call nobody at a step's end."""
+
+    def kept(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        found.append(result[0])
+        return result
+
+    return kept
 
 
 def reference_latents(

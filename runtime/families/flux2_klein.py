@@ -50,6 +50,7 @@ SPEC = ModelSpec(
             gathers="hidden_states",
         ),
     ),
+    branches="calls",
     published=(
         Published(
             "FLUX.2-klein-4B",

@@ -49,6 +49,7 @@ SPEC = ModelSpec(
         },
     ),
     regions=(),
+    branches="batch",
     encoders=("text_encoder", "connectors"),
     encode=("encode_prompt", "connectors"),
     decoders=("vae", "audio_vae", "vocoder"),

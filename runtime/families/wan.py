@@ -24,6 +24,8 @@ SPEC = ModelSpec(
             "blocks.*.ffn.net.2": ROW,
         },
         head_count="num_attention_heads",
+        heads={"blocks.*.attn1": ("heads",), "blocks.*.attn2": ("heads",)},
+        norms=tuple(f"blocks.*.{attention}.norm_{name}" for attention in ("attn1", "attn2") for name in ("q", "k")),
     ),
     regions=(
         SequenceRegion(
@@ -33,6 +35,7 @@ SPEC = ModelSpec(
             gathers="hidden_states",
         ),
     ),
+    branches="calls",
     fps=16,
     published=(
         Published("Wan2.1-T2V-14B", 14_288_491_584),
