@@ -52,6 +52,7 @@ class ModelSpec:
         resumes: whether a request that lost a rank goes on after the last step that was kept. Not where the loop
             carries more than latents and what its scheduler remembers; it begins anew then.
         published: its checkpoints.
+        refused: shipped config -> why this family cannot run in it, where that does not follow from the rest.
     """
 
     family: str
@@ -71,6 +72,7 @@ class ModelSpec:
     chunk_frames: int | None = None
     resumes: bool = True
     published: tuple[Published, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 def attention_plan(attention: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> dict[str, LinearStyle]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +81,12 @@ class Row:
         sizes: height and width in pixels; one has a token count that divides by the ranks, one that does not.
         frames: of a video.
         quick: the layouts that the test command runs; `make test-all` runs all.
-        refused: layout -> what the message says, where the model cannot do it.
     """
 
     recipe: str
     sizes: tuple[tuple[int, int], ...] = ((256, 256), (208, 176))
     frames: int | None = None
     quick: tuple[str, ...] = ("layerwise_tp2", "layerwise_hsdp", "layerwise_ulysses2_ring2")
-    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 ROWS = (

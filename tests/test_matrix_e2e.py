@@ -6,6 +6,7 @@ Through Ray here, on gangs that are shared by all tests; the layouts named in th
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,9 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 from crossdock.launch.engine import Engine
+from crossdock.launch.models import why_refused
 from crossdock.runtime.config import OffloadConfig, RunConfig
 from crossdock.runtime.errors import UserError
 from crossdock.runtime.gang import Gang
+from crossdock.runtime.plan import spec_for
 from crossdock.runtime.yaml_config import load_config
 from layouts import COMBINED, FAMILIES, LAYOUTS, PARTLY_RESIDENT, ROWS, Layout, Row
 from reference import (
@@ -60,8 +63,8 @@ def test_latents_equal_diffusers(
     """
     config, directory = load_config(layout.config), checkpoint_of(row.recipe)
     gang = gang_of(config.world_size)
-    if layout.name in row.refused:
-        with pytest.raises(UserError, match=row.refused[layout.name]):
+    if (reason := why_refused(spec_for(directory), layout.name)) is not None:
+        with pytest.raises(UserError, match=re.escape(reason)):
             Engine.start(config, directory, gang)
         return
     found = {}
