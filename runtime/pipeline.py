@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import diffusers
@@ -92,7 +93,7 @@ class RankPipeline:
             self._stage.watch(name, self._modules[name])
         for name in self._plan.spec.encode:
             method = replicated(getattr(self.pipe, name), self._device, mesh, self._encoding)
-            setattr(self.pipe, name, method)
+            object.__setattr__(self.pipe, name, method)  # the pipeline's own way takes no call for a component
         for name in self._plan.decoders:
             module = getattr(self.pipe, name)
             if hasattr(module, "decode"):
@@ -165,7 +166,7 @@ class RankPipeline:
         end_s = ended[0] if ended else time.perf_counter()
         return Denoised(
             loop.latents.to("cpu", torch.float32),
-            None if output is None else media_of(output, self._plan.spec.fps),
+            None if output is None else self._media(output),
             encodes,
             encode_s,
             end_s - began - encode_s,
@@ -197,6 +198,10 @@ class RankPipeline:
             "num_frames": request.frames,
         }
         return {name: value for name, value in wishes.items() if value is not None}
+
+    def _media(self, output: Sequence[Any]) -> list[Media]:
+        path = self._plan.spec.sampling_rate
+        return media_of(output, self._plan.spec.fps, None if path is None else attrgetter(path)(self.pipe))
 
     @contextmanager
     def _encoding(self) -> Iterator[None]:
