@@ -71,6 +71,7 @@ class Engine:
         self._wish: str | None = None  # why the request under way is to be stopped
         self._faults: list[Fault] = []  # survived since the last report
         self._thorough = False  # every byte that arrives is compared, not a sample
+        self._rehearses = False  # what arrives is compared before the first step, not in it
 
     @property
     def plan(self) -> RunPlan:
@@ -91,6 +92,7 @@ class Engine:
         make_gang: MakeGang | None = None,
         first_request: GenerateRequest | None = None,
         probe: bool = False,
+        rehearse: bool = False,
         tell: Tell | None = None,
     ) -> Engine:
         """Plan, launch, load, verify.
@@ -100,6 +102,7 @@ class Engine:
             make_gang: without `gang`, makes the engine's own; by default one of Ray actors.
             first_request: what is asked for first, where that is known; refused before anything is started.
             probe: compare every byte that arrives on the devices with the checkpoint, and `probe` the numbers.
+            rehearse: stream every block once, to compare what arrives here and not in the first step; `probe` does.
             tell: gets a line when a rank was lost and others are started, and when the ranks wait for one of them.
 
         Raises:
@@ -113,7 +116,7 @@ class Engine:
             check_request(plan, first_request)
         ranks = gang or (make_gang or _ray_gang)(config.launch, config.world_size, device)
         engine = cls(plan, ranks, gang is None, tell)
-        engine._thorough = probe
+        engine._thorough, engine._rehearses = probe, rehearse or probe
         try:
             try:
                 engine._bring_up()
@@ -251,10 +254,11 @@ class Engine:
             device_bytes = min(self.gang.call(RankWorker.device_bytes, timeout_s=timeouts.launch_s))
             plan = make_plan(self.plan.config, self.plan.model_dir, self.plan.device, device_bytes)
             self._coordinator = Coordinator(plan)
-        reports = self.gang.call(RankWorker.setup, self.plan, self._thorough, timeout_s=timeouts.load_s)
+        how = self._thorough, self._rehearses
+        reports = self.gang.call(RankWorker.setup, self.plan, *how, timeout_s=timeouts.load_s)
         loaded = time.perf_counter()
         self._idle = True
-        self._coordinator.admit(reports)
+        self._coordinator.admit(reports, self._rehearses)
         self._phases |= {"load": loaded - began, "verify": time.perf_counter() - loaded}
 
     def _run(self, request: GenerateRequest, progress: Progress | None) -> list[RankResult]:

@@ -51,7 +51,8 @@ def run_generate(
         console.print(f"{model_dir}: starting {config.world_size} ranks ({launcher})", markup=False)
         tell = partial(console.print, markup=False)
         with Engine.start(config, model_dir, make_gang=make_gang, first_request=request, tell=tell) as engine:
-            console.print(f"layout: {engine.plan.layout_name}; composition verified", markup=False)
+            verified = "composition verified, what arrives is compared in the first step"
+            console.print(f"layout: {engine.plan.layout_name}; {verified}", markup=False)
             generation = _generate(engine, request, amounts, console)
     if not quiet:
         for path in write_outputs(generation, outputs):

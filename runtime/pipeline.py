@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any
+from typing import Any, Self
 
 import diffusers
 import torch
@@ -47,6 +47,11 @@ class Denoised:
     denoise_s: float
     end_s: float
     step_ms: list[float] = field(default_factory=list)
+
+    @classmethod
+    def nothing(cls, now_s: float) -> Self:
+        """Of a run that was broken off."""
+        return cls(torch.empty(0), None, (), 0.0, 0.0, now_s)
 
 
 class _NotDecodedHereError(Exception):
