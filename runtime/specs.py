@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
 
 from crossdock.parallel.regions import SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, LinearStyle, TensorPlan
+
+if TYPE_CHECKING:
+    from crossdock.runtime.inferred_spec import InferredSpec
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,13 @@ class ModelSpec:
     tensor_plan: TensorPlan
     regions: tuple[SequenceRegion, ...]
     vae_input: Literal["as_is", "scale_and_shift"]
+
+    @classmethod
+    def from_model(cls, model: nn.Module, inputs: Mapping[str, Any] | None = None) -> InferredSpec:
+        """What a live transformer, which may be on meta, says of itself; see `inferred_spec.infer_spec`."""
+        from crossdock.runtime.inferred_spec import infer_spec
+
+        return infer_spec(model, inputs)
 
 
 def _attention_plan(attention: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> dict[str, LinearStyle]:
