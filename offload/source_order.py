@@ -114,7 +114,9 @@ class _Reader(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         if isinstance(node.func, ast.Name) and node.func.id in _ASKING:
             return
-        self.read([*node.args, *node.keywords])
+        arguments = [*node.args, *node.keywords]
+        arguments.sort(key=lambda argument: not _calls(argument))  # a stack that is only handed over runs later
+        self.read(arguments)
         if _is_super(node.func) and isinstance(node.func, ast.Attribute):
             _read(self._module, self._path, self._inherited(node.func.attr), self._found)
         else:
@@ -123,15 +125,19 @@ class _Reader(ast.NodeVisitor):
     def visit_Assign(self, node: ast.Assign) -> None:
         self.read([node.value, *node.targets])
 
+    def visit_IfExp(self, node: ast.IfExp) -> None:
+        self.read([node.test, node.body, node.orelse])
+
     def visit_Compare(self, node: ast.Compare) -> None:
-        if not all(isinstance(operator, ast.Is | ast.IsNot) for operator in node.ops):
-            self.generic_visit(node)
+        asks = all(isinstance(operator, ast.Is | ast.IsNot) for operator in node.ops)
+        self.read([part for part in (node.left, *node.comparators) if _calls(part) or not asks])
 
     def visit_For(self, node: ast.For) -> None:
         before = len(self._found.named)
         self.visit(node.iter)
         over = tuple(dict.fromkeys(self._found.named[before:]))
-        self._found.interleave(over[:1], over[1:])
+        if _calls(node.iter, "zip"):
+            self._found.interleave(over[:1], over[1:])
         self._found.loops.append(over)
         self.read(node.body)
         self._found.loops.pop()
@@ -198,6 +204,12 @@ class _Reader(ast.NodeVisitor):
 
 def _defines(owner: type, function: Any) -> bool:
     return any(inspect.unwrap(member) is function for member in vars(owner).values() if callable(member))
+
+
+def _calls(node: ast.AST, name: str | None = None) -> bool:
+    """Something, or the function called `name`, is called in it."""
+    calls = [part.func for part in ast.walk(node) if isinstance(part, ast.Call)]
+    return any(name is None or (isinstance(func, ast.Name) and func.id == name) for func in calls)
 
 
 def _is_super(node: ast.AST) -> bool:

@@ -434,6 +434,15 @@ def build(name: str) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def inputs(name: str, model: nn.Module) -> dict[str, Any]:
+def make_inputs(name: str, model: Any) -> dict[str, Any]:
+    """The same ones each time."""
     torch.manual_seed(1)
     return TINY[name].inputs(model.config) | {"return_dict": False}
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """All tensors of what a model returns."""
+    if isinstance(output, Tensor):
+        return [output]
+    items = output.values() if isinstance(output, dict) else output if isinstance(output, list | tuple) else ()
+    return [tensor for item in items for tensor in tensors_of(item)]
