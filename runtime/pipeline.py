@@ -157,15 +157,16 @@ class RankPipeline:
         with own_randomness(self._device, seed) as generators, late, self._stage:
             loop = DenoiseLoop(self._device, (generator, *generators), on_step, resume)
             arguments = self._arguments(prompt, generator, request)
-            with loop.watching(self.pipe.transformer), loop.told_by(self.pipe) as tells, suppress(_NotDecodedHereError):
-                output = self.pipe(**arguments, **tells)
+            with loop.watching(self.pipe.transformer), loop.told_by(self.pipe) as tells, self._guided(request):
+                with suppress(_NotDecodedHereError):
+                    output = self.pipe(**arguments, **tells)
         assert loop.latents is not None
         encodes = tuple(Span("encode", *call) for call in self._encodes)
         encode_s = sum(span.end_s - span.begin_s for span in encodes)
         end_s = ended[0] if ended else time.perf_counter()
         return Denoised(
             loop.latents.to("cpu", torch.float32),
-            None if output is None else media_of(output, self._plan.spec.fps),
+            None if output is None else media_of(output, self._fps),
             encodes,
             encode_s,
             end_s - began - encode_s,
@@ -193,7 +194,26 @@ class RankPipeline:
             "negative_prompt": request.negative_prompt,
             "num_frames": request.frames,
         }
-        return {name: value for name, value in wishes.items() if value is not None}
+        return {name: value for name, value in wishes.items() if value is not None and "." not in name}
+
+    @property
+    def _fps(self) -> int | None:
+        spec = self._plan.spec
+        return next((fps for option, fps in spec.fps_with.items() if self.pipe.config.get(option)), spec.fps)
+
+    @contextmanager
+    def _guided(self, request: GenerateRequest) -> Iterator[None]:
+        """A component that sets the guidance, in place of an argument, as the request wants it."""
+        component, _, setting = self._plan.spec.guidance.rpartition(".")
+        if not component or request.guidance_scale is None:
+            yield
+            return
+        own = getattr(self.pipe, component)
+        setattr(self.pipe, component, own.new(**{setting: request.guidance_scale}))
+        try:
+            yield
+        finally:
+            setattr(self.pipe, component, own)
 
     @contextmanager
     def _encoding(self) -> Iterator[None]:

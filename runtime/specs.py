@@ -38,12 +38,13 @@ class ModelSpec:
         tensor_plan: which linears tensor parallelism cuts.
         regions: where tokens are cut and put together under sequence parallelism.
         branches: how the pipeline runs the branches of guidance; None: it has one.
-        guidance: the pipeline's argument for classifier-free guidance.
+        guidance: the pipeline's argument for classifier-free guidance; with a dot, a component's setting.
         encoders: the components that encode prompts, where the checkpoint has them.
         encode: the pipeline's methods that run them, and whose return values depend on nothing else.
         decoders: the components that make pictures of latents. The first one that runs ends the denoise loop.
         patch: latents along each side of a token.
         fps: frames per second of the videos that it makes; None: it makes pictures.
+        fps_with: the pipeline's option, where it is on -> frames per second.
         published: its checkpoints.
     """
 
@@ -60,6 +61,7 @@ class ModelSpec:
     decoders: tuple[str, ...] = ("vae",)
     patch: int = 2
     fps: int | None = None
+    fps_with: Mapping[str, int] = field(default_factory=dict)
     published: tuple[Published, ...] = ()
 
 

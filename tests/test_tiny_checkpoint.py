@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,15 @@ from crossdock.runtime.tiny_checkpoint import make_checkpoint
 from crossdock.runtime.vae_scale import latent_pixels
 
 SIZE_LIMIT_BYTES = 20_000_000
+LARGER = {"hunyuan-video-1.5": 26_000_000}
+"""Its class has a projection of 2048 x 2048, whatever its config says."""
 STACKS = {
     "flux2-klein": {"transformer_blocks": 3, "single_transformer_blocks": 5},
     "z-image": {"noise_refiner": 2, "context_refiner": 2, "layers": 5},
     "wan2.1": {"blocks": 5},
     "wan2.2-ti2v-5b": {"blocks": 5},
     "wan2.2-a14b": {"blocks": 5},
+    "hunyuan-video-1.5": {"transformer_blocks": 3},
 }
 WAN = {
     "_class_name": "WanPipeline",
@@ -53,7 +57,27 @@ CLASSES = {
     "wan2.1": {**WAN, "transformer_2": [None, None], "boundary_ratio": None, "expand_timesteps": False},
     "wan2.2-ti2v-5b": {**WAN, "transformer_2": [None, None], "boundary_ratio": None, "expand_timesteps": True},
     "wan2.2-a14b": {**WAN, "transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875},
+    "hunyuan-video-1.5": {
+        "_class_name": "HunyuanVideo15Pipeline",
+        "transformer": ["diffusers", "HunyuanVideo15Transformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLHunyuanVideo15"],
+        "text_encoder": ["transformers", "Qwen2_5_VLTextModel"],
+        "text_encoder_2": ["transformers", "T5EncoderModel"],
+        "tokenizer_2": ["transformers", "ByT5Tokenizer"],
+        "guider": ["diffusers", "ClassifierFreeGuidance"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    },
 }
+PROMPT = 'a red fox in the snow, a sign that says "hello"'  # some encode what is in quotes once more
+IDLE = {
+    "HunyuanVideo15Pipeline": (
+        r"image_embedder\..*",  # there is no first frame
+        r".*\.refiner_blocks\.\d+\.attn\.to_k\.bias",  # the same for all keys: softmax does not see it
+        # after the last attention nothing reads the text
+        r"transformer_blocks\.2\.(ff_context\..*|attn\.(to_add_out|add_q_proj|norm_added_q)\..*)",
+    ),
+}
+"""Tensors that do not matter to a picture made of text, in the published checkpoints neither."""
 FRAMES = 9
 """Of a video: three latent frames, of which the first stands for one."""
 RELATIVE_NOISE = 1e-6
@@ -99,7 +123,7 @@ def run(pipe: Any, prompt: str, tokens: tuple[int, int], steps: int, output_type
     )[0]
 
 
-def latents_of(pipe: Any, prompt: str = "a red fox in the snow") -> torch.Tensor:
+def latents_of(pipe: Any, prompt: str = PROMPT) -> torch.Tensor:
     latents: torch.Tensor = run(pipe, prompt, (8, 7), 2, "latent")
     return latents
 
@@ -120,7 +144,7 @@ def test_format(family: str, checkpoints: Callable[[str], Path]) -> None:
         "tokenizer/tokenizer.json",
     ):
         assert (directory / name).is_file()
-    assert sum(len(data) for data in files_of(directory).values()) < SIZE_LIMIT_BYTES
+    assert sum(len(data) for data in files_of(directory).values()) < LARGER.get(family, SIZE_LIMIT_BYTES)
 
 
 @pytest.mark.parametrize("family", list(TINY))
@@ -168,7 +192,7 @@ def test_one_word_changes_the_latents(pipeline: Any) -> None:
     fox = latents_of(pipeline)
     assert torch.equal(latents_of(pipeline), fox)
     assert 0.5 < fox.std() < 2.0
-    assert (latents_of(pipeline, "a red box in the snow") - fox).abs().max() > 0.05
+    assert (latents_of(pipeline, PROMPT.replace("fox", "box")) - fox).abs().max() > 0.05
 
 
 @torch.no_grad()
@@ -195,7 +219,8 @@ def test_every_tensor_shows(pipeline: Any) -> None:
         parameter.data = kept
         if moved < VISIBLE:
             unseen[name] = moved
-    assert not unseen
+    idle = {n for n in unseen for pattern in IDLE.get(type(pipeline).__name__, ()) if re.fullmatch(pattern, n)}
+    assert {name: moved for name, moved in unseen.items() if name not in idle} == {}
 
 
 def test_pad_tokens_and_norms_are_not_trivial(pipeline: Any) -> None:

@@ -39,6 +39,7 @@ SPEC = ModelSpec(
         ),
     ),
     branches="calls",
+    guidance="guider.guidance_scale",
     encoders=("text_encoder", "text_encoder_2"),
     patch=1,
     fps=24,
