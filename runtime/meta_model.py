@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,15 @@ def build_on_meta(class_name: str, component_dir: Path) -> nn.Module:
             f"{component_dir / 'config.json'}: _class_name is {config.get('_class_name')!r}, expected {class_name!r}"
         )
     try:
-        with _EmptyOnMeta():
-            model: nn.Module = getattr(diffusers, class_name).from_config(config)
+        return build_config_on_meta(class_name, config)
     except (TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
         raise CheckpointError(f"{component_dir / 'config.json'}: {class_name} cannot be built: {error}") from None
+
+
+def build_config_on_meta(class_name: str, config: Mapping[str, Any]) -> nn.Module:
+    """The diffusers model `class_name` with `config`; raises whatever its constructor does."""
+    with _EmptyOnMeta():
+        model: nn.Module = getattr(diffusers, class_name).from_config(dict(config))
     return _parameters_to_meta(model).eval()
 
 

@@ -46,6 +46,7 @@ class ModelSpec:
         fps: frames per second of the videos that it makes; None: it makes pictures.
         fps_with: the pipeline's option, where it is on -> frames per second.
         published: its checkpoints.
+        refused: shipped config -> why this family cannot run in it, where that does not follow from the rest.
     """
 
     family: str
@@ -63,6 +64,7 @@ class ModelSpec:
     fps: int | None = None
     fps_with: Mapping[str, int] = field(default_factory=dict)
     published: tuple[Published, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 def attention_plan(attention: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> dict[str, LinearStyle]:

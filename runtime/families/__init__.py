@@ -8,11 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from crossdock.runtime.families import flux2_klein, hunyuan_video_15, wan, z_image
+from crossdock.runtime.families import (
+    flux1,
+    flux2,
+    flux2_klein,
+    hunyuan_video_15,
+    krea2,
+    longcat_image,
+    ovis_image,
+    qwen_image,
+    qwen_image_21,
+    sd35,
+    wan,
+    z_image,
+)
 from crossdock.runtime.specs import ModelSpec
 from crossdock.runtime.tiny_parts import TinyRecipe
 
-_MODULES = (flux2_klein, z_image, wan, hunyuan_video_15)
+_MODULES = (
+    flux1,
+    flux2,
+    flux2_klein,
+    longcat_image,
+    ovis_image,
+    z_image,
+    wan,
+    hunyuan_video_15,
+    qwen_image,
+    qwen_image_21,
+    sd35,
+    krea2,
+)
 
 
 def _recipes(spec: ModelSpec, tiny: TinyRecipe | Mapping[str, TinyRecipe]) -> Mapping[str, TinyRecipe]:
