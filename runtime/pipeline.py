@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import diffusers
@@ -92,7 +93,7 @@ class RankPipeline:
             self._stage.watch(name, self._modules[name])
         for name in self._plan.spec.encode:
             method = replicated(getattr(self.pipe, name), self._device, mesh, self._encoding)
-            setattr(self.pipe, name, method)
+            object.__setattr__(self.pipe, name, method)  # the pipeline's own way takes no call for a component
         for name in self._plan.decoders:
             module = getattr(self.pipe, name)
             if hasattr(module, "decode"):
@@ -170,7 +171,7 @@ class RankPipeline:
         end_s = ended[0] if ended else time.perf_counter()
         return Denoised(
             loop.latents.to("cpu", torch.float32),
-            None if output is None else media_of(output, self._fps),
+            None if output is None else self._media(output),
             encodes,
             encode_s,
             end_s - began - encode_s,
@@ -203,11 +204,6 @@ class RankPipeline:
         }
         return {name: value for name, value in wishes.items() if value is not None and "." not in name}
 
-    @property
-    def _fps(self) -> int | None:
-        spec = self._plan.spec
-        return next((fps for option, fps in spec.fps_with.items() if self.pipe.config.get(option)), spec.fps)
-
     @contextmanager
     def _guided(self, request: GenerateRequest) -> Iterator[None]:
         """A component that sets the guidance, in place of an argument, as the request wants it."""
@@ -221,6 +217,11 @@ class RankPipeline:
             yield
         finally:
             setattr(self.pipe, component, own)
+
+    def _media(self, output: Sequence[Any]) -> list[Media]:
+        spec, path = self._plan.spec, self._plan.spec.sampling_rate
+        fps = next((fps for option, fps in spec.fps_with.items() if self.pipe.config.get(option)), spec.fps)
+        return media_of(output, fps, None if path is None else attrgetter(path)(self.pipe))
 
     @contextmanager
     def _encoding(self) -> Iterator[None]:

@@ -40,11 +40,18 @@ class ModelSpec:
         branches: how the pipeline runs the branches of guidance; None: it has one.
         guidance: the pipeline's argument for classifier-free guidance; with a dot, a component's setting.
         encoders: the components that encode prompts, where the checkpoint has them.
-        encode: the pipeline's methods that run them, and whose return values depend on nothing else.
+        encode: the pipeline's methods that run them, and encoders that the pipeline calls itself. What these return
+            depends on nothing else.
         decoders: the components that make pictures of latents. The first one that runs ends the denoise loop.
         patch: latents along each side of a token.
         fps: frames per second of the videos that it makes; None: it makes pictures.
         fps_with: the pipeline's option, where it is on -> frames per second.
+        sampling_rate: the pipeline's attribute, dotted, with the samples per second of the audio that comes second in
+            what it returns; None: it makes none.
+        chunk_frames: frames that the pipeline makes in one go, where it makes a video chunk by chunk, with all steps
+            for each, and decodes each before the next one begins.
+        resumes: whether a request that lost a rank goes on after the last step that was kept. Not where the loop
+            carries more than latents and what its scheduler remembers; it begins anew then.
         published: its checkpoints.
         refused: shipped config -> why this family cannot run in it, where that does not follow from the rest.
     """
@@ -63,6 +70,9 @@ class ModelSpec:
     patch: int = 2
     fps: int | None = None
     fps_with: Mapping[str, int] = field(default_factory=dict)
+    sampling_rate: str | None = None
+    chunk_frames: int | None = None
+    resumes: bool = True
     published: tuple[Published, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
 

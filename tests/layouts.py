@@ -111,4 +111,10 @@ ROWS = (
     Row("qwen-image-2.1", ((256, 256), (224, 160)), quick=("layerwise_hsdp", "tp2"), guided=(3.0, "grey, blurred")),
     Row("sd3.5", quick=("tp2", "layerwise_cfg2")),
     Row("krea2", quick=("layerwise_tp2", "layerwise_hsdp")),
+    Row(
+        "ltx2",
+        sizes=((128, 128), (96, 160)),  # 32 and 30 tokens of video, 9 of audio
+        frames=9,
+        quick=("layerwise_tp2", "layerwise_ulysses2_ring2"),
+    ),
 )

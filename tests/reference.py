@@ -37,10 +37,14 @@ def _pipeline(directory: Path) -> DiffusionPipeline:
 
 @dataclass(frozen=True)
 class Reference:
-    """`latents` as the last step left them, fp32; `media` as diffusers returns it: PIL pictures or float frames."""
+    """`latents` as the last step left them, fp32; `media` as diffusers returns it: PIL pictures or float frames.
+
+    `audio`: of each video, `[channels, samples]`; empty where there is none.
+    """
 
     latents: Tensor
     media: list[Any]
+    audio: list[Tensor]
 
 
 @cache
@@ -81,7 +85,7 @@ def reference(
         **at_step_end,
         **wishes,
     )
-    return Reference(found[-1], list(output[0]))
+    return Reference(found[-1], list(output[0]), list(output[1]) if len(output) > 1 else [])
 
 
 def _keeping(step: Any, found: list[Tensor]) -> Any:
@@ -113,6 +117,14 @@ def max_levels(found: Any, expected: Any) -> int:
     ours, theirs = _levels(found), _levels(expected)
     assert ours.shape == theirs.shape, f"{ours.shape} instead of {theirs.shape}"
     return int(np.abs(ours - theirs).max())
+
+
+def audio_error(found: Any, expected: list[Tensor]) -> float:
+    """How much the audio of a video differs from what is expected of the first one, in any sample."""
+    if not expected:
+        assert getattr(found, "audio", None) is None
+        return 0.0
+    return max_error(torch.from_numpy(found.audio.samples), expected[0])
 
 
 def _levels(media: Any) -> Any:

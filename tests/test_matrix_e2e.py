@@ -31,6 +31,7 @@ from reference import (
     OTHER_PROMPT,
     PROMPT,
     TOLERANCE,
+    audio_error,
     max_error,
     max_levels,
     reference,
@@ -77,6 +78,7 @@ def test_latents_equal_diffusers(
             print(f"{layout.name} {row.recipe} {size[0]}x{size[1]}: max error {error:.2e}, {levels} of 256 levels")
             assert error <= TOLERANCE
             assert levels <= 1
+            assert audio_error(generation.images[0], expected.audio) <= TOLERANCE
     if config.offload.layerwise:
         resident = config.model_copy(update={"offload": OffloadConfig()})
         with Engine.start(resident, directory, gang) as engine:

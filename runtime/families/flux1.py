@@ -26,7 +26,6 @@ SPEC = ModelSpec(
     block_stacks=STACKS,
     tensor_plan=flux1_plan(mlp_in=COLUMN, counts_heads=False),
     regions=(REGION,),
-    branches="calls",
     encoders=("text_encoder", "text_encoder_2"),
     branches=None,  # its guidance is in the model
     published=(Published("FLUX.1-dev", 11.901e9, {"guidance_embeds": True}),),

@@ -17,7 +17,6 @@ SPEC = ModelSpec(
     block_stacks=STACKS,
     tensor_plan=flux1_plan(mlp_in=COLUMN, counts_heads=True),
     regions=(REGION,),
-    branches="calls",
     encode=("rewire_prompt", "encode_prompt"),  # the text encoder first writes a longer prompt
     branches="calls",
     published=(Published("LongCat-Image", 6.270e9, {"num_layers": 10, "num_single_layers": 20}),),
