@@ -163,7 +163,12 @@ class RankPipeline:
         with own_randomness(self._device, seeds[0]) as generators, late, self._stage:
             loop = DenoiseLoop(self._device, (*drawn, *generators), on_step, resume)
             arguments = self._arguments(prompts, drawn, request)
-            with loop.watching(self.pipe.transformer), loop.told_by(self.pipe) as tells, suppress(_NotDecodedHereError):
+            with (
+                loop.watching(self.pipe.transformer),
+                loop.told_by(self.pipe) as tells,
+                self._guided(request),
+                suppress(_NotDecodedHereError),
+            ):
                 output = self.pipe(**arguments, **tells)
         assert loop.latents is not None
         encodes = tuple(Span("encode", *call) for call in self._encodes)
@@ -202,11 +207,26 @@ class RankPipeline:
             "negative_prompt": request.negative_prompt,
             "num_frames": request.frames,
         }
-        return {name: value for name, value in wishes.items() if value is not None}
+        return {name: value for name, value in wishes.items() if value is not None and "." not in name}
+
+    @contextmanager
+    def _guided(self, request: GenerateRequest) -> Iterator[None]:
+        """A component that sets the guidance, in place of an argument, as the request wants it."""
+        component, _, setting = self._plan.spec.guidance.rpartition(".")
+        if not component or request.guidance_scale is None:
+            yield
+            return
+        own = getattr(self.pipe, component)
+        setattr(self.pipe, component, own.new(**{setting: request.guidance_scale}))
+        try:
+            yield
+        finally:
+            setattr(self.pipe, component, own)
 
     def _media(self, output: Sequence[Any]) -> list[Media]:
-        path = self._plan.spec.sampling_rate
-        return media_of(output, self._plan.spec.fps, None if path is None else attrgetter(path)(self.pipe))
+        spec, path = self._plan.spec, self._plan.spec.sampling_rate
+        fps = next((fps for option, fps in spec.fps_with.items() if self.pipe.config.get(option)), spec.fps)
+        return media_of(output, fps, None if path is None else attrgetter(path)(self.pipe))
 
     @contextmanager
     def _encoding(self) -> Iterator[None]:

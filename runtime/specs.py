@@ -43,13 +43,14 @@ class ModelSpec:
         tensor_plan: which linears tensor parallelism cuts.
         regions: where tokens are cut and put together under sequence parallelism.
         branches: how the pipeline runs the branches of guidance; None: it has one.
-        guidance: the pipeline's argument for classifier-free guidance.
+        guidance: the pipeline's argument for classifier-free guidance; with a dot, a component's setting.
         encoders: the components that encode prompts, where the checkpoint has them.
         encode: the pipeline's methods that run them, and encoders that the pipeline calls itself. What these return
             depends on nothing else.
         decoders: the components that make pictures of latents. The first one that runs ends the denoise loop.
         patch: latents along each side of a token.
         fps: frames per second of the videos that it makes; None: it makes pictures.
+        fps_with: the pipeline's option, where it is on -> frames per second.
         sampling_rate: the pipeline's attribute, dotted, with the samples per second of the audio that comes second in
             what it returns; None: it makes none.
         chunk_frames: frames that the pipeline makes in one go, where it makes a video chunk by chunk, with all steps
@@ -73,6 +74,7 @@ class ModelSpec:
     decoders: tuple[str, ...] = ("vae",)
     patch: int = 2
     fps: int | None = None
+    fps_with: Mapping[str, int] = field(default_factory=dict)
     sampling_rate: str | None = None
     chunk_frames: int | None = None
     resumes: bool = True
