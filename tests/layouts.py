@@ -95,6 +95,12 @@ ROWS = (
     Row("wan2.1", ((64, 128), (80, 112)), frames=9, quick=("layerwise_tp2", "layerwise_ulysses2_ring2")),
     Row("wan2.2-ti2v-5b", ((128, 128), (160, 96)), frames=9, quick=("layerwise_hsdp", "layerwise_ulysses2_ring2")),
     Row(
+        "helios",
+        sizes=((64, 64), (48, 80)),  # 144 and 135 tokens, and 40 and 44 of what came before
+        frames=66,  # two chunks
+        quick=("layerwise_hsdp", "layerwise_ulysses2_ring2"),
+    ),
+    Row(
         "ltx2",
         sizes=((128, 128), (96, 160)),  # 32 and 30 tokens of video, 9 of audio
         frames=9,

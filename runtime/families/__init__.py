@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from crossdock.runtime.families import flux2_klein, hunyuan_video_15, ltx2, wan, z_image
+from crossdock.runtime.families import flux2_klein, helios, hunyuan_video_15, ltx2, wan, z_image
 from crossdock.runtime.specs import ModelSpec
 from crossdock.runtime.tiny_parts import TinyRecipe
 
-_MODULES = (flux2_klein, z_image, wan, hunyuan_video_15, ltx2)
+_MODULES = (flux2_klein, z_image, wan, hunyuan_video_15, ltx2, helios)
 
 
 def _recipes(spec: ModelSpec, tiny: TinyRecipe | Mapping[str, TinyRecipe]) -> Mapping[str, TinyRecipe]:
