@@ -17,6 +17,7 @@ from torch import Tensor
 
 from crossdock.launch.recovery import Fault, Snapshots, advice, brief, budget_text, restart, with_less_memory
 from crossdock.launch.telling import Delays, Progress, Steps, Tell
+from crossdock.runtime.chunks import number_of_chunks
 from crossdock.runtime.config import LaunchConfig, RunConfig
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled, RequestTimeout
@@ -264,7 +265,10 @@ class Engine:
     def _run(self, request: GenerateRequest, progress: Progress | None) -> list[RankResult]:
         """One round of prompts, whatever happens to the ranks meanwhile."""
         snapshots = Snapshots(self.plan, self.gang)
-        shown, delays = Steps(progress, request.steps), Delays(self._tell)
+        shown, delays = (
+            Steps(progress, request.steps * number_of_chunks(self.plan.spec, request.frames)),
+            Delays(self._tell),
+        )
         first = time.perf_counter()
 
         def notice(statuses: Mapping[int, RankStatus]) -> None:

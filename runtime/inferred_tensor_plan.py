@@ -63,7 +63,7 @@ def infer_tensor_plan(
     if not found.linears:
         return TensorPlan({}, ""), tuple(missing)
     head_count, no_count = _head_count(model, found)
-    plan = TensorPlan(found.linears, head_count, {pattern: ("heads",) for pattern in found.heads})
+    plan = TensorPlan(found.linears, head_count, dict.fromkeys(found.heads, ("heads",)))
     missing += no_count
     if not declared:
         try:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
 from typing import Any, Self
 
@@ -18,6 +19,7 @@ from crossdock.offload.arena import Arena
 from crossdock.offload.copy_engine import CopyEngine
 from crossdock.parallel.guidance import GuidanceParallelism
 from crossdock.parallel.mesh import Mesh
+from crossdock.runtime.chunks import number_of_chunks
 from crossdock.runtime.components import Component, place_component
 from crossdock.runtime.denoise_loop import DenoiseLoop, StepEnd, own_randomness
 from crossdock.runtime.errors import CheckpointError
@@ -87,6 +89,7 @@ class RankPipeline:
         self._stage = Stage(self._components, device)
         self._encodes: list[tuple[float, float]] = []  # begin and end, seconds of time.perf_counter
         self._on_decode: Callable[[], bool] = lambda: False
+        self._between_chunks: Callable[[], bool] = lambda: False
         self._hook(mesh, first)
         if (group := mesh.groups["cfg"]) is not None and plan.spec.branches is not None:
             self.pipe.transformer = GuidanceParallelism(group).over(transformer, plan.spec.branches)
@@ -102,7 +105,7 @@ class RankPipeline:
         for name in self._plan.decoders:
             module = getattr(self.pipe, name)
             if hasattr(module, "decode"):
-                module.decode = self._decoding(name, module.decode)
+                module.decode = self._decoding(self._stage.wrap(name, module.decode), mesh)
             elif first:
                 self._stage.watch(name, module)
 
@@ -161,7 +164,9 @@ class RankPipeline:
         self._on_decode = decodes
         output = None
         with own_randomness(self._device, seeds[0]) as generators, late, self._stage:
-            loop = DenoiseLoop(self._device, (*drawn, *generators), on_step, resume)
+            chunks = number_of_chunks(self._plan.spec, request.frames)
+            loop = DenoiseLoop(self._device, (*drawn, *generators), on_step, resume, chunks)
+            self._between_chunks = lambda: loop.between_chunks
             arguments = self._arguments(prompts, drawn, request)
             with (
                 loop.watching(self.pipe.transformer),
@@ -235,15 +240,18 @@ class RankPipeline:
             yield
         self._encodes.append((began, time.perf_counter()))
 
-    def _decoding(self, name: str, decode: Callable[..., Any]) -> Callable[..., Any]:
-        """`decode` of the component called `name`, where it is this rank's to do."""
-        present = self._stage.wrap(name, decode)
+    def _decoding(self, decode: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+        """`decode` of a component, where it is this rank's to do. The others go on if another chunk follows."""
+        turn = partial(self.turn, self._plan.decoders)
+        outlined = replicated(decode, self._device, mesh, turn, outline=True)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            with self.turn(self._plan.decoders):
+            if self._between_chunks():
+                return outlined(*args, **kwargs)
+            with turn():
                 if not self._on_decode():
                     raise _NotDecodedHereError
-                return present(*args, **kwargs)
+                return decode(*args, **kwargs)
 
         return call
 

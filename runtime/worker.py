@@ -227,7 +227,8 @@ class RankWorker:
         snapshot = of_replica(resume, replica, self.mesh.shape.dp)
         self.snapshots = ()
         self.log = log = RequestLog(self.stream, snapshot.step if snapshot is not None else 0)
-        self.keep_every = request.keep_every if self.rank == self.mesh.ranks["replica"][0] else 0
+        keeps = self.plan.spec.resumes and self.rank == self.mesh.ranks["replica"][0]
+        self.keep_every = request.keep_every if keeps else 0
         self.changed: RankReport | None = None  # what the rank holds since the schedule was improved
         prompts, seeds = [request.prompts[n] for n in numbers], [request.seed + n for n in numbers]
         decodes = counts[replica] > 0 and self.rank == self.mesh.ranks["replica"][0]

@@ -112,6 +112,12 @@ ROWS = (
     Row("sd3.5", quick=("tp2", "layerwise_cfg2")),
     Row("krea2", quick=("layerwise_tp2", "layerwise_hsdp")),
     Row(
+        "helios",
+        sizes=((64, 64), (48, 80)),  # 144 and 135 tokens, and 40 and 44 of what came before
+        frames=66,  # two chunks
+        quick=("layerwise_hsdp", "layerwise_ulysses2_ring2"),
+    ),
+    Row(
         "ltx2",
         sizes=((128, 128), (96, 160)),  # 32 and 30 tokens of video, 9 of audio
         frames=9,
