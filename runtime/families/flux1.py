@@ -24,7 +24,7 @@ SPEC = ModelSpec(
     pipeline="FluxPipeline",
     transformer="FluxTransformer2DModel",
     block_stacks=STACKS,
-    tensor_plan=flux1_plan(mlp_in=COLUMN, counts_heads=False),
+    tensor_plan=flux1_plan(mlp_in=COLUMN, counts={}),
     regions=(REGION,),
     encoders=("text_encoder", "text_encoder_2"),
     published=(Published("FLUX.1-dev", 11.901e9, {"guidance_embeds": True}),),
