@@ -13,14 +13,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from crossdock.launch.arguments import Outputs, add_check, build_app, run_app
+from crossdock.launch.arguments import Amounts, Outputs, add_check, build_app, run_app
 from crossdock.runtime.request import GenerateRequest
 
 
-def _run_on_ray(config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs) -> None:
+def _run_on_ray(config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs, amounts: Amounts) -> None:
     from crossdock.launch.generate import run_generate
 
-    run_generate(config, model_dir, request, outputs, launcher="ray")
+    run_generate(config, model_dir, request, outputs, amounts, launcher="ray")
 
 
 def _check_on_ray(config: Path, model_dir: Path, probe: bool, as_json: bool) -> None:
@@ -34,7 +34,7 @@ app = add_check(build_app(_run_on_ray), _check_on_ray)
 
 @app.command("make-checkpoint")
 def make_checkpoint_command(
-    family: Annotated[str, typer.Argument(metavar="FAMILY", help="flux2-klein or z-image.")],
+    family: Annotated[str, typer.Argument(metavar="FAMILY", help="Of a model; `models` lists them.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty directory to write.")],
     seed: Annotated[int, typer.Option(help="Seed of the random weights.", min=0)] = 0,
 ) -> None:
@@ -43,6 +43,23 @@ def make_checkpoint_command(
 
     make_checkpoint(family, directory, seed)
     Console(highlight=False, soft_wrap=True).print(f"wrote a tiny {family} checkpoint to {directory}", markup=False)
+
+
+@app.command("models")
+def models_command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False,
+) -> None:
+    """List the model families, their checkpoints, and the layouts that tests hold them in."""
+    from crossdock.launch.models import model_rows, models_json, models_markdown, models_table
+
+    rows = list(model_rows())
+    if as_json:
+        typer.echo(json.dumps(models_json(rows), indent=2))
+    elif as_markdown:
+        typer.echo(models_markdown(rows))
+    else:
+        Console(highlight=False).print(models_table(rows))
 
 
 @app.command("timeline")

@@ -6,7 +6,8 @@ arXiv 2310.01889) keeps the queries and passes keys and values on from rank to r
 group holds together is one station of the ring.
 
 Nothing needs to divide: a rank may own more heads or tokens than its neighbour, or none, and it takes part in
-every exchange all the same, so that all ranks issue the same ones in the same order.
+every exchange all the same, so that all ranks issue the same ones in the same order. Queries may also attend to the
+keys of another sequence that is spread over the same ranks.
 """
 
 from __future__ import annotations
@@ -68,42 +69,47 @@ class SequenceParallelAttention:
         value: Tensor,
         *,
         layout: SequenceLayout,
+        key_layout: SequenceLayout | None = None,
         mask: Tensor | None = None,
         scale: float | None = None,
         is_causal: bool = False,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """Self- or joint attention of this rank's tokens to all tokens. Collective over both groups.
+        """Attention of this rank's tokens to all tokens of a sequence. Collective over both groups.
 
         Args:
             query: `[batch, local tokens, heads, head_dim]`.
             key, value: `[batch, local tokens, kv_heads, head_dim]`; `kv_heads` is `heads`, or divides it with
                 `enable_gqa`.
-            layout: the joint sequence; its parts are the ranks, in the order of their part index
+            layout: the joint sequence of the queries; its parts are the ranks, in the order of their part index
                 `ring_rank * ulysses_degree + ulysses_rank`.
+            key_layout: the joint sequence of the keys; None: it is the queries' own.
             mask: which keys are padding, over the whole sequence in the model's order: `[batch, total]` or
-                `[batch, 1, 1, total]` (batch 1 serves all); bool (True = attend) or float (added to scores).
+                `[batch, 1, 1, total]`; or who attends to whom, `[batch, 1 or heads, total queries, total]` (batch 1
+                serves all); bool (True = attend) or float (added to scores).
             scale: of the scores; None is `head_dim ** -0.5`.
 
         Returns:
-            `[batch, local tokens, heads, head_dim]`; 0 for an item of the batch whose keys are all masked.
+            `[batch, local tokens, heads, head_dim]`; 0 for a query whose keys are all masked.
 
         Raises:
             ValueError: shapes, mask or options that this attention does not have.
         """
-        check_layout(query, layout, self._parts, self._index)
+        keys = layout if key_layout is None else key_layout
+        check_layout("query", query, layout, self._parts, self._index)
+        check_layout("key", key, keys, self._parts, self._index)
         check_inputs(query, key, value, is_causal, enable_gqa)
-        bias = key_bias(mask, layout, query)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        starts = layout.bounds[:: self._ulysses_degree]  # one Ulysses group's tokens after the other's
+        starts = keys.bounds[:: self._ulysses_degree]  # one Ulysses group's tokens after the other's
+        first = self._ring_rank * self._ulysses_degree
+        station = slice(first, first + self._ulysses_degree)
+        heads, tokens = query.shape[2], layout.lengths[station]
+        bias = score_bias(mask, layout, keys, query, station)
         if self._ulysses is None:
             return self._over_keys(query, key, value, bias, scale, starts)
-        first = self._ring_rank * self._ulysses_degree
-        tokens = layout.lengths[first : first + self._ulysses_degree]
-        heads = query.shape[2]
-        query, key, value = self._ulysses.to_heads(query, key, value, tokens)
+        query, key, value = self._ulysses.to_heads(query, key, value, tokens, keys.lengths[station])
         self._after_collective()
-        out = self._over_keys(query, key, value, bias, scale, starts)
+        out = self._over_keys(query, key, value, self._ulysses.own_heads(bias, heads), scale, starts)
         out = self._ulysses.to_tokens(out, tokens, heads)
         self._after_collective()
         return out
@@ -137,24 +143,37 @@ class _Ulysses:
         self._degree = degree
 
     def to_heads(
-        self, query: Tensor, key: Tensor, value: Tensor, tokens: tuple[int, ...]
+        self, query: Tensor, key: Tensor, value: Tensor, tokens: tuple[int, ...], key_tokens: tuple[int, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`[batch, own tokens, all heads, head_dim]` -> `[batch, group's tokens, own heads, head_dim]`.
 
-        One all-to-all for all three. Key heads that cannot be dealt out evenly are repeated first.
+        One all-to-all for all three where they are of one sequence. Key heads that cannot be dealt out evenly are
+        repeated first.
         """
         if key.shape[2] % self._degree and key.shape[2] != query.shape[2]:
             groups = query.shape[2] // key.shape[2]
             key, value = key.repeat_interleave(groups, dim=2), value.repeat_interleave(groups, dim=2)
-        counts = [shard_lengths(tensor.shape[2], self._degree) for tensor in (query, key, value)]
+        if tokens == key_tokens:
+            q, k, v = self._deal((query, key, value), tokens)
+        else:
+            (q,), (k, v) = self._deal((query,), tokens), self._deal((key, value), key_tokens)
+        return q, k, v
+
+    def own_heads(self, bias: Tensor | None, heads: int) -> Tensor | None:
+        """Of a bias that differs from head to head, `[batch, heads, seq, keys]`, those that this rank gets."""
+        if bias is None or bias.ndim == 2 or bias.shape[1] == 1:
+            return bias
+        return bias.split_with_sizes(shard_lengths(heads, self._degree), dim=1)[self._rank]
+
+    def _deal(self, tensors: tuple[Tensor, ...], tokens: tuple[int, ...]) -> tuple[Tensor, ...]:
+        counts = [shard_lengths(tensor.shape[2], self._degree) for tensor in tensors]
         together = [sum(of_rank) for of_rank in zip(*counts, strict=True)]
-        batch, own_tokens, _, head_dim = query.shape
+        batch, own_tokens, _, head_dim = tensors[0].shape
         sizes = [own_tokens * batch * heads * head_dim for heads in together]
-        message = query.new_empty(sum(sizes))
+        message = tensors[0].new_empty(sum(sizes))
         # what one rank gets: its heads of q, of k and of v, side by side
         cuts = [
-            tensor.transpose(0, 1).split_with_sizes(cut, dim=2)
-            for tensor, cut in zip((query, key, value), counts, strict=True)
+            tensor.transpose(0, 1).split_with_sizes(cut, dim=2) for tensor, cut in zip(tensors, counts, strict=True)
         ]
         slots = message.split_with_sizes(sizes)
         for slot, heads, *shares in zip(slots, together, *cuts, strict=True):
@@ -163,8 +182,7 @@ class _Ulysses:
         agreed = (tokens, together, batch, head_dim)
         arrived = self._exchange(message, sizes, [count * row for count in tokens], agreed)
         joined = arrived.view(sum(tokens), batch, together[self._rank], head_dim).transpose(0, 1)
-        q, k, v = joined.split_with_sizes([cut[self._rank] for cut in counts], dim=2)
-        return q, k, v
+        return joined.split_with_sizes([cut[self._rank] for cut in counts], dim=2)
 
     def to_tokens(self, out: Tensor, tokens: tuple[int, ...], heads: int) -> Tensor:
         """`[batch, group's tokens, own heads, head_dim]` -> `[batch, own tokens, all heads, head_dim]`."""
@@ -216,7 +234,7 @@ class _Ring:
             before = (source - 1) % self._degree
             more = step + 1 < self._degree
             hop = self._pass_on(pair, starts[before + 1] - starts[before], (starts, step)) if more else None
-            columns = None if bias is None else bias[:, starts[source] : starts[source + 1]]
+            columns = None if bias is None else bias[..., starts[source] : starts[source + 1]]
             out, lse = attention_with_lse(query, pair[0], pair[1], columns, scale)
             merged = (out.float(), lse) if merged is None else merge(*merged, out, lse)
             if hop is not None:
@@ -244,18 +262,19 @@ class _Hop:
         return self.received
 
 
-def check_layout(query: Tensor, layout: SequenceLayout, parts: int, index: int) -> None:
-    """Whether `query` holds the tokens of part `index` of `parts`.
+def check_layout(name: str, tensor: Tensor, layout: SequenceLayout, parts: int, index: int) -> None:
+    """Whether `tensor` holds the tokens of part `index` of `parts`.
 
     Raises:
         ValueError: it does not; says what was found and what was expected.
     """
     if layout.parts != parts:
         raise ValueError(f"the layout has {layout.parts} parts, but its tokens are spread over {parts} ranks")
-    if query.shape[1] != layout.lengths[index]:
+    if tensor.shape[1] != layout.lengths[index]:
         raise ValueError(
-            f"query {tuple(query.shape)} has {query.shape[1]} tokens, but part {index} of segments "
-            f"{layout.segments} over {parts} ranks has {layout.lengths[index]}"
+            f"{name} {tuple(tensor.shape)} has {tensor.shape[1]} tokens, but part {index} of segments "
+            f"{layout.segments} over {parts} ranks has {layout.lengths[index]}; attention to a sequence that every "
+            "rank holds whole must be named in the region's cross"
         )
 
 
@@ -270,35 +289,50 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, ena
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if query.ndim != 4 or key.shape != value.shape or query.shape[::3] != key.shape[::3]:
         raise ValueError(f"{shapes}: possible is one batch size, one head_dim, one shape for key and value")
-    if query.shape[1] != key.shape[1]:
-        raise ValueError(
-            f"{shapes}: possible is attention of a sequence to itself, not to another; "
-            "cross-attention runs outside the sequence-parallel region"
-        )
     heads, kv_heads = query.shape[2], key.shape[2]
     if heads != kv_heads and not (enable_gqa and kv_heads and heads % kv_heads == 0):
         raise ValueError(f"{shapes}: possible are {heads} key heads, or a divisor of it with enable_gqa=True")
 
 
-def key_bias(mask: Tensor | None, layout: SequenceLayout, query: Tensor) -> Tensor | None:
-    """A key padding mask -> what is added to the scores, in gathered order: `[batch, total]`, query's dtype.
+def score_bias(
+    mask: Tensor | None, layout: SequenceLayout, key_layout: SequenceLayout, query: Tensor, station: slice
+) -> Tensor | None:
+    """A mask in the model's order -> what is added to the scores, in gathered order and the query's dtype.
+
+    Args:
+        query: `[batch, any tokens, heads, head_dim]`, before heads are dealt out.
+        station: the parts whose queries meet the keys on this rank; a mask with rows keeps theirs.
+
+    Returns:
+        `[batch, total keys]`, or for a mask with rows `[batch, 1 or heads, the station's tokens, total keys]`.
 
     Raises:
         ValueError: another shape or dtype than `attend` takes.
     """
     if mask is None:
         return None
-    batch = query.shape[0]
-    per_key = mask[:, 0, 0] if mask.ndim == 4 and mask.shape[1:3] == (1, 1) else mask
-    if per_key.ndim != 2 or per_key.shape[0] not in (1, batch) or per_key.shape[1] != layout.total:
+    batch, heads = query.shape[0], query.shape[2]
+    mask = mask[:, 0, 0] if mask.ndim == 4 and mask.shape[1:3] == (1, 1) else mask
+    per_key = mask.ndim == 2 and mask.shape[1] == key_layout.total
+    per_row = mask.ndim == 4 and mask.shape[1] in (1, heads) and mask.shape[2:] == (layout.total, key_layout.total)
+    if not (per_key or per_row) or mask.shape[0] not in (1, batch):
+        rows, keys = layout.total, key_layout.total
         raise ValueError(
             f"an attention mask of shape {tuple(mask.shape)} does not mask the keys of the whole sequence; "
-            f"possible: [{batch}, {layout.total}] and [{batch}, 1, 1, {layout.total}]"
+            f"possible: [{batch}, {keys}], [{batch}, 1, 1, {keys}] and [{batch}, 1 or {heads}, {rows}, {keys}]"
         )
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"an attention mask of {mask.dtype}; possible: bool (True = attend), float (added)")
+    if per_row:
+        first, last = layout.bounds[station.start], layout.bounds[station.stop]
+        mask = mask.index_select(2, layout.order(mask.device)[first:last])
+    if len(key_layout.segments) > 1:
+        mask = mask.index_select(-1, key_layout.order(mask.device))
     if mask.dtype == torch.bool:
-        per_key = per_key.new_zeros(per_key.shape, dtype=query.dtype).masked_fill(~per_key, -torch.inf)
-    if len(layout.segments) > 1:
-        per_key = per_key.index_select(-1, layout.order(mask.device))
-    return per_key.to(query).expand(batch, -1)
+        mask = mask.new_zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+    return mask.to(query).expand(batch, *mask.shape[1:])
+
+
+def has_rows(mask: Tensor | None) -> bool:
+    """Whether a mask differs from query to query."""
+    return mask is not None and mask.ndim == 4 and mask.shape[1:3] != (1, 1)

@@ -3,9 +3,10 @@
 Ring attention needs the log-sum-exp of the scores next to the output, which `scaled_dot_product_attention`
 does not return; the fused kernels beneath it do, each in its own way. What differs between them ends here.
 
-The mask is a bias, `[batch, keys]` in the query's dtype, -inf where a key is not attended. Whether an item of
-the batch has no key at all is read from the bias and never from a kernel's output: what kernels return for
-such rows differs (the CPU one says log-sum-exp 0).
+The mask is a bias in the query's dtype, -inf where a key is not attended: `[batch, keys]`, or where it differs from
+query to query, or from head to head, `[batch, 1 or heads, 1 or seq, keys]`. Whether a row has no key at all is read
+from the bias and never from a kernel's output: what kernels return for such rows differs (the CPU one says
+log-sum-exp 0).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sc
     Args:
         query: `[batch, seq, heads, head_dim]`.
         key, value: `[batch, keys, kv_heads, head_dim]`; `kv_heads` divides `heads`.
-        bias: `[batch, keys]` or None.
+        bias: None, or as above.
 
     Returns:
         `[batch, seq, heads, head_dim]`.
@@ -35,9 +36,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sc
         return torch.zeros_like(query)
     key, value = _repeat_heads(key, query.shape[2]), _repeat_heads(value, query.shape[2])
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    mask = None if bias is None else bias[:, None, None, :]
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2)
-    return out if bias is None else out.masked_fill(keyless(bias)[:, None, None, None], 0.0)
+    bias = by_row(bias)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, bias, scale=scale).transpose(1, 2)
+    return out if bias is None else out.masked_fill(_per_row(keyless(bias)), 0.0)
 
 
 def attention_with_lse(
@@ -53,18 +54,24 @@ def attention_with_lse(
         return torch.zeros_like(query), query.new_full((batch, heads, seq), -torch.inf, dtype=torch.float32)
     key, value = _repeat_heads(key, heads), _repeat_heads(value, heads)
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    bias = by_row(bias)
     kernel = _cuda_kernel if query.is_cuda else _cpu_kernel
     out, lse = kernel(q, k, v, bias, scale)
     out, lse = out.transpose(1, 2), lse[..., :seq].float()
     if bias is not None:
         nothing = keyless(bias)
-        out = out.masked_fill(nothing[:, None, None, None], 0.0)
-        lse = lse.masked_fill(nothing[:, None, None], -torch.inf)
+        out = out.masked_fill(_per_row(nothing), 0.0)
+        lse = lse.masked_fill(nothing, -torch.inf)
     return out, lse
 
 
+def by_row(bias: Tensor | None) -> Tensor | None:
+    """`[batch, keys]` -> `[batch, 1, 1, keys]`; what has its rows already stays."""
+    return bias[:, None, None, :] if bias is not None and bias.ndim == 2 else bias
+
+
 def keyless(bias: Tensor) -> Tensor:
-    """bias `[batch, keys]` -> which items of the batch have no key to attend to: bool `[batch]`."""
+    """bias `[..., keys]` -> which rows have no key to attend to: bool `[...]`."""
     return (bias == -torch.inf).all(-1)
 
 
@@ -96,13 +103,12 @@ def _repeat_heads(tensor: Tensor, heads: int) -> Tensor:
     return tensor if groups == 1 else tensor.repeat_interleave(groups, dim=2)
 
 
-# -- kernels: q, k, v `[batch, heads, seq, head_dim]` -> the same, lse `[batch, heads, seq or more]` ---------
+# -- kernels: q, k, v `[batch, heads, seq, head_dim]`, bias of four dims -> the same, lse `[batch, heads, seq or more]`
 
 
 def _cpu_kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    mask = None if bias is None else bias[:, None, None, :]
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, lse = kernel(q, k, v, attn_mask=mask, scale=scale)
+    out, lse = kernel(q, k, v, attn_mask=bias, scale=scale)
     return out, lse
 
 
@@ -125,8 +131,8 @@ def _pad_head_dim(tensor: Tensor) -> Tensor:
 
 
 def _aligned_bias(bias: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """`[batch, keys]` -> a view of `[batch, heads, seq, keys]` whose rows are aligned."""
-    batch, keys = bias.shape
-    storage = bias.new_zeros(batch, keys + -keys % _BIAS_ALIGNMENT)
-    storage[:, :keys] = bias
-    return storage[:, None, None, :keys].expand(shape)
+    """A view of `shape`, `[batch, heads, seq, keys]`, whose rows are aligned."""
+    keys = bias.shape[-1]
+    storage = bias.new_zeros(*bias.shape[:-1], keys + -keys % _BIAS_ALIGNMENT)
+    storage[..., :keys] = bias
+    return storage[..., :keys].expand(shape)

@@ -80,6 +80,7 @@ class MeshShape:
         """Every communicator's ranks. `weights` is apart from the others: block gathers never wait for activations."""
         return {
             "tp": self.group_along(rank, ("tp",)),
+            "cfg": self.group_along(rank, ("cfg",)),
             "ulysses": self.group_along(rank, ("ulysses",)),
             "ring": self.group_along(rank, ("ring",)),
             "sequence": self.group_along(rank, ("ring", "ulysses")),

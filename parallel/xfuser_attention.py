@@ -18,12 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from crossdock.parallel.attention import check_inputs, check_layout, key_bias
+from crossdock.parallel.attention import check_inputs, check_layout, has_rows, score_bias
 from crossdock.parallel.group import Group
 from crossdock.parallel.kernels import keyless
 from crossdock.parallel.sequence import SequenceLayout
 
 _WAY_OUT = "use parallel.attention: native"
+_OWN_KEYS = "it attends to the keys of the queries' own sequence"
 _LANES = 8
 """The flash kernel beneath xfuser's ring wants a head_dim that is a multiple of this."""
 
@@ -96,6 +97,7 @@ class XFuserAttention:
         value: Tensor,
         *,
         layout: SequenceLayout,
+        key_layout: SequenceLayout | None = None,
         mask: Tensor | None = None,
         scale: float | None = None,
         is_causal: bool = False,
@@ -104,14 +106,18 @@ class XFuserAttention:
         """As `SequenceParallelAttention.attend`.
 
         Raises:
-            ValueError: what neither can do, and what xfuser cannot: parts or heads that do not divide, another
-                scale, and with ring a mask, float32 or an odd head_dim.
+            ValueError: what neither can do, and what xfuser cannot: the keys of another sequence, a mask that differs
+                from query to query, parts or heads that do not divide, another scale, and with ring a mask, float32
+                or an odd head_dim.
         """
-        check_layout(query, layout, self._parts, self._index)
+        check_layout("query", query, layout, self._parts, self._index)
         check_inputs(query, key, value, is_causal, enable_gqa)
+        if key_layout not in (None, layout):
+            raise ValueError(f"xfuser cannot run this: {_OWN_KEYS}, and these are of another; {_WAY_OUT}")
+        check_layout("key", key, layout, self._parts, self._index)
         if reason := self._limits(query, layout, mask, scale):
             raise ValueError(f"xfuser cannot run this: {reason}; {_WAY_OUT}")
-        bias = key_bias(mask, layout, query)
+        bias = score_bias(mask, layout, layout, query, slice(self._index, self._index + 1))
         groups = query.shape[2] // key.shape[2]
         q, k, v = (
             tensor.repeat_interleave(repeats, dim=2).transpose(1, 2)
@@ -131,6 +137,11 @@ class XFuserAttention:
             return f"{heads} attention heads do not divide by ulysses_degree {self._ulysses_degree}"
         if scale is not None and scale != head_dim**-0.5:
             return f"it scales by head_dim ** -0.5 = {head_dim**-0.5:.4g}, and the scale asked for is {scale:.4g}"
+        if has_rows(mask):
+            assert mask is not None
+            return (
+                f"its masks say which keys are padding, and this one of shape {tuple(mask.shape)} has rows for queries"
+            )
         if self._ring_degree == 1:
             return None
         if mask is not None:

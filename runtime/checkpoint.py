@@ -9,6 +9,7 @@ import importlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,12 +110,26 @@ def check_components(model_dir: Path, index: Mapping[str, Any], placed: Sequence
             _header(file)
 
 
+def component_class(library: object, class_name: object) -> type | None:
+    """The class that model_index.json names; None: there is no such class.
+
+    Args:
+        library: diffusers, transformers, or the part of diffusers' pipelines that has components of its own.
+    """
+    homes = [str(library)] if library in ("diffusers", "transformers") else [f"diffusers.pipelines.{library}"]
+    for home in homes:
+        with suppress(ImportError):
+            found = getattr(importlib.import_module(home), str(class_name), None)
+            if isinstance(found, type):
+                return found
+    return None
+
+
 def _is_module(folder: Path, library: object, class_name: object) -> bool:
     """Whether a component is an `nn.Module`; where its class is not to be found, whether it has weights."""
-    if library in ("diffusers", "transformers"):
-        found = getattr(importlib.import_module(str(library)), str(class_name), None)
-        if isinstance(found, type):
-            return issubclass(found, nn.Module)
+    found = component_class(library, class_name)
+    if found is not None:
+        return issubclass(found, nn.Module)
     return any(file.suffix in (".safetensors", ".bin", ".pt", ".pth") for file in folder.glob("*"))
 
 

@@ -18,7 +18,7 @@ from crossdock.offload.discovery import DiscoveryError, FoundBlock, discover_blo
 from crossdock.offload.host_memory import HostMemoryError
 from crossdock.offload.layout import ALIGNMENT, BlockLayout
 from crossdock.offload.offloader import LayerwiseOffloader, component_layouts
-from crossdock.offload.residency import minimum_bytes
+from crossdock.offload.schedule import device_bytes
 from crossdock.runtime.errors import CheckpointError, LaunchError
 from crossdock.runtime.meta_model import build_on_meta
 
@@ -142,7 +142,7 @@ def component_needs(
         if parts:
             needs.append(_need(name, max(sizes), rest.nbytes + ALIGNMENT, layouts, module))
         else:
-            streamed = minimum_bytes(sizes, (prefetch,))
+            streamed = device_bytes(sizes, tuple(range(len(sizes))), prefetch)  # without a budget, all of it is
             needs.append(_need(name, rest.nbytes + streamed, 0, [*layouts, rest], module))
     return tuple(needs)
 
@@ -164,8 +164,8 @@ def component_blocks(module: nn.Module) -> list[FoundBlock]:
 
 def _on_meta(folder: Path, library: str, class_name: str, dtype: torch.dtype) -> nn.Module:
     """The module as it will be loaded, in `dtype` but for what its class keeps in fp32."""
-    if library == "diffusers":
-        module = build_on_meta(class_name, folder)
+    if library != "transformers":
+        module = build_on_meta(class_name, folder, library)
     else:
         try:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -179,7 +179,7 @@ def _on_meta(folder: Path, library: str, class_name: str, dtype: torch.dtype) ->
 def _cast(module: nn.Module, library: str, dtype: torch.dtype) -> nn.Module:
     """As `from_pretrained` does: some classes keep some parts in fp32, transformers' only where fp16 is asked for."""
     kept = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
-    if library == "diffusers" or dtype == torch.float16:
+    if library != "transformers" or dtype == torch.float16:
         kept |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
     nn.Module.to(module, dtype)
     for name, child in module.named_modules():

@@ -55,7 +55,7 @@ class ParallelConfig(Section):
     )
     cfg_degree: Degree = Field(
         default=1,
-        description="Ranks that split the guided and unguided branch. Only 1 works in this version.",
+        description="Ranks that split the branches of guidance: 1 or 2, where the pipeline has two.",
     )
     dp_degree: Degree = Field(default=1, description="Ranks that split the prompts (data parallelism).")
     hsdp: HsdpConfig | None = Field(
@@ -85,9 +85,9 @@ class ParallelConfig(Section):
 
     @field_validator("cfg_degree")
     @classmethod
-    def _only_one_cfg_rank(cls, degree: int) -> int:
-        if degree > 1:
-            raise refusal(f"found {degree}; allowed: 1 (splitting the guidance branches is not supported yet)")
+    def _guidance_has_two_branches(cls, degree: int) -> int:
+        if degree > 2:
+            raise refusal(f"found {degree}; allowed: 1, 2 (guidance has two branches)")
         return degree
 
     @model_validator(mode="after")

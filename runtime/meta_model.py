@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from crossdock.runtime.checkpoint import read_json
+from crossdock.runtime.checkpoint import component_class, read_json
 from crossdock.runtime.errors import CheckpointError
 
 
@@ -35,8 +34,11 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build_on_meta(class_name: str, component_dir: Path) -> nn.Module:
+def build_on_meta(class_name: str, component_dir: Path, library: str = "diffusers") -> nn.Module:
     """The diffusers model `class_name` with the config of `component_dir`: parameters on meta, buffers real.
+
+    Args:
+        library: as in model_index.json.
 
     Raises:
         CheckpointError: the config is missing, names another class, or does not fit the class.
@@ -46,11 +48,19 @@ def build_on_meta(class_name: str, component_dir: Path) -> nn.Module:
         raise CheckpointError(
             f"{component_dir / 'config.json'}: _class_name is {config.get('_class_name')!r}, expected {class_name!r}"
         )
+    if component_class(library, class_name) is None:
+        raise CheckpointError(f"{component_dir / 'config.json'}: {library} has no class {class_name}; is it too old?")
     try:
-        with _EmptyOnMeta():
-            model: nn.Module = getattr(diffusers, class_name).from_config(config)
+        return build_config_on_meta(class_name, config, library)
     except (TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
         raise CheckpointError(f"{component_dir / 'config.json'}: {class_name} cannot be built: {error}") from None
+
+
+def build_config_on_meta(class_name: str, config: Mapping[str, Any], library: str = "diffusers") -> nn.Module:
+    """The diffusers model `class_name` with `config`; raises whatever its constructor does."""
+    model_class: Any = component_class(library, class_name)
+    with _EmptyOnMeta():
+        model: nn.Module = model_class.from_config(dict(config))
     return _parameters_to_meta(model).eval()
 
 

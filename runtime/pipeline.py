@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import diffusers
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from crossdock.offload.arena import Arena
 from crossdock.offload.copy_engine import CopyEngine
+from crossdock.parallel.guidance import GuidanceParallelism
 from crossdock.parallel.mesh import Mesh
 from crossdock.runtime.components import Component, place_component
 from crossdock.runtime.denoise_loop import DenoiseLoop, StepEnd, own_randomness
@@ -33,7 +35,7 @@ class Denoised:
     """What a run of the pipeline gave.
 
     Attributes:
-        latents: as the loop's last step left them, in fp32 on the CPU; shape and layout are the pipeline's own.
+        latents: as the loop's last step left them, in fp32 on the CPU, `[batch, ...]`; the rest is the pipeline's own.
         media: the pictures or videos; None where another rank decodes, or nobody does.
         end_s: when the loop was done, seconds of `time.perf_counter`.
     """
@@ -81,6 +83,8 @@ class RankPipeline:
         self._encodes: list[tuple[float, float]] = []  # begin and end, seconds of time.perf_counter
         self._on_decode: Callable[[], bool] = lambda: False
         self._hook(mesh, first)
+        if (group := mesh.groups["cfg"]) is not None and plan.spec.branches is not None:
+            self.pipe.transformer = GuidanceParallelism(group).over(transformer, plan.spec.branches)
         self.pipe.set_progress_bar_config(disable=True)
 
     def _hook(self, mesh: Mesh, first: bool) -> None:
@@ -89,7 +93,7 @@ class RankPipeline:
             self._stage.watch(name, self._modules[name])
         for name in self._plan.spec.encode:
             method = replicated(getattr(self.pipe, name), self._device, mesh, self._encoding)
-            setattr(self.pipe, name, method)
+            object.__setattr__(self.pipe, name, method)  # the pipeline's own way takes no call for a component
         for name in self._plan.decoders:
             module = getattr(self.pipe, name)
             if hasattr(module, "decode"):
@@ -120,16 +124,16 @@ class RankPipeline:
 
     def run(
         self,
-        prompt: str,
-        seed: int,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
         request: GenerateRequest,
         on_step: Callable[[StepEnd], None],
         resume: Snapshot | None = None,
         on_decode: Callable[[], bool] = lambda: False,
     ) -> Denoised:
-        """Run the pipeline: the denoise loop from its beginning, or from where `resume` was taken, and the decoding.
+        """Run the pipeline on a batch: denoise, from the beginning or where `resume` was taken, and decode.
 
-        The initial noise is drawn on the CPU; what a stochastic scheduler draws follows from the seed as well, so that
+        The initial noise is drawn on the CPU; what a stochastic scheduler draws follows from the seeds as well, so that
         it is the same on all ranks and in every run. An error that `on_step` raises leaves the pipeline usable.
 
         Args:
@@ -140,7 +144,7 @@ class RankPipeline:
         """
         self._encodes.clear()
         began = time.perf_counter()
-        generator = torch.Generator("cpu").manual_seed(seed)
+        drawn = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         late = nullcontext() if resume is None else beginning_at(self.pipe.scheduler, resume.step)
         ended: list[float] = []
 
@@ -151,9 +155,9 @@ class RankPipeline:
 
         self._on_decode = decodes
         output = None
-        with own_randomness(self._device, seed) as generators, late, self._stage:
-            loop = DenoiseLoop(self._device, (generator, *generators), on_step, resume)
-            arguments = self._arguments(prompt, generator, request)
+        with own_randomness(self._device, seeds[0]) as generators, late, self._stage:
+            loop = DenoiseLoop(self._device, (*drawn, *generators), on_step, resume)
+            arguments = self._arguments(prompts, drawn, request)
             with loop.watching(self.pipe.transformer), loop.told_by(self.pipe) as tells, suppress(_NotDecodedHereError):
                 output = self.pipe(**arguments, **tells)
         assert loop.latents is not None
@@ -162,7 +166,7 @@ class RankPipeline:
         end_s = ended[0] if ended else time.perf_counter()
         return Denoised(
             loop.latents.to("cpu", torch.float32),
-            None if output is None else media_of(output, self._plan.spec.fps),
+            None if output is None else self._media(output),
             encodes,
             encode_s,
             end_s - began - encode_s,
@@ -170,14 +174,17 @@ class RankPipeline:
             loop.step_ms(),
         )
 
-    def _arguments(self, prompt: str, generator: torch.Generator, request: GenerateRequest) -> dict[str, Any]:
+    def _arguments(
+        self, prompts: Sequence[str], generators: list[torch.Generator], request: GenerateRequest
+    ) -> dict[str, Any]:
         """What the pipeline is called with."""
+        several = len(prompts) > 1
         return {
-            "prompt": prompt,
+            "prompt": list(prompts) if several else prompts[0],
             "num_inference_steps": request.steps,
             "height": request.height,
             "width": request.width,
-            "generator": generator,
+            "generator": generators if several else generators[0],
             "output_type": "pil" if self._plan.spec.fps is None else "np",
             "return_dict": False,
             **self._wishes(request),
@@ -191,6 +198,10 @@ class RankPipeline:
             "num_frames": request.frames,
         }
         return {name: value for name, value in wishes.items() if value is not None}
+
+    def _media(self, output: Sequence[Any]) -> list[Media]:
+        path = self._plan.spec.sampling_rate
+        return media_of(output, self._plan.spec.fps, None if path is None else attrgetter(path)(self.pipe))
 
     @contextmanager
     def _encoding(self) -> Iterator[None]:

@@ -36,7 +36,7 @@ from crossdock.runtime.device_space import divide_device
 from crossdock.runtime.errors import CheckpointError
 from crossdock.runtime.families import SPECS, spec_of_pipeline
 from crossdock.runtime.meta_model import build_on_meta, non_persistent_buffers
-from crossdock.runtime.plan_checks import check_attention, check_degree, check_pages, check_tensors
+from crossdock.runtime.plan_checks import check_attention, check_degree, check_guidance, check_pages, check_tensors
 from crossdock.runtime.reports import ScheduleReport
 from crossdock.runtime.specs import ModelSpec
 from crossdock.runtime.vae_scale import latent_frames, latent_pixels
@@ -198,6 +198,7 @@ def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int
     check_tensors(model, stored, folder)
     check_degree(model, spec, config)
     check_attention(model, spec, config, device)
+    check_guidance(spec, config)
 
     mesh = mesh_shape(config)
     found = transformer_blocks(model, spec)

@@ -38,6 +38,15 @@ def check_degree(model: nn.Module, spec: ModelSpec, config: RunConfig) -> None:
         raise ConfigError(f"found {degree}: {reasons[degree]}; allowed: {allowed}", "parallel.tp_degree")
 
 
+def check_guidance(spec: ModelSpec, config: RunConfig) -> None:
+    """There are branches of guidance to split."""
+    if config.parallel.cfg_degree > 1 and spec.branches is None:
+        raise ConfigError(
+            f"found {config.parallel.cfg_degree}: {spec.pipeline} has one branch of guidance; allowed: 1",
+            "parallel.cfg_degree",
+        )
+
+
 def _why_not(model: nn.Module, spec: ModelSpec, degree: int) -> str | None:
     if _heads(model, spec) % degree:
         return f"it does not divide the {_heads(model, spec)} attention heads of {spec.transformer}"

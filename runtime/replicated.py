@@ -1,7 +1,7 @@
 """One text encoder per replica: the first rank runs it, the others get what it returned.
 
-The pipeline does not notice: it calls its own methods that encode (`encode_prompt`) on every rank, and they return the
-same everywhere. So no rank but the first holds the weights of the text encoders.
+The pipeline does not notice: it calls its own methods that encode (`encode_prompt`), or the encoders, on every rank,
+and they return the same everywhere. So no rank but the first holds the weights of the text encoders.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def replicated(
         turn: the context in which it runs; entered on every rank.
     """
 
-    @functools.wraps(method)  # pipelines may look at the signature
+    @functools.wraps(method, updated=())  # pipelines may look at the signature
     def call(*args: Any, **kwargs: Any) -> Any:
         with turn():
             value = method(*args, **kwargs) if mesh.rank == mesh.ranks["replica"][0] else None

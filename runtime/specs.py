@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from crossdock.parallel.guidance import Branches
 from crossdock.parallel.regions import SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, LinearStyle, TensorPlan
 
@@ -36,13 +37,22 @@ class ModelSpec:
         block_stacks: paths of the module lists of transformer blocks, in execution order.
         tensor_plan: which linears tensor parallelism cuts.
         regions: where tokens are cut and put together under sequence parallelism.
+        branches: how the pipeline runs the branches of guidance; None: it has one.
         guidance: the pipeline's argument for classifier-free guidance.
         encoders: the components that encode prompts, where the checkpoint has them.
-        encode: the pipeline's methods that run them, and whose return values depend on nothing else.
+        encode: the pipeline's methods that run them, and encoders that the pipeline calls itself. What these return
+            depends on nothing else.
         decoders: the components that make pictures of latents. The first one that runs ends the denoise loop.
         patch: latents along each side of a token.
         fps: frames per second of the videos that it makes; None: it makes pictures.
+        sampling_rate: the pipeline's attribute, dotted, with the samples per second of the audio that comes second in
+            what it returns; None: it makes none.
+        chunk_frames: frames that the pipeline makes in one go, where it makes a video chunk by chunk, with all steps
+            for each, and decodes each before the next one begins.
+        resumes: whether a request that lost a rank goes on after the last step that was kept. Not where the loop
+            carries more than latents and what its scheduler remembers; it begins anew then.
         published: its checkpoints.
+        refused: shipped config -> why this family cannot run in it, where that does not follow from the rest.
     """
 
     family: str
@@ -51,13 +61,18 @@ class ModelSpec:
     block_stacks: tuple[str, ...]
     tensor_plan: TensorPlan
     regions: tuple[SequenceRegion, ...]
+    branches: Branches | None
     guidance: str = "guidance_scale"
     encoders: tuple[str, ...] = ("text_encoder",)
     encode: tuple[str, ...] = ("encode_prompt",)
     decoders: tuple[str, ...] = ("vae",)
     patch: int = 2
     fps: int | None = None
+    sampling_rate: str | None = None
+    chunk_frames: int | None = None
+    resumes: bool = True
     published: tuple[Published, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 def attention_plan(attention: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> dict[str, LinearStyle]:

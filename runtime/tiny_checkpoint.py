@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crossdock.runtime.errors import CheckpointError, RequestError
-from crossdock.runtime.families import SPECS, TINY
+from crossdock.runtime.families import SPEC_OF_RECIPE, TINY
 from crossdock.runtime.tiny_parts import TinyRecipe
 
 if TYPE_CHECKING:
@@ -32,20 +32,23 @@ VELOCITY_SCALE = 0.35
 """Factor on the last projection; keeps rounding errors small, which guidance enlarges up to 10 times."""
 
 
-def make_checkpoint(family: str, directory: Path, seed: int = 0) -> None:
-    """Write a random pipeline of `family` to `directory`, which must be new or empty.
+def make_checkpoint(recipe: str, directory: Path, seed: int = 0) -> None:
+    """Write a random pipeline to `directory`, which must be new or empty.
 
-    The same seed writes the same bytes. Raises `RequestError` for an unknown family, `CheckpointError` where
+    The same seed writes the same bytes. Raises `RequestError` for an unknown recipe, `CheckpointError` where
     the directory cannot take the files; nothing is left behind then.
+
+    Args:
+        recipe: the name of a family that has one, or of one of its recipes.
     """
-    _check_family(family)
+    _check_recipe(recipe)
     with _new_directory(directory) as staging:
-        pipeline = _build(family, seed)
+        pipeline = _build(recipe, seed)
         with _no_progress_bars():
             pipeline.save_pretrained(staging, max_shard_size=TRANSFORMER_SHARD_SIZE)
 
 
-def _check_family(name: str) -> None:
+def _check_recipe(name: str) -> None:
     if name not in TINY:
         close = difflib.get_close_matches(name, TINY, n=1)
         hint = f" did you mean {close[0]}?" if close else ""
@@ -86,25 +89,26 @@ def _no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _build(family: str, seed: int) -> Any:
+def _build(name: str, seed: int) -> Any:
     import diffusers
     import torch
     from torch import nn
 
-    recipe = TINY[family]
+    recipe = TINY[name]
     with torch.random.fork_rng(devices=[]):  # the constructors draw weights of their own, which are replaced
         components = recipe.components()
     generator = torch.Generator().manual_seed(seed)
     for module in components.values():
         if isinstance(module, nn.Module):
             _randomise(module.eval(), recipe, generator)
-    return getattr(diffusers, SPECS[family].pipeline)(**components, **recipe.options)
+    return getattr(diffusers, SPEC_OF_RECIPE[name].pipeline)(**components, **recipe.options)
 
 
 def _randomise(module: nn.Module, recipe: TinyRecipe, generator: torch.Generator) -> None:
     """Draw every parameter and running statistic of `module` anew, in the order of their names.
 
-    Matrices get the variance 1 / fan_in, so that activations stay of order 1; norm weights lie around 1.
+    Matrices get the variance 1 / fan_in, so that activations stay of order 1; norm weights lie around what their
+    class begins with: 1, or 0 where it adds 1 to them.
     """
     import torch
     from torch import nn
@@ -121,8 +125,8 @@ def _randomise(module: nn.Module, recipe: TinyRecipe, generator: torch.Generator
                 normal(tensor, 0.0, 0.2)
             elif name.endswith(recipe.sharp):
                 normal(tensor, 1.5, 0.3)
-            elif tensor.ndim == 1:
-                normal(tensor, 1.0, 0.2)
+            elif tensor.numel() == tensor.shape[0]:  # a VAE may hold a norm weight as [channels, 1, 1, 1]
+                normal(tensor, float(tensor.any()), 0.2)
             else:
                 scale = VELOCITY_SCALE if name in recipe.outputs else 1.0
                 normal(tensor, 0.0, scale / math.sqrt(tensor[0].numel()))

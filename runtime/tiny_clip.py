@@ -30,12 +30,13 @@ def clip_tokenizer() -> Any:
     return CLIPTokenizer(vocab=vocab, merges=list(merges), model_max_length=77)
 
 
-def clip_text_config(tokenizer: Any) -> Any:
+def clip_text_config(tokenizer: Any, hidden: int = CLIP_HIDDEN) -> Any:
     from transformers import CLIPTextConfig
 
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=CLIP_HIDDEN,
+        hidden_size=hidden,
+        projection_dim=hidden,
         intermediate_size=96,
         num_hidden_layers=3,
         num_attention_heads=CLIP_HEADS,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ class Layout:
         known = {
             "ranks": config.world_size > 1,
             "dp": parallel.dp_degree > 1,
+            "cfg": parallel.cfg_degree > 1,
             "ulysses": parallel.ulysses_degree > 1,
             "ring": parallel.ring_degree > 1,
             "tp": parallel.tp_degree > 1,
@@ -56,6 +56,9 @@ LAYOUTS = (
     Layout("ring4"),
     Layout("ulysses2_ring2"),
     Layout("layerwise_ulysses2_ring2", through_torchrun=True),
+    Layout("layerwise_cfg2"),
+    Layout("layerwise_tp2_ulysses2"),
+    Layout("layerwise_hsdp_ulysses2"),
 )
 COMBINED: dict[str, dict[str, Any]] = {
     "hsdp2_ulysses2_tp2": {"parallel": {"ulysses_degree": 2, "tp_degree": 2, "hsdp": {"shard": 2}}},
@@ -78,14 +81,20 @@ class Row:
         sizes: height and width in pixels; one has a token count that divides by the ranks, one that does not.
         frames: of a video.
         quick: the layouts that the test command runs; `make test-all` runs all.
-        refused: layout -> what the message says, where the model cannot do it.
+        guided: guidance scale and negative prompt, where the pipeline does not guide unless it is asked to.
     """
 
     recipe: str
     sizes: tuple[tuple[int, int], ...] = ((256, 256), (208, 176))
     frames: int | None = None
     quick: tuple[str, ...] = ("layerwise_tp2", "layerwise_hsdp", "layerwise_ulysses2_ring2")
-    refused: Mapping[str, str] = field(default_factory=dict)
+    guided: tuple[float, str] | None = None
+
+    @property
+    def wishes(self) -> dict[str, Any]:
+        """What a request asks for besides."""
+        scale, negative = self.guided or (None, None)
+        return {"frames": self.frames, "guidance_scale": scale, "negative_prompt": negative}
 
 
 ROWS = (
@@ -95,4 +104,16 @@ ROWS = (
     Row("longcat-image", quick=("layerwise_tp2", "layerwise_ulysses2_ring2")),
     Row("ovis-image", quick=("layerwise_tp2", "ulysses4")),
     Row("z-image", quick=tuple(layout.name for layout in LAYOUTS)),
+    Row("wan2.1", ((64, 128), (80, 112)), frames=9, quick=("layerwise_tp2", "layerwise_ulysses2_ring2")),
+    Row("wan2.2-ti2v-5b", ((128, 128), (160, 96)), frames=9, quick=("layerwise_hsdp", "layerwise_ulysses2_ring2")),
+    Row("qwen-image", quick=("layerwise_tp2", "layerwise_cfg2"), guided=(4.0, "grey, blurred")),
+    Row("qwen-image-2.1", ((256, 256), (224, 160)), quick=("layerwise_hsdp", "tp2"), guided=(3.0, "grey, blurred")),
+    Row("sd3.5", quick=("tp2", "layerwise_cfg2")),
+    Row("krea2", quick=("layerwise_tp2", "layerwise_hsdp")),
+    Row(
+        "ltx2",
+        sizes=((128, 128), (96, 160)),  # 32 and 30 tokens of video, 9 of audio
+        frames=9,
+        quick=("layerwise_tp2", "layerwise_ulysses2_ring2"),
+    ),
 )

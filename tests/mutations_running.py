@@ -310,7 +310,7 @@ def damaged_at_rest(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
 
 
 def padding_attended(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(attention_module, "key_bias", lambda mask, layout, query: None)
+    patch.setattr(attention_module, "score_bias", lambda *_: None)
 
 
 def merged_without_weights(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:

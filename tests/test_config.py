@@ -24,6 +24,9 @@ WORLD_SIZES = {
     "ring4": 4,
     "ulysses2_ring2": 4,
     "layerwise_ulysses2_ring2": 4,
+    "layerwise_cfg2": 2,
+    "layerwise_tp2_ulysses2": 4,
+    "layerwise_hsdp_ulysses2": 4,
 }
 
 # text of the file -> what follows the file's path in the message
@@ -116,8 +119,8 @@ MISTAKES = {
         ':2: offload.device_budget: found "18GiB", but nothing is offloaded; set offload.layerwise: true or remove it',
     ),
     "cfg degree": (
-        "parallel:\n  cfg_degree: 2\n",
-        ":2: parallel.cfg_degree: found 2; allowed: 1 (splitting the guidance branches is not supported yet)",
+        "parallel:\n  cfg_degree: 3\n",
+        ":2: parallel.cfg_degree: found 3; allowed: 1, 2 (guidance has two branches)",
     ),
     "degrees that do not multiply": (
         "parallel:\n  ulysses_degree: 2\n  ring_degree: 2\nlaunch:\n  world_size: 8\n",

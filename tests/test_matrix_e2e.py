@@ -6,6 +6,7 @@ Through Ray here, on gangs that are shared by all tests; the layouts named in th
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,9 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 from crossdock.launch.engine import Engine
+from crossdock.launch.models import why_refused
 from crossdock.runtime.config import OffloadConfig, RunConfig
 from crossdock.runtime.errors import UserError
 from crossdock.runtime.gang import Gang
+from crossdock.runtime.plan import spec_for
 from crossdock.runtime.yaml_config import load_config
 from layouts import COMBINED, FAMILIES, LAYOUTS, PARTLY_RESIDENT, ROWS, Layout, Row
 from reference import (
@@ -28,6 +31,7 @@ from reference import (
     OTHER_PROMPT,
     PROMPT,
     TOLERANCE,
+    audio_error,
     max_error,
     max_levels,
     reference,
@@ -59,26 +63,27 @@ def test_latents_equal_diffusers(
     """
     config, directory = load_config(layout.config), checkpoint_of(row.recipe)
     gang = gang_of(config.world_size)
-    if layout.name in row.refused:
-        with pytest.raises(UserError, match=row.refused[layout.name]):
+    if (reason := why_refused(spec_for(directory), layout.name)) is not None:
+        with pytest.raises(UserError, match=re.escape(reason)):
             Engine.start(config, directory, gang)
         return
     found = {}
     with Engine.start(config, directory, gang) as engine:
         for size in row.sizes:
-            generation = engine.generate(PROMPT, height=size[0], width=size[1], frames=row.frames)
+            generation = engine.generate(PROMPT, height=size[0], width=size[1], **row.wishes)
             found[size] = generation.latents[0]
-            expected = reference(directory, size=size, frames=row.frames)
+            expected = reference(directory, size=size, frames=row.frames, guided=row.guided)
             error = max_error(found[size], expected.latents)
             levels = max_levels(generation.images[0], expected.media[0])
             print(f"{layout.name} {row.recipe} {size[0]}x{size[1]}: max error {error:.2e}, {levels} of 256 levels")
             assert error <= TOLERANCE
             assert levels <= 1
+            assert audio_error(generation.images[0], expected.audio) <= TOLERANCE
     if config.offload.layerwise:
         resident = config.model_copy(update={"offload": OffloadConfig()})
         with Engine.start(resident, directory, gang) as engine:
             for size, streamed in found.items():
-                again = engine.generate(PROMPT, height=size[0], width=size[1], frames=row.frames).latents[0]
+                again = engine.generate(PROMPT, height=size[0], width=size[1], **row.wishes).latents[0]
                 assert torch.equal(streamed, again), "layerwise on and off differ"
 
 
@@ -144,6 +149,32 @@ def test_prompts_are_spread_over_replicas(prompts: tuple[str, ...], gang_of: Gan
     assert len(generation.images) == len(generation.latents) == len(prompts)
     for number, (prompt, latents) in enumerate(zip(prompts, generation.latents, strict=True)):
         assert max_error(latents, reference_latents(directory, prompt, ODD_SIZE, 3 + number)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["layerwise_ulysses2_ring2", "layerwise_cfg2", "layerwise_hsdp_ulysses2"])
+def test_a_batch_of_prompts_of_different_lengths(
+    name: str, family: str, gang_of: GangOf, checkpoints: Checkpoints
+) -> None:
+    """Several pictures at once, two of each prompt: as diffusers computes the same batches, on each replica its own."""
+    config = load_config(next(layout for layout in LAYOUTS if layout.name == name).config)
+    directory, given = checkpoints[family], (PROMPT, "a fox")
+    with Engine.start(config, directory, gang_of(config.world_size)) as engine:
+        generation = engine.generate(
+            given, seed=3, height=ODD_SIZE[0], width=ODD_SIZE[1], images_per_prompt=2, batch_size=3
+        )
+    prompts = tuple(prompt for prompt in given for _ in range(2))
+    rounds = [prompts[:2], prompts[2:]] if config.parallel.dp_degree == 2 else [prompts[:3], prompts[3:]]
+    assert len(generation.images) == len(generation.latents) == 4
+    first = 0
+    for batch in rounds:
+        expected = reference(directory, batch, ODD_SIZE, 3 + first)
+        for number in range(len(batch)):
+            error = max_error(generation.latents[first + number][0], expected.latents[number])
+            print(f"{name} {family} picture {first + number} in a batch of {len(batch)}: max error {error:.2e}")
+            assert error <= TOLERANCE
+            assert max_levels(generation.images[first + number], expected.media[number]) <= 1
+        first += len(batch)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -33,6 +33,7 @@ def test_tensor_parallel_ranks_are_neighbours() -> None:
     shape = MeshShape(ring=2, ulysses=2, tp=2)
     assert shape.groups(0) == {
         "tp": (0, 1),
+        "cfg": (0,),
         "ulysses": (0, 2),
         "ring": (0, 4),
         "sequence": (0, 2, 4, 6),

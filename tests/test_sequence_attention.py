@@ -41,7 +41,8 @@ class Case:
     heads: int
     kv_heads: int | None = None
     batch: int = 2
-    mask: str = ""  # which keys (tail, keyless, bias) and in which form (bool, float; 2, 4 dims)
+    mask: str = ""  # which keys (tail, keyless, bias), or who attends to whom (rows, heads); bool, float; 2, 4 dims
+    keys: tuple[int, ...] = ()  # segments of another sequence, where the keys are not the queries' own
     dtype: torch.dtype = torch.float32
     scale: float | None = None
     limit: float = 2e-6
@@ -64,6 +65,17 @@ CASES = {
     "gqa, compact": Case((15, 143), 8, kv_heads=4, mask="tail bool 2"),
     "gqa, repeated": Case((15, 143), 6, kv_heads=3, mask="tail bool 2"),
     "gqa, one key head": Case((15, 143), 6, kv_heads=1),
+    "rows": Case((15, 143), 6, mask="rows bool 4"),
+    "rows of bias, one for the batch": Case((5, 43), 4, mask="rows float 4"),
+    "rows, uneven heads": Case((3, 42), 3, mask="rows bool 4", batch=1),
+    "a bias for every head": Case((15, 53), 6, mask="heads float 4"),
+    "rows, gqa": Case((15, 143), 8, kv_heads=4, mask="heads bool 4"),
+    "rows on ranks without tokens": Case((2,), 6, mask="rows bool 4"),
+    "other keys": Case((143,), 6, keys=(21,)),
+    "other keys, fewer than ranks": Case((15, 43), 5, keys=(3,), mask="tail bool 2"),
+    "other keys, as many": Case((15, 43), 4, keys=(28, 30), mask="tail bool 4"),
+    "other keys, gqa": Case((9,), 8, kv_heads=2, keys=(5, 70), mask="keyless bool 2"),
+    "other keys, queries on one rank": Case((1,), 6, keys=(40,), mask="rows float 4"),
     "scale": Case((15, 143), 6, scale=0.1),
     "bfloat16": Case((15, 143), 6, mask="tail bool 2", dtype=torch.bfloat16, limit=2e-2),
     "float16": Case((15, 143), 6, mask="tail bool 2", dtype=torch.float16, limit=3e-3),
@@ -74,13 +86,13 @@ GATHERS = [(total, dim, dtype) for total in (0, 2, 8, 143) for dim in (0, 1, -1)
 def softmax_attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The reference, float64. bias: `[batch, keys]`. Returns out `[batch, seq, heads, head_dim]`, lse."""
+    """The reference, float64. bias: `[batch, keys]` or with rows. Returns out `[batch, seq, heads, head_dim]`, lse."""
     groups = query.shape[2] // key.shape[2]
     q, k, v = (tensor.double().transpose(1, 2) for tensor in (query, key, value))
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = q @ k.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
     if bias is not None:
-        scores = scores + bias.double()[:, None, None, :]
+        scores = scores + (bias.double()[:, None, None, :] if bias.ndim == 2 else bias.double())
     weights = torch.softmax(scores, -1).nan_to_num(0.0)
     return (weights @ v).transpose(1, 2), torch.logsumexp(scores, -1)
 
@@ -175,6 +187,26 @@ def test_local_attention_of_nothing(shape: tuple[int, int, int, int]) -> None:
     assert difference(attention(query, key, key, None, 1.0), out) == 0.0
 
 
+@pytest.mark.parametrize("shape", [(3, 1, 37, 41), (3, 6, 37, 41), (3, 6, 1, 41)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_local_attention_with_rows(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Some rows have no key: 0 and -inf there."""
+    torch.manual_seed(0)
+    query, key, value = (random_heads(3, tokens, 6, dtype=dtype) for tokens in (37, 41, 41))
+    keep = torch.rand(shape) < 0.5
+    keep[1, 0, -1] = False
+    bias = bool_bias(keep).to(dtype)
+    expected, expected_lse = softmax_attention(query, key, value, bias)
+    limit = 1e-6 if dtype == torch.float32 else 2e-2
+    out, lse = attention_with_lse(query, key, value, bias, HEAD_DIM**-0.5)
+    assert difference(out, expected) < limit
+    assert difference(attention(query, key, value, bias, HEAD_DIM**-0.5), expected) < limit
+    nothing = expected_lse == -torch.inf
+    assert nothing.any()
+    assert torch.equal(lse == -torch.inf, nothing)
+    assert difference(lse[~nothing], expected_lse[~nothing]) < max(limit, 2e-6)
+
+
 def test_merge_of_parts_is_attention_to_all() -> None:
     """Item 1 has no key in the first two parts, item 2 none in two others, item 3 none at all."""
     torch.manual_seed(1)
@@ -211,12 +243,15 @@ def attend_lone(query: Tensor, key: Tensor, **options: Any) -> Tensor:
     ("key_shape", "options", "message"),
     [
         ((2, 8, 4), {"is_causal": True}, "is_causal=True is not possible"),
-        ((2, 7, 4), {}, "possible is attention of a sequence to itself"),
+        ((2, 7, 4), {}, r"key .* has 7 tokens, but part 0 .* has 8; .* must be named in the region's cross"),
+        ((2, 8, 4), {"key_layout": SequenceLayout((7,), 1)}, r"key .* has 8 tokens, but part 0 .*\(7,\).* has 7"),
         ((1, 8, 4), {}, "possible is one batch size"),
         ((2, 8, 2), {}, "possible are 4 key heads, or a divisor of it with enable_gqa=True"),
         ((2, 8, 3), {"enable_gqa": True}, "possible are 4 key heads"),
         ((2, 8, 4), {"mask": torch.ones(2, 8, 8)}, r"mask of shape \(2, 8, 8\) .* possible: \[2, 8\]"),
-        ((2, 8, 4), {"mask": torch.ones(2, 1, 8, 8)}, r"mask of shape \(2, 1, 8, 8\)"),
+        ((2, 8, 4), {"mask": torch.ones(2, 1, 7, 8)}, r"mask of shape \(2, 1, 7, 8\)"),
+        ((2, 8, 4), {"mask": torch.ones(2, 3, 8, 8)}, r"mask of shape \(2, 3, 8, 8\) .* \[2, 1 or 4, 8, 8\]"),
+        ((2, 8, 4), {"mask": torch.ones(3, 1, 8, 8)}, r"mask of shape \(3, 1, 8, 8\)"),
         ((2, 8, 4), {"mask": torch.ones(2, 7)}, r"mask of shape \(2, 7\)"),
         ((2, 8, 4), {"mask": torch.ones(3, 8)}, r"mask of shape \(3, 8\)"),
         ((2, 8, 4), {"mask": torch.ones(2, 8, dtype=torch.int64)}, "mask of torch.int64; possible: bool"),
@@ -319,16 +354,19 @@ class Place:
 
 
 def make_bias(case: Case) -> tuple[Tensor | None, Tensor | None]:
-    """The bias `[batch, total]` for the reference, and the mask in the form that the case asks for.
+    """The bias `[batch, total]`, or with rows, for the reference, and the mask in the form that the case asks for.
 
     Of the last item, "tail" leaves the first 45 % of every segment: nothing on the sequence's last ranks.
     """
     if not case.mask:
         return None, None
     kind, form, dims = case.mask.split()
+    segments = case.keys or case.segments
+    if kind in ("rows", "heads"):
+        return make_rows(case, kind, form)
     rows = 1 if kind == "shared" else case.batch
-    kept = [torch.arange(size) < max(1, round(0.45 * size)) for size in case.segments]
-    keep = torch.ones(rows, sum(case.segments), dtype=torch.bool)
+    kept = [torch.arange(size) < max(1, round(0.45 * size)) for size in segments]
+    keep = torch.ones(rows, sum(segments), dtype=torch.bool)
     keep[-1] = torch.cat(kept) if kind != "keyless" else False
     bias = bool_bias(keep)
     if kind == "bias":
@@ -337,19 +375,33 @@ def make_bias(case: Case) -> tuple[Tensor | None, Tensor | None]:
     return bias.expand(case.batch, -1), mask if dims == "2" else mask[:, None, None, :]
 
 
+def make_rows(case: Case, kind: str, form: str) -> tuple[Tensor, Tensor]:
+    """Half of all pairs, none in the last row; a float mask adds something to each and serves the whole batch."""
+    batch, heads = 1 if form == "float" else case.batch, case.heads if kind == "heads" else 1
+    keep = torch.rand(batch, heads, sum(case.segments), sum(case.keys or case.segments)) < 0.5
+    keep[:, :, -1] = len(case.segments) == 1 and case.segments[0] == 1
+    bias = bool_bias(keep)
+    if form == "float":
+        bias += torch.randn(bias.shape)
+    return bias.expand(case.batch, case.heads, -1, -1), keep if form == "bool" else bias
+
+
 def attend_case(place: Place, attention: SequenceParallelAttention, case: Case) -> tuple[float, float]:
     """Error against the reference; difference between two calls."""
     torch.manual_seed(3)
     layout = SequenceLayout(case.segments, RANKS)
+    key_layout = SequenceLayout(case.keys, RANKS) if case.keys else layout
     kv_heads = case.kv_heads or case.heads
     # heads before tokens, as some processors have it: the local tensors are not contiguous
     query, key, value = (
-        random_heads(case.batch, heads, layout.total, dtype=case.dtype).transpose(1, 2)
-        for heads in (case.heads, kv_heads, kv_heads)
+        random_heads(case.batch, heads, of.total, dtype=case.dtype).transpose(1, 2)
+        for heads, of in ((case.heads, layout), (kv_heads, key_layout), (kv_heads, key_layout))
     )
     bias, mask = make_bias(case)
-    local = [place.local(tensor, layout) for tensor in (query, key, value)]
+    local = [place.local(query, layout), place.local(key, key_layout), place.local(value, key_layout)]
     options = {"layout": layout, "mask": mask, "scale": case.scale, "enable_gqa": kv_heads != case.heads}
+    if case.keys:
+        options["key_layout"] = key_layout
     attend = partial(attention.attend, *local, **options)
     first, second = attend(), attend()
     assert first.dtype == case.dtype

@@ -74,6 +74,28 @@ def test_copies_may_use_the_link_after_each_attention(monkeypatch: pytest.Monkey
     assert order == ["attention", "link"] * 2
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask": torch.ones(1, 1, 8, 8)}, r"padding, and this one of shape \(1, 1, 8, 8\) has rows .*; use parallel"),
+        (
+            {"key_layout": SequenceLayout((4, 4), 2)},
+            "the queries' own sequence, and these are of another; use parallel",
+        ),
+    ],
+)
+def test_what_only_the_native_attention_has(
+    options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub = types.SimpleNamespace(USP=None, AttentionBackendType=types.SimpleNamespace(SDPA=None))
+    monkeypatch.setattr(xfuser_attention, "_module", lambda _: stub)
+    place: dict[str, Any] = {"ulysses_rank": 0, "ulysses_degree": 2, "ring_rank": 0, "ring_degree": 1}
+    attention = XFuserAttention(**place, ulysses_group=None, ring_group=None)
+    query = torch.zeros(1, 4, 2, 8)
+    with pytest.raises(ValueError, match=message):
+        attention.attend(query, query, query, layout=SequenceLayout((8,), 2), **options)
+
+
 @pytest.mark.parametrize("kind", ["xfuser", "native"])
 def test_the_worker_connects_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}

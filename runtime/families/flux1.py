@@ -27,6 +27,7 @@ SPEC = ModelSpec(
     tensor_plan=flux1_plan(mlp_in=COLUMN, counts={}),
     regions=(REGION,),
     encoders=("text_encoder", "text_encoder_2"),
+    branches=None,  # its guidance is in the model
     published=(Published("FLUX.1-dev", 11.901e9, {"guidance_embeds": True}),),
 )
 

@@ -23,6 +23,7 @@ SPEC = ModelSpec(
     block_stacks=STACKS,
     tensor_plan=FLUX2_PLAN,
     regions=(REGION,),
+    branches=None,  # its guidance is in the model
     published=(Published("FLUX.2-dev", 32.223e9),),
 )
 

@@ -22,6 +22,7 @@ SPEC = ModelSpec(
     block_stacks=STACKS,
     tensor_plan=FLUX2_PLAN,
     regions=(REGION,),
+    branches="calls",
     published=(
         Published(
             "FLUX.2-klein-4B",

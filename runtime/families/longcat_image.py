@@ -18,6 +18,7 @@ SPEC = ModelSpec(
     tensor_plan=flux1_plan(mlp_in=COLUMN, counts=HEAD_COUNTS),
     regions=(REGION,),
     encode=("rewire_prompt", "encode_prompt"),  # the text encoder first writes a longer prompt
+    branches="calls",
     published=(Published("LongCat-Image", 6.270e9, {"num_layers": 10, "num_single_layers": 20}),),
 )
 

@@ -25,6 +25,7 @@ SPEC = ModelSpec(
     block_stacks=STACKS,
     tensor_plan=flux1_plan(mlp_in=SWIGLU, counts={**HEAD_COUNTS, f"{SINGLE}.*": ("mlp_hidden_dim",)}),
     regions=(REGION,),
+    branches="calls",
     published=(Published("Ovis-Image-7B", 7.370e9),),
 )
 

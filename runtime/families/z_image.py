@@ -53,6 +53,7 @@ SPEC = ModelSpec(
         heads={f"{stack}.*.attention": ("heads",) for stack in STACKS},
     ),
     regions=tuple(_region(stack) for stack in STACKS),
+    branches="batch",
     published=(Published("Z-Image-Turbo", 6.155e9, {"axes_lens": [1536, 512, 512]}),),
 )
 

@@ -1,0 +1,125 @@
+"""HunyuanVideo 1.5, text to video."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from crossdock.parallel.regions import SequenceRegion
+from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
+from crossdock.runtime.specs import ModelSpec, Published, attention_plan
+from crossdock.runtime.tiny_parts import HEADS, LATENT_CHANNELS, TEXT_HIDDEN, TinyRecipe, flow_scheduler, qwen_tokenizer
+from crossdock.runtime.tiny_t5 import t5_sizes
+
+SPEC = ModelSpec(
+    family="hunyuan-video-1.5",
+    pipeline="HunyuanVideo15Pipeline",
+    transformer="HunyuanVideo15Transformer3DModel",
+    block_stacks=("transformer_blocks",),
+    tensor_plan=TensorPlan(
+        linears={
+            **attention_plan(
+                "transformer_blocks.*.attn",
+                ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"),
+                ("to_out.0", "to_add_out"),
+            ),
+            "transformer_blocks.*.ff.net.0.proj": COLUMN,
+            "transformer_blocks.*.ff.net.2": ROW,
+            "transformer_blocks.*.ff_context.net.0.proj": COLUMN,
+            "transformer_blocks.*.ff_context.net.2": ROW,
+        },
+        head_count="num_attention_heads",
+        heads={"transformer_blocks.*.attn": ("heads",)},
+    ),
+    regions=(
+        SequenceRegion(
+            enter="transformer_blocks.0",
+            segments=("hidden_states", "encoder_hidden_states"),
+            leave="proj_out",
+            gathers="hidden_states",
+        ),
+    ),
+    branches="calls",
+    encoders=("text_encoder", "text_encoder_2"),
+    patch=1,
+    fps=24,
+    published=(Published("HunyuanVideo-1.5-480p_t2v", 8_326_608_160, {"task_type": "t2v"}),),
+)
+
+_HEAD_DIM = 12
+
+
+def _transformer() -> Any:
+    from diffusers import HunyuanVideo15Transformer3DModel
+
+    return HunyuanVideo15Transformer3DModel(
+        in_channels=2 * LATENT_CHANNELS + 1,  # beside the latents those of a first frame, and where there is one
+        out_channels=LATENT_CHANNELS,
+        num_attention_heads=HEADS,
+        attention_head_dim=_HEAD_DIM,
+        num_layers=3,
+        num_refiner_layers=1,
+        mlp_ratio=3.0,
+        text_embed_dim=TEXT_HIDDEN,
+        text_embed_2_dim=TEXT_HIDDEN,
+        image_embed_dim=12,
+        rope_axes_dim=(4, 4, 4),
+        task_type="t2v",
+    )
+
+
+def _vae() -> Any:
+    from diffusers import AutoencoderKLHunyuanVideo15
+
+    return AutoencoderKLHunyuanVideo15(
+        latent_channels=LATENT_CHANNELS, block_out_channels=(6, 12, 12, 24, 24), layers_per_block=1
+    )
+
+
+def _text_encoder(vocab_size: int) -> Any:
+    from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
+
+    head_dim = TEXT_HIDDEN // HEADS
+    return Qwen2_5_VLTextModel(
+        Qwen2_5_VLTextConfig(
+            vocab_size=vocab_size,
+            bos_token_id=None,
+            eos_token_id=None,
+            hidden_size=TEXT_HIDDEN,
+            intermediate_size=120,
+            num_hidden_layers=4,  # what the last but two gives is read
+            max_window_layers=4,
+            num_attention_heads=HEADS,
+            num_key_value_heads=HEADS // 3,
+            max_position_embeddings=2048,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [head_dim // 6] * 3,
+            },
+            dtype="float32",
+        )
+    )
+
+
+def _components() -> dict[str, Any]:
+    from diffusers import ClassifierFreeGuidance
+    from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+
+    tokenizer, bytes_tokenizer = qwen_tokenizer(), ByT5Tokenizer(extra_ids=4)
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": _text_encoder(len(tokenizer)),
+        "tokenizer_2": bytes_tokenizer,
+        "text_encoder_2": T5EncoderModel(T5Config(**t5_sizes(len(bytes_tokenizer)))),
+        "transformer": _transformer(),
+        "vae": _vae(),
+        "scheduler": flow_scheduler(shift=5.0, dynamic_shifting=False),
+        "guider": ClassifierFreeGuidance(guidance_scale=6.0),
+    }
+
+
+TINY = TinyRecipe(
+    _components,
+    outputs=("proj_out.weight",),
+    sharp=tuple(f"attn.norm_{name}.weight" for name in ("q", "k", "added_q", "added_k")),  # some 500 text tokens
+)

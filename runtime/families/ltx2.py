@@ -1,0 +1,208 @@
+"""LTX-2: video and audio. Text goes through a text encoder, all of whose hidden states are used, and connectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from crossdock.parallel.tensor import COLUMN, ROW, LinearStyle, TensorPlan
+from crossdock.runtime.specs import ModelSpec, Published, attention_plan
+from crossdock.runtime.tiny_parts import (
+    HEAD_DIM,
+    HEADS,
+    LATENT_CHANNELS,
+    TEXT_HIDDEN,
+    TinyRecipe,
+    flow_scheduler,
+)
+
+VIDEO = ("attn1", "attn2", "audio_to_video_attn")
+"""Attention of the video: among itself, to the text, to the audio."""
+AUDIO = ("audio_attn1", "audio_attn2", "video_to_audio_attn")
+ATTENTION = tuple(f"transformer_blocks.*.{name}" for name in (*VIDEO, *AUDIO))
+ROTARY = {"attn1": ("query",), "audio_attn1": ("query",)} | dict.fromkeys((VIDEO[2], AUDIO[2]), ("query", "key"))
+"""Attention module -> of what it is given a rotary table, one per head: `[batch, heads, tokens, dim]`."""
+
+
+def _attention(name: str) -> dict[str, LinearStyle]:
+    return attention_plan(name, ("to_q", "to_k", "to_v"), ("to_out.0",)) | {f"{name}.to_gate_logits?": COLUMN}
+
+
+def _feed_forward(name: str) -> dict[str, LinearStyle]:
+    return {f"transformer_blocks.*.{name}.net.0.proj": COLUMN, f"transformer_blocks.*.{name}.net.2": ROW}
+
+
+SPEC = ModelSpec(
+    family="ltx2",
+    pipeline="LTX2Pipeline",
+    transformer="LTX2VideoTransformer3DModel",
+    block_stacks=("transformer_blocks",),
+    tensor_plan=TensorPlan(
+        linears={linear: style for name in ATTENTION for linear, style in _attention(name).items()}
+        | _feed_forward("ff")
+        | _feed_forward("audio_ff"),
+        head_count="num_attention_heads",
+        heads=dict.fromkeys(ATTENTION, ("heads",)),
+        norms=tuple(f"{name}.{norm}" for name in ATTENTION for norm in ("norm_q", "norm_k")),
+        inputs={
+            f"transformer_blocks.*.{name}": {f"{part}_rotary_emb": 1 for part in parts}
+            for name, parts in ROTARY.items()
+        },
+    ),
+    regions=(),
+    branches="batch",
+    encoders=("text_encoder", "connectors"),
+    encode=("encode_prompt", "connectors"),
+    decoders=("vae", "audio_vae", "vocoder"),
+    patch=1,
+    fps=24,
+    sampling_rate="vocoder.config.output_sampling_rate",
+    resumes=False,  # the audio's latents and scheduler are the loop's own
+    published=(Published("LTX-2", 18.876e9, {"rope_type": "split"}),),
+)
+
+TEXT_LAYERS = 5
+REGISTERS = 64  # divides the number of text tokens, which is always 1024
+MEL_BINS = 24
+AUDIO_CHANNELS = 2
+AUDIO_FEATURES = AUDIO_CHANNELS * MEL_BINS // 4  # of an audio token; the audio VAE makes one of four mel bins
+
+
+def _transformer() -> Any:
+    from diffusers import LTX2VideoTransformer3DModel
+
+    audio_dim = HEADS * HEAD_DIM // 2
+    return LTX2VideoTransformer3DModel(
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_attention_heads=HEADS,
+        attention_head_dim=HEAD_DIM,
+        cross_attention_dim=HEADS * HEAD_DIM,
+        pos_embed_max_pos=1,
+        base_height=256,
+        base_width=256,
+        audio_in_channels=AUDIO_FEATURES,
+        audio_out_channels=AUDIO_FEATURES,
+        audio_num_attention_heads=HEADS,
+        audio_attention_head_dim=HEAD_DIM // 2,
+        audio_cross_attention_dim=audio_dim,
+        audio_pos_embed_max_pos=1,
+        num_layers=4,
+        caption_channels=TEXT_HIDDEN,
+        rope_type="split",
+    )
+
+
+def _connectors() -> Any:
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors
+
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": TEXT_HIDDEN // HEADS, "num_layers": 2}
+    each = {f"{kind}_connector_{name}": size for kind in ("video", "audio") for name, size in sizes.items()}
+    return LTX2TextConnectors(
+        caption_channels=TEXT_HIDDEN,
+        text_proj_in_factor=TEXT_LAYERS + 1,
+        video_connector_num_learnable_registers=REGISTERS,
+        audio_connector_num_learnable_registers=REGISTERS,
+        rope_type="split",
+        **each,
+    )
+
+
+def _vae() -> Any:
+    from diffusers import AutoencoderKLLTX2Video
+
+    return AutoencoderKLLTX2Video(
+        latent_channels=LATENT_CHANNELS,
+        block_out_channels=(16, 32, 32, 64),
+        decoder_block_out_channels=(16, 32, 64),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
+        decoder_causal=False,
+        spatial_compression_ratio=32,
+        temporal_compression_ratio=8,
+    )
+
+
+def _audio_vae() -> Any:
+    from diffusers import AutoencoderKLLTX2Audio
+
+    return AutoencoderKLLTX2Audio(
+        base_channels=AUDIO_FEATURES,
+        num_res_blocks=1,
+        latent_channels=AUDIO_CHANNELS,
+        mel_bins=MEL_BINS,
+    )
+
+
+def _vocoder() -> Any:
+    from diffusers.pipelines.ltx2 import LTX2Vocoder
+
+    return LTX2Vocoder(
+        in_channels=2 * MEL_BINS,
+        hidden_channels=48,
+        upsample_kernel_sizes=[16, 15],
+        upsample_factors=[16, 15],
+        resnet_kernel_sizes=[3, 7],
+        resnet_dilations=[[1, 3], [1, 3]],
+    )
+
+
+def _tokenizer() -> Any:
+    """Byte-fallback BPE with the special tokens of Gemma's."""
+    from transformers import GemmaTokenizerFast
+
+    special = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    pieces = (*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *letters)
+    return GemmaTokenizerFast(
+        vocab={piece: number for number, piece in enumerate(pieces)}, merges=[], model_max_length=1024
+    )
+
+
+def _text_encoder(vocab_size: int) -> Any:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {
+        "vocab_size": vocab_size,
+        "hidden_size": TEXT_HIDDEN,
+        "intermediate_size": 120,
+        "num_hidden_layers": TEXT_LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS // 3,
+        "head_dim": TEXT_HIDDEN // HEADS,
+        "query_pre_attn_scalar": TEXT_HIDDEN // HEADS,
+        "sliding_window": 256,
+        "max_position_embeddings": 1024,
+    }
+    vision = {
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, dtype="float32")
+    return Gemma3ForConditionalGeneration(config)
+
+
+def _components() -> dict[str, Any]:
+    tokenizer = _tokenizer()
+    return {
+        "scheduler": flow_scheduler(shift=1.0, dynamic_shifting=True),
+        "tokenizer": tokenizer,
+        "transformer": _transformer(),
+        "vae": _vae(),
+        "audio_vae": _audio_vae(),
+        "vocoder": _vocoder(),
+        "connectors": _connectors(),
+        "text_encoder": _text_encoder(len(tokenizer)),
+    }
+
+
+TINY = TinyRecipe(
+    _components,
+    outputs=("proj_out.weight", "audio_proj_out.weight"),
+    sharp=tuple(
+        f"{name}.norm_{part}.weight" for name in ("attn1", "attn2") for part in "qk"
+    ),  # 1024 tokens, few of text
+)

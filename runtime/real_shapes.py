@@ -1,0 +1,41 @@
+"""What a published checkpoint holds, found out by building its transformer without weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from crossdock.offload.discovery import discover_blocks
+from crossdock.runtime.meta_model import build_config_on_meta
+from crossdock.runtime.specs import ModelSpec, Published
+
+
+@dataclass(frozen=True)
+class RealShape:
+    """Of one checkpoint's transformer.
+
+    Attributes:
+        stacks: block stack -> how many blocks it has, in execution order.
+        parameters: elements of all its stored tensors.
+    """
+
+    stacks: dict[str, int]
+    parameters: int
+
+    @property
+    def bf16_bytes(self) -> int:
+        return self.parameters * torch.bfloat16.itemsize
+
+
+def real_model(spec: ModelSpec, published: Published) -> nn.Module:
+    """The transformer with the published configuration, on the meta device."""
+    return build_config_on_meta(spec.transformer, published.config)
+
+
+def real_shape(spec: ModelSpec, published: Published) -> RealShape:
+    model = real_model(spec, published)
+    blocks = Counter(block.name.rpartition(".")[0] for block in discover_blocks(model, spec.block_stacks))
+    return RealShape(dict(blocks), sum(tensor.numel() for tensor in model.state_dict().values()))

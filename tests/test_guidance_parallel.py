@@ -1,0 +1,197 @@
+"""Guidance parallelism on two threads: who computes what, when the ranks meet, and what the pipeline then sees."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from crossdock.parallel.group import Group
+from crossdock.parallel.guidance import BranchedModel, Branches, GuidanceParallelism
+
+LIMIT_S = 20
+Run = Callable[[BranchedModel], Any]
+
+
+class Table:
+    """Where the ranks of a group of threads meet; `log` is of the first rank."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.barrier = threading.Barrier(size, timeout=LIMIT_S)
+        self.value: Any = None
+        self.log: list[str] = []
+
+
+class ThreadGroup:
+    """As much of a `Group` as guidance needs."""
+
+    def __init__(self, table: Table, index: int) -> None:
+        self.table, self.index, self.size = table, index, table.size
+
+    def broadcast_object(self, value: Any, source: int) -> Any:
+        if self.index == source:
+            self.table.value = value
+        self.table.barrier.wait()
+        found = self.table.value
+        self.table.barrier.wait()
+        return found
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        if self.index == 0:
+            self.table.log.append(f"broadcast from {source}")
+        tensor.copy_(self.broadcast_object(tensor.clone(), source))
+
+
+class Model(nn.Module):
+    """Doubles what it is given, and counts."""
+
+    def __init__(self, log: list[str]) -> None:
+        super().__init__()
+        self.config = "its config"
+        self.passes: list[tuple[int, ...]] = []
+        self._log = log
+
+    def forward(self, hidden: Any, scale: Tensor | None = None, return_dict: bool = True) -> Any:
+        if isinstance(hidden, list):
+            self.passes.append((len(hidden),))
+            return ([2 * item for item in hidden],)
+        self.passes.append(tuple(hidden.shape))
+        doubled = 2 * hidden
+        return (doubled if scale is None else doubled * scale.view(-1, 1),)
+
+
+def run(program: Run, branches: Branches, size: int = 2) -> tuple[list[Any], list[list[tuple[int, ...]]], list[str]]:
+    """What `program` returned on every rank, the shapes of each rank's passes, and the first rank's log."""
+    table = Table(size)
+    models = [Model(table.log if index == 0 else []) for index in range(size)]
+
+    def rank(index: int) -> Any:
+        guidance = GuidanceParallelism(cast(Group, ThreadGroup(table, index)))
+        return program(guidance.over(models[index], branches))
+
+    with ThreadPoolExecutor(size) as pool:
+        found = [task.result(LIMIT_S) for task in [pool.submit(rank, index) for index in range(size)]]
+    return found, [model.passes for model in models], table.log
+
+
+X, Y = torch.arange(6.0).view(2, 3), torch.full((2, 3), 5.0)
+
+
+def test_two_calls_go_to_two_ranks() -> None:
+    """Guidance as pipelines write it, slices included; both ranks end with the same bits."""
+
+    def program(model: BranchedModel) -> Tensor:
+        cond = model(X, return_dict=False)[0]
+        cond = cond[:, :2].to(torch.float64)
+        uncond = model(Y, return_dict=False)[0][:, :2]
+        return cast(Tensor, uncond + 4.0 * (cond - uncond))
+
+    found, passes, log = run(program, "calls")
+    expected = 2 * Y[:, :2] + 4.0 * ((2 * X[:, :2]).double() - 2 * Y[:, :2])
+    assert all(torch.equal(each, expected) for each in found)
+    assert passes == [[(2, 3)], [(2, 3)]], "each rank computes one branch"
+    assert log == ["broadcast from 0", "broadcast from 1"]
+
+
+def test_ranks_meet_when_a_result_is_used_not_before() -> None:
+    """A slice or a cast of the first call does not make the second wait for it."""
+    met: list[int] = []
+
+    def program(model: BranchedModel) -> Tensor:
+        table = cast(Any, model)._guidance._group.table
+        first = model(X, return_dict=False)[0][:, 1:].float()
+        met.append(len(table.log))
+        second = model(Y, return_dict=False)[0][:, 1:]
+        met.append(len(table.log))
+        return torch.cat([first, second])
+
+    found, _, log = run(program, "calls")
+    assert met == [0] * 4
+    assert len(log) == 2
+    assert all(torch.equal(each, torch.cat([2 * X[:, 1:], 2 * Y[:, 1:]])) for each in found)
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3, 5])
+def test_every_rank_makes_as_many_passes(calls: int) -> None:
+    """HSDP gathers of a pass need every rank: a call without a counterpart is computed by all who have none."""
+
+    def program(model: BranchedModel) -> list[Tensor]:
+        made = [model(X + number, return_dict=False)[0] for number in range(calls)]
+        return [each * 1 for each in made]
+
+    found, passes, _ = run(program, "calls")
+    assert all(torch.equal(each[number], 2 * (X + number)) for each in found for number in range(calls))
+    assert len(passes[0]) == len(passes[1]) == -(-calls // 2)
+
+
+def test_calls_that_are_used_at_once_are_right() -> None:
+    """A pipeline that uses the first branch before it makes the second call gains nothing and loses nothing."""
+
+    def program(model: BranchedModel) -> Tensor:
+        first = model(X, return_dict=False)[0] + 1
+        return cast(Tensor, model(first, return_dict=False)[0] + 0)
+
+    found, _, _ = run(program, "calls")
+    assert all(torch.equal(each, 2 * (2 * X + 1)) for each in found)
+
+
+def test_a_promise_is_what_torch_and_pipelines_take_for_a_tensor() -> None:
+    def program(model: BranchedModel) -> list[Any]:
+        promise = model(X, return_dict=False)[0]
+        dt = torch.tensor(0.5)
+        return [promise.shape, -promise, 1 - promise, X + dt * promise, promise.chunk(2)[1], torch.norm(promise)]
+
+    for shape, *tensors in run(program, "calls")[0]:
+        assert shape == X.shape
+        expected = [-2 * X, 1 - 2 * X, X + 0.5 * 2 * X, 2 * X[1:], torch.norm(2 * X)]
+        assert all(torch.equal(*pair) for pair in zip(tensors, expected, strict=True))
+
+
+def test_a_batch_is_cut() -> None:
+    """Tensors whose first dim is the batch, and lists of one item per picture; anything else stays whole."""
+
+    def program(model: BranchedModel) -> list[Any]:
+        batch, scale = torch.arange(12.0).view(4, 3), torch.tensor([1.0, 2.0, 3.0, 4.0])
+        return [model(batch, scale=scale, return_dict=False)[0], model(list(batch), return_dict=False)[0]]
+
+    found, passes, _ = run(program, "batch")
+    whole = torch.arange(12.0).view(4, 3)
+    for batch, items in found:
+        assert torch.equal(batch, 2 * whole * torch.tensor([1.0, 2.0, 3.0, 4.0]).view(-1, 1))
+        assert torch.equal(torch.stack(items), 2 * whole)
+    assert passes == [[(2, 3), (2,)], [(2, 3), (2,)]]
+
+
+def test_a_batch_that_does_not_divide_is_computed_by_all() -> None:
+    """As without guidance: one picture, one branch."""
+    found, passes, log = run(lambda model: model(X[:1], return_dict=False)[0], "batch")
+    assert all(torch.equal(each, 2 * X[:1]) for each in found)
+    assert passes == [[(1, 3)], [(1, 3)]]
+    assert log == []
+
+
+def test_other_shapes_in_the_next_request() -> None:
+    """What was learnt of one size is not taken for another."""
+
+    def program(model: BranchedModel) -> list[Tensor]:
+        return [model(x, return_dict=False)[0] + 0 for x in (X, X[:, :1], X)]
+
+    found, _, _ = run(program, "calls")
+    assert all(torch.equal(each[1], 2 * X[:, :1]) and torch.equal(each[2], 2 * X) for each in found)
+
+
+def test_it_passes_for_the_transformer() -> None:
+    def program(model: BranchedModel) -> Any:
+        with pytest.raises(ValueError, match="return_dict=False"):
+            model(X)
+        with pytest.raises(AttributeError):
+            _ = model.nothing_of_the_kind
+        return model.config
+
+    assert run(program, "calls")[0] == ["its config"] * 2

@@ -1,0 +1,96 @@
+"""The families as data: real shapes, and the table that `crossdock models` and the README have of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from torch import nn
+from typer.testing import CliRunner
+
+from crossdock.launch.cli import app
+from crossdock.launch.models import HEADINGS, held_layouts, model_rows, models_markdown
+from crossdock.launch.shipped import shipped_layouts
+from crossdock.parallel.regions import SequenceParallelism
+from crossdock.parallel.tensor import TensorParallelism, tensor_slices
+from crossdock.runtime.families import SPECS, TINY
+from crossdock.runtime.real_shapes import real_model, real_shape
+from crossdock.runtime.specs import ModelSpec, Published
+from layouts import LAYOUTS, ROWS
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+CHECKPOINTS = [(spec, published) for spec in SPECS.values() for published in spec.published]
+
+
+def _id(value: ModelSpec | Published) -> str:
+    return value.name if isinstance(value, Published) else value.family
+
+
+@pytest.mark.parametrize(("spec", "published"), CHECKPOINTS, ids=_id)
+def test_the_real_shape_is_the_published_one(spec: ModelSpec, published: Published) -> None:
+    """Every block stack is there, and all tensors together have as many elements as the publisher says."""
+    shape = real_shape(spec, published)
+    assert tuple(shape.stacks) == spec.block_stacks
+    assert shape.parameters == pytest.approx(published.parameters, rel=0.02)
+
+
+@pytest.mark.parametrize(("spec", "published"), CHECKPOINTS, ids=_id)
+def test_the_real_shape_can_be_cut(spec: ModelSpec, published: Published) -> None:
+    """Every planned linear exists and divides in two; what is cut is most of the blocks, and the model takes it."""
+    model = real_model(spec, published)
+    slices = tensor_slices(model, spec.tensor_plan, 1, 2)
+    cut = sum(model.get_parameter(fqn).numel() for fqn in slices)
+    in_blocks = sum(p.numel() for stack in spec.block_stacks for p in model.get_submodule(stack).parameters())
+    print(f"{published.name}: {cut / in_blocks:.0%} of the blocks' parameters are cut")
+    assert cut > 0.5 * in_blocks
+    assert model.config[spec.tensor_plan.head_count] % 2 == 0
+    before = {name: type(module) for name, module in model.named_modules()}
+    handle = TensorParallelism.apply(model, spec.tensor_plan, 1, 2, group=None)
+    for fqn, part in slices.items():
+        assert model.get_parameter(fqn).shape[part.dim] == part.size
+    handle.remove()
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize(("spec", "published"), CHECKPOINTS, ids=_id)
+def test_the_real_shape_has_the_sequence_regions(spec: ModelSpec, published: Published) -> None:
+    """Every module and argument at which tokens are cut or put together exists; `remove` leaves no hook."""
+    model = real_model(spec, published)
+    sequence = SequenceParallelism(None, 0, 2, None)  # type: ignore[arg-type]
+    sequence.apply(model, spec.regions)
+    assert _hooks(model) > 0
+    sequence.remove()
+    assert _hooks(model) == 0
+
+
+def _hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_every_family_has_a_row_of_the_matrix() -> None:
+    """And every recipe; so what the table says of layouts is what tests hold."""
+    assert {row.recipe for row in ROWS} == set(TINY)
+    assert {layout.name for layout in LAYOUTS} == set(shipped_layouts())
+    for row in ROWS:
+        assert set(row.quick) <= set(shipped_layouts())
+
+
+def test_refusals_name_shipped_layouts() -> None:
+    for spec in SPECS.values():
+        assert set(spec.refused) <= set(shipped_layouts())
+        assert held_layouts(spec), "a family that no layout can run"
+
+
+def test_the_readme_has_the_table() -> None:
+    """Made by `crossdock models --markdown`."""
+    assert models_markdown(list(model_rows())) in README.read_text(encoding="utf-8")
+
+
+def test_the_command_prints_the_same_data() -> None:
+    shown = CliRunner().invoke(app, ["models", "--json"])
+    assert shown.exit_code == 0
+    rows = json.loads(shown.stdout)
+    assert [row["checkpoint"] for row in rows] == [published.name for _, published in CHECKPOINTS]
+    assert all(row["bytes"] == 2 * row["parameters"] for row in rows)
+    assert HEADINGS[0] in CliRunner().invoke(app, ["models"], env={"COLUMNS": "200"}).stdout
