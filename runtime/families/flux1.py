@@ -28,6 +28,7 @@ SPEC = ModelSpec(
     regions=(REGION,),
     encoders=("text_encoder", "text_encoder_2"),
     branches=None,  # its guidance is in the model
+    negative_prompt=False,
     published=(Published("FLUX.1-dev", 11.901e9, {"guidance_embeds": True}),),
 )
 
