@@ -22,7 +22,7 @@ from crossdock.parallel.mesh import Mesh
 from crossdock.runtime.chunks import number_of_chunks
 from crossdock.runtime.components import Component, place_component
 from crossdock.runtime.denoise_loop import DenoiseLoop, StepEnd, own_randomness
-from crossdock.runtime.errors import CheckpointError
+from crossdock.runtime.errors import CheckpointError, LaunchError
 from crossdock.runtime.media import Media, media_of
 from crossdock.runtime.plan import TRANSFORMER, RunPlan
 from crossdock.runtime.replicated import replicated
@@ -275,6 +275,8 @@ def _load_pipeline(plan: RunPlan, device: torch.device, given: dict[str, nn.Modu
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{plan.model_dir}: {plan.spec.pipeline} cannot be loaded: {error}") from error
+    except ImportError as error:  # a processor of images, which is loaded also where only texts are given
+        raise LaunchError(f"{plan.model_dir}: {plan.spec.pipeline} lacks a package: {str(error).strip()}") from error
 
 
 def _on_device(pipeline: type, device: torch.device) -> Any:

@@ -28,6 +28,8 @@ def replicated(
 ) -> Callable[..., Any]:
     """`method` on the replica's first rank, its return value on all of them. Collective over the replica.
 
+    Random numbers that it draws are drawn apart: the process's generators stay the same on all ranks.
+
     Args:
         device: where the other ranks put the tensors.
         turn: the context in which it runs; entered on every rank.
@@ -37,7 +39,10 @@ def replicated(
     @functools.wraps(method, updated=())  # pipelines may look at the signature
     def call(*args: Any, **kwargs: Any) -> Any:
         with turn():
-            value = method(*args, **kwargs) if mesh.rank == mesh.ranks["replica"][0] else None
+            value = None
+            if mesh.rank == mesh.ranks["replica"][0]:
+                with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                    value = method(*args, **kwargs)
             return _broadcast(value, device, mesh, outline)
 
     return call

@@ -20,6 +20,11 @@ def check_request(plan: RunPlan, request: GenerateRequest) -> None:
             raise RequestError(
                 f"{name}: found {pixels}; allowed for {plan.spec.family}: a multiple of {multiple}, such as {below}"
             )
+    if request.negative_prompt is not None and not plan.spec.negative_prompt:
+        raise RequestError(
+            f"negative_prompt: found {request.negative_prompt!r}; the guidance of {plan.spec.family} takes none: "
+            "leave it out"
+        )
     frames, chunk = request.frames, plan.spec.chunk_frames
     multiple, more = (plan.frame_multiple, 1) if chunk is None else (chunk, 0)
     if frames is not None and plan.spec.fps is None:

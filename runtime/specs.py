@@ -44,6 +44,7 @@ class ModelSpec:
         regions: where tokens are cut and put together under sequence parallelism.
         branches: how the pipeline runs the branches of guidance; None: it has one.
         guidance: the pipeline's argument for classifier-free guidance; with a dot, a component's setting.
+        negative_prompt: whether that guidance takes a negative prompt.
         encoders: the components that encode prompts, where the checkpoint has them.
         encode: the pipeline's methods that run them, and encoders that the pipeline calls itself. What these return
             depends on nothing else.
@@ -69,6 +70,7 @@ class ModelSpec:
     regions: tuple[SequenceRegion, ...]
     branches: Branches | None
     guidance: str = "guidance_scale"
+    negative_prompt: bool = True
     encoders: tuple[str, ...] = ("text_encoder",)
     encode: tuple[str, ...] = ("encode_prompt",)
     decoders: tuple[str, ...] = ("vae",)

@@ -211,6 +211,11 @@ def test_xfuser_says_why_not(flux2_dir: Path) -> None:
     )
 
 
+def test_a_negative_prompt_that_would_do_nothing(flux2_dir: Path) -> None:
+    with pytest.raises(RequestError, match="negative_prompt: found 'blurred'; the guidance of flux2-klein takes none"):
+        check_request(_plan(flux2_dir), GenerateRequest(("x",), negative_prompt="blurred"))
+
+
 @pytest.mark.parametrize(("size", "text"), [((250, 256), "height: found 250"), ((256, 8), "width: found 8")])
 def test_size_that_does_not_divide(flux2_dir: Path, size: tuple[int, int], text: str) -> None:
     with pytest.raises(RequestError, match=text) as caught:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
+import diffusers
 import pytest
 from torch import nn
 from typer.testing import CliRunner
@@ -66,6 +68,14 @@ def test_the_real_shape_has_the_sequence_regions(spec: ModelSpec, published: Pub
 
 def _hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=_id)
+def test_negative_prompts_are_taken_where_they_do_something(spec: ModelSpec) -> None:
+    """A pipeline may have the argument and one branch of guidance: then it says nothing, and ignores it."""
+    arguments = inspect.signature(getattr(diffusers, spec.pipeline).__call__).parameters
+    assert spec.guidance in arguments
+    assert spec.negative_prompt == ("negative_prompt" in arguments and spec.branches is not None)
 
 
 def test_every_family_has_a_row_of_the_matrix() -> None:

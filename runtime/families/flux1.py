@@ -24,10 +24,11 @@ SPEC = ModelSpec(
     pipeline="FluxPipeline",
     transformer="FluxTransformer2DModel",
     block_stacks=STACKS,
-    tensor_plan=flux1_plan(mlp_in=COLUMN, counts_heads=False),
+    tensor_plan=flux1_plan(mlp_in=COLUMN, counts={}),
     regions=(REGION,),
     encoders=("text_encoder", "text_encoder_2"),
     branches=None,  # its guidance is in the model
+    negative_prompt=False,
     published=(Published("FLUX.1-dev", 11.901e9, {"guidance_embeds": True}),),
 )
 

@@ -24,6 +24,7 @@ SPEC = ModelSpec(
     tensor_plan=FLUX2_PLAN,
     regions=(REGION,),
     branches=None,  # its guidance is in the model
+    negative_prompt=False,
     published=(Published("FLUX.2-dev", 32.223e9),),
 )
 

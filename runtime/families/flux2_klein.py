@@ -23,6 +23,7 @@ SPEC = ModelSpec(
     tensor_plan=FLUX2_PLAN,
     regions=(REGION,),
     branches="calls",
+    negative_prompt=False,
     published=(
         Published(
             "FLUX.2-klein-4B",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from crossdock.parallel.regions import SequenceRegion
@@ -27,14 +28,15 @@ _QKV = ("to_q", "to_k", "to_v")
 _DOUBLE_ATTENTION = attention_plan(
     f"{DOUBLE}.*.attn", (*_QKV, "add_q_proj", "add_k_proj", "add_v_proj"), ("to_out.0", "to_add_out")
 )
+HEAD_COUNTS = {f"{stack}.*.attn": ("heads",) for stack in STACKS}
 
 
-def flux1_plan(mlp_in: LinearStyle, counts_heads: bool) -> TensorPlan:
+def flux1_plan(mlp_in: LinearStyle, counts: Mapping[str, tuple[str, ...]]) -> TensorPlan:
     """The single blocks have a linear each for query, key and value, and one for the way into the MLP.
 
     Args:
         mlp_in: of the MLPs' first linears.
-        counts_heads: whether the attention modules go by their number of heads, not by the size of one.
+        counts: what the modules go by that must become local, as in `TensorPlan.heads`.
     """
     feed_forwards = {
         name: style
@@ -50,7 +52,7 @@ def flux1_plan(mlp_in: LinearStyle, counts_heads: bool) -> TensorPlan:
             f"{SINGLE}.*.proj_out": LinearStyle("row", parts=(1, 4)),  # of attention, and of the MLP
         },
         head_count="num_attention_heads",
-        heads={f"{stack}.*.attn": ("heads",) for stack in STACKS} if counts_heads else {},
+        heads=counts,
     )
 
 

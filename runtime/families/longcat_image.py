@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from crossdock.parallel.tensor import COLUMN
-from crossdock.runtime.families.flux_blocks import QUERY_KEY_NORMS, REGION, STACKS, flux1_plan
+from crossdock.runtime.families.flux_blocks import HEAD_COUNTS, QUERY_KEY_NORMS, REGION, STACKS, flux1_plan
 from crossdock.runtime.specs import ModelSpec, Published
 from crossdock.runtime.tiny_parts import HEAD_DIM, HEADS, TEXT_HIDDEN, TinyRecipe, flow_scheduler, kl_vae
 from crossdock.runtime.tiny_qwen_vl import qwen25_vl_config, qwen_vl_tokenizer
@@ -15,7 +15,7 @@ SPEC = ModelSpec(
     pipeline="LongCatImagePipeline",
     transformer="LongCatImageTransformer2DModel",
     block_stacks=STACKS,
-    tensor_plan=flux1_plan(mlp_in=COLUMN, counts_heads=True),
+    tensor_plan=flux1_plan(mlp_in=COLUMN, counts=HEAD_COUNTS),
     regions=(REGION,),
     encode=("rewire_prompt", "encode_prompt"),  # the text encoder first writes a longer prompt
     branches="calls",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from crossdock.runtime.families.flux_blocks import QUERY_KEY_NORMS, REGION, STACKS, flux1_plan
+from crossdock.runtime.families.flux_blocks import HEAD_COUNTS, QUERY_KEY_NORMS, REGION, SINGLE, STACKS, flux1_plan
 from crossdock.runtime.specs import SWIGLU, ModelSpec, Published
 from crossdock.runtime.tiny_parts import (
     HEAD_DIM,
@@ -23,7 +23,7 @@ SPEC = ModelSpec(
     pipeline="OvisImagePipeline",
     transformer="OvisImageTransformer2DModel",
     block_stacks=STACKS,
-    tensor_plan=flux1_plan(mlp_in=SWIGLU, counts_heads=True),
+    tensor_plan=flux1_plan(mlp_in=SWIGLU, counts={**HEAD_COUNTS, f"{SINGLE}.*": ("mlp_hidden_dim",)}),
     regions=(REGION,),
     branches="calls",
     published=(Published("Ovis-Image-7B", 7.370e9),),
