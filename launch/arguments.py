@@ -61,8 +61,16 @@ class Outputs:
         return [self.image.with_stem(f"{self.image.stem}_{index}") for index in range(images)]
 
 
-RunGenerate = Callable[[Path, Path, GenerateRequest, Outputs], None]
-"""Takes the config file, the model directory, the request and the outputs, all checked."""
+@dataclass(frozen=True)
+class Amounts:
+    """How many pictures of each prompt, and how many a replica computes at once."""
+
+    images_per_prompt: int = 1
+    batch_size: int = 1
+
+
+RunGenerate = Callable[[Path, Path, GenerateRequest, Outputs, Amounts], None]
+"""Takes the config file, the model directory, the request, the outputs and the amounts, all checked."""
 
 
 RunCheck = Callable[[Path, Path, bool, bool], None]
@@ -97,6 +105,10 @@ def build_app(run: RunGenerate) -> typer.Typer:
         frames: Annotated[
             int | None, typer.Option(help="Frames of a video; by default the pipeline's own.", show_default=False)
         ] = None,
+        images_per_prompt: Annotated[
+            int, typer.Option(min=1, help="Pictures of each prompt; number i is drawn with seed + i.")
+        ] = 1,
+        batch_size: Annotated[int, typer.Option(min=1, help="Pictures that a replica computes at once.")] = 1,
         out: Annotated[
             Path, typer.Option(help="Picture, or video (.mp4); several get _0, _1, ... before the suffix.")
         ] = Path("out.png"),
@@ -114,9 +126,9 @@ def build_app(run: RunGenerate) -> typer.Typer:
         )
         outputs = Outputs(out, latents, report, trace)
         request.validate()
-        outputs.check(len(request.prompts))
+        outputs.check(len(request.prompts) * images_per_prompt)
         _check_inputs(config, model_dir)
-        run(config, model_dir, request, outputs)
+        run(config, model_dir, request, outputs, Amounts(images_per_prompt, batch_size))
 
     return app
 

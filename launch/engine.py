@@ -28,7 +28,7 @@ from crossdock.runtime.probe import probe_numbers, probe_request
 from crossdock.runtime.rank_result import RankResult
 from crossdock.runtime.reports import RankTrace, Verdict
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.request_checks import check_request
+from crossdock.runtime.request_checks import check_amounts, check_request
 from crossdock.runtime.resume import Snapshot
 from crossdock.runtime.status import RankStatus
 from crossdock.runtime.worker import RankWorker
@@ -46,7 +46,7 @@ class Generation:
 
     Attributes:
         images: pictures, or videos where the model makes these.
-        latents: per prompt, fp32, as the denoise loop left them; the shape is the pipeline's own.
+        latents: for each `[1, ...]`, fp32, as the denoise loop left them; the shape is the pipeline's own.
         report: the content of `report.json`.
         trace: per rank, and per round of prompts, what it did when.
     """
@@ -138,15 +138,19 @@ class Engine:
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
         frames: int | None = None,
+        images_per_prompt: int = 1,
+        batch_size: int = 1,
         time_limit_s: float | None = None,
         progress: Progress | None = None,
     ) -> Generation:
-        """Generate one picture, or video, per prompt; prompt number i is drawn with `seed + i`.
+        """Generate pictures, or videos: those of the first prompt first; number i is drawn with `seed + i`.
 
         A rank that fails meanwhile is replaced, and the request goes on from the last steps that were kept; the
         pictures are the same. `launch.recovery` says how often.
 
         Args:
+            batch_size: how many a replica computes at once, whatever their prompts' lengths; what comes of the last
+                round is spread evenly.
             time_limit_s: for each round of prompts, faults included; by default `launch.timeouts.request_s`.
 
         Raises:
@@ -154,7 +158,9 @@ class Engine:
             RequestCancelled: `cancel` was called, or the time was up; the engine stays usable.
             CompositionError, RankError: the run failed; the engine is closed.
         """
-        prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+        check_amounts(images_per_prompt, batch_size)
+        given = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+        prompts = tuple(each for each in given for _ in range(images_per_prompt))
         launch = self.plan.config.launch
         request = GenerateRequest(
             prompts,
@@ -169,17 +175,17 @@ class Engine:
             keep_every=launch.recovery.keep_every if self.gang.can_restart else 0,
         )
         check_request(self.plan, request)
-        replicas = self.plan.mesh.dp
+        at_once = self.plan.mesh.dp * batch_size
         self._wish, self._lowered = None, False
         done: list[RankResult] = []
-        for first in range(0, len(prompts), replicas):
+        for first in range(0, len(prompts), at_once):
             self._number += 1
-            part = prompts[first : first + replicas]
+            part = prompts[first : first + at_once]
             round_ = replace(request, prompts=part, seed=seed + first, number=self._number)
             done.extend(self._run(round_, progress))
         return Generation(
             [media for result in done for media in result.media],
-            [result.latents for result in done if result.latents is not None],
+            [one for result in done if result.latents is not None for one in torch.split(result.latents, 1)],
             self._report(done[-self.plan.mesh.world_size :]),
             [result.timeline for result in done],
         )

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from crossdock.launch.arguments import Outputs
+from crossdock.launch.arguments import Amounts, Outputs
 from crossdock.launch.engine import Engine, Generation, MakeGang
 from crossdock.launch.outputs import write_outputs
 from crossdock.launch.recovery import brief
@@ -33,6 +33,7 @@ def run_generate(
     model_dir: Path,
     request: GenerateRequest,
     outputs: Outputs,
+    amounts: Amounts,
     launcher: Launcher,
     quiet: bool = False,
 ) -> None:
@@ -51,7 +52,7 @@ def run_generate(
         tell = partial(console.print, markup=False)
         with Engine.start(config, model_dir, make_gang=make_gang, first_request=request, tell=tell) as engine:
             console.print(f"layout: {engine.plan.layout_name}; composition verified", markup=False)
-            generation = _generate(engine, request, console)
+            generation = _generate(engine, request, amounts, console)
     if not quiet:
         for path in write_outputs(generation, outputs):
             console.print(f"wrote {path}", markup=False)
@@ -88,7 +89,7 @@ def choose_gang(config: RunConfig, launcher: Launcher, command: str) -> MakeGang
     return TorchrunGang
 
 
-def _generate(engine: Engine, request: GenerateRequest, console: Console) -> Generation:
+def _generate(engine: Engine, request: GenerateRequest, amounts: Amounts, console: Console) -> Generation:
     with _step_bar(console) as step:
         return engine.generate(
             request.prompts,
@@ -99,6 +100,8 @@ def _generate(engine: Engine, request: GenerateRequest, console: Console) -> Gen
             guidance_scale=request.guidance_scale,
             negative_prompt=request.negative_prompt,
             frames=request.frames,
+            images_per_prompt=amounts.images_per_prompt,
+            batch_size=amounts.batch_size,
             progress=step,
         )
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from crossdock.launch.arguments import Outputs, add_check, build_app, complain_on_stderr, run_app
+from crossdock.launch.arguments import Amounts, Outputs, add_check, build_app, complain_on_stderr, run_app
 from crossdock.launch.torchrun_watch import REPORTED, RankWatch, exit_now
 from crossdock.runtime.config import LaunchConfig
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled
@@ -143,10 +143,12 @@ def connect_store(timeout_s: float, answer_s: float | None = None) -> Store:
     return PrefixStore(f"crossdock/{run}/{number}", store)
 
 
-def _run_on_torchrun(config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs) -> None:
+def _run_on_torchrun(
+    config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs, amounts: Amounts
+) -> None:
     from crossdock.launch.generate import run_generate
 
-    run_generate(config, model_dir, request, outputs, "torchrun", quiet=os.environ["RANK"] != "0")
+    run_generate(config, model_dir, request, outputs, amounts, "torchrun", quiet=os.environ["RANK"] != "0")
 
 
 def _check_on_torchrun(config: Path, model_dir: Path, probe: bool, as_json: bool) -> None:

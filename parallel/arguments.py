@@ -15,6 +15,7 @@ class Arguments:
 
     def __init__(self, places: Mapping[str, int], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._places = places
+        self.names = tuple(places)
         self.args, self.kwargs = list(args), dict(kwargs)
 
     def get(self, name: str) -> Any:
@@ -31,8 +32,13 @@ class Arguments:
             self.kwargs[name] = act(self.kwargs[name])
 
 
-def hook_arguments(module: nn.Module, names: tuple[str, ...], act: Callable[[Arguments], None]) -> RemovableHandle:
+def hook_arguments(
+    module: nn.Module, names: tuple[str, ...], act: Callable[[Arguments], None], optional: tuple[str, ...] = ()
+) -> RemovableHandle:
     """Have `act` look at, and change, the arguments `names` whenever `module` is called.
+
+    Args:
+        optional: more arguments, where the module has them.
 
     Raises:
         ValueError: the module's forward does not have them all.
@@ -40,7 +46,7 @@ def hook_arguments(module: nn.Module, names: tuple[str, ...], act: Callable[[Arg
     parameters = list(inspect.signature(module.forward).parameters)
     if missing := [name for name in names if name not in parameters]:
         raise ValueError(f"{type(module).__name__}.forward has no argument {missing[0]!r}")
-    places = {name: parameters.index(name) for name in names}
+    places = {name: parameters.index(name) for name in (*names, *optional) if name in parameters}
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = Arguments(places, args, kwargs)

@@ -2,48 +2,91 @@
 
 A model family names its regions as data (`SequenceRegion`). Between `enter` and `leave` every rank holds its own
 tokens only: of every segment of the joint sequence its share, so replicated text does not exist and cannot count
-twice. Attention in between sees the whole sequence through Ulysses, Ring or both.
+twice. Attention in between sees the whole sequence through Ulysses, Ring or both; attention to what every rank holds
+whole, as cross-attention to text, needs no exchange.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from crossdock.parallel.arguments import Arguments, hook_arguments, map_tensors
 from crossdock.parallel.group import Group
-from crossdock.parallel.sequence import SequenceLayout, gather_shards, take_shard
+from crossdock.parallel.sequence import SequenceLayout, gather_shards, shard_lengths, take_shard
 from crossdock.parallel.tensor import matching_modules
 
 TOKEN_DIM = 1
 """The token dim of a segment: `[batch, tokens, ...]`."""
 FOLLOW_DIM = -2
-"""The token dim of what follows a segment: position ids `[..., tokens, axes]`, rotary tables `[..., tokens, dim]`."""
+"""The token dim of most that follows: position ids `[..., tokens, axes]`, rotary tables `[..., tokens, dim]`."""
+
+
+@dataclass(frozen=True)
+class Follow:
+    """How an argument, or every tensor of a tuple, is cut along with segments.
+
+    Attributes:
+        segments: whose tokens it counts, one or several side by side. Those that are not there count none.
+        dim: where it counts them. A tensor with one entry there serves all tokens, and is not cut.
+        ndim: only tensors of so many dims count tokens; None: all do.
+    """
+
+    segments: str | tuple[str, ...]
+    dim: int = FOLLOW_DIM
+    ndim: int | None = None
+
+
+@dataclass(frozen=True)
+class Join:
+    """What an attention module joins, where it is not all segments of the region.
+
+    Attributes:
+        queries: segments, in the order in which they lie side by side.
+        keys: the same of the keys; None: the queries' own.
+    """
+
+    queries: tuple[str, ...]
+    keys: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
 class SequenceRegion:
     """One stretch of a model that runs on local tokens.
 
+    In a pattern of paths, `*` stands for one path component; a pattern that ends in `?` may match nothing.
+
     Attributes:
         enter: path of the module at whose entry the segments are cut; "" is the model itself.
-        segments: arguments of `enter` that are cut, in the order in which attention joins them.
+        segments: arguments of `enter` that are cut, in the order in which attention joins them. One that is None is
+            not there. One that is an int says how many of the last tokens of the argument before it are a segment of
+            their own; every module that matches `within` is given the number of those that are local.
         leave: path of the module whose output is put together; a number as the last component may be negative.
-        gathers: the segment that comes out there.
-        follow: argument -> segment, for what is cut along with a segment, at each module that matches `within`.
+        gathers: the segment that comes out there; several are the elements of a tuple, or lie side by side in a tensor.
+        follow: argument -> what it is cut along with (the name of a segment: along `FOLLOW_DIM`), at each module that
+            matches `within`; a tuple: element by element of a tuple.
         within: pattern of those modules; "" is the model itself.
+        cross: patterns of attention modules whose keys are a sequence that every rank holds whole.
+        joins: pattern of attention modules -> what they join.
+        padding: argument of the modules `within`, `[batch, tokens]`, -> the segment of which it says which tokens are
+            real. Attention then takes its mask from here, not the one that a processor makes of local tokens.
     """
 
     enter: str
     segments: tuple[str, ...]
     leave: str
-    gathers: str
-    follow: Mapping[str, str] = field(default_factory=dict)
+    gathers: str | tuple[str, ...]
+    follow: Mapping[str, str | Follow | tuple[Follow, ...]] = field(default_factory=dict)
     within: str = ""
+    cross: tuple[str, ...] = ()
+    joins: Mapping[str, Join] = field(default_factory=dict)
+    padding: Mapping[str, str] = field(default_factory=dict)
 
 
 class Attend(Protocol):
@@ -56,6 +99,7 @@ class Attend(Protocol):
         value: Tensor,
         *,
         layout: SequenceLayout,
+        key_layout: SequenceLayout | None = None,
         mask: Tensor | None = None,
         scale: float | None = None,
         is_causal: bool = False,
@@ -64,16 +108,24 @@ class Attend(Protocol):
 
 
 class SequenceParallelism:
-    """What `apply` did to a model; `remove` undoes it. Holds the layout of the region that is being run."""
+    """What `apply` did to a model; `remove` undoes it. Knows the region that is being run, and its tokens."""
 
     def __init__(self, attention: Attend, index: int, parts: int, group: Group) -> None:
-        self.attention = attention
-        self.layout: SequenceLayout | None = None
+        self._attention = attention
         self._index = index
         self._parts = parts
         self._group = group
+        self._region: SequenceRegion | None = None
         self._lengths: dict[str, int] = {}
+        self._real: dict[str, Tensor] = {}
+        self._cross: set[str] = set()
+        self._joins: dict[str, Join] = {}
         self._handles: list[RemovableHandle] = []
+
+    @property
+    def running(self) -> bool:
+        """Whether tokens are local now."""
+        return self._region is not None
 
     def apply(self, model: nn.Module, regions: tuple[SequenceRegion, ...]) -> None:
         """Hook the regions of `model`. Not twice.
@@ -83,70 +135,160 @@ class SequenceParallelism:
         """
         if self._handles:
             raise RuntimeError("sequence parallelism is applied already")
-        for region in regions:
-            self._hook_region(model, region)
-        # an exception in the middle of a region leaves no layout behind
+        try:
+            for region in regions:
+                self._hook_region(model, region)
+        except ValueError:
+            self.remove()
+            raise
+        # an exception in the middle of a region leaves nothing behind
         self._handles.append(model.register_forward_hook(self._end, always_call=True))
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.layout = None
+        self._cross.clear()
+        self._joins.clear()
+        self._end()
+
+    def is_cross(self, path: str) -> bool:
+        """Whether the attention module at `path` needs no exchange."""
+        return path in self._cross
+
+    def attention_of(self, path: str) -> ModuleAttention:
+        """What the attention module at `path` does with its local tokens."""
+        return ModuleAttention(self, self._joins.get(path))
+
+    def attend(self, join: Join | None, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """`Attend.attend` for what `join` says; None: all segments of the region that is being run."""
+        join = join or Join(tuple(self._lengths))
+        layout = self._layout(join.queries)
+        keys = join.queries if join.keys is None else join.keys
+        if join.keys is not None:
+            options["key_layout"] = self._layout(keys)
+        options["mask"] = self._padding_mask(keys, query) if self._real.keys() & set(keys) else options.get("mask")
+        return self._attention.attend(query, key, value, layout=layout, **options)
 
     def _hook_region(self, model: nn.Module, region: SequenceRegion) -> None:
         enter = model.get_submodule(region.enter)
-        self._pre_hook(enter, region.segments, lambda name, value: self._cut(region, name, value))
-        if region.follow:
+        self._handles.append(hook_arguments(enter, region.segments, partial(self._enter, region)))
+        if region.follow or region.padding or region.within:
             for path in matching_modules(model, region.within):
-                self._pre_hook(
-                    model.get_submodule(path),
-                    tuple(region.follow),
-                    lambda name, value: self._cut_along(region.follow[name], value),
-                )
+                names = (*region.follow, *region.padding)
+                act = partial(self._cut_along, region)
+                self._handles.append(hook_arguments(model.get_submodule(path), names, act, region.segments))
         leave = _submodule(model, region.leave)
-        self._handles.append(leave.register_forward_hook(lambda _m, _a, output: self._join(region, output)))
+        self._handles.append(leave.register_forward_hook(lambda _m, _a, output: self._leave(region, output)))
+        for pattern in region.cross:
+            self._cross.update(matching_modules(model, pattern))
+        for pattern, join in region.joins.items():
+            self._joins.update(dict.fromkeys(matching_modules(model, pattern), join))
 
-    def _pre_hook(self, module: nn.Module, names: tuple[str, ...], act: Callable[[str, Tensor], Tensor]) -> None:
-        parameters = list(inspect.signature(module.forward).parameters)
-        if missing := [name for name in names if name not in parameters]:
-            raise ValueError(f"{type(module).__name__}.forward has no argument {missing[0]!r}")
-        places = [(name, parameters.index(name)) for name in names]
+    def _enter(self, region: SequenceRegion, arguments: Arguments) -> None:
+        self._region, self._lengths, self._real = region, {}, {}
+        owner = ""  # of the tokens that an int counts the last of
+        together: dict[str, list[str]] = {}
+        for name in region.segments:
+            value = arguments.get(name)
+            if isinstance(value, Tensor):
+                self._lengths[name] = value.shape[TOKEN_DIM]
+                owner, together[name] = name, [name]
+            elif isinstance(value, int):
+                self._lengths[owner] -= value
+                self._lengths[name] = value
+                together[owner].append(name)
+        for name, segments in together.items():
+            arguments.change(name, partial(self._cut, Follow(tuple(segments), TOKEN_DIM)))
 
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            positional, named = list(args), dict(kwargs)
-            for name, place in places:
-                if place < len(positional):
-                    positional[place] = _apply(act, name, positional[place])
-                elif name in named:
-                    named[name] = _apply(act, name, named[name])
-            return tuple(positional), named
+    def _cut_along(self, region: SequenceRegion, arguments: Arguments) -> None:
+        if self._region is not region:
+            return
+        for name, follow in region.follow.items():
+            arguments.change(name, partial(self._follow, follow))
+        for name, segment in region.padding.items():
+            self._note_padding(segment, arguments.get(name))
+            arguments.change(name, partial(map_tensors, partial(self._cut, Follow(segment, TOKEN_DIM))))
+        for name in region.segments:
+            if name in arguments.names and isinstance(arguments.get(name), int):
+                arguments.change(name, lambda count: shard_lengths(count, self._parts)[self._index])
 
-        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    def _follow(self, follow: str | Follow | tuple[Follow, ...], value: Any) -> Any:
+        if isinstance(follow, tuple):
+            return value and tuple(self._follow(each, part) for each, part in zip(follow, value, strict=True))
+        return map_tensors(partial(self._cut, Follow(follow) if isinstance(follow, str) else follow), value)
 
-    def _cut(self, region: SequenceRegion, name: str, value: Tensor) -> Tensor:
-        self._lengths[name] = value.shape[TOKEN_DIM]
-        if name == region.segments[-1]:
-            self.layout = SequenceLayout(tuple(self._lengths[s] for s in region.segments), self._parts)
-        return take_shard(value, TOKEN_DIM, self._parts, self._index)
+    def _cut(self, follow: Follow, tensor: Tensor) -> Tensor:
+        """This rank's tokens of a tensor that counts those of one or several segments."""
+        segments = (follow.segments,) if isinstance(follow.segments, str) else follow.segments
+        lengths = {name: self._lengths[name] for name in segments if name in self._lengths}
+        if tensor.shape[follow.dim] == 1 or follow.ndim not in (None, tensor.ndim):
+            return tensor
+        if tensor.shape[follow.dim] != sum(lengths.values()):
+            tokens = " and ".join(f"{length} tokens of {name}" for name, length in lengths.items())
+            raise ValueError(f"a tensor of shape {tuple(tensor.shape)} does not follow the {tokens or 'no tokens'}")
+        pieces = tensor.split_with_sizes(list(lengths.values()), follow.dim)
+        shares = [take_shard(piece, follow.dim, self._parts, self._index) for piece in pieces]
+        return shares[0] if len(shares) == 1 else torch.cat(shares, follow.dim)
 
-    def _cut_along(self, segment: str, value: Tensor) -> Tensor:
-        if value.shape[FOLLOW_DIM] != self._lengths[segment]:
-            tokens = f"{self._lengths[segment]} tokens of {segment}"
-            raise ValueError(f"a tensor of shape {tuple(value.shape)} does not follow the {tokens}")
-        return take_shard(value, FOLLOW_DIM, self._parts, self._index)
+    def _note_padding(self, segment: str, real: Tensor | None) -> None:
+        self._real.pop(segment, None)
+        if real is not None:
+            self._real[segment] = real.bool()
 
-    def _join(self, region: SequenceRegion, output: Tensor) -> Tensor:
-        self.layout = None
-        total = self._lengths[region.gathers]
-        return gather_shards(output, TOKEN_DIM, total, self._parts, self._index, self._group)
+    def _padding_mask(self, segments: tuple[str, ...], query: Tensor) -> Tensor:
+        """Which keys of the joint sequence are real: bool `[batch, total]`."""
+        batch = next(iter(self._real.values())).shape[0]
+        ones = query.new_ones(batch, 1, dtype=torch.bool)
+        present = [name for name in segments if name in self._lengths]
+        return torch.cat([self._real.get(name, ones.expand(-1, self._lengths[name])) for name in present], 1)
+
+    def _layout(self, segments: tuple[str, ...]) -> SequenceLayout:
+        present = [self._lengths[name] for name in segments if name in self._lengths]
+        return SequenceLayout(tuple(present), self._parts)
+
+    def _leave(self, region: SequenceRegion, output: Any) -> Any:
+        names = (region.gathers,) if isinstance(region.gathers, str) else region.gathers
+        if isinstance(output, Tensor):
+            gathered: Any = self._gather(output, names)
+        elif isinstance(output, tuple) and len(output) == len(names):
+            gathered = tuple(self._gather(part, (name,)) for part, name in zip(output, names, strict=True))
+        else:
+            raise ValueError(
+                f"{region.leave} gives a {type(output).__name__}, which is not one tensor of each of {names}"
+            )
+        self._end()
+        return gathered
+
+    def _gather(self, output: Tensor, segments: tuple[str, ...]) -> Tensor:
+        lengths = [self._lengths[name] for name in segments]
+        local = [shard_lengths(length, self._parts)[self._index] for length in lengths]
+        pieces = output.split_with_sizes(local, TOKEN_DIM) if len(segments) > 1 else (output,)
+        gathered = [
+            gather_shards(piece, TOKEN_DIM, length, self._parts, self._index, self._group)
+            for piece, length in zip(pieces, lengths, strict=True)
+        ]
+        return gathered[0] if len(gathered) == 1 else torch.cat(gathered, TOKEN_DIM)
 
     def _end(self, *_: Any) -> None:
-        self.layout = None
+        self._region, self._lengths, self._real = None, {}, {}
 
 
-def _apply(act: Callable[[str, Tensor], Tensor], name: str, value: Any) -> Any:
-    return act(name, value) if isinstance(value, Tensor) else value
+@dataclass(frozen=True)
+class ModuleAttention:
+    """What one attention module does, where its calls are sent here."""
+
+    sequence: SequenceParallelism
+    join: Join | None
+
+    @property
+    def running(self) -> bool:
+        """Whether the module's tokens are local now."""
+        return self.sequence.running
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """Over this rank's tokens, `[batch, local tokens, heads, head_dim]`; only while a region is being run."""
+        return self.sequence.attend(self.join, query, key, value, **options)
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module:

@@ -1,29 +1,36 @@
 """The choke point: diffusers transformers call `dispatch_attention_fn`; this puts sequence parallelism behind it.
 
-diffusers looks a backend up in its registry and hands the processor's `_parallel_config` on to it. A backend is
-registered there once; which model it works for, and with which groups, travels in `_parallel_config`. No module
-global of ours is involved, no model is rewritten, and `remove` gives the processors back as they were.
+diffusers looks a backend up in its registry and hands the processor's `_parallel_config` on to it. Two backends are
+registered there, once; which model one of them works for, and with which groups, travels in `_parallel_config`. A
+processor that calls torch's attention itself is listened to while its module runs. No module global of ours is
+involved, no model is rewritten, and `remove` gives the model back as it was.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
-import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
-from crossdock.parallel.regions import SequenceParallelism
+from crossdock.parallel.regions import ModuleAttention, SequenceParallelism
 
 
-def _backend_name() -> Any:
+def _backend_name(name: str) -> Any:
     """A member of diffusers' enum; the enum is closed, so it is made by hand."""
-    name = str.__new__(AttentionBackendName, "crossdock")
-    name._name_, name._value_ = "CROSSDOCK", "crossdock"
-    return name
+    member = str.__new__(AttentionBackendName, name)
+    member._name_, member._value_ = name.upper(), name
+    return member
 
 
-BACKEND = _backend_name()
+BACKEND = _backend_name("crossdock")
+CROSS_BACKEND = _backend_name("crossdock_cross")
+"""Of modules whose keys every rank holds whole: some processors hand no `_parallel_config` on for those."""
 
 
 @_AttentionBackendRegistry.register(BACKEND)  # type: ignore[untyped-decorator, unused-ignore]
@@ -36,43 +43,126 @@ def _crossdock_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-    _parallel_config: SequenceParallelism | None = None,
+    _parallel_config: ModuleAttention | None = None,
 ) -> Tensor:
     """query, key, value: `[batch, seq, heads, head_dim]`; local tokens inside a sequence region, all outside."""
-    assert _parallel_config is not None
-    layout = _parallel_config.layout
-    if layout is not None:
-        return _parallel_config.attention.attend(
-            query, key, value, layout=layout, mask=attn_mask, scale=scale, is_causal=is_causal, enable_gqa=enable_gqa
+    if _parallel_config is None:
+        raise ValueError(
+            f"attention of a query {tuple(query.shape)} to a key {tuple(key.shape)} is kept from sequence parallelism; "
+            "possible where every rank holds the keys whole: name the module in the region's cross"
         )
-    if attn_mask is not None and attn_mask.ndim == 2:
-        attn_mask = attn_mask[:, None, None, :]
+    options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    if _parallel_config.running:
+        return _parallel_config.attend(query, key, value, mask=attn_mask, **options)
+    return _local_attention(query, key, value, attn_mask, **options)
+
+
+@_AttentionBackendRegistry.register(CROSS_BACKEND)  # type: ignore[untyped-decorator, unused-ignore]
+def _cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """query `[batch, local or all tokens, heads, head_dim]`; key, value: all of another sequence."""
+    return _local_attention(query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _local_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
+    if mask is not None and mask.ndim == 2:
+        mask = mask[:, None, None, :]
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    output = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-    )
-    return output.transpose(1, 2)
+    return scaled_dot_product_attention(query, key, value, mask, **options).transpose(1, 2)
+
+
+class _Listening(TorchFunctionMode):
+    """Sends torch's attention to `attention`. What that calls in turn is not listened to."""
+
+    def __init__(self, attention: ModuleAttention) -> None:
+        super().__init__()
+        self._attention = attention
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is scaled_dot_product_attention:
+            return self._attend(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        **options: Any,
+    ) -> Tensor:
+        """query, key, value: `[batch, heads, local tokens, head_dim]`."""
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return self._attention.attend(query, key, value, mask=attn_mask, **options).transpose(1, 2)
 
 
 class AttentionBinding:
-    """Points every attention processor of a model at a `SequenceParallelism`; `remove` undoes it."""
+    """Points every attention of a model at a `SequenceParallelism`; `remove` undoes it."""
 
     def __init__(self, model: nn.Module, sequence: SequenceParallelism) -> None:
         """
         Raises:
             ValueError: the model has no attention processor that can be pointed elsewhere.
         """
-        self._before: list[tuple[Any, Any, Any]] = []
-        for module in model.modules():
+        self._undo: list[Callable[[], None]] = []
+        taken: dict[int, tuple[bool, ModuleAttention]] = {}
+        for path, module in model.named_modules():
             processor: Any = getattr(module, "processor", None)
-            if hasattr(processor, "_attention_backend") and hasattr(processor, "_parallel_config"):
-                self._before.append((processor, processor._attention_backend, processor._parallel_config))
-                processor._attention_backend = BACKEND
-                processor._parallel_config = sequence
-        if not self._before:
+            cross, attention = sequence.is_cross(path), sequence.attention_of(path)
+            if processor is None or (cross and not _dispatches(processor)):
+                continue
+            if not _dispatches(processor):
+                self._listen(module, attention)
+            elif taken.setdefault(id(processor), (cross, attention)) == (cross, attention):
+                self._point(processor, cross, attention)
+            else:  # modules that share a processor do different things
+                self._point(self._own_processor(module, processor), cross, attention)
+        if not self._undo:
             raise ValueError(f"{type(model).__name__} has no attention that diffusers dispatches")
 
     def remove(self) -> None:
-        for processor, backend, config in self._before:
-            processor._attention_backend, processor._parallel_config = backend, config
-        self._before.clear()
+        while self._undo:
+            self._undo.pop()()
+
+    def _point(self, processor: Any, cross: bool, attention: ModuleAttention) -> None:
+        before = processor._attention_backend, processor._parallel_config
+
+        def undo() -> None:
+            processor._attention_backend, processor._parallel_config = before
+
+        self._undo.append(undo)
+        processor._attention_backend = CROSS_BACKEND if cross else BACKEND
+        processor._parallel_config = attention
+
+    def _own_processor(self, module: Any, processor: Any) -> Any:
+        self._undo.append(lambda: setattr(module, "processor", processor))
+        module.processor = copy.copy(processor)
+        return module.processor
+
+    def _listen(self, module: nn.Module, attention: ModuleAttention) -> None:
+        listening = ExitStack()
+
+        def begin(*_: Any) -> None:
+            if attention.running:
+                listening.enter_context(_Listening(attention))
+
+        def end(*_: Any) -> None:
+            listening.close()
+
+        self._undo.append(module.register_forward_pre_hook(begin).remove)
+        self._undo.append(module.register_forward_hook(end, always_call=True).remove)
+
+
+def _dispatches(processor: Any) -> bool:
+    return hasattr(processor, "_attention_backend") and hasattr(processor, "_parallel_config")

@@ -37,7 +37,7 @@ class Denoised:
     """What a run of the pipeline gave.
 
     Attributes:
-        latents: as the loop's last step left them, in fp32 on the CPU; shape and layout are the pipeline's own.
+        latents: as the loop's last step left them, in fp32 on the CPU, `[batch, ...]`; the rest is the pipeline's own.
         media: the pictures or videos; None where another rank decodes, or nobody does.
         end_s: when the loop was done, seconds of `time.perf_counter`.
     """
@@ -127,16 +127,16 @@ class RankPipeline:
 
     def run(
         self,
-        prompt: str,
-        seed: int,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
         request: GenerateRequest,
         on_step: Callable[[StepEnd], None],
         resume: Snapshot | None = None,
         on_decode: Callable[[], bool] = lambda: False,
     ) -> Denoised:
-        """Run the pipeline: the denoise loop from its beginning, or from where `resume` was taken, and the decoding.
+        """Run the pipeline on a batch: denoise, from the beginning or where `resume` was taken, and decode.
 
-        The initial noise is drawn on the CPU; what a stochastic scheduler draws follows from the seed as well, so that
+        The initial noise is drawn on the CPU; what a stochastic scheduler draws follows from the seeds as well, so that
         it is the same on all ranks and in every run. An error that `on_step` raises leaves the pipeline usable.
 
         Args:
@@ -147,7 +147,7 @@ class RankPipeline:
         """
         self._encodes.clear()
         began = time.perf_counter()
-        generator = torch.Generator("cpu").manual_seed(seed)
+        drawn = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         late = nullcontext() if resume is None else beginning_at(self.pipe.scheduler, resume.step)
         ended: list[float] = []
 
@@ -158,11 +158,11 @@ class RankPipeline:
 
         self._on_decode = decodes
         output = None
-        with own_randomness(self._device, seed) as generators, late, self._stage:
+        with own_randomness(self._device, seeds[0]) as generators, late, self._stage:
             chunks = number_of_chunks(self._plan.spec, request.frames)
-            loop = DenoiseLoop(self._device, (generator, *generators), on_step, resume, chunks)
+            loop = DenoiseLoop(self._device, (*drawn, *generators), on_step, resume, chunks)
             self._between_chunks = lambda: loop.between_chunks
-            arguments = self._arguments(prompt, generator, request)
+            arguments = self._arguments(prompts, drawn, request)
             with loop.watching(self.pipe.transformer), loop.told_by(self.pipe) as tells, suppress(_NotDecodedHereError):
                 output = self.pipe(**arguments, **tells)
         assert loop.latents is not None
@@ -179,14 +179,17 @@ class RankPipeline:
             loop.step_ms(),
         )
 
-    def _arguments(self, prompt: str, generator: torch.Generator, request: GenerateRequest) -> dict[str, Any]:
+    def _arguments(
+        self, prompts: Sequence[str], generators: list[torch.Generator], request: GenerateRequest
+    ) -> dict[str, Any]:
         """What the pipeline is called with."""
+        several = len(prompts) > 1
         return {
-            "prompt": prompt,
+            "prompt": list(prompts) if several else prompts[0],
             "num_inference_steps": request.steps,
             "height": request.height,
             "width": request.width,
-            "generator": generator,
+            "generator": generators if several else generators[0],
             "output_type": "pil" if self._plan.spec.fps is None else "np",
             "return_dict": False,
             **self._wishes(request),

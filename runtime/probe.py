@@ -65,7 +65,7 @@ def _run(worker: RankWorker, request: GenerateRequest) -> tuple[tuple[str, int],
     with ExitStack() as hooks:
         for block in worker.weights.blocks:
             hooks.callback(block.module.register_forward_hook(partial(note, block.name)).remove)
-        done = worker.pipeline.run(request.prompts[0], request.seed, request, lambda finished: None)
+        done = worker.pipeline.run(request.prompts, [request.seed], request, lambda finished: None)
     return (*((name, _combined(digests)) for name, digests in calls), (FINAL_LATENTS, checksum(done.latents)))
 
 

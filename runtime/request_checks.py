@@ -28,3 +28,13 @@ def check_request(plan: RunPlan, request: GenerateRequest) -> None:
         below = max((frames - more) // multiple, 1 - more) * multiple + more
         allowed = f"a multiple of {multiple}{', and one more' if more else ''}, such as {below}"
         raise RequestError(f"frames: found {frames}; allowed for {plan.spec.family}: {allowed}")
+
+
+def check_amounts(images_per_prompt: int, batch_size: int) -> None:
+    """
+    Raises:
+        RequestError: nothing is to be made.
+    """
+    for name, count in (("images_per_prompt", images_per_prompt), ("batch_size", batch_size)):
+        if count < 1:
+            raise RequestError(f"{name}: found {count}; allowed: an integer >= 1")

@@ -107,7 +107,8 @@ def _build(name: str, seed: int) -> Any:
 def _randomise(module: nn.Module, recipe: TinyRecipe, generator: torch.Generator) -> None:
     """Draw every parameter and running statistic of `module` anew, in the order of their names.
 
-    Matrices get the variance 1 / fan_in, so that activations stay of order 1; norm weights lie around 1.
+    Matrices get the variance 1 / fan_in, so that activations stay of order 1; norm weights lie around what their
+    class begins with: 1, or 0 where it adds 1 to them.
     """
     import torch
     from torch import nn
@@ -125,7 +126,7 @@ def _randomise(module: nn.Module, recipe: TinyRecipe, generator: torch.Generator
             elif name.endswith(recipe.sharp):
                 normal(tensor, 1.5, 0.3)
             elif tensor.numel() == tensor.shape[0]:  # a VAE may hold a norm weight as [channels, 1, 1, 1]
-                normal(tensor, 1.0, 0.2)
+                normal(tensor, float(tensor.any()), 0.2)
             else:
                 scale = VELOCITY_SCALE if name in recipe.outputs else 1.0
                 normal(tensor, 0.0, scale / math.sqrt(tensor[0].numel()))

@@ -16,7 +16,7 @@ LATENT_CHANNELS = 6
 TEXT_HIDDEN = 72
 
 VAE_CHANNELS = (12, 24, 24, 36)
-_CHAT_TEMPLATE = """\
+CHAT_TEMPLATE = """\
 {%- for message in messages %}<|im_start|>{{ message.role }}
 {{ message.content }}<|im_end|>
 {% endfor %}
@@ -27,7 +27,7 @@ _CHAT_TEMPLATE = """\
 
 {% endif %}
 {%- endif %}"""
-_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 TOKENIZER_TEXTS = (
     "a red fox in the snow, a small boat on a lake at night, a green house by the sea",
     "the quick brown fox jumps over the lazy dog while the harbour crane lifts a blue container",
@@ -64,19 +64,19 @@ def qwen_tokenizer() -> Any:
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=list(_SPECIAL_TOKENS),
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     bpe.train_from_iterator(TOKENIZER_TEXTS, trainer)
     tokenizer = Qwen2TokenizerFast(
-        tokenizer_object=bpe, additional_special_tokens=list(_SPECIAL_TOKENS[1:3]), model_max_length=1024
+        tokenizer_object=bpe, additional_special_tokens=list(SPECIAL_TOKENS[1:3]), model_max_length=1024
     )
-    tokenizer.chat_template = _CHAT_TEMPLATE
+    tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
-def kl_vae() -> Any:
+def kl_vae(latent_channels: int = LATENT_CHANNELS) -> Any:
     from diffusers import AutoencoderKL
 
     levels = len(VAE_CHANNELS)
@@ -85,7 +85,7 @@ def kl_vae() -> Any:
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=VAE_CHANNELS,
         layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
+        latent_channels=latent_channels,
         norm_num_groups=12,
         sample_size=256,
         scaling_factor=0.3611,

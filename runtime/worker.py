@@ -27,6 +27,7 @@ from crossdock.parallel.group import Group, GroupRecord, exchange
 from crossdock.parallel.hsdp import all_gather_bytes
 from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.regions import Attend, SequenceParallelism
+from crossdock.parallel.sequence import shard_lengths
 from crossdock.parallel.tensor import EXCHANGING, TensorParallelism
 from crossdock.parallel.xfuser_attention import XFuserAttention
 from crossdock.runtime.arrival import rehearse
@@ -202,7 +203,7 @@ class RankWorker:
         self.stopping.cancel(reason, request_number)
 
     def generate(self, request: GenerateRequest, resume: Sequence[Snapshot | None] | None = None) -> RankResult:
-        """One prompt per replica; a replica without one computes a copy that is dropped. Collective.
+        """The prompts, spread evenly over the replicas; one that has none computes a copy that is dropped. Collective.
 
         Args:
             resume: per replica, where to go on, all after the same step; None: from the beginning.
@@ -215,8 +216,9 @@ class RankWorker:
         self.phase = "encode"
         self.engine.reset_clock()
         replica = self.mesh.shape.coordinates(self.rank)["dp"]
-        has_prompt = replica < len(request.prompts)
-        number = replica if has_prompt else 0
+        counts = shard_lengths(len(request.prompts), self.mesh.shape.dp)
+        first = sum(counts[:replica]) if counts[replica] else 0
+        numbers = range(first, first + max(counts[replica], 1))
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.stopping.begin(request)
@@ -226,11 +228,11 @@ class RankWorker:
         keeps = self.plan.spec.resumes and self.rank == self.mesh.ranks["replica"][0]
         self.keep_every = request.keep_every if keeps else 0
         self.changed: RankReport | None = None  # what the rank holds since the schedule was improved
-        prompt, seed = request.prompts[number], request.seed + number
-        decodes = has_prompt and self.rank == self.mesh.ranks["replica"][0]
+        prompts, seeds = [request.prompts[n] for n in numbers], [request.seed + n for n in numbers]
+        decodes = counts[replica] > 0 and self.rank == self.mesh.ranks["replica"][0]
         try:
             done = self.pipeline.run(
-                prompt, seed, request, partial(self._on_step, log), snapshot, partial(self._begin_decode, decodes)
+                prompts, seeds, request, partial(self._on_step, log), snapshot, partial(self._begin_decode, decodes)
             )
         except RequestCancelled:
             self._finish_request()

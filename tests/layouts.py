@@ -81,19 +81,35 @@ class Row:
         sizes: height and width in pixels; one has a token count that divides by the ranks, one that does not.
         frames: of a video.
         quick: the layouts that the test command runs; `make test-all` runs all.
+        guided: guidance scale and negative prompt, where the pipeline does not guide unless it is asked to.
     """
 
     recipe: str
     sizes: tuple[tuple[int, int], ...] = ((256, 256), (208, 176))
     frames: int | None = None
     quick: tuple[str, ...] = ("layerwise_tp2", "layerwise_hsdp", "layerwise_ulysses2_ring2")
+    guided: tuple[float, str] | None = None
+
+    @property
+    def wishes(self) -> dict[str, Any]:
+        """What a request asks for besides."""
+        scale, negative = self.guided or (None, None)
+        return {"frames": self.frames, "guidance_scale": scale, "negative_prompt": negative}
 
 
 ROWS = (
+    Row("flux1", quick=("layerwise_tp2", "layerwise_ulysses2_ring2")),
+    Row("flux2", quick=("tp2", "layerwise_hsdp")),
     Row("flux2-klein", quick=tuple(layout.name for layout in LAYOUTS)),
+    Row("longcat-image", quick=("layerwise_tp2", "layerwise_ulysses2_ring2")),
+    Row("ovis-image", quick=("layerwise_tp2", "ulysses4")),
     Row("z-image", quick=tuple(layout.name for layout in LAYOUTS)),
     Row("wan2.1", ((64, 128), (80, 112)), frames=9, quick=("layerwise_tp2", "layerwise_ulysses2_ring2")),
     Row("wan2.2-ti2v-5b", ((128, 128), (160, 96)), frames=9, quick=("layerwise_hsdp", "layerwise_ulysses2_ring2")),
+    Row("qwen-image", quick=("layerwise_tp2", "layerwise_cfg2"), guided=(4.0, "grey, blurred")),
+    Row("qwen-image-2.1", ((256, 256), (224, 160)), quick=("layerwise_hsdp", "tp2"), guided=(3.0, "grey, blurred")),
+    Row("sd3.5", quick=("tp2", "layerwise_cfg2")),
+    Row("krea2", quick=("layerwise_tp2", "layerwise_hsdp")),
     Row(
         "helios",
         sizes=((64, 64), (48, 80)),  # 144 and 135 tokens, and 40 and 44 of what came before

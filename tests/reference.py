@@ -13,6 +13,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from crossdock.runtime.plan import spec_for
+
 PROMPT = (
     "a lighthouse on a cliff above a stormy sea at dusk, seen from a small boat, with gulls, long waves, a red roof "
     "and one lit window"
@@ -48,12 +50,16 @@ class Reference:
 @cache
 def reference(
     directory: Path,
-    prompt: str = PROMPT,
+    prompt: str | tuple[str, ...] = PROMPT,
     size: tuple[int, int] = EVEN_SIZE,
     seed: int = 0,
     steps: int = 4,
     frames: int | None = None,
+    guided: tuple[float, str] | None = None,
 ) -> Reference:
+    """Of several prompts, one batch; number i is drawn with `seed + i`."""
+    several = isinstance(prompt, tuple)
+    generators = [torch.Generator("cpu").manual_seed(seed + n) for n in range(len(prompt) if several else 1)]
     found: list[Tensor] = []
 
     def keep(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -65,16 +71,19 @@ def reference(
         at_step_end = {"callback_on_step_end": keep}
     else:
         pipe.scheduler.step = _keeping(type(pipe.scheduler).step.__get__(pipe.scheduler), found)
+    wishes: dict[str, Any] = {} if frames is None else {"num_frames": frames}
+    if guided is not None:
+        wishes |= {spec_for(directory).guidance: guided[0], "negative_prompt": guided[1]}
     output = pipe(
-        prompt=prompt,
+        prompt=list(prompt) if several else prompt,
         height=size[0],
         width=size[1],
         num_inference_steps=steps,
-        generator=torch.Generator("cpu").manual_seed(seed),
+        generator=generators if several else generators[0],
         output_type="pil" if frames is None else "np",
         return_dict=False,
         **at_step_end,
-        **({} if frames is None else {"num_frames": frames}),
+        **wishes,
     )
     return Reference(found[-1], list(output[0]), list(output[1]) if len(output) > 1 else [])
 

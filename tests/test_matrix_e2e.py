@@ -70,9 +70,9 @@ def test_latents_equal_diffusers(
     found = {}
     with Engine.start(config, directory, gang) as engine:
         for size in row.sizes:
-            generation = engine.generate(PROMPT, height=size[0], width=size[1], frames=row.frames)
+            generation = engine.generate(PROMPT, height=size[0], width=size[1], **row.wishes)
             found[size] = generation.latents[0]
-            expected = reference(directory, size=size, frames=row.frames)
+            expected = reference(directory, size=size, frames=row.frames, guided=row.guided)
             error = max_error(found[size], expected.latents)
             levels = max_levels(generation.images[0], expected.media[0])
             print(f"{layout.name} {row.recipe} {size[0]}x{size[1]}: max error {error:.2e}, {levels} of 256 levels")
@@ -83,7 +83,7 @@ def test_latents_equal_diffusers(
         resident = config.model_copy(update={"offload": OffloadConfig()})
         with Engine.start(resident, directory, gang) as engine:
             for size, streamed in found.items():
-                again = engine.generate(PROMPT, height=size[0], width=size[1], frames=row.frames).latents[0]
+                again = engine.generate(PROMPT, height=size[0], width=size[1], **row.wishes).latents[0]
                 assert torch.equal(streamed, again), "layerwise on and off differ"
 
 
@@ -149,6 +149,32 @@ def test_prompts_are_spread_over_replicas(prompts: tuple[str, ...], gang_of: Gan
     assert len(generation.images) == len(generation.latents) == len(prompts)
     for number, (prompt, latents) in enumerate(zip(prompts, generation.latents, strict=True)):
         assert max_error(latents, reference_latents(directory, prompt, ODD_SIZE, 3 + number)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["layerwise_ulysses2_ring2", "layerwise_cfg2", "layerwise_hsdp_ulysses2"])
+def test_a_batch_of_prompts_of_different_lengths(
+    name: str, family: str, gang_of: GangOf, checkpoints: Checkpoints
+) -> None:
+    """Several pictures at once, two of each prompt: as diffusers computes the same batches, on each replica its own."""
+    config = load_config(next(layout for layout in LAYOUTS if layout.name == name).config)
+    directory, given = checkpoints[family], (PROMPT, "a fox")
+    with Engine.start(config, directory, gang_of(config.world_size)) as engine:
+        generation = engine.generate(
+            given, seed=3, height=ODD_SIZE[0], width=ODD_SIZE[1], images_per_prompt=2, batch_size=3
+        )
+    prompts = tuple(prompt for prompt in given for _ in range(2))
+    rounds = [prompts[:2], prompts[2:]] if config.parallel.dp_degree == 2 else [prompts[:3], prompts[3:]]
+    assert len(generation.images) == len(generation.latents) == 4
+    first = 0
+    for batch in rounds:
+        expected = reference(directory, batch, ODD_SIZE, 3 + first)
+        for number in range(len(batch)):
+            error = max_error(generation.latents[first + number][0], expected.latents[number])
+            print(f"{name} {family} picture {first + number} in a batch of {len(batch)}: max error {error:.2e}")
+            assert error <= TOLERANCE
+            assert max_levels(generation.images[first + number], expected.media[number]) <= 1
+        first += len(batch)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

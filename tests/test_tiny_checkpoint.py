@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,25 @@ from safetensors import safe_open
 from crossdock.runtime import tiny_checkpoint
 from crossdock.runtime.errors import CheckpointError, RequestError
 from crossdock.runtime.families import TINY, spec_of_pipeline
+from crossdock.runtime.specs import ModelSpec
 from crossdock.runtime.tiny_checkpoint import make_checkpoint
 from crossdock.runtime.vae_scale import latent_pixels
 
 SIZE_LIMIT_BYTES = 20_000_000
 STACKS = {
+    "flux1": {"transformer_blocks": 3, "single_transformer_blocks": 5},
+    "flux2": {"transformer_blocks": 2, "single_transformer_blocks": 6},
     "flux2-klein": {"transformer_blocks": 3, "single_transformer_blocks": 5},
+    "longcat-image": {"transformer_blocks": 2, "single_transformer_blocks": 4},
+    "ovis-image": {"transformer_blocks": 2, "single_transformer_blocks": 5},
     "z-image": {"noise_refiner": 2, "context_refiner": 2, "layers": 5},
     "wan2.1": {"blocks": 5},
     "wan2.2-ti2v-5b": {"blocks": 5},
     "wan2.2-a14b": {"blocks": 5},
+    "qwen-image": {"transformer_blocks": 5},
+    "qwen-image-2.1": {"transformer_blocks": 6},
+    "sd3.5": {"transformer_blocks": 5},
+    "krea2": {"text_fusion.layerwise_blocks": 2, "text_fusion.refiner_blocks": 2, "transformer_blocks": 5},
     "ltx2": {"transformer_blocks": 4},
     "helios": {"blocks": 5},
 }
@@ -38,11 +47,42 @@ WAN = {
     "scheduler": ["diffusers", "UniPCMultistepScheduler"],
 }
 CLASSES = {
+    "flux1": {
+        "_class_name": "FluxPipeline",
+        "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "T5Tokenizer"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    },
+    "flux2": {
+        "_class_name": "Flux2Pipeline",
+        "transformer": ["diffusers", "Flux2Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLFlux2"],
+        "text_encoder": ["transformers", "Mistral3ForConditionalGeneration"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    },
     "flux2-klein": {
         "_class_name": "Flux2KleinPipeline",
         "transformer": ["diffusers", "Flux2Transformer2DModel"],
         "vae": ["diffusers", "AutoencoderKLFlux2"],
         "text_encoder": ["transformers", "Qwen3ForCausalLM"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    },
+    "longcat-image": {
+        "_class_name": "LongCatImagePipeline",
+        "transformer": ["diffusers", "LongCatImageTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    },
+    "ovis-image": {
+        "_class_name": "OvisImagePipeline",
+        "transformer": ["diffusers", "OvisImageTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "Qwen3Model"],
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     },
     "z-image": {
@@ -55,6 +95,36 @@ CLASSES = {
     "wan2.1": {**WAN, "transformer_2": [None, None], "boundary_ratio": None, "expand_timesteps": False},
     "wan2.2-ti2v-5b": {**WAN, "transformer_2": [None, None], "boundary_ratio": None, "expand_timesteps": True},
     "wan2.2-a14b": {**WAN, "transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875},
+    "qwen-image": {
+        "_class_name": "QwenImagePipeline",
+        "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLQwenImage"],
+        "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    },
+    "qwen-image-2.1": {
+        "_class_name": "QwenImage21Pipeline",
+        "transformer": ["diffusers", "QwenImage21Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLQwenImage21"],
+        "text_encoder": ["transformers", "Qwen3VLForConditionalGeneration"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    },
+    "sd3.5": {
+        "_class_name": "StableDiffusion3Pipeline",
+        "transformer": ["diffusers", "SD3Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_3": ["transformers", "T5EncoderModel"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    },
+    "krea2": {
+        "_class_name": "Krea2Pipeline",
+        "transformer": ["diffusers", "Krea2Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLQwenImage"],
+        "text_encoder": ["transformers", "Qwen3VLModel"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    },
     "ltx2": {
         "_class_name": "LTX2Pipeline",
         "transformer": ["diffusers", "LTX2VideoTransformer3DModel"],
@@ -73,6 +143,9 @@ CLASSES = {
         "scheduler": ["diffusers", "HeliosScheduler"],
     },
 }
+LAST_TEXT = r"transformer_blocks\.4\.(txt_mlp|attn\.(add_q_proj|to_add_out|norm_added_q))\..*"
+UNUSED = {"QwenImagePipeline": LAST_TEXT}
+"""Pipeline -> tensors of which nothing comes into the picture, in the published model too: the last block's text."""
 FRAMES = 9
 """Of a video: three latent frames, of which the first stands for one."""
 RELATIVE_NOISE = 1e-6
@@ -100,16 +173,16 @@ def pipeline(request: pytest.FixtureRequest, checkpoints: Callable[[str], Path])
     return pipe
 
 
+def frames_of(spec: ModelSpec) -> int:
+    return spec.chunk_frames or FRAMES
+
+
 def run(pipe: Any, prompt: str, tokens: tuple[int, int], steps: int, output_type: str) -> Any:
     """The first picture or video; `tokens` along its height and width."""
     spec = spec_of_pipeline(type(pipe).__name__)
     assert spec is not None
     pixels = spec.patch * latent_pixels(pipe.vae.config)
-    frames = (
-        {"num_frames": spec.chunk_frames or FRAMES}
-        if "num_frames" in inspect.signature(pipe.__call__).parameters
-        else {}
-    )
+    frames = {} if spec.fps is None else {"num_frames": frames_of(spec)}
     return pipe(
         prompt=prompt,
         height=tokens[0] * pixels,
@@ -140,9 +213,9 @@ def test_format(family: str, checkpoints: Callable[[str], Path]) -> None:
         "transformer/config.json",
         "vae/config.json",
         "text_encoder/config.json",
-        "tokenizer/tokenizer.json",
     ):
         assert (directory / name).is_file()
+    assert any((directory / name / "tokenizer.json").is_file() for name in ("tokenizer", "processor"))
     assert sum(len(data) for data in files_of(directory).values()) < SIZE_LIMIT_BYTES
 
 
@@ -160,9 +233,9 @@ def test_the_transformer_is_sharded(family: str, checkpoints: Callable[[str], Pa
             assert {tensors.get_tensor(name).dtype for name in names} == {torch.float32}
         assert all(index["weight_map"][name] == shard for name in names)
         for name in names:
-            stack, _, rest = name.partition(".")
-            if stack in blocks:
-                blocks[stack].add(rest.partition(".")[0])
+            for stack, numbers in blocks.items():
+                if name.startswith(f"{stack}."):
+                    numbers.add(name.removeprefix(f"{stack}.").partition(".")[0])
     assert {stack: len(numbers) for stack, numbers in blocks.items()} == STACKS[family]
 
 
@@ -182,9 +255,12 @@ def test_bytes_follow_from_the_seed(family: str, tmp_path: Path, checkpoints: Ca
 def test_diffusers_draws_a_picture(pipeline: Any, tokens: tuple[int, int]) -> None:
     pixels = torch.tensor(np.array(run(pipeline, "a boat", tokens, 4, "np")[0]))
     *frames, height, width, channels = pixels.shape
-    assert (height * tokens[1], channels) == (width * tokens[0], 3)
-    assert frames in ([], [FRAMES], [spec_of_pipeline(type(pipeline).__name__).chunk_frames])
-    assert (pixels.reshape(-1, 3).amax(0) - pixels.reshape(-1, 3).amin(0)).min() > 0.4
+    assert height * tokens[1] == width * tokens[0]
+    assert channels == getattr(pipeline.vae.config, "out_channels", 3)
+    spec = spec_of_pipeline(type(pipeline).__name__)
+    assert spec is not None
+    assert frames == ([] if spec.fps is None else [frames_of(spec)])
+    assert (pixels.flatten(0, -2).amax(0) - pixels.flatten(0, -2).amin(0)).min() > 0.4
 
 
 def test_one_word_changes_the_latents(pipeline: Any) -> None:
@@ -218,7 +294,9 @@ def test_every_tensor_shows(pipeline: Any) -> None:
         parameter.data = kept
         if moved < VISIBLE:
             unseen[name] = moved
-    assert not unseen
+    unused = UNUSED.get(type(pipeline).__name__, "")
+    assert {name for name in unseen if not re.fullmatch(unused, name)} == set()
+    assert not unused or unseen
 
 
 def test_pad_tokens_and_norms_are_not_trivial(pipeline: Any) -> None:
@@ -243,7 +321,7 @@ def test_rounding_of_the_noise_is_not_amplified(pipeline: Any, monkeypatch: pyte
 
 
 def test_unknown_family(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"found 'zimage'; did you mean z-image\? allowed: flux2-klein, z-image,"):
+    with pytest.raises(RequestError, match=rf"found 'zimage'; did you mean z-image\? allowed: {', '.join(TINY)}$"):
         make_checkpoint("zimage", tmp_path / "new")
     assert not list(tmp_path.iterdir())
 

@@ -8,11 +8,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from crossdock.runtime.families import flux2_klein, helios, hunyuan_video_15, ltx2, wan, z_image
+from crossdock.runtime.families import (
+    flux1,
+    flux2,
+    flux2_klein,
+    helios,
+    hunyuan_video_15,
+    krea2,
+    longcat_image,
+    ltx2,
+    ovis_image,
+    qwen_image,
+    qwen_image_21,
+    sd35,
+    wan,
+    z_image,
+)
 from crossdock.runtime.specs import ModelSpec
 from crossdock.runtime.tiny_parts import TinyRecipe
 
-_MODULES = (flux2_klein, z_image, wan, hunyuan_video_15, ltx2, helios)
+_MODULES = (
+    flux1,
+    flux2,
+    flux2_klein,
+    longcat_image,
+    ovis_image,
+    z_image,
+    wan,
+    hunyuan_video_15,
+    ltx2,
+    helios,
+    qwen_image,
+    qwen_image_21,
+    sd35,
+    krea2,
+)
 
 
 def _recipes(spec: ModelSpec, tiny: TinyRecipe | Mapping[str, TinyRecipe]) -> Mapping[str, TinyRecipe]:

@@ -1,0 +1,48 @@
+"""FLUX.2 [dev]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from crossdock.runtime.families.flux_blocks import (
+    FLUX2_PLAN,
+    QUERY_KEY_NORMS,
+    REGION,
+    STACKS,
+    tiny_flux2_transformer,
+    tiny_flux2_vae,
+)
+from crossdock.runtime.specs import ModelSpec, Published
+from crossdock.runtime.tiny_mistral import mistral3_config, mistral_tokenizer
+from crossdock.runtime.tiny_parts import TinyRecipe, flow_scheduler
+
+SPEC = ModelSpec(
+    family="flux2",
+    pipeline="Flux2Pipeline",
+    transformer="Flux2Transformer2DModel",
+    block_stacks=STACKS,
+    tensor_plan=FLUX2_PLAN,
+    regions=(REGION,),
+    branches=None,  # its guidance is in the model
+    published=(Published("FLUX.2-dev", 32.223e9),),
+)
+
+
+def _components() -> dict[str, Any]:
+    from transformers import Mistral3ForConditionalGeneration
+
+    tokenizer = mistral_tokenizer()
+    return {
+        "scheduler": flow_scheduler(shift=3.0, dynamic_shifting=True),
+        "tokenizer": tokenizer,
+        "transformer": tiny_flux2_transformer(num_layers=2, num_single_layers=6, guidance_embeds=True),
+        "vae": tiny_flux2_vae(),
+        "text_encoder": Mistral3ForConditionalGeneration(mistral3_config(tokenizer, layers=31)),  # 10, 20, 30 are read
+    }
+
+
+TINY = TinyRecipe(
+    _components,
+    outputs=("proj_out.weight",),
+    sharp=QUERY_KEY_NORMS,  # 512 tokens, most padding
+)

@@ -1,0 +1,96 @@
+"""What transformers built like FLUX have in common: blocks with a text and an image branch, then blocks with one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from crossdock.parallel.regions import SequenceRegion
+from crossdock.parallel.tensor import COLUMN, ROW, LinearStyle, TensorPlan
+from crossdock.runtime.specs import SWIGLU, attention_plan
+from crossdock.runtime.tiny_parts import HEAD_DIM, HEADS, LATENT_CHANNELS, TEXT_HIDDEN, VAE_CHANNELS
+
+DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
+STACKS = (DOUBLE, SINGLE)
+
+REGION = SequenceRegion(
+    enter="",
+    segments=("encoder_hidden_states", "hidden_states"),
+    follow={"txt_ids": "encoder_hidden_states", "img_ids": "hidden_states"},
+    within="",
+    leave="proj_out",
+    gathers="hidden_states",
+)
+
+QUERY_KEY_NORMS = tuple(f"attn.norm_{name}.weight" for name in ("q", "k", "added_q", "added_k"))
+
+_QKV = ("to_q", "to_k", "to_v")
+_DOUBLE_ATTENTION = attention_plan(
+    f"{DOUBLE}.*.attn", (*_QKV, "add_q_proj", "add_k_proj", "add_v_proj"), ("to_out.0", "to_add_out")
+)
+
+
+def flux1_plan(mlp_in: LinearStyle, counts_heads: bool) -> TensorPlan:
+    """The single blocks have a linear each for query, key and value, and one for the way into the MLP.
+
+    Args:
+        mlp_in: of the MLPs' first linears.
+        counts_heads: whether the attention modules go by their number of heads, not by the size of one.
+    """
+    feed_forwards = {
+        name: style
+        for branch in ("ff", "ff_context")
+        for name, style in ((f"{DOUBLE}.*.{branch}.net.0.proj", mlp_in), (f"{DOUBLE}.*.{branch}.net.2", ROW))
+    }
+    return TensorPlan(
+        linears={
+            **_DOUBLE_ATTENTION,
+            **feed_forwards,
+            **{f"{SINGLE}.*.attn.{name}": COLUMN for name in _QKV},
+            f"{SINGLE}.*.proj_mlp": mlp_in,
+            f"{SINGLE}.*.proj_out": LinearStyle("row", parts=(1, 4)),  # of attention, and of the MLP
+        },
+        head_count="num_attention_heads",
+        heads={f"{stack}.*.attn": ("heads",) for stack in STACKS} if counts_heads else {},
+    )
+
+
+FLUX2_PLAN = TensorPlan(
+    linears={
+        **_DOUBLE_ATTENTION,
+        f"{DOUBLE}.*.ff.linear_in": SWIGLU,
+        f"{DOUBLE}.*.ff.linear_out": ROW,
+        f"{DOUBLE}.*.ff_context.linear_in": SWIGLU,
+        f"{DOUBLE}.*.ff_context.linear_out": ROW,
+        f"{SINGLE}.*.attn.to_qkv_mlp_proj": LinearStyle("column", "_tp_packed_col_blocks"),
+        f"{SINGLE}.*.attn.to_out": LinearStyle("row", "_tp_packed_row_blocks"),
+    },
+    head_count="num_attention_heads",
+)
+
+
+def tiny_flux2_transformer(num_layers: int, num_single_layers: int, guidance_embeds: bool) -> Any:
+    from diffusers import Flux2Transformer2DModel
+
+    return Flux2Transformer2DModel(
+        in_channels=4 * LATENT_CHANNELS,
+        num_layers=num_layers,
+        num_single_layers=num_single_layers,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        joint_attention_dim=3 * TEXT_HIDDEN,  # the pipelines join three hidden states of the text encoder
+        timestep_guidance_channels=48,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )
+
+
+def tiny_flux2_vae() -> Any:
+    from diffusers import AutoencoderKLFlux2
+
+    return AutoencoderKLFlux2(
+        block_out_channels=VAE_CHANNELS,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=12,
+        sample_size=256,
+    )

@@ -1,0 +1,92 @@
+"""Qwen-Image 2.1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
+from crossdock.runtime.specs import ModelSpec, Published, attention_plan
+from crossdock.runtime.tiny_parts import HEAD_DIM, HEADS, LATENT_CHANNELS, TEXT_HIDDEN, TinyRecipe, flow_scheduler
+from crossdock.runtime.tiny_qwen_vl import latent_statistics, qwen3_vl_config, qwen_vl_tokenizer
+
+BLOCKS = "transformer_blocks.*"
+
+SPEC = ModelSpec(
+    family="qwen-image-2.1",
+    pipeline="QwenImage21Pipeline",
+    transformer="QwenImage21Transformer2DModel",
+    block_stacks=("transformer_blocks",),
+    tensor_plan=TensorPlan(
+        linears={
+            **attention_plan(f"{BLOCKS}.attn", ("to_q", "to_k", "to_v"), ("to_out.0",)),
+            f"{BLOCKS}.img_mlp.proj": COLUMN,
+            f"{BLOCKS}.img_mlp.gate_layer": COLUMN,
+            f"{BLOCKS}.img_mlp.out": ROW,
+        },
+        head_count="num_attention_heads",  # no module's `heads` is cut: the processor divides a whole width by it
+    ),
+    regions=(),
+    branches="calls",
+    guidance="true_cfg_scale",
+    published=(Published("Qwen-Image-2.1", 7.115e9),),
+)
+
+_CHAT_TEMPLATE = """\
+{%- for message in messages %}<|im_start|>{{ message.role }}
+{% for part in message.content %}{{ part.text }}{% endfor %}<|im_end|>
+{% endfor %}"""
+
+
+def _transformer() -> Any:
+    from diffusers import QwenImage21Transformer2DModel
+
+    return QwenImage21Transformer2DModel(
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=6,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        context_in_dim=TEXT_HIDDEN,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
+def _vae() -> Any:
+    from diffusers import AutoencoderKLQwenImage21
+
+    return AutoencoderKLQwenImage21(
+        base_dim=4,
+        decoder_base_dim=6,
+        z_dim=LATENT_CHANNELS,
+        num_res_blocks=1,
+        **latent_statistics(LATENT_CHANNELS),
+    )
+
+
+def _processor(tokenizer: Any) -> Any:
+    """Another one than the published checkpoint's, whose video part needs torchvision; for text they are the same."""
+    from transformers import LlavaProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    images = Qwen2VLImageProcessorPil()
+    return LlavaProcessor(images, tokenizer, chat_template=_CHAT_TEMPLATE, image_token="<|image_pad|>")
+
+
+def _components() -> dict[str, Any]:
+    from transformers import Qwen3VLForConditionalGeneration
+
+    tokenizer = qwen_vl_tokenizer()
+    return {
+        "scheduler": flow_scheduler(shift=1.0, dynamic_shifting=True),
+        "processor": _processor(tokenizer),
+        "transformer": _transformer(),
+        "vae": _vae(),
+        "text_encoder": Qwen3VLForConditionalGeneration(qwen3_vl_config(tokenizer, layers=4)),
+    }
+
+
+TINY = TinyRecipe(
+    _components,
+    outputs=("proj_out.weight",),
+    sharp=("attn.norm_q.weight", "attn.norm_k.weight"),  # few of the tokens are text
+)
