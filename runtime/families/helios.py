@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from crossdock.parallel.regions import Follow, SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
 from crossdock.runtime.specs import ModelSpec, Published, attention_plan
 from crossdock.runtime.tiny_parts import HEAD_DIM, HEADS, LATENT_CHANNELS, TEXT_HIDDEN, TinyRecipe
 from crossdock.runtime.tiny_t5 import t5_sizes, t5_tokenizer
 
+TOKENS = ("hidden_states", "original_context_length")
+"""Those of the chunks before, then those of this one; a block is told how many these are."""
 ATTENTION = ("blocks.*.attn1", "blocks.*.attn2")
 
 SPEC = ModelSpec(
@@ -27,7 +30,17 @@ SPEC = ModelSpec(
         heads=dict.fromkeys(ATTENTION, ("heads",)),
         norms=tuple(f"{name}.{norm}" for name in ATTENTION for norm in ("norm_q", "norm_k")),
     ),
-    regions=(),
+    regions=(
+        SequenceRegion(
+            enter="blocks.0",
+            segments=TOKENS,
+            within="blocks.*",
+            follow={"rotary_emb": Follow(TOKENS, 1), "temb": Follow(TOKENS, 1, ndim=4)},
+            leave="blocks.-1",
+            gathers=TOKENS,
+            cross=("blocks.*.attn2",),
+        ),
+    ),
     branches="calls",
     fps=24,
     chunk_frames=33,
