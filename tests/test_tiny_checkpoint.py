@@ -49,7 +49,7 @@ WAN = {
     "text_encoder": ["transformers", "UMT5EncoderModel"],
     "scheduler": ["diffusers", "UniPCMultistepScheduler"],
 }
-CLASSES = {
+CLASSES: dict[str, dict[str, Any]] = {
     "flux1": {
         "_class_name": "FluxPipeline",
         "transformer": ["diffusers", "FluxTransformer2DModel"],
