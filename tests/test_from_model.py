@@ -23,7 +23,8 @@ from crossdock.offload.discovery import discover_blocks
 from crossdock.offload.offloader import LayerwiseOffloader
 from crossdock.parallel.group import Group
 from crossdock.parallel.tensor import COLUMN, ROW, LinearStyle, TensorParallelism, TensorPlan
-from crossdock.runtime.specs import FLUX2_KLEIN, Z_IMAGE, ModelSpec
+from crossdock.runtime.families import SPECS
+from crossdock.runtime.specs import ModelSpec
 from tiny_transformers import TINY, build, make_inputs, tensors_of
 
 CPU = torch.device("cpu")
@@ -278,16 +279,16 @@ def _cut(model: nn.Module, plan: TensorPlan, rank: int, degree: int, group: Grou
 def test_flux2_is_what_its_spec_says() -> None:
     model = build("Flux2Transformer2DModel")
     spec = ModelSpec.from_model(model, make_inputs("Flux2Transformer2DModel", model))
-    assert spec.block_stacks == FLUX2_KLEIN.block_stacks
-    assert spec.tensor_plan == FLUX2_KLEIN.tensor_plan
-    assert spec.regions == FLUX2_KLEIN.regions
+    assert spec.block_stacks == SPECS["flux2-klein"].block_stacks
+    assert spec.tensor_plan == SPECS["flux2-klein"].tensor_plan
+    assert spec.regions == SPECS["flux2-klein"].regions
     assert [sentence.partition(":")[0] for sentence in spec.missing] == ["Pipeline"]
 
 
 def test_z_image_is_what_its_spec_says_but_for_the_regions() -> None:
     spec = ModelSpec.from_model(build("ZImageTransformer2DModel"))
-    assert spec.block_stacks == Z_IMAGE.block_stacks
-    assert spec.tensor_plan == Z_IMAGE.tensor_plan
+    assert spec.block_stacks == SPECS["z-image"].block_stacks
+    assert spec.tensor_plan == SPECS["z-image"].tensor_plan
     assert spec.regions == ()
     assert any("has no _cp_plan" in sentence for sentence in spec.missing)
 
