@@ -475,7 +475,7 @@ def test_mutation_is_caught(
             assert mutation.sooner in {violation.check for violation in early}, early
         else:
             _expect(mutation, plan, early)
-        assert all(result.image is None for result in told.get("request", ())) or mutation.check != "covers"
+        assert all(not result.media for result in told.get("request", ())) or mutation.check != "covers"
         if not mutation.sooner and "request" not in found:
             return  # a rehearsal is judged by that and more
         found, _ = _run(gang, plan, request, work_of, "load", rehearse=True)
