@@ -81,7 +81,7 @@ class RankPipeline:
         self._modules = {name: getattr(self.pipe, name) for name in (*plan.encoders, *plan.decoders) if first}
         depth = plan.config.offload.depths[0]
         self._components = {
-            name: place_component(module, device, engine, arena, depth, decodes=name in plan.decoders)
+            name: place_component(name, module, device, engine, arena, depth, decodes=name in plan.decoders)
             for name, module in self._modules.items()
         }
         for name, component in self._components.items():
