@@ -100,7 +100,7 @@ def check(config: RunConfig, model_dir: Path, launcher: Launcher, probe: bool) -
     """Launch, load, verify; end all ranks. `probe`: also run a step with streaming and without it."""
     make_gang = choose_gang(config, launcher, "check")
     try:
-        with Engine.start(config, model_dir, make_gang=make_gang, probe=probe) as engine:
+        with Engine.start(config, model_dir, make_gang=make_gang, probe=probe, rehearse=True) as engine:
             return engine.verdict
     except CompositionError as error:
         if error.verdict is None:

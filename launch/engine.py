@@ -7,25 +7,25 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import Tensor
 
+from crossdock.launch.generation import Generation
 from crossdock.launch.recovery import Fault, Snapshots, advice, brief, budget_text, restart, with_less_memory
 from crossdock.launch.telling import Delays, Progress, Steps, Tell
+from crossdock.runtime.chunks import number_of_chunks
 from crossdock.runtime.config import LaunchConfig, RunConfig
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled, RequestTimeout
 from crossdock.runtime.gang import Gang, Notice
-from crossdock.runtime.media import Media
 from crossdock.runtime.plan import RunPlan, make_plan
 from crossdock.runtime.probe import probe_numbers, probe_request
 from crossdock.runtime.rank_result import RankResult
-from crossdock.runtime.reports import RankTrace, Verdict
+from crossdock.runtime.reports import Verdict
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.request_checks import check_amounts, check_request
 from crossdock.runtime.resume import Snapshot
@@ -37,23 +37,6 @@ CANCEL_S = 10.0
 
 MakeGang = Callable[[LaunchConfig, int, str], Gang]
 """Makes a gang from (launch section, number of ranks, "cpu" or "cuda")."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """The answer to a request, in the order of its prompts.
-
-    Attributes:
-        images: pictures, or videos where the model makes these.
-        latents: for each `[1, ...]`, fp32, as the denoise loop left them; the shape is the pipeline's own.
-        report: the content of `report.json`.
-        trace: per rank, and per round of prompts, what it did when.
-    """
-
-    images: list[Media]
-    latents: list[Tensor]
-    report: dict[str, Any]
-    trace: list[RankTrace]
 
 
 class Engine:
@@ -71,6 +54,7 @@ class Engine:
         self._wish: str | None = None  # why the request under way is to be stopped
         self._faults: list[Fault] = []  # survived since the last report
         self._thorough = False  # every byte that arrives is compared, not a sample
+        self._rehearses = False  # what arrives is compared before the first step, not in it
 
     @property
     def plan(self) -> RunPlan:
@@ -91,6 +75,7 @@ class Engine:
         make_gang: MakeGang | None = None,
         first_request: GenerateRequest | None = None,
         probe: bool = False,
+        rehearse: bool = False,
         tell: Tell | None = None,
     ) -> Engine:
         """Plan, launch, load, verify.
@@ -100,6 +85,7 @@ class Engine:
             make_gang: without `gang`, makes the engine's own; by default one of Ray actors.
             first_request: what is asked for first, where that is known; refused before anything is started.
             probe: compare every byte that arrives on the devices with the checkpoint, and `probe` the numbers.
+            rehearse: stream every block once, to compare what arrives here and not in the first step; `probe` does.
             tell: gets a line when a rank was lost and others are started, and when the ranks wait for one of them.
 
         Raises:
@@ -113,7 +99,7 @@ class Engine:
             check_request(plan, first_request)
         ranks = gang or (make_gang or _ray_gang)(config.launch, config.world_size, device)
         engine = cls(plan, ranks, gang is None, tell)
-        engine._thorough = probe
+        engine._thorough, engine._rehearses = probe, rehearse or probe
         try:
             try:
                 engine._bring_up()
@@ -251,16 +237,20 @@ class Engine:
             device_bytes = min(self.gang.call(RankWorker.device_bytes, timeout_s=timeouts.launch_s))
             plan = make_plan(self.plan.config, self.plan.model_dir, self.plan.device, device_bytes)
             self._coordinator = Coordinator(plan)
-        reports = self.gang.call(RankWorker.setup, self.plan, self._thorough, timeout_s=timeouts.load_s)
+        how = self._thorough, self._rehearses
+        reports = self.gang.call(RankWorker.setup, self.plan, *how, timeout_s=timeouts.load_s)
         loaded = time.perf_counter()
         self._idle = True
-        self._coordinator.admit(reports)
+        self._coordinator.admit(reports, self._rehearses)
         self._phases |= {"load": loaded - began, "verify": time.perf_counter() - loaded}
 
     def _run(self, request: GenerateRequest, progress: Progress | None) -> list[RankResult]:
         """One round of prompts, whatever happens to the ranks meanwhile."""
         snapshots = Snapshots(self.plan, self.gang)
-        shown, delays = Steps(progress, request.steps), Delays(self._tell)
+        shown, delays = (
+            Steps(progress, request.steps * number_of_chunks(self.plan.spec, request.frames)),
+            Delays(self._tell),
+        )
         first = time.perf_counter()
 
         def notice(statuses: Mapping[int, RankStatus]) -> None:

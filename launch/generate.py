@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from crossdock.launch.arguments import Amounts, Outputs
-from crossdock.launch.engine import Engine, Generation, MakeGang
+from crossdock.launch.engine import Engine, MakeGang
+from crossdock.launch.generation import Generation
 from crossdock.launch.outputs import write_outputs
 from crossdock.launch.recovery import brief
 from crossdock.runtime.config import RunConfig
@@ -51,7 +52,8 @@ def run_generate(
         console.print(f"{model_dir}: starting {config.world_size} ranks ({launcher})", markup=False)
         tell = partial(console.print, markup=False)
         with Engine.start(config, model_dir, make_gang=make_gang, first_request=request, tell=tell) as engine:
-            console.print(f"layout: {engine.plan.layout_name}; composition verified", markup=False)
+            verified = "composition verified, what arrives is compared in the first step"
+            console.print(f"layout: {engine.plan.layout_name}; {verified}", markup=False)
             generation = _generate(engine, request, amounts, console)
     if not quiet:
         for path in write_outputs(generation, outputs):

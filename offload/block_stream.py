@@ -10,7 +10,7 @@ took the memory): a block whose slot holds another is loaded on demand and count
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from crossdock.offload.arena import Arena, Slot
+from crossdock.offload.arrivals import FirstArrivals, Look
 from crossdock.offload.block import StreamedBlock
 from crossdock.offload.copy_engine import CopyEngine
 from crossdock.offload.hooks import BlockHooks
@@ -76,6 +77,7 @@ class BlockStream:
         self._held = [i for i, block in enumerate(self.blocks) if block.home.streamed and not block.runs]
         self._reading: int | None = None
         self._hooks = BlockHooks()
+        self._arrivals = FirstArrivals()
         self._shared: list[Slot] = []
         self._own: dict[int, Slot] = {}
         self._slots: dict[int, Slot] = {}
@@ -101,22 +103,23 @@ class BlockStream:
         self.vacate()
         self.arena.leave(self)
 
-    def rehearse(self, arrived: Callable[[StreamedBlock, Tensor], None] | None = None) -> None:
-        """Stream every block once without computing, so that ordering is proven before the first step.
+    def watch_arrivals(self, look: Look) -> None:
+        """`look` at every streamed block once: when its bytes have come for the first time, before it computes. Until
+        then every slot is spoiled, so that what was there before does not pass for what was brought.
+        """
+        self._poison()
+        self._arrivals.watch(look, self._run_order.ring)
+
+    def rehearse(self, unseen: bool = False) -> None:
+        """Stream every block once without computing, so that ordering is proven. Collective when sharded.
 
         Args:
-            arrived: called with each block and its memory (uint8, all its bytes, on the device) when they have come,
-                for the compute stream; before, every slot was spoiled.
+            unseen: only those that have not come since `watch_arrivals`.
         """
-        if arrived is not None:
-            self._poison()
-        for index in list(self._run_order.ring):
-            self._before(index)
-            if arrived is not None:
-                block = self.blocks[index]
-                arrived(block, self._slots[index].memory[: block.layout.nbytes])
-            self._after(index)
-        self._run_order.forget()
+        for index in self._run_order.ring:
+            if not unseen or index in self._arrivals.unseen:
+                self._bring(index)
+                self._after(index)
 
     def reschedule(self, schedule: SlotSchedule, resident: Collection[int], order: Sequence[int]) -> None:
         """Other slots and other residents, between two passes; parameters get new addresses.
@@ -137,18 +140,21 @@ class BlockStream:
 
     @contextmanager
     def unrecorded(self) -> Iterator[None]:
-        """What runs meanwhile leaves neither events nor an order of running behind; afterwards all slots are empty."""
+        """What runs meanwhile leaves no events, reads or order of running behind; afterwards all slots are empty."""
         self.settle()
         self.engine.drain()  # of a load that is under way, all events stay or none
-        run_order, since = copy.deepcopy(self._run_order), self._log.upcoming
+        run_order, since, read = copy.deepcopy(self._run_order), self._log.upcoming, dict(self._loader.read)
         try:
-            yield
+            with self._arrivals.paused():
+                yield
         finally:
             self._end_loads()
             for slot in [*self._shared, *self._own.values()]:
                 slot.holder = None
-            self._run_order = run_order
+            self._run_order, self._loader.read = run_order, read
             self._look_ahead()
+            if self._arrivals.unseen:
+                self._poison()
             self._log.drop(since)
 
     @contextmanager
@@ -264,6 +270,8 @@ class BlockStream:
                 for all that share it. Processes that share a host store must all have read before one of them
                 writes, and must make the same change.
         """
+        if write_back:
+            self.rehearse(unseen=True)  # what comes later is not what was loaded
         self.flush()
         weights = TrueWeights.of(self._index[name], self.blocks, self._loader, self._device)
         yield weights.named
@@ -281,6 +289,9 @@ class BlockStream:
     def _before(self, index: int, call: FrameType | None = None) -> None:
         if self._run_order.learn(index):
             self._look_ahead()
+        self._bring(index, call)
+
+    def _bring(self, index: int, call: FrameType | None = None) -> None:
         self.settle()
         slot = self._slots[index]
         missed = slot.holder != index
@@ -293,6 +304,7 @@ class BlockStream:
         slot.begin_reading(call)
         self._reading = index
         self._begin(index)
+        self._arrivals.came(index, self.blocks[index], slot.memory)
 
     def _after(self, index: int, call: FrameType | None = None) -> None:
         if self._reading != index:

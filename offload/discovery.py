@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crossdock.offload.source_order import source_order
+
 CURRENT, DEPRECATED = "_layerwise_offload_blocks_attrs", "_layerwise_offload_blocks_attr"
 
 _CLASS_LISTS = ("_no_split_modules", "_repeated_blocks")
@@ -59,7 +61,7 @@ def discover_blocks(model: nn.Module, stacks: Sequence[str] | None = None) -> li
         DiscoveryError: no stack can be told; a stack is missing, empty or no modules; a block is listed twice, lies
             inside another one or outside the module tree, or has no forward that would ever be called.
     """
-    paths, source = _stack_paths(model, stacks)
+    paths, source = stack_paths(model, stacks)
     names = {id(module): name for name, module in model.named_modules() if name}
     blocks = []
     for path in paths:
@@ -72,9 +74,30 @@ def discover_blocks(model: nn.Module, stacks: Sequence[str] | None = None) -> li
     return blocks
 
 
-def infer_stacks(model: nn.Module) -> tuple[str, ...]:
-    """Paths of the block stacks of a model that declares none, in module order; empty where nothing looks like one.
+def stack_paths(model: nn.Module, stacks: Sequence[str] | None = None) -> tuple[tuple[str, ...], str]:
+    """The paths of the block stacks, as `discover_blocks` takes them, and where they were found.
 
+    Raises:
+        DiscoveryError: none is to be found, or what names them is no list of paths.
+    """
+    current, deprecated = getattr(model, CURRENT, None), getattr(model, DEPRECATED, None)
+    if deprecated is not None:
+        new = f"{CURRENT} = [{deprecated!r}]" if isinstance(deprecated, str) else CURRENT
+        message = f"{type(model).__name__} declares {DEPRECATED}, which is deprecated; write {new}"
+        warnings.warn(message, DeprecationWarning, stacklevel=3)
+    for value, source in ((current, CURRENT), (deprecated, DEPRECATED), (stacks, "the argument stacks")):
+        if value is not None:
+            return _as_paths(model, value, source), source
+    inferred = infer_stacks(model)
+    if not inferred:
+        raise _error(model, "it declares no block stack, and no module list looks like one", f"declare {CURRENT}")
+    return inferred, "the model's structure"
+
+
+def infer_stacks(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the block stacks of a model that declares none, in the order in which its source names them.
+
+    Empty where nothing looks like one. Where the source cannot be read, they stand in module order.
     A stack is a ModuleList of blocks whose classes the model (or a model inside it) names in `_no_split_modules` or
     `_repeated_blocks`; or of at least two modules of one class that hold 5% of the model's bytes or more. Lists that
     overlap are taken once: those of named classes first, then the outermost.
@@ -88,7 +111,7 @@ def infer_stacks(model: nn.Module) -> tuple[str, ...]:
     for path in candidates:
         if not any(_overlap(lists[path], lists[other]) for other in chosen):
             chosen.append(path)
-    return tuple(path for path in lists if path in chosen)
+    return source_order(model, [path for path in lists if path in chosen]).stacks
 
 
 def shared_storage(model: nn.Module, blocks: Iterable[FoundBlock]) -> list[SharedStorage]:
@@ -175,22 +198,6 @@ def move_plain_tensors(model: nn.Module, device: torch.device) -> list[PlainTens
     for plain in moved:
         plain.put(plain.tensor.to(device))
     return moved
-
-
-def _stack_paths(model: nn.Module, stacks: Sequence[str] | None) -> tuple[tuple[str, ...], str]:
-    """The paths and where they were found."""
-    current, deprecated = getattr(model, CURRENT, None), getattr(model, DEPRECATED, None)
-    if deprecated is not None:
-        new = f"{CURRENT} = [{deprecated!r}]" if isinstance(deprecated, str) else CURRENT
-        message = f"{type(model).__name__} declares {DEPRECATED}, which is deprecated; write {new}"
-        warnings.warn(message, DeprecationWarning, stacklevel=3)
-    for value, source in ((current, CURRENT), (deprecated, DEPRECATED), (stacks, "the argument stacks")):
-        if value is not None:
-            return _as_paths(model, value, source), source
-    inferred = infer_stacks(model)
-    if not inferred:
-        raise _error(model, "it declares no block stack, and no module list looks like one", f"declare {CURRENT}")
-    return inferred, "the model's structure"
 
 
 def _as_paths(model: nn.Module, value: object, source: str) -> tuple[str, ...]:

@@ -34,10 +34,6 @@ class RunOrder:
             self.ring = list(self._first_pass)
         return changed
 
-    def forget(self) -> None:
-        """What ran so far was a rehearsal: the assumed order, not a fact."""
-        self._first_pass.clear()
-
     def set(self, order: Sequence[int]) -> None:
         self.ring, self._known = list(order), True
 

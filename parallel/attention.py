@@ -58,7 +58,7 @@ class SequenceParallelAttention:
         self._parts = ring_degree * ulysses_degree
         self._ring_rank = ring_rank
         self._ulysses_degree = ulysses_degree
-        self._ulysses = _Ulysses(ulysses_group, ulysses_rank, ulysses_degree) if ulysses_group else None
+        self._ulysses = Ulysses(ulysses_group, ulysses_rank, ulysses_degree) if ulysses_group else None
         self._ring = _Ring(ring_group, ring_rank, ring_degree) if ring_group else None
 
     @torch.no_grad()
@@ -130,7 +130,7 @@ class SequenceParallelAttention:
         return out
 
 
-class _Ulysses:
+class Ulysses:
     """The two all-to-alls.
 
     Messages are token-major, `[tokens, batch, heads, head_dim]`: what arrives from all ranks is the joined
@@ -154,9 +154,9 @@ class _Ulysses:
             groups = query.shape[2] // key.shape[2]
             key, value = key.repeat_interleave(groups, dim=2), value.repeat_interleave(groups, dim=2)
         if tokens == key_tokens:
-            q, k, v = self._deal((query, key, value), tokens)
+            q, k, v = self.deal((query, key, value), tokens)
         else:
-            (q,), (k, v) = self._deal((query,), tokens), self._deal((key, value), key_tokens)
+            (q,), (k, v) = self.deal((query,), tokens), self.deal((key, value), key_tokens)
         return q, k, v
 
     def own_heads(self, bias: Tensor | None, heads: int) -> Tensor | None:
@@ -165,7 +165,8 @@ class _Ulysses:
             return bias
         return bias.split_with_sizes(shard_lengths(heads, self._degree), dim=1)[self._rank]
 
-    def _deal(self, tensors: tuple[Tensor, ...], tokens: tuple[int, ...]) -> tuple[Tensor, ...]:
+    def deal(self, tensors: tuple[Tensor, ...], tokens: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """`to_heads` of tensors of one sequence: one all-to-all."""
         counts = [shard_lengths(tensor.shape[2], self._degree) for tensor in tensors]
         together = [sum(of_rank) for of_rank in zip(*counts, strict=True)]
         batch, own_tokens, _, head_dim = tensors[0].shape

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from crossdock.parallel.arguments import Arguments, hook_arguments, map_tensors
+from crossdock.parallel.attention import Ulysses
 from crossdock.parallel.group import Group
 from crossdock.parallel.sequence import SequenceLayout, gather_shards, shard_lengths, take_shard
 from crossdock.parallel.tensor import matching_modules
@@ -57,6 +58,25 @@ class Join:
 
 
 @dataclass(frozen=True)
+class Deal:
+    """Attention that cannot be told of local tokens, as a causal one with a cache.
+
+    It runs over all tokens, with some of the heads, as under tensor parallelism. What lies before and behind it trades
+    one for the other (Ulysses), over the whole sequence group.
+
+    Attributes:
+        before: paths below the attention module, of linears whose output is dealt out by heads.
+        behind: of linears whose input comes back.
+        features, heads: attributes of the attention module whose quotient is head_dim.
+    """
+
+    before: tuple[str, ...]
+    behind: tuple[str, ...]
+    features: str = "inner_dim"
+    heads: str = "heads"
+
+
+@dataclass(frozen=True)
 class SequenceRegion:
     """One stretch of a model that runs on local tokens.
 
@@ -74,6 +94,8 @@ class SequenceRegion:
         within: pattern of those modules; "" is the model itself.
         cross: patterns of attention modules whose keys are a sequence that every rank holds whole.
         joins: pattern of attention modules -> what they join.
+        deals: pattern of attention modules that are not told of local tokens -> where theirs are traded for heads; what
+            they are given beside tokens stays whole. In regions of one segment.
         padding: argument of the modules `within`, `[batch, tokens]`, -> the segment of which it says which tokens are
             real. Attention then takes its mask from here, not the one that a processor makes of local tokens.
     """
@@ -87,6 +109,7 @@ class SequenceRegion:
     cross: tuple[str, ...] = ()
     joins: Mapping[str, Join] = field(default_factory=dict)
     padding: Mapping[str, str] = field(default_factory=dict)
+    deals: Mapping[str, Deal] = field(default_factory=dict)
 
 
 class Attend(Protocol):
@@ -120,6 +143,7 @@ class SequenceParallelism:
         self._real: dict[str, Tensor] = {}
         self._cross: set[str] = set()
         self._joins: dict[str, Join] = {}
+        self._dealt: set[str] = set()
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -150,11 +174,16 @@ class SequenceParallelism:
         self._handles.clear()
         self._cross.clear()
         self._joins.clear()
+        self._dealt.clear()
         self._end()
 
     def is_cross(self, path: str) -> bool:
         """Whether the attention module at `path` needs no exchange."""
         return path in self._cross
+
+    def is_dealt(self, path: str) -> bool:
+        """Whether the attention module at `path` runs over all tokens, with some of the heads."""
+        return path in self._dealt
 
     def attention_of(self, path: str) -> ModuleAttention:
         """What the attention module at `path` does with its local tokens."""
@@ -184,6 +213,35 @@ class SequenceParallelism:
             self._cross.update(matching_modules(model, pattern))
         for pattern, join in region.joins.items():
             self._joins.update(dict.fromkeys(matching_modules(model, pattern), join))
+        for pattern, deal in region.deals.items():
+            for path in matching_modules(model, pattern):
+                self._hook_deal(model.get_submodule(path), path, deal)
+
+    def _hook_deal(self, module: nn.Module, path: str, deal: Deal) -> None:
+        head_dim = getattr(module, deal.features) // getattr(module, deal.heads)
+        ulysses = Ulysses(self._group, self._index, self._parts)
+
+        def begin(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            if not self.running:
+                return output
+            own = output.view(*output.shape[:2], -1, head_dim)
+            return ulysses.deal((own,), self._layout(tuple(self._lengths)).lengths)[0].flatten(2)
+
+        def end(linear: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            if not self.running:
+                return args
+            heads = linear.get_parameter("weight").shape[1] // head_dim
+            own = args[0].view(*args[0].shape[:2], -1, head_dim)
+            return (ulysses.to_tokens(own, self._layout(tuple(self._lengths)).lengths, heads).flatten(2), *args[1:])
+
+        for name in deal.before:
+            linear = module.get_submodule(name)
+            heads = linear.get_parameter("weight").shape[0] // head_dim
+            if heads < self._parts:
+                raise ValueError(f"{path}.{name}: {heads} heads cannot be dealt out to {self._parts} ranks")
+            self._handles.append(linear.register_forward_hook(begin))
+        self._handles += [module.get_submodule(name).register_forward_pre_hook(end) for name in deal.behind]
+        self._dealt.add(path)
 
     def _enter(self, region: SequenceRegion, arguments: Arguments) -> None:
         self._region, self._lengths, self._real = region, {}, {}

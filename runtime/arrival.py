@@ -1,8 +1,9 @@
 """Whether what arrives on the device is what the checkpoint has.
 
-Before the first step every block is streamed once, into slots that hold nothing but NaN. When a block has arrived, rows
-of each of its tensors are compared with the same rows of the file. These are read on a way of their own: neither the
+Before the first step all slots are spoiled. When a block has come for the first time, and before it computes, rows of
+each of its tensors are compared with the same rows of the file. These are read on a way of their own: neither the
 layout's byte ranges nor the host store have a part in it, only the file, the slice of tensor parallelism and the dtype.
+That happens in the first step, or in a rehearsal before it; what stays on the device is compared when it is loaded.
 """
 
 from __future__ import annotations
@@ -31,34 +32,45 @@ BETWEEN = 3
 """How many rows between the first and the last are compared."""
 
 
-def rehearse(
-    plan: RunPlan, rank: int, model: nn.Module, stream: BlockStream, *, full: bool = False
-) -> tuple[ArrivalRecord, ...]:
-    """Stream every block of the transformer once and compare all its tensors with the checkpoint. Collective.
-
-    Args:
-        full: compare all bytes, not some rows.
-    """
-    arrivals = Arrivals(plan, rank, model, full=full)
-    stream.rehearse(arrivals.block)
-    for block in stream.blocks:
-        if not block.home.streamed and isinstance(block.source, Tensor):
-            arrivals.block(block, block.source)
-    arrivals.outside()
-    return tuple(arrivals.records)
-
-
 class Arrivals:
-    """Compares tensors of one rank with the checkpoint; `records` has one record for each."""
+    """Compares tensors of one rank with the checkpoint; `records` has one record for each.
+
+    Attributes:
+        differ: some tensor was not what the checkpoint has.
+    """
 
     def __init__(self, plan: RunPlan, rank: int, model: nn.Module, *, full: bool) -> None:
+        """`full`: compare all bytes, not some rows."""
         self.records: list[ArrivalRecord] = []
+        self.differ = False
+        self._told = 0
         self._plan = plan
         self._model = model
         self._full = full
         self._slices = plan.slices[plan.mesh.coordinates(rank)["tp"]]
         self._unstored = non_persistent_buffers(model)
         self._files: dict[Path, Any] = {}
+
+    def begin(self, stream: BlockStream, *, rehearse: bool) -> None:
+        """Compare what is on the device to stay; from now on every streamed block, when it comes for the first time.
+
+        Args:
+            rehearse: that is now: each is streamed once. Collective.
+        """
+        stream.watch_arrivals(self.block)
+        if rehearse:
+            stream.rehearse()
+        for block in stream.blocks:
+            if not block.home.streamed and isinstance(block.source, Tensor):
+                self.block(block, block.source)
+        self.outside()
+        self.untold()
+
+    def untold(self) -> tuple[ArrivalRecord, ...]:
+        """The records that are new since the last call."""
+        self._files.clear()
+        told, self._told = self._told, len(self.records)
+        return tuple(self.records[told:])
 
     def block(self, block: StreamedBlock, memory: Tensor) -> None:
         """`memory`: uint8, on the device: all of the block's bytes."""
@@ -95,6 +107,7 @@ class Arrivals:
             picked.append(_bytes(tensor, rows))
         for record, live in zip(expected, _on_host(picked), strict=True):
             self.records.append(ArrivalRecord(*record, _crc(live)))
+            self.differ |= self.records[-1].found != self.records[-1].expected
 
     def _shape(self, fqn: str) -> tuple[int, ...]:
         if fqn in self._unstored:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from crossdock.runtime.errors import CompositionError
 from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.rank_result import RankResult
 from crossdock.runtime.reports import ProbeReport, RankReport, Verdict, Violation
-from crossdock.runtime.verify import CHECKS, verify_composition, verify_request
+from crossdock.runtime.verify import CHECKS, verify_arrivals, verify_composition, verify_request
 from crossdock.runtime.verify_numbers import SAME_NUMBERS, same_numbers
 
 SHOWN = 5
@@ -22,6 +23,7 @@ class Coordinator:
         self.plan = plan
         self._rows: dict[str, dict[str, str]] = {}
         self._reports: tuple[RankReport, ...] = ()
+        self._awaits = False  # what arrives in the first request
 
     @property
     def composition(self) -> list[dict[str, str]]:
@@ -33,16 +35,19 @@ class Coordinator:
         """What is known of the ranks as they are now."""
         return self._verdict(())
 
-    def admit(self, reports: Sequence[RankReport]) -> None:
+    def admit(self, reports: Sequence[RankReport], rehearsed: bool = True) -> None:
         """Before the first step.
+
+        Args:
+            rehearsed: all blocks were streamed once; else the first `review` judges what has arrived.
 
         Raises:
             CompositionError: some part of the contract does not hold.
         """
-        violations = verify_composition(self.plan, reports)
-        self._reports = tuple(reports)
+        violations = verify_composition(self.plan, reports, rehearsed)
+        self._reports, self._awaits = tuple(reports), not rehearsed
         self._rows[SAME_NUMBERS] = _row(SAME_NUMBERS, "not probed", "")
-        self._judge(CHECKS, violations, f"{len(reports)} ranks, {len(self.plan.blocks)} blocks")
+        self._judge(CHECKS, violations, self._detail())
 
     def compare(self, probes: Sequence[ProbeReport]) -> None:
         """After a probe step.
@@ -57,15 +62,25 @@ class Coordinator:
         """After a request, before its pictures are handed out; a changed schedule is judged like the first.
 
         Raises:
-            CompositionError: a rank did not stream in order, read other bytes than those at rest or issued other
-                collectives than its group, or the new schedule does not compose.
+            CompositionError: a rank did not stream in order, read other bytes than those at rest, was brought others
+                than the checkpoint's or issued other collectives than its group, or the new schedule does not compose.
         """
         before = self.plan
         if any(result.plan is not None for result in results):
             self._adopt(results)
         violations = verify_request(self.plan, self._reports, results, before)
+        if self._awaits or any(result.arrivals for result in results):
+            arrived = {result.rank: result.arrivals for result in results}
+            compared = {report.rank: (*report.arrivals, *arrived.get(report.rank, ())) for report in self._reports}
+            self._reports = tuple(
+                replace(report, arrivals=tuple(dict.fromkeys(compared[report.rank]))) for report in self._reports
+            )
+            violations += verify_arrivals(self.plan, self._reports)
         if violations:
             self._judge({violation.check for violation in violations}, violations, "")
+        elif self._awaits:
+            self._awaits = False
+            self._judge(CHECKS, [], self._detail())
 
     def _adopt(self, results: Sequence[RankResult]) -> None:
         plan = next(result.plan for result in results if result.plan is not None)
@@ -83,6 +98,10 @@ class Coordinator:
             raise CompositionError(
                 "offloading and sharding do not compose:\n  " + "\n  ".join(lines), self._verdict(violations)
             )
+
+    def _detail(self) -> str:
+        detail = f"{len(self._reports)} ranks, {len(self.plan.blocks)} blocks"
+        return f"{detail}; what arrives is compared in the first step" if self._awaits else detail
 
     def _verdict(self, violations: Sequence[Violation]) -> Verdict:
         return Verdict(self.plan.layout_name, tuple(self.composition), tuple(violations), self._reports)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count, pairwise
+from itertools import count
 from typing import Any
 
 import torch
@@ -55,6 +55,7 @@ class DenoiseLoop:
 
     Attributes:
         latents: as the last step left them; None before the first.
+        between_chunks: one is done, and another one follows.
     """
 
     def __init__(
@@ -63,13 +64,22 @@ class DenoiseLoop:
         generators: tuple[torch.Generator, ...],
         on_step: Callable[[StepEnd], None],
         resume: Snapshot | None,
+        chunks: int = 1,
     ) -> None:
+        """
+        Args:
+            chunks: how often all steps are run.
+        """
         self._cuda = device.type == "cuda"
         self._generators = generators
         self._on_step = on_step
         self._resume = resume
-        self._marks: list[Any] = []
+        self._chunks = chunks
+        self._finished = 0 if resume is None else resume.step - 1
+        self._began: Any = None  # when the step that runs did
+        self._steps: list[tuple[Any, Any]] = []  # begin and end of those that are done
         self.latents: Tensor | None = None
+        self.between_chunks = False
 
     @contextmanager
     def watching(self, transformer: nn.Module) -> Iterator[None]:
@@ -103,30 +113,34 @@ class DenoiseLoop:
             scheduler.__class__ = original
 
     def tick(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        repeated = self._resume is not None and step == 0
+        repeated = self._resume is not None and self._finished == self._resume.step - 1
+        self._finished += 1
+        finished = self._finished
         if self._resume is not None and repeated:
             latents = self._resume.restore(timestep, tensors["latents"], pipe.scheduler, self._generators)
             tensors = {**tensors, "latents": latents}
-            self._marks.clear()
         self.latents = tensors["latents"]
-        self._marks.append(self._now())
-        finished = step + (1 if self._resume is None else self._resume.step)
+        steps, now = len(pipe.scheduler.timesteps), self._now()
+        if not repeated:
+            self._steps.append((self._began, now))
+        self.between_chunks = finished % steps == 0 and finished < steps * self._chunks
+        self._began = None if self.between_chunks else now
 
         def snapshot() -> Snapshot:
             return Snapshot.take(finished, timestep, tensors["latents"], pipe.scheduler, self._generators)
 
-        self._on_step(StepEnd(finished, len(pipe.scheduler.timesteps), repeated, snapshot))
+        self._on_step(StepEnd(finished, steps * self._chunks, repeated, snapshot))
         return tensors
 
     def step_ms(self) -> list[float]:
         if self._cuda:
             torch.cuda.synchronize()
-            return [before.elapsed_time(after) for before, after in pairwise(self._marks)]
-        return [(after - before) * 1e3 for before, after in pairwise(self._marks)]
+            return [before.elapsed_time(after) for before, after in self._steps]
+        return [(after - before) * 1e3 for before, after in self._steps]
 
     def _begin(self, *_: Any) -> None:
-        if not self._marks:
-            self._marks.append(self._now())
+        if self._began is None:
+            self._began = self._now()
 
     def _now(self) -> Any:
         if not self._cuda:

@@ -38,7 +38,7 @@ def rank_error(status: RankStatus, error: Exception) -> CrossdockError:
 
 def _in_collective(status: RankStatus) -> bool:
     """Outside the denoise loop it is not known whether the rank waits for a gather that is under way."""
-    loads = status.phase in ("load", "rehearsal")
+    loads = status.phase in ("load", "verify", "rehearsal")
     if status.phase == "connect":  # the groups that the ranks make together are not there yet
         return True
     return status.waiting is not None or (loads and any(group.waiting_s is not None for group in status.groups))

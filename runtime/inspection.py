@@ -122,10 +122,11 @@ def record_tensors(
     """
     places = Places(stream)
     resting = _replicated_on_host(stream, slices, filled)
+    at_rest = {"outside", *(f"block {block.name}" for block in stream.blocks if not block.home.streamed)}
     records = []
     for fqn, tensor in named_tensors(model):
         place, offset = places.find(tensor)
-        steady = tensor if place == "outside" or place.startswith("block ") else resting.get(fqn)
+        steady = tensor if place in at_rest else resting.get(fqn)
         summed = None if steady is None else total(steady)
         records.append(_record(fqn, tensor, (place, offset), slices.get(fqn), summed))
     return tuple(records)

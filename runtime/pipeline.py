@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, Self
 
 import diffusers
 import torch
@@ -18,6 +19,7 @@ from crossdock.offload.arena import Arena
 from crossdock.offload.copy_engine import CopyEngine
 from crossdock.parallel.guidance import GuidanceParallelism
 from crossdock.parallel.mesh import Mesh
+from crossdock.runtime.chunks import number_of_chunks
 from crossdock.runtime.components import Component, place_component
 from crossdock.runtime.denoise_loop import DenoiseLoop, StepEnd, own_randomness
 from crossdock.runtime.errors import CheckpointError, LaunchError
@@ -47,6 +49,11 @@ class Denoised:
     denoise_s: float
     end_s: float
     step_ms: list[float] = field(default_factory=list)
+
+    @classmethod
+    def nothing(cls, now_s: float) -> Self:
+        """Of a run that was broken off."""
+        return cls(torch.empty(0), None, (), 0.0, 0.0, now_s)
 
 
 class _NotDecodedHereError(Exception):
@@ -82,6 +89,7 @@ class RankPipeline:
         self._stage = Stage(self._components, device)
         self._encodes: list[tuple[float, float]] = []  # begin and end, seconds of time.perf_counter
         self._on_decode: Callable[[], bool] = lambda: False
+        self._between_chunks: Callable[[], bool] = lambda: False
         self._hook(mesh, first)
         if (group := mesh.groups["cfg"]) is not None and plan.spec.branches is not None:
             self.pipe.transformer = GuidanceParallelism(group).over(transformer, plan.spec.branches)
@@ -97,7 +105,7 @@ class RankPipeline:
         for name in self._plan.decoders:
             module = getattr(self.pipe, name)
             if hasattr(module, "decode"):
-                module.decode = self._decoding(name, module.decode)
+                module.decode = self._decoding(self._stage.wrap(name, module.decode), mesh)
             elif first:
                 self._stage.watch(name, module)
 
@@ -156,9 +164,16 @@ class RankPipeline:
         self._on_decode = decodes
         output = None
         with own_randomness(self._device, seeds[0]) as generators, late, self._stage:
-            loop = DenoiseLoop(self._device, (*drawn, *generators), on_step, resume)
+            chunks = number_of_chunks(self._plan.spec, request.frames)
+            loop = DenoiseLoop(self._device, (*drawn, *generators), on_step, resume, chunks)
+            self._between_chunks = lambda: loop.between_chunks
             arguments = self._arguments(prompts, drawn, request)
-            with loop.watching(self.pipe.transformer), loop.told_by(self.pipe) as tells, suppress(_NotDecodedHereError):
+            with (
+                loop.watching(self.pipe.transformer),
+                loop.told_by(self.pipe) as tells,
+                self._guided(request),
+                suppress(_NotDecodedHereError),
+            ):
                 output = self.pipe(**arguments, **tells)
         assert loop.latents is not None
         encodes = tuple(Span("encode", *call) for call in self._encodes)
@@ -197,11 +212,26 @@ class RankPipeline:
             "negative_prompt": request.negative_prompt,
             "num_frames": request.frames,
         }
-        return {name: value for name, value in wishes.items() if value is not None}
+        return {name: value for name, value in wishes.items() if value is not None and "." not in name}
+
+    @contextmanager
+    def _guided(self, request: GenerateRequest) -> Iterator[None]:
+        """A component that sets the guidance, in place of an argument, as the request wants it."""
+        component, _, setting = self._plan.spec.guidance.rpartition(".")
+        if not component or request.guidance_scale is None:
+            yield
+            return
+        own = getattr(self.pipe, component)
+        setattr(self.pipe, component, own.new(**{setting: request.guidance_scale}))
+        try:
+            yield
+        finally:
+            setattr(self.pipe, component, own)
 
     def _media(self, output: Sequence[Any]) -> list[Media]:
-        path = self._plan.spec.sampling_rate
-        return media_of(output, self._plan.spec.fps, None if path is None else attrgetter(path)(self.pipe))
+        spec, path = self._plan.spec, self._plan.spec.sampling_rate
+        fps = next((fps for option, fps in spec.fps_with.items() if self.pipe.config.get(option)), spec.fps)
+        return media_of(output, fps, None if path is None else attrgetter(path)(self.pipe))
 
     @contextmanager
     def _encoding(self) -> Iterator[None]:
@@ -210,15 +240,18 @@ class RankPipeline:
             yield
         self._encodes.append((began, time.perf_counter()))
 
-    def _decoding(self, name: str, decode: Callable[..., Any]) -> Callable[..., Any]:
-        """`decode` of the component called `name`, where it is this rank's to do."""
-        present = self._stage.wrap(name, decode)
+    def _decoding(self, decode: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+        """`decode` of a component, where it is this rank's to do. The others go on if another chunk follows."""
+        turn = partial(self.turn, self._plan.decoders)
+        outlined = replicated(decode, self._device, mesh, turn, outline=True)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            with self.turn(self._plan.decoders):
+            if self._between_chunks():
+                return outlined(*args, **kwargs)
+            with turn():
                 if not self._on_decode():
                     raise _NotDecodedHereError
-                return present(*args, **kwargs)
+                return decode(*args, **kwargs)
 
         return call
 

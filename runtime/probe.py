@@ -33,7 +33,8 @@ _SIDE = 4
 def probe_request(plan: RunPlan) -> GenerateRequest:
     """One step of a picture that is as small as it can be and still has tokens for every rank of most layouts."""
     side = _SIDE * plan.pixel_multiple
-    return GenerateRequest((_PROMPT,), steps=1, height=side, width=side)
+    frames = None if plan.spec.fps is None else plan.spec.chunk_frames or plan.frame_multiple + 1
+    return GenerateRequest((_PROMPT,), steps=1, height=side, width=side, frames=frames)
 
 
 def probe_numbers(worker: RankWorker, request: GenerateRequest) -> ProbeReport:

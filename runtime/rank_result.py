@@ -10,17 +10,19 @@ from crossdock.offload.trace import TraceEvent
 from crossdock.parallel.group import GroupRecord
 from crossdock.runtime.media import Media
 from crossdock.runtime.plan import RunPlan
-from crossdock.runtime.reports import Measurements, MemorySpan, RankReport, RankTrace
+from crossdock.runtime.reports import ArrivalRecord, Measurements, MemorySpan, RankReport, RankTrace
 
 
 @dataclass
 class RankResult:
-    """What a rank returns for one request; the picture comes from the first rank of each replica with a prompt.
+    """What a rank returns for one request; the picture comes from the first rank of each replica with a prompt, unless
+    the ranks ended the request because wrong bytes had arrived.
 
     `timeline` is the whole request, `before` the last event of every slot before it, `scheduled_at` the number of the
     first event under the present schedule, `collectives` what was issued so far, `read` what every block's last load
-    read, as in `HomeRecord`. `verdict` says what became of the residency schedule. Where it was changed in this
-    request, `plan` is the new one and `report` what the rank now holds.
+    read, as in `HomeRecord`, `arrivals` what has been compared with the checkpoint since the last report or result.
+    `verdict` says what became of the residency schedule. Where it was changed in this request, `plan` is the new one
+    and `report` what the rank now holds.
     """
 
     rank: int
@@ -30,6 +32,7 @@ class RankResult:
     scheduled_at: int
     collectives: tuple[GroupRecord, ...]
     read: dict[str, tuple[MemorySpan, ...]]
+    arrivals: tuple[ArrivalRecord, ...]
     verdict: str
     plan: RunPlan | None = None
     report: RankReport | None = None

@@ -20,7 +20,11 @@ from crossdock.parallel.mesh import Mesh
 
 
 def replicated(
-    method: Callable[..., Any], device: torch.device, mesh: Mesh, turn: Callable[[], AbstractContextManager[None]]
+    method: Callable[..., Any],
+    device: torch.device,
+    mesh: Mesh,
+    turn: Callable[[], AbstractContextManager[None]],
+    outline: bool = False,
 ) -> Callable[..., Any]:
     """`method` on the replica's first rank, its return value on all of them. Collective over the replica.
 
@@ -29,6 +33,7 @@ def replicated(
     Args:
         device: where the other ranks put the tensors.
         turn: the context in which it runs; entered on every rank.
+        outline: nobody else needs the values: the other ranks get zeros in the tensors' place.
     """
 
     @functools.wraps(method, updated=())  # pipelines may look at the signature
@@ -38,13 +43,13 @@ def replicated(
             if mesh.rank == mesh.ranks["replica"][0]:
                 with torch.random.fork_rng([device] if device.type == "cuda" else []):
                     value = method(*args, **kwargs)
-            return _broadcast(value, device, mesh)
+            return _broadcast(value, device, mesh, outline)
 
     return call
 
 
-def _broadcast(value: Any, device: torch.device, mesh: Mesh) -> Any:
-    """`value` of the replica's first rank, on all its ranks. Collective over the replica."""
+def _broadcast(value: Any, device: torch.device, mesh: Mesh, outline: bool) -> Any:
+    """`value` of the replica's first rank, or its outline, on all its ranks. Collective over the replica."""
     group, source = mesh.groups["replica"], mesh.ranks["replica"][0]
     if group is None:
         return value
@@ -54,6 +59,9 @@ def _broadcast(value: Any, device: torch.device, mesh: Mesh) -> Any:
         structure = _dump(value, tensors)
         envelope = structure, [(t.shape, t.dtype) for t in tensors]
     structure, shapes = group.broadcast_object(envelope, source=0)
+    if outline:
+        zeros = [torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype in shapes]
+        return value if mesh.rank == source else _load(structure, zeros)
     if mesh.rank != source:
         tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
     tensors = [tensor.to(device).contiguous() for tensor in tensors]

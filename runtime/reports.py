@@ -120,10 +120,11 @@ class RankReport:
     Attributes:
         plain: tensors kept as plain attributes: neither parameters nor buffers, so that nothing moves them.
         slots: of the blocks that share them; `slot_bytes` are their sizes.
-        arrivals: of every tensor of the transformer, as it came in the rehearsal before the first step.
+        arrivals: of every tensor of the transformer that has come to the device: in a rehearsal before the first step,
+            or of those in streamed blocks, in that step.
         order: names of the streamed blocks in the order in which they will be fetched.
         foreign_hooks: offload or sharding hooks of other libraries: (module path, what).
-        trace: of the rehearsal, in which every block was streamed once.
+        trace: under the present schedule; of a rehearsal, in which every block was streamed once, where there was one.
         collectives: what was issued on each of the mesh's groups so far.
     """
 

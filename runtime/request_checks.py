@@ -25,15 +25,14 @@ def check_request(plan: RunPlan, request: GenerateRequest) -> None:
             f"negative_prompt: found {request.negative_prompt!r}; the guidance of {plan.spec.family} takes none: "
             "leave it out"
         )
-    frames, multiple = request.frames, plan.frame_multiple
+    frames, chunk = request.frames, plan.spec.chunk_frames
+    multiple, more = (plan.frame_multiple, 1) if chunk is None else (chunk, 0)
     if frames is not None and plan.spec.fps is None:
         raise RequestError(f"frames: found {frames}; {plan.spec.family} makes pictures: leave it out")
-    if frames is not None and (frames - 1) % multiple:
-        below = (frames - 1) // multiple * multiple + 1
-        raise RequestError(
-            f"frames: found {frames}; allowed for {plan.spec.family}: a multiple of {multiple}, and one more, "
-            f"such as {below}"
-        )
+    if frames is not None and (frames - more) % multiple:
+        below = max((frames - more) // multiple, 1 - more) * multiple + more
+        allowed = f"a multiple of {multiple}{', and one more' if more else ''}, such as {below}"
+        raise RequestError(f"frames: found {frames}; allowed for {plan.spec.family}: {allowed}")
 
 
 def check_amounts(images_per_prompt: int, batch_size: int) -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from crossdock.parallel.guidance import Branches
 from crossdock.parallel.regions import SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, LinearStyle, TensorPlan
+
+if TYPE_CHECKING:
+    from crossdock.runtime.inferred_spec import InferredSpec
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class ModelSpec:
         tensor_plan: which linears tensor parallelism cuts.
         regions: where tokens are cut and put together under sequence parallelism.
         branches: how the pipeline runs the branches of guidance; None: it has one.
-        guidance: the pipeline's argument for classifier-free guidance.
+        guidance: the pipeline's argument for classifier-free guidance; with a dot, a component's setting.
         negative_prompt: whether that guidance takes a negative prompt.
         encoders: the components that encode prompts, where the checkpoint has them.
         encode: the pipeline's methods that run them, and encoders that the pipeline calls itself. What these return
@@ -46,6 +51,7 @@ class ModelSpec:
         decoders: the components that make pictures of latents. The first one that runs ends the denoise loop.
         patch: latents along each side of a token.
         fps: frames per second of the videos that it makes; None: it makes pictures.
+        fps_with: the pipeline's option, where it is on -> frames per second.
         sampling_rate: the pipeline's attribute, dotted, with the samples per second of the audio that comes second in
             what it returns; None: it makes none.
         chunk_frames: frames that the pipeline makes in one go, where it makes a video chunk by chunk, with all steps
@@ -70,11 +76,19 @@ class ModelSpec:
     decoders: tuple[str, ...] = ("vae",)
     patch: int = 2
     fps: int | None = None
+    fps_with: Mapping[str, int] = field(default_factory=dict)
     sampling_rate: str | None = None
     chunk_frames: int | None = None
     resumes: bool = True
     published: tuple[Published, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_model(cls, model: nn.Module, inputs: Mapping[str, Any] | None = None) -> InferredSpec:
+        """What a live transformer, which may be on meta, says of itself; see `inferred_spec.infer_spec`."""
+        from crossdock.runtime.inferred_spec import infer_spec
+
+        return infer_spec(model, inputs)
 
 
 def attention_plan(attention: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> dict[str, LinearStyle]:

@@ -1,4 +1,4 @@
-"""Stopping a request between two steps: somebody cancelled it, or its time is up.
+"""Stopping a request between two steps: somebody cancelled it, its time is up, or wrong bytes have arrived.
 
 No rank stops alone, for the others would wait for it in a collective. At every step's end the ranks tell each other
 where they are and whether they were asked to stop, and all of them act on the same answer.
@@ -23,6 +23,11 @@ class _Wish(IntEnum):
     GO_ON = 0
     TIMED_OUT = 1
     CANCEL = 2
+    REFUSE = 3
+
+
+class ArrivalsDifferError(Exception):
+    """On some rank other bytes have arrived than the checkpoint has: no step may follow. Never leaves a rank."""
 
 
 class Stopping:
@@ -57,20 +62,26 @@ class Stopping:
         with self._lock:
             self._asked.pop(self._number, None)
 
-    def agree(self, finished: int, total: int) -> None:
+    def agree(self, finished: int, total: int, differ: bool = False) -> None:
         """At the end of step `finished` of `total`. Collective over the world.
 
+        Args:
+            differ: other bytes have arrived on this rank than the checkpoint has.
+
         Raises:
+            ArrivalsDifferError: they have on some rank. On all ranks, at the same step.
             RequestCancelled: a rank was asked to stop. On all ranks, at the same step.
             RequestTimeout: on some rank the request has taken longer than its time limit. Likewise.
             RankError: the ranks are not at the same step of the same request. Likewise.
         """
-        wish = self._wish()
+        wish = _Wish.REFUSE if differ else self._wish()
         rows = self._gather([self._number, total, finished, wish])
         _check_in_step([(number, total, finished) for number, total, finished, _ in rows])
         wishes = [row[3] for row in rows]
         if max(wishes) == _Wish.GO_ON:
             return
+        if max(wishes) == _Wish.REFUSE:
+            raise ArrivalsDifferError
         reasons = exchange(self._reason(wish), self._group)
         reason = reasons[wishes.index(max(wishes))]
         raise (RequestCancelled if max(wishes) == _Wish.CANCEL else RequestTimeout)(reason, finished)

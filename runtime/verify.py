@@ -13,9 +13,9 @@ from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.reports import MemorySpan, RankReport, Violation
 from crossdock.runtime.verify_aliasing import no_alias
 from crossdock.runtime.verify_collectives import Issued, same_collectives
-from crossdock.runtime.verify_coverage import covers
-from crossdock.runtime.verify_ownership import owned_once, read_at_rest
-from crossdock.runtime.verify_schedule import in_order, same_schedule, trace_in_order
+from crossdock.runtime.verify_coverage import all_compared, all_equal, covers
+from crossdock.runtime.verify_ownership import all_read, owned_once, read_at_rest
+from crossdock.runtime.verify_schedule import all_rehearsed, in_order, same_schedule, trace_in_order
 
 CHECKS: dict[str, Callable[[RunPlan, Sequence[RankReport]], Iterable[Violation]]] = {
     "same-schedule": same_schedule,
@@ -27,12 +27,30 @@ CHECKS: dict[str, Callable[[RunPlan, Sequence[RankReport]], Iterable[Violation]]
 }
 
 
-def verify_composition(plan: RunPlan, reports: Sequence[RankReport]) -> list[Violation]:
-    """Every violation of the contract before the first step; empty when offloading and sharding compose."""
+_REHEARSAL: tuple[Callable[[RunPlan, Sequence[RankReport]], Iterable[Violation]], ...] = (
+    all_rehearsed,
+    all_read,
+    all_compared,
+)
+"""What a rehearsal must have shown, of in-order, owned-once and covers."""
+
+
+def verify_composition(plan: RunPlan, reports: Sequence[RankReport], rehearsed: bool = True) -> list[Violation]:
+    """Every violation of the contract before the first step; empty when offloading and sharding compose.
+
+    Args:
+        rehearsed: all blocks were streamed once; else `verify_arrivals` judges what arrives in the first request.
+    """
     missing = set(range(plan.mesh.world_size)) - {report.rank for report in reports}
     if missing:
         return [Violation("same-schedule", min(missing), "report", "one", "none", "a rank is missing; start again")]
-    return [violation for check in CHECKS.values() for violation in check(plan, reports)]
+    checks = (*CHECKS.values(), *(_REHEARSAL if rehearsed else ()))
+    return [violation for check in checks for violation in check(plan, reports)]
+
+
+def verify_arrivals(plan: RunPlan, reports: Sequence[RankReport]) -> list[Violation]:
+    """Of covers what a first request must have shown: all that arrived was compared with the checkpoint, and equal."""
+    return [*all_compared(plan, reports), *all_equal(plan, reports)]
 
 
 class Did(Issued, Protocol):

@@ -20,8 +20,7 @@ def covers(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:
     yield from _slices_cover(plan, by_rank)
     yield from _shards_cover(plan, by_rank)
     yield from _replicas_agree(plan, by_rank)
-    for report in reports:
-        yield from _arrived(plan, report)
+    yield from all_equal(plan, reports)
 
 
 def _slices_cover(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[Violation]:
@@ -112,21 +111,28 @@ def _replicas_agree(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[V
                 yield Violation("covers", rank, name, expected, f"{checksum:#x}", _RELOAD)
 
 
-def _arrived(plan: RunPlan, report: RankReport) -> Iterator[Violation]:
-    """Every tensor was compared with the checkpoint when it had come to the device, and was equal to it."""
-    compared = {record.fqn for record in report.arrivals}
+def all_compared(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:
+    """Once all blocks were streamed: each tensor was compared with the checkpoint when it had come to the device."""
     inside = [
         (f"{block.name}.{entry.name}", {f"{block.name}.{name}" for name in entry.names})
         for block in plan.blocks
         for entry in block.layout.entries
         if entry.nbytes
     ]
-    for fqn, names in [*inside, *((fqn, {fqn}) for fqn in plan.outside)]:
-        if compared.isdisjoint(names):
-            expected = "compared with the checkpoint on arrival"
-            yield Violation("covers", report.rank, fqn, expected, "it was not", REPORT_IT)
-    for arrival in report.arrivals:
-        if arrival.found != arrival.expected:
+    for report in reports:
+        compared = {record.fqn for record in report.arrivals}
+        for fqn, names in [*inside, *((fqn, {fqn}) for fqn in plan.outside)]:
+            if compared.isdisjoint(names):
+                expected = "compared with the checkpoint on arrival"
+                yield Violation("covers", report.rank, fqn, expected, "it was not", REPORT_IT)
+
+
+def all_equal(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:
+    """Every tensor that was compared so far was equal to the checkpoint's."""
+    for report in reports:
+        for arrival in report.arrivals:
+            if arrival.found == arrival.expected:
+                continue
             stored = plan.stored.get(arrival.fqn)
             origin = f"of {stored.file.name}" if stored is not None else "that the model computes"
             expected = f"the bytes {origin} (checksum {arrival.expected:#010x} of {arrival.nbytes} bytes)"

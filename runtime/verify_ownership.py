@@ -35,10 +35,15 @@ def owned_once(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violati
             yield from _check_device(plan, report.rank, record, "move it yourself, or register it as a buffer")
         yield from _check_freed(plan, report)
         yield from _check_bytes(plan, report)
-        yield from read_at_rest(plan, report.rank, report.homes, {home.block: home.read for home in report.homes})
         for module, what in report.foreign_hooks:
             remedy = "remove it: two mechanisms must not move the same weights"
             yield Violation("owned-once", report.rank, module or "the model", "no other mechanism", what, remedy)
+
+
+def all_read(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:
+    """Once every block has been streamed: from where it rests."""
+    for report in reports:
+        yield from read_at_rest(plan, report.rank, report.homes, {home.block: home.read for home in report.homes})
 
 
 def _check_home(plan: RunPlan, rank: int, record: TensorRecord) -> Iterator[Violation]:

@@ -45,6 +45,11 @@ def in_order(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation
     """Per block load -> gather -> compute -> free; no slot overwritten under its reader; no more than the window."""
     for report in reports:
         yield from trace_in_order(plan, report.rank, report.trace)
+
+
+def all_rehearsed(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:
+    """After a rehearsal: every block was streamed in it."""
+    for report in reports:
         computed = {event.block for event in report.trace if event.kind == "compute_begin"}
         for block in plan.streamed:
             if block.name not in computed:

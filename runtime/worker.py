@@ -30,7 +30,7 @@ from crossdock.parallel.regions import Attend, SequenceParallelism
 from crossdock.parallel.sequence import shard_lengths
 from crossdock.parallel.tensor import EXCHANGING, TensorParallelism
 from crossdock.parallel.xfuser_attention import XFuserAttention
-from crossdock.runtime.arrival import rehearse
+from crossdock.runtime.arrival import Arrivals
 from crossdock.runtime.attention import AttentionBinding
 from crossdock.runtime.denoise_loop import StepEnd
 from crossdock.runtime.errors import RequestCancelled
@@ -47,7 +47,7 @@ from crossdock.runtime.inspection import (
     sampled_checksum,
 )
 from crossdock.runtime.meta_model import build_on_meta
-from crossdock.runtime.pipeline import RankPipeline
+from crossdock.runtime.pipeline import Denoised, RankPipeline
 from crossdock.runtime.plan import TRANSFORMER, RunPlan
 from crossdock.runtime.rank_result import RankResult
 from crossdock.runtime.reports import RankReport, RankTrace
@@ -55,7 +55,7 @@ from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.request_log import RequestLog
 from crossdock.runtime.resume import Snapshot, of_replica
 from crossdock.runtime.status import RankStatus
-from crossdock.runtime.stopping import Stopping
+from crossdock.runtime.stopping import ArrivalsDifferError, Stopping
 from crossdock.runtime.weights import RankWeights, WeightLoader
 
 
@@ -102,12 +102,13 @@ class RankWorker:
         """Memory of this rank's device."""
         return total_bytes(self.device)
 
-    def setup(self, plan: RunPlan, probe: bool = False) -> RankReport:
+    def setup(self, plan: RunPlan, probe: bool = False, rehearse: bool = False) -> RankReport:
         """Load, shard and stream the model of `plan`; the report says what this rank now holds. Collective.
 
         Args:
             probe: compare all bytes that arrive on the device with the checkpoint, and all replicas' bytes, not a
-                sample of them.
+                sample of them. With a rehearsal.
+            rehearse: stream every block once and compare it, instead of in the first step.
         """
         began = time.perf_counter()
         allocated = allocated_bytes(self.device)
@@ -142,12 +143,13 @@ class RankWorker:
             if isinstance(module, EXCHANGING):
                 module.register_forward_hook(lambda *_: self.stream.link_used())
         self.pipeline = RankPipeline(plan, self.mesh, self.model, self.device, self.engine, self.arena)
+        self.arrivals = Arrivals(plan, self.rank, self.model, full=probe)
         self.verdict = "assumed costs: nothing was measured yet"
         self.model_steps = 0  # of this model
         self.ready = True
         self.load_s = time.perf_counter() - began
-        self.phase = "rehearsal"
-        self.arrivals = rehearse(plan, self.rank, self.model, self.stream, full=probe)
+        self.phase = "rehearsal" if probe or rehearse else "verify"
+        self.arrivals.begin(self.stream, rehearse=probe or rehearse)
         self.phase = "idle"
         return self.report(None if allocated is None else (allocated_bytes(self.device) or 0) - allocated)
 
@@ -168,7 +170,7 @@ class RankWorker:
             order=self.stream.order,
             slot_bytes=tuple(memory.nbytes for memory in self.stream.slot_memory),
             slots=tuple(span for memory in self.stream.slot_memory if (span := memory_span(memory)) is not None),
-            arrivals=self.arrivals,
+            arrivals=tuple(self.arrivals.records),
             device_bytes=measure_device(self.model, self.pipeline.on_device, shards, self.device, grown_bytes),
             foreign_hooks=foreign_hooks(self.model),
             trace=tuple(e for e in self.stream.trace() if e.sequence >= self.stream.scheduled_at),
@@ -225,7 +227,8 @@ class RankWorker:
         snapshot = of_replica(resume, replica, self.mesh.shape.dp)
         self.snapshots = ()
         self.log = log = RequestLog(self.stream, snapshot.step if snapshot is not None else 0)
-        self.keep_every = request.keep_every if self.rank == self.mesh.ranks["replica"][0] else 0
+        keeps = self.plan.spec.resumes and self.rank == self.mesh.ranks["replica"][0]
+        self.keep_every = request.keep_every if keeps else 0
         self.changed: RankReport | None = None  # what the rank holds since the schedule was improved
         prompts, seeds = [request.prompts[n] for n in numbers], [request.seed + n for n in numbers]
         decodes = counts[replica] > 0 and self.rank == self.mesh.ranks["replica"][0]
@@ -236,18 +239,25 @@ class RankWorker:
         except RequestCancelled:
             self._finish_request()
             raise
-        decoded = time.perf_counter()
+        except ArrivalsDifferError:
+            self._finish_request()
+            return self._result(log, Denoised.nothing(time.perf_counter()), time.perf_counter())
+        result = self._result(log, done, time.perf_counter())
+        if decodes:
+            result.latents, result.media = done.latents, done.media or []
+        self._finish_request()
+        return result
+
+    def _result(self, log: RequestLog, done: Denoised, decoded: float) -> RankResult:
+        """What the coordinator judges; `decoded` of `time.perf_counter`. Collective where blocks have yet to come."""
         issued = self._issued()
         events, spans = log.events(), log.spans(done.encodes, done.end_s, decoded)
-        phases = {
-            "load": self.load_s,
-            "encode": done.encode_s,
-            "denoise": done.denoise_s,
-            "decode": decoded - done.end_s,
-        }
+        phases = {"load": self.load_s, "encode": done.encode_s, "denoise": done.denoise_s}
+        phases["decode"] = decoded - done.end_s
         modules = (self.model, *self.pipeline.on_device)
         measurements = log.measurements(self.rank, self.device, self.weights, modules, done.step_ms, phases)
         timeline = RankTrace(self.rank, measurements.host, measurements.device, events, spans)
+        self.stream.rehearse(unseen=True)  # blocks that a cache skipped in the first request
         result = RankResult(
             self.rank,
             measurements,
@@ -256,13 +266,11 @@ class RankWorker:
             self.stream.scheduled_at,
             issued,
             record_reads(self.stream),
+            self.arrivals.untold(),
             self.verdict,
         )
         if self.changed is not None:
             result.plan, result.report = self.plan, self.changed
-        if decodes:
-            result.latents, result.media = done.latents, done.media or []
-        self._finish_request()
         return result
 
     def teardown(self) -> None:
@@ -279,7 +287,7 @@ class RankWorker:
             self.sequence.remove()
         self.tensor.remove()
         store = self.weights.store
-        del self.pipeline, self.stream, self.arena, self.weights, self.model
+        del self.pipeline, self.stream, self.arena, self.weights, self.arrivals, self.model
         gc.collect()
         if store is not None:
             store.drop()
@@ -354,7 +362,7 @@ class RankWorker:
         else:
             log.end_step()
             self.model_steps += 1
-        self.stopping.agree(end.finished, end.total)
+        self.stopping.agree(end.finished, end.total, self.arrivals.differ)
         if self.keep_every and end.finished % self.keep_every == 0:
             self.snapshots = (*self.snapshots[-1:], end.snapshot())
         if end.repeated:

@@ -82,6 +82,7 @@ class Row:
         frames: of a video.
         quick: the layouts that the test command runs; `make test-all` runs all.
         guided: guidance scale and negative prompt, where the pipeline does not guide unless it is asked to.
+        also: what the prompt says besides what it says for every family.
     """
 
     recipe: str
@@ -89,6 +90,7 @@ class Row:
     frames: int | None = None
     quick: tuple[str, ...] = ("layerwise_tp2", "layerwise_hsdp", "layerwise_ulysses2_ring2")
     guided: tuple[float, str] | None = None
+    also: str = ""
 
     @property
     def wishes(self) -> dict[str, Any]:
@@ -106,10 +108,24 @@ ROWS = (
     Row("z-image", quick=tuple(layout.name for layout in LAYOUTS)),
     Row("wan2.1", ((64, 128), (80, 112)), frames=9, quick=("layerwise_tp2", "layerwise_ulysses2_ring2")),
     Row("wan2.2-ti2v-5b", ((128, 128), (160, 96)), frames=9, quick=("layerwise_hsdp", "layerwise_ulysses2_ring2")),
+    Row(
+        "hunyuan-video-1.5",
+        ((64, 128), (80, 112)),
+        frames=9,
+        quick=("layerwise_tp2", "layerwise_ulysses2_ring2"),
+        guided=(4.0, "grey, blurred"),
+        also=', a sign says "no entry"',  # a second text encoder reads what is in quotes
+    ),
     Row("qwen-image", quick=("layerwise_tp2", "layerwise_cfg2"), guided=(4.0, "grey, blurred")),
     Row("qwen-image-2.1", ((256, 256), (224, 160)), quick=("layerwise_hsdp", "tp2"), guided=(3.0, "grey, blurred")),
     Row("sd3.5", quick=("tp2", "layerwise_cfg2")),
     Row("krea2", quick=("layerwise_tp2", "layerwise_hsdp")),
+    Row(
+        "helios",
+        sizes=((64, 64), (48, 80)),  # 144 and 135 tokens, and 40 and 44 of what came before
+        frames=66,  # two chunks
+        quick=("layerwise_hsdp", "layerwise_ulysses2_ring2"),
+    ),
     Row(
         "ltx2",
         sizes=((128, 128), (96, 160)),  # 32 and 30 tokens of video, 9 of audio

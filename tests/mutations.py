@@ -22,6 +22,7 @@ from crossdock.offload.loader import BlockLoader
 from crossdock.runtime import arrival as arrival_module
 from crossdock.runtime import probe as probe_module
 from crossdock.runtime import worker as worker_module
+from crossdock.runtime.arrival import Arrivals
 from crossdock.runtime.checkpoint import TensorReader
 from crossdock.runtime.plan import RunPlan, make_plan
 from crossdock.runtime.weights import WeightLoader
@@ -40,8 +41,8 @@ VERY_LATE_S = 0.5
 
 Plant = Callable[[RankWorker, pytest.MonkeyPatch], None]
 Stage = Literal["load", "request", "probe"]
-"""When a fault is planted and where it must show: in what ranks report before the first step, in a request after a good
-load, or when streaming on and off are compared after a good load.
+"""When a fault is planted and where it must show: in what ranks report before the first step or in the first request;
+in a request after a good rehearsal; or when streaming on and off are compared after one.
 """
 
 
@@ -52,6 +53,8 @@ class Mutation:
     Attributes:
         pitfalls: numbers in the list of what goes wrong elsewhere when offload meets sharding; empty: none of these.
         check: what must catch it: a row of the composition contract.
+        sooner: what may refuse it where there is no rehearsal, at once, before `check` has seen anything: of two
+            replicas that differ nobody knows then which is right.
         where: the violation says it: block, parameter, slot or group.
         rank: where it is planted, the only rank of a layout that has one; None: on all.
         steps: of the request.
@@ -69,6 +72,7 @@ class Mutation:
     family: str = "z-image"
     steps: int = 1
     needs: str = ""
+    sooner: str = ""
 
     def applies(self, facts: frozenset[str]) -> bool:
         return all((word.removeprefix("!") in facts) != word.startswith("!") for word in self.needs.split())
@@ -83,7 +87,7 @@ def _is_transformers(stream: BlockStream) -> bool:
 
 
 def when_attached(patch: pytest.MonkeyPatch, act: Callable[[BlockStream], None]) -> None:
-    """`act` on the transformer's stream, between loading and rehearsal."""
+    """`act` on the transformer's stream, between loading and comparing."""
     attach = BlockStream.attach
 
     def attached(stream: BlockStream) -> None:
@@ -94,16 +98,15 @@ def when_attached(patch: pytest.MonkeyPatch, act: Callable[[BlockStream], None])
     patch.setattr(BlockStream, "attach", attached)
 
 
-def _when_rehearsed(patch: pytest.MonkeyPatch, act: Callable[[BlockStream], None]) -> None:
-    """`act` after all that arrived was found right."""
-    rehearse = worker_module.rehearse
+def _when_loaded(patch: pytest.MonkeyPatch, act: Callable[[BlockStream], None]) -> None:
+    """`act` when all that was loaded has been compared, or is watched for."""
+    begin = Arrivals.begin
 
-    def rehearsed(plan: Any, rank: int, model: Any, stream: BlockStream, **options: Any) -> Any:
-        arrivals = rehearse(plan, rank, model, stream, **options)
+    def begun(arrivals: Arrivals, stream: BlockStream, **options: Any) -> None:
+        begin(arrivals, stream, **options)
         act(stream)
-        return arrivals
 
-    patch.setattr(worker_module, "rehearse", rehearsed)
+    patch.setattr(Arrivals, "begin", begun)
 
 
 def block_of(stream: BlockStream, name: str = BLOCK) -> StreamedBlock:
@@ -149,9 +152,9 @@ def planned_alone(**offload: Any) -> Plant:
     def plant(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
         setup = RankWorker.setup
 
-        def with_own_plan(self: RankWorker, plan: RunPlan) -> Any:
+        def with_own_plan(self: RankWorker, plan: RunPlan, **options: Any) -> Any:
             config = plan.config.model_copy(update={"offload": plan.config.offload.model_copy(update=offload)})
-            return setup(self, make_plan(config, plan.model_dir, plan.device))
+            return setup(self, make_plan(config, plan.model_dir, plan.device), **options)
 
         patch.setattr(RankWorker, "setup", with_own_plan)
 
@@ -167,7 +170,7 @@ def private_copy(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     def keep(stream: BlockStream) -> None:
         _rebind(worker.model, TO_Q, worker.model.get_parameter(TO_Q).detach().clone())
 
-    _when_rehearsed(patch, keep)
+    _when_loaded(patch, keep)
 
 
 def nothing_is_freed(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
@@ -190,7 +193,7 @@ def left_on_meta(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
 def accelerate_hook(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     from accelerate.hooks import ModelHook, add_hook_to_module
 
-    _when_rehearsed(patch, lambda stream: add_hook_to_module(block_of(stream).module, ModelHook()))
+    _when_loaded(patch, lambda stream: add_hook_to_module(block_of(stream).module, ModelHook()))
 
 
 def fully_sharded(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
@@ -201,7 +204,7 @@ def fully_sharded(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     def shard(stream: BlockStream) -> None:
         fully_shard(block_of(stream).module, mesh=init_device_mesh("cpu", (worker.world_size,)))
 
-    _when_rehearsed(patch, shard)
+    _when_loaded(patch, shard)
 
 
 def adapter_registered(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
@@ -209,14 +212,14 @@ def adapter_registered(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
         linear = block_of(stream).module.get_submodule("attention.to_q")
         linear.register_parameter("lora_a", nn.Parameter(torch.zeros(4, 4), requires_grad=False))
 
-    _when_rehearsed(patch, register)
+    _when_loaded(patch, register)
 
 
 def another_dtype(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     def cast(stream: BlockStream) -> None:
         _rebind(worker.model, OUTSIDE, worker.model.get_parameter(OUTSIDE).bfloat16())
 
-    _when_rehearsed(patch, cast)
+    _when_loaded(patch, cast)
 
 
 def whole_blocks_read(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
@@ -363,18 +366,18 @@ def cached_view(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
         linear: Any = block_of(stream).module.get_submodule("attention.to_q")
         linear.cache = linear.weight.data[1:3]
 
-    _when_rehearsed(patch, cache)
+    _when_loaded(patch, cache)
 
 
 def tied_across_blocks(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     """Another block's parameter: of the same shape, placed by name, streamed with both."""
     other = TO_Q.replace(BLOCK, NEXT)
-    _when_rehearsed(patch, lambda stream: _rebind(worker.model, other, worker.model.get_parameter(TO_Q).detach()))
+    _when_loaded(patch, lambda stream: _rebind(worker.model, other, worker.model.get_parameter(TO_Q).detach()))
 
 
 def tied_in_a_block(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     one, other = (f"{BLOCK}.attention_norm{number}.weight" for number in (1, 2))
-    _when_rehearsed(patch, lambda stream: _rebind(worker.model, one, worker.model.get_parameter(other).detach()))
+    _when_loaded(patch, lambda stream: _rebind(worker.model, one, worker.model.get_parameter(other).detach()))
 
 
 def outside_in_a_slot(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
@@ -383,7 +386,7 @@ def outside_in_a_slot(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
         memory = stream.slot_memory[1][: weight.nbytes].view(weight.dtype).view(weight.shape)
         _rebind(worker.model, OUTSIDE, memory)
 
-    _when_rehearsed(patch, misplace)
+    _when_loaded(patch, misplace)
 
 
 def one_place_at_rest(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ def admitted(plan: RunPlan) -> Iterator[RankWorker]:
     """Set up and admitted by a coordinator; torn down at the end."""
     worker = RankWorker(0, 1, torch.device(plan.device, 0) if plan.device == "cuda" else torch.device(plan.device))
     try:
-        Coordinator(plan).admit([worker.setup(plan)])
+        Coordinator(plan).admit([worker.setup(plan)], rehearsed=False)
         yield worker
     finally:
         worker.teardown()

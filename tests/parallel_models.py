@@ -14,8 +14,9 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from crossdock.parallel.regions import Follow, Join, SequenceRegion
+from crossdock.parallel.regions import Deal, Follow, Join, SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, LinearStyle, TensorPlan
+from crossdock.runtime.specs import SPECS
 
 QKV, ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
 HALVES = LinearStyle("column", (1, 1))
@@ -202,6 +203,43 @@ QWEN_IMAGE = Case(
             },
             padding={"encoder_hidden_states_mask": TEXT},
             leave="proj_out",
+            gathers=IMAGE,
+        ),
+    ),
+)
+
+QWEN_IMAGE_21 = Case(
+    lambda: diffusers.QwenImage21Transformer2DModel(
+        in_channels=8,
+        out_channels=8,
+        num_layers=2,
+        attention_head_dim=12,
+        num_attention_heads=4,
+        context_in_dim=20,
+        axes_dims_rope=(4, 4, 4),
+    ),
+    # text, a condition image of 2 x 2 slots of 4 tokens, text, and the target image of 2 x 3 slots; padded text
+    lambda: {
+        "hidden_states": randn(2, 16 + 24, 8),
+        "encoder_hidden_states": randn(2, 3 + 4 + 4, 20),
+        "timestep": torch.tensor([0.7, 0.2], dtype=torch.float64),
+        "img_shapes": [[(1, 4, 4), (1, 4, 6)]] * 2,
+        "img_mask": torch.tensor([[0] * 3 + [1] * 4 + [0] * 4 + [1] * 6] * 2).bool(),
+        "encoder_hidden_states_mask": real(11, 9, total=11),
+    },
+    plan(
+        attention("transformer_blocks.*.attn"),
+        {f"transformer_blocks.*.img_mlp.{name}": COLUMN for name in ("proj", "gate_layer")},
+        {"transformer_blocks.*.img_mlp.out": ROW},
+    ),
+    (
+        SequenceRegion(
+            enter="transformer_blocks.0",
+            segments=(IMAGE,),
+            within="transformer_blocks.*",
+            follow={"target_token_mask": Follow(IMAGE, 0)},
+            deals={"transformer_blocks.*.attn": Deal(QKV, ("to_out.0",))},
+            leave="transformer_blocks.-1",
             gathers=IMAGE,
         ),
     ),
@@ -504,6 +542,37 @@ def ltx2(rope: str, per_token: bool) -> Case:
     )
 
 
+SPECIFIED = {
+    "FLUX.2": Case(
+        lambda: diffusers.Flux2Transformer2DModel(
+            **FLUX_SIZE, timestep_guidance_channels=16, axes_dims_rope=(2, 4, 4, 2), guidance_embeds=False
+        ),
+        lambda: flux_inputs(axes=4),
+        SPECS["flux2-klein"].tensor_plan,
+        SPECS["flux2-klein"].regions,
+    ),
+    "Z-Image": Case(
+        lambda: diffusers.ZImageTransformer2DModel(
+            in_channels=4,
+            dim=48,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=4,
+            n_kv_heads=4,
+            cap_feat_dim=20,
+            axes_dims=[4, 4, 4],
+            axes_lens=[128, 32, 32],
+        ),
+        lambda: {
+            "x": [randn(4, 1, 6, 10), randn(4, 1, 6, 10)],
+            "t": torch.tensor([0.7, 0.2], dtype=torch.float64),
+            "cap_feats": [randn(7, 20), randn(40, 20)],
+        },
+        SPECS["z-image"].tensor_plan,
+        SPECS["z-image"].regions,
+    ),
+}
+
 MINIMAX_H3 = Case(
     lambda: diffusers.MiniMaxH3Transformer3DModel(
         num_attention_heads=4,
@@ -550,12 +619,14 @@ MINIMAX_H3 = Case(
 )
 
 CASES: Mapping[str, Case] = {
+    **SPECIFIED,
     "FLUX.1": FLUX,
     "FLUX.3": FLUX3,
     "FLUX.3, edit": FLUX3_EDIT,
     "LongCat": LONGCAT,
     "Ovis": OVIS,
     "Qwen-Image": QWEN_IMAGE,
+    "Qwen-Image 2.1": QWEN_IMAGE_21,
     "SD 3.5": SD3,
     "Krea 2": KREA2,
     "Wan": WAN,

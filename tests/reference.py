@@ -72,8 +72,13 @@ def reference(
     else:
         pipe.scheduler.step = _keeping(type(pipe.scheduler).step.__get__(pipe.scheduler), found)
     wishes: dict[str, Any] = {} if frames is None else {"num_frames": frames}
+    own = getattr(pipe, "guider", None)
     if guided is not None:
-        wishes |= {spec_for(directory).guidance: guided[0], "negative_prompt": guided[1]}
+        wishes["negative_prompt"] = guided[1]
+        if own is None:
+            wishes[spec_for(directory).guidance] = guided[0]
+        else:
+            pipe.guider = type(own)(guidance_scale=guided[0])
     output = pipe(
         prompt=list(prompt) if several else prompt,
         height=size[0],
@@ -85,6 +90,8 @@ def reference(
         **at_step_end,
         **wishes,
     )
+    if own is not None:
+        pipe.guider = own
     return Reference(found[-1], list(output[0]), list(output[1]) if len(output) > 1 else [])
 
 

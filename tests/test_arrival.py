@@ -25,9 +25,12 @@ from crossdock.runtime import plan as plan_module
 from crossdock.runtime.arrival import WHOLE_BYTES, Arrivals, sampled_rows
 from crossdock.runtime.checkpoint import stored_tensors
 from crossdock.runtime.config import RunConfig
+from crossdock.runtime.coordinator import Coordinator
+from crossdock.runtime.errors import CompositionError
 from crossdock.runtime.gang import Gang
 from crossdock.runtime.plan import RunPlan, make_plan
 from crossdock.runtime.reports import RankReport, Violation
+from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.verify import verify_composition
 from crossdock.runtime.weights import WeightLoader
 from crossdock.runtime.worker import RankWorker
@@ -44,6 +47,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "all resident": {"layerwise": True, "device_budget": 1.0, "host": "mmap"},
     "off": {},
 }
+REQUEST = GenerateRequest((PROMPT,), height=ODD_SIZE[0], width=ODD_SIZE[1], steps=2)
 BLOCK = "single_transformer_blocks.2"
 WEIGHT = f"{BLOCK}.attn.to_out.weight"
 
@@ -54,17 +58,40 @@ def _plan(directory: Path, offload: dict[str, Any] | None = None, **config: Any)
 
 
 @contextmanager
-def _worker(plan: RunPlan, probe: bool = False) -> Iterator[tuple[RankWorker, RankReport]]:
+def _worker(plan: RunPlan, probe: bool = False, rehearse: bool = True) -> Iterator[tuple[RankWorker, RankReport]]:
     worker = RankWorker(0, 1, torch.device("cpu"))
     try:
-        yield worker, worker.setup(plan, probe)
+        yield worker, worker.setup(plan, probe, rehearse)
     finally:
         worker.teardown()
 
 
 def _violations(plan: RunPlan, probe: bool = False) -> list[Violation]:
+    """In a rehearsal. Without one the same is found, at the latest in the first request, which then has no picture."""
     with _worker(plan, probe) as (_, report):
-        return verify_composition(plan, [report])
+        found = verify_composition(plan, [report])
+    if not probe:
+        early = _violations_in_the_first_request(plan)
+        assert {(each.check, each.where) for each in early} == {(each.check, each.where) for each in found}
+    return found
+
+
+def _violations_in_the_first_request(plan: RunPlan) -> list[Violation]:
+    coordinator = Coordinator(plan)
+    result = None
+    with _worker(plan, rehearse=False) as (worker, report):
+        try:
+            coordinator.admit([report], rehearsed=False)
+            assert "compared in the first step" in coordinator.composition[0]["detail"]
+            result = worker.generate(REQUEST)
+            coordinator.review([result])
+        except CompositionError as error:
+            assert result is None or result.image is result.latents is None
+            assert result is None or len(result.measurements.steps) == 1, "it went on"
+            return list(error.violations)
+    assert "compared in the first step" not in coordinator.composition[0]["detail"]
+    assert result.image is not None
+    return []
 
 
 def _named(violations: Sequence[Violation], check: str) -> list[str]:
@@ -95,20 +122,29 @@ def test_a_healthy_load_is_admitted(family: str, way: str, dtype: str, checkpoin
     )
     for fqn, record in whole.items():
         assert record.nbytes == plan.dtypes[fqn].itemsize * torch.Size(plan.stored[fqn].shape).numel()
+    assert _violations_in_the_first_request(plan) == []
 
 
-def test_weights_that_were_changed_on_purpose_are_no_fault(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The schedule changes after some steps; the rehearsal then must not compare what a LoRA was merged into."""
+@pytest.mark.parametrize("rehearse", [True, False], ids=["rehearsed", "in the first step"])
+def test_weights_that_were_changed_on_purpose_are_no_fault(rehearse: bool, flux2_dir: Path) -> None:
+    """A LoRA is merged before the first step, and the schedule changes: what was merged is not compared."""
     plan = _plan(flux2_dir)
-    with _worker(plan) as (worker, report):
-        before = report.arrivals
+    with _worker(plan, rehearse=rehearse) as (worker, report):
+        coordinator = Coordinator(plan)
+        coordinator.admit([report], rehearse)
         with worker.stream.gathered(BLOCK, write_back=True) as weights:
             weights["attn.to_out.weight"].mul_(2)
+        before = worker.report().arrivals
+        assert {record.fqn for record in before} == set(plan.dtypes)
         worker.stream.reschedule(plan.schedule, plan.resident, plan.order)
         worker.stream.rehearse()
         again = worker.report()
         assert again.arrivals == before
         assert verify_composition(plan, [again]) == []
+        result = worker.generate(REQUEST)
+        coordinator.review([result])
+        assert result.image is not None
+        assert worker.report().arrivals == before
 
 
 # -- faults in one process ------------------------------------------------------------------------------------------
@@ -338,7 +374,7 @@ def test_shards_in_the_wrong_order_are_caught(
 
         worker._gather = gather
         try:
-            return worker.setup(plan)
+            return worker.setup(plan, rehearse=True)
         finally:
             del worker._gather
 
@@ -371,7 +407,7 @@ def test_the_slice_of_another_rank_is_caught(
 
         loader, worker_module.WeightLoader = worker_module.WeightLoader, Crossed
         try:
-            return worker.setup(plan)
+            return worker.setup(plan, rehearse=True)
         finally:
             worker_module.WeightLoader = loader
 
@@ -501,26 +537,27 @@ def test_slots_hold_nothing_before_the_rehearsal(
     case = build([home] * 5, 1, resident=residents)
     stream = case.stream
     seen: dict[str, Tensor] = {}
-    stream.rehearse(lambda block, memory: seen.update({block.name: memory.clone()}))
+    stream.watch_arrivals(lambda block, memory: seen.update({block.name: memory.clone()}))
+    stream.rehearse()
     assert list(seen) == [block.name for block in stream.blocks]
     assert not any(map(_is_spoiled, seen.values()))
     monkeypatch.setattr(loader_module.BlockLoader, "load", lambda self, block, memory, after, slot, done, **_: None)
-    stream.rehearse(lambda block, memory: seen.update({block.name: memory.clone()}))
+    stream.watch_arrivals(lambda block, memory: seen.update({block.name: memory.clone()}))
+    stream.rehearse()
     assert all(map(_is_spoiled, seen.values()))
     monkeypatch.undo()
-    stream.rehearse(lambda *_: None)
+    stream.watch_arrivals(lambda *_: None)
+    stream.rehearse()
     case.check(range(5))
     stream.remove()
     stream.engine.close()
 
 
-def test_the_picture_after_a_compared_rehearsal(flux2_dir: Path) -> None:
-    """What the rehearsal poisons and reads is loaded again where it must be: the same bits as without it."""
-    from crossdock.runtime.request import GenerateRequest
-
-    request = GenerateRequest((PROMPT,), height=ODD_SIZE[0], width=ODD_SIZE[1], steps=2)
+def test_the_picture_after_comparing(flux2_dir: Path) -> None:
+    """What is spoiled and read, in a rehearsal or the first step, is loaded again where it must be: the same bits."""
     found = []
     for way in ("shared", "some resident", "off"):
-        with _worker(_plan(flux2_dir, WAYS[way])) as (worker, _):
-            found.append(worker.generate(request).latents)
+        for rehearse in (True, False):
+            with _worker(_plan(flux2_dir, WAYS[way]), rehearse=rehearse) as (worker, _):
+                found.append(worker.generate(REQUEST).latents)
     assert all(torch.equal(cast(Tensor, one), cast(Tensor, found[0])) for one in found)

@@ -31,9 +31,9 @@ pytest.importorskip("ray", reason="ray is not installed: faults under torchrun h
 from crossdock.launch.ray_gang import RayGang
 
 Kind = Literal["kill", "stop", "raise"]
-Moment = Literal["launch", "load", "rehearsal", "first step", "middle step", "last step", "decode"]
+Moment = Literal["launch", "load", "verify", "first step", "middle step", "last step", "decode"]
 IN_REQUEST: tuple[Moment, ...] = ("first step", "middle step", "last step", "decode")
-COMING_UP: tuple[Moment, ...] = ("launch", "load", "rehearsal")
+COMING_UP: tuple[Moment, ...] = ("launch", "load", "verify")
 KINDS: dict[Kind, FaultKind] = {"kill": "died", "stop": "stopped", "raise": "raised"}
 STEPS = 6
 SIZE = 64
@@ -111,7 +111,7 @@ def _faulty_setup(planted: Planted, end: Callable[[], None]) -> Callable[..., An
         from crossdock.runtime.weights import WeightLoader
 
         if worker.rank == rank:
-            owner, name = (WeightLoader, "load_outside") if moment == "load" else (BlockStream, "rehearse")
+            owner, name = (WeightLoader, "load_outside") if moment == "load" else (BlockStream, "watch_arrivals")
             setattr(owner, name, lambda *_, **__: end())
         return worker.setup(*args)
 
@@ -268,7 +268,7 @@ def test_the_picture_is_the_same(rank: int, kind: Kind, moment: Moment, run: Run
 
 def test_faults_while_new_ranks_come_up(run: Run) -> None:
     """A second, third and fourth fault, in what the first one made necessary; each is known, and known as its own."""
-    faults = [(3, "kill", "first step"), (2, "stop", "launch"), (1, "kill", "load"), (0, "raise", "rehearsal")]
+    faults = [(3, "kill", "first step"), (2, "stop", "launch"), (1, "kill", "load"), (0, "raise", "verify")]
     run.survive(*faults)  # type: ignore[arg-type]
 
 
@@ -293,7 +293,7 @@ def test_every_rank_at_every_moment(rank: int, kind: Kind, moment: Moment, run: 
     [
         [(0, "kill", "launch"), (2, "stop", "load")],
         pytest.param(
-            [(1, "stop", "launch"), (3, "raise", "load"), (2, "kill", "rehearsal"), (0, "stop", "rehearsal")],
+            [(1, "stop", "launch"), (3, "raise", "load"), (2, "kill", "verify"), (0, "stop", "verify")],
             marks=pytest.mark.skipif(not EVERY_RANK, reason="two minutes: make test-faults"),
         ),
     ],

@@ -227,8 +227,11 @@ def test_layerwise_picture_equals_resident(family: str, tmp_path: Path) -> None:
     for layerwise in (False, True):
         plan = make_plan(RunConfig.parse({"offload": {"layerwise": layerwise}}), directory, "cuda")
         worker = RankWorker(0, 1, torch.device("cuda:0"))
-        Coordinator(plan).admit([worker.setup(plan)])
-        latents = worker.generate(GenerateRequest((PROMPT,))).latents
+        coordinator = Coordinator(plan)
+        coordinator.admit([worker.setup(plan)], rehearsed=False)
+        result = worker.generate(GenerateRequest((PROMPT,)))
+        coordinator.review([result])
+        latents = result.latents
         assert latents is not None
         found.append(latents)
         worker.teardown()

@@ -61,7 +61,7 @@ def test_latents_equal_diffusers(
 
     And streamed or resident, bit-identical: offloading must not change a single bit at the same layout.
     """
-    config, directory = load_config(layout.config), checkpoint_of(row.recipe)
+    config, directory, prompt = load_config(layout.config), checkpoint_of(row.recipe), PROMPT + row.also
     gang = gang_of(config.world_size)
     if (reason := why_refused(spec_for(directory), layout.name)) is not None:
         with pytest.raises(UserError, match=re.escape(reason)):
@@ -70,9 +70,9 @@ def test_latents_equal_diffusers(
     found = {}
     with Engine.start(config, directory, gang) as engine:
         for size in row.sizes:
-            generation = engine.generate(PROMPT, height=size[0], width=size[1], **row.wishes)
+            generation = engine.generate(prompt, height=size[0], width=size[1], **row.wishes)
             found[size] = generation.latents[0]
-            expected = reference(directory, size=size, frames=row.frames, guided=row.guided)
+            expected = reference(directory, prompt, size, frames=row.frames, guided=row.guided)
             error = max_error(found[size], expected.latents)
             levels = max_levels(generation.images[0], expected.media[0])
             print(f"{layout.name} {row.recipe} {size[0]}x{size[1]}: max error {error:.2e}, {levels} of 256 levels")
@@ -83,7 +83,7 @@ def test_latents_equal_diffusers(
         resident = config.model_copy(update={"offload": OffloadConfig()})
         with Engine.start(resident, directory, gang) as engine:
             for size, streamed in found.items():
-                again = engine.generate(PROMPT, height=size[0], width=size[1], **row.wishes).latents[0]
+                again = engine.generate(prompt, height=size[0], width=size[1], **row.wishes).latents[0]
                 assert torch.equal(streamed, again), "layerwise on and off differ"
 
 

@@ -28,7 +28,7 @@ from crossdock.runtime.gang import Gang
 from crossdock.runtime.plan import RunPlan, make_plan
 from crossdock.runtime.probe import probe_numbers, probe_request
 from crossdock.runtime.rank_result import RankResult
-from crossdock.runtime.reports import ProbeReport, RankReport, Violation
+from crossdock.runtime.reports import Violation
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.verify import CHECKS
 from crossdock.runtime.verify_numbers import SAME_NUMBERS
@@ -46,8 +46,10 @@ from crossdock.launch.ray_gang import RayGang  # noqa: E402 - only where there i
 
 GangOf = Callable[[int], Gang]
 Checkpoints = dict[str, Path]
-Seen = tuple[RankReport, RankResult | None, ProbeReport | None]
-"""What one rank told: of its load, a request and a probe, as far as it got."""
+Told = dict[Stage, list[Any]]
+"""Stage -> by rank a RankReport, RankResult or ProbeReport, as far as the ranks got."""
+Found = dict[Stage, list[Violation]]
+"""Stage -> what the coordinator found in it; there is none after one in which something was found."""
 SIZE = 64
 REQUEST = GenerateRequest((PROMPT,), steps=1, height=SIZE, width=SIZE)
 TWO_STEPS = GenerateRequest((PROMPT,), steps=2, height=SIZE, width=SIZE)
@@ -110,7 +112,7 @@ MUTATIONS = (
         needs="streamed",
     ),
     Mutation(
-        "a copy read after the rehearsal",
+        "a copy read after the load",
         (1,),
         "owned-once",
         BLOCK,
@@ -155,7 +157,14 @@ MUTATIONS = (
     ),
     Mutation("shard of the neighbour", (), "covers", BLOCK, HSDP, mutations.shard_of_the_neighbour, needs="sharded"),
     Mutation(
-        "shard off by the alignment", (), "covers", BLOCK, HSDP, mutations.shard_off_by_the_alignment, needs="sharded"
+        "shard off by the alignment",
+        (),
+        "covers",
+        BLOCK,
+        HSDP,
+        mutations.shard_off_by_the_alignment,
+        needs="sharded",
+        sooner="covers",
     ),
     Mutation(
         "gathered without slicing",
@@ -186,6 +195,7 @@ MUTATIONS = (
         ("layerwise_tp2", "hsdp"),
         mutations.table_not_rebuilt,
         needs="!one_store",
+        sooner="covers",
     ),
     Mutation(
         "cached view",
@@ -279,6 +289,7 @@ MUTATIONS = (
         ("layerwise_hsdp",),
         mutations.order_swapped,
         needs="sharded",
+        sooner="same-schedule",
     ),
     Mutation(
         "axes confused",
@@ -355,67 +366,69 @@ def _layouts_of(mutation: Mutation) -> tuple[str, ...]:
 
 
 def _on_ranks(
-    stages: frozenset[str], stage: Stage, plant: Plant | None, rank: int | None, prepare: Plant | None
-) -> Any:
-    """What a rank does: the fault comes with `stage`, and the rank goes through `stages`."""
+    stage: Stage, plant: Plant | None = None, rank: int | None = None, prepare: Plant | None = None
+) -> Callable[[Stage, bool], Any]:
+    """(stage, with a rehearsal) -> what a rank does then; the fault comes with `stage`, and stays until `_undo`."""
 
-    def run(worker: RankWorker, plan: RunPlan, request: GenerateRequest, probing: GenerateRequest) -> Seen:
-        import pytest
+    def work_of(entered: Stage, rehearse: bool) -> Any:
+        def run(worker: RankWorker, plan: RunPlan, request: GenerateRequest, probing: GenerateRequest) -> Any:
+            import pytest
 
-        def enter(entered: str) -> None:
             mine = rank is None or worker.rank == min(rank, worker.world_size - 1)
+            patch = vars(worker).setdefault("planted", pytest.MonkeyPatch())
+            if prepare is not None and entered == "load":
+                prepare(worker, patch)
             if plant is not None and mine and entered == stage:
                 plant(worker, patch)
+            if entered == "load":
+                return worker.setup(plan, rehearse=rehearse)
+            return worker.generate(request) if entered == "request" else probe_numbers(worker, probing)
 
-        with pytest.MonkeyPatch.context() as patch:
-            if prepare is not None:
-                prepare(worker, patch)
-            enter("load")
-            report, result, probed = worker.setup(plan), None, None
-            if "request" in stages:
-                enter("request")
-                result = worker.generate(request)
-            if "probe" in stages:
-                enter("probe")
-                probed = probe_numbers(worker, probing)
-            return report, result, probed
+        return run
 
-    return run
+    return work_of
 
 
-def _violations(plan: RunPlan, seen: list[Seen]) -> dict[str, list[Violation]]:
-    """Stage -> what the coordinator finds in it."""
-    coordinator = Coordinator(plan)
-    found: dict[str, list[Violation]] = {}
-    judged: list[tuple[str, Callable[[Any], None], list[Any]]] = [
-        ("load", coordinator.admit, [report for report, _, _ in seen]),
-        ("request", coordinator.review, [result for _, result, _ in seen if result is not None]),
-        ("probe", coordinator.compare, [probed for _, _, probed in seen if probed is not None]),
-    ]
-    for stage, judge, told in judged:
-        found[stage] = []
-        try:
-            if told:
-                judge(told)
-        except CompositionError as error:
-            found[stage] = list(error.violations)
-    return found
+def _run(
+    gang: Gang,
+    plan: RunPlan,
+    request: GenerateRequest,
+    work_of: Callable[[Stage, bool], Any],
+    *stages: Stage,
+    rehearse: bool = False,
+) -> tuple[Found, Told]:
+    """As an engine does it: each stage is judged before the next one, and what is refused goes no further."""
+
+    def undo(worker: RankWorker) -> None:
+        vars(worker).pop("planted").undo()
+
+    coordinator, found, told = Coordinator(plan), Found(), Told()
+    judge: dict[Stage, Callable[[list[Any]], None]] = {
+        "load": lambda reports: coordinator.admit(reports, rehearse),
+        "request": coordinator.review,
+        "probe": coordinator.compare,
+    }
+    try:
+        for stage in stages:
+            work = work_of(stage, rehearse)
+            told[stage] = gang.call(work, plan, request, probe_request(plan), timeout_s=TIMEOUT_S)
+            found[stage] = []
+            try:
+                judge[stage](told[stage])
+            except CompositionError as error:
+                found[stage] = list(error.violations)
+                break
+    finally:
+        gang.call(undo, timeout_s=TIMEOUT_S)
+        gang.call(RankWorker.teardown, timeout_s=TIMEOUT_S)
+    return found, told
 
 
-def _error(seen: list[Seen], directory: Path) -> float:
+def _error(told: Told, directory: Path) -> float:
     """Of the picture of TWO_STEPS, to that of diffusers."""
-    result = seen[0][1]
-    assert result is not None
+    result: RankResult = told["request"][0]
     assert result.latents is not None
     return max_error(result.latents, reference_latents(directory, size=(SIZE, SIZE), steps=TWO_STEPS.steps))
-
-
-def _run(gang: Gang, plan: RunPlan, request: GenerateRequest, work: Any) -> list[Seen]:
-    try:
-        seen: list[Seen] = gang.call(work, plan, request, probe_request(plan), timeout_s=TIMEOUT_S)
-    finally:
-        gang.call(RankWorker.teardown, timeout_s=TIMEOUT_S)
-    return seen
 
 
 @pytest.mark.parametrize(
@@ -426,13 +439,13 @@ def _run(gang: Gang, plan: RunPlan, request: GenerateRequest, work: Any) -> list
     ],
 )
 def test_no_false_alarm(layout: str, family: str, gang_of: GangOf, checkpoints: Checkpoints) -> None:
-    """A healthy load, request of two steps or probe is refused."""
+    """A healthy load, with a rehearsal or without one, request of two steps or probe is refused."""
     plan = _plan(layout, checkpoints[family])
-    stages = frozenset({"request", "probe"})
-    seen = _run(gang_of(plan.mesh.world_size), plan, TWO_STEPS, _on_ranks(stages, "load", None, None, None))
-    assert _violations(plan, seen) == {"load": [], "request": [], "probe": []}
-    assert all(result is not None and probed is not None for _, result, probed in seen)
-    assert _error(seen, checkpoints[family]) <= TOLERANCE
+    gang, work_of = gang_of(plan.mesh.world_size), _on_ranks("load")
+    assert _run(gang, plan, TWO_STEPS, work_of, "load", rehearse=True)[0] == {"load": []}
+    found, told = _run(gang, plan, TWO_STEPS, work_of, "load", "request", "probe")
+    assert found == {"load": [], "request": [], "probe": []}
+    assert _error(told, checkpoints[family]) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -446,18 +459,35 @@ def test_no_false_alarm(layout: str, family: str, gang_of: GangOf, checkpoints: 
 def test_mutation_is_caught(
     mutation: Mutation, layout: str, gang_of: GangOf, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A planted fault passes, or is blamed on another rank, block, parameter or check."""
+    """A planted fault passes, or is blamed on another rank, block, parameter or check. One of loading must be refused
+    by the end of the first request, and by a rehearsal."""
     prepare = None
     if mutation.where == TABLE:
         mutations.with_table(plan_module, monkeypatch)
         prepare = mutations.table_on_ranks
     plan = _plan(layout, checkpoints[mutation.family])
-    work = _on_ranks(frozenset({mutation.stage}), mutation.stage, mutation.plant, mutation.rank, prepare)
-    request = replace(REQUEST, steps=mutation.steps)
-    found = _violations(plan, _run(gang_of(plan.mesh.world_size), plan, request, work))
-    assert mutation.stage == "load" or found["load"] == []
-    mine = [violation for violation in found[mutation.stage] if violation.check == mutation.check]
-    print(layout, sorted({v.check for v in found[mutation.stage]}), *mine[:2], sep="\n  ")
+    gang, request = gang_of(plan.mesh.world_size), replace(REQUEST, steps=mutation.steps)
+    work_of = _on_ranks(mutation.stage, mutation.plant, mutation.rank, prepare)
+    if mutation.stage == "load":
+        found, told = _run(gang, plan, request, work_of, "load", "request")
+        early = found.get("request", found["load"])
+        if mutation.sooner:
+            assert mutation.sooner in {violation.check for violation in early}, early
+        else:
+            _expect(mutation, plan, early)
+        assert all(result.image is None for result in told.get("request", ())) or mutation.check != "covers"
+        if not mutation.sooner and "request" not in found:
+            return  # a rehearsal is judged by that and more
+        found, _ = _run(gang, plan, request, work_of, "load", rehearse=True)
+    else:
+        found, _ = _run(gang, plan, request, work_of, "load", mutation.stage, rehearse=True)
+        assert found["load"] == []
+    _expect(mutation, plan, found[mutation.stage])
+
+
+def _expect(mutation: Mutation, plan: RunPlan, violations: list[Violation]) -> None:
+    mine = [violation for violation in violations if violation.check == mutation.check]
+    print(plan.layout_name, sorted({violation.check for violation in violations}), *mine[:2], sep="\n  ")
     rank = min(1 if mutation.rank is None else mutation.rank, plan.mesh.world_size - 1)
     assert any(violation.rank == rank and mutation.where in violation.where for violation in mine), mine
     assert all(f"(holds {violation.where})" not in violation.found for violation in mine), "shared with itself"
@@ -508,11 +538,13 @@ def test_a_rank_out_of_step_is_named(stuck: Stuck, pair: RayGang, checkpoints: C
     launch = {"timeouts": {"collective_s": 60}}
     config = RunConfig.parse({"parallel": stuck.parallel, "offload": {"layerwise": True}, "launch": launch})
     plan = make_plan(config, checkpoints[stuck.family], "cpu")
-    work = _on_ranks(frozenset({"request"}), "request", stuck.plant, 1, None)
+    work_of = _on_ranks("request", stuck.plant, 1)
+    what = plan, REQUEST, probe_request(plan)
     began = time.monotonic()
     try:
+        pair.call(work_of("load", True), *what, timeout_s=TIMEOUT_S)
         with pytest.raises(RankError, match=stuck.text) as caught:
-            pair.call(work, plan, REQUEST, probe_request(plan), timeout_s=TIMEOUT_S)
+            pair.call(work_of("request", True), *what, timeout_s=TIMEOUT_S)
     finally:
         took_s = time.monotonic() - began
         pair.restart()
@@ -555,10 +587,10 @@ def test_a_common_mistake_shows_in_the_picture(
         mistake.plant(None, monkeypatch)  # type: ignore[arg-type]
     directory = checkpoints[mistake.family]
     plan = _plan(mistake.layout, directory)
-    work = _on_ranks(frozenset({"request", "probe"}), mistake.stage, mistake.plant, None, None)
-    seen = _run(gang_of(plan.mesh.world_size), plan, TWO_STEPS, work)
-    assert _violations(plan, seen) == {"load": [], "request": [], "probe": []}, "a check sees it: put it in the table"
-    error = _error(seen, directory)
+    work_of, gang = _on_ranks(mistake.stage, mistake.plant), gang_of(plan.mesh.world_size)
+    found, told = _run(gang, plan, TWO_STEPS, work_of, "load", "request", "probe")
+    assert found == {"load": [], "request": [], "probe": []}, "a check sees it: put it in the table"
+    error = _error(told, directory)
     print(f"{mistake.name}: {error:.1e}")
     assert error > 10 * TOLERANCE
 

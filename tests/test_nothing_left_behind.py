@@ -202,7 +202,7 @@ def test_a_violation_stops_the_run(gang_of: Callable[[int], Gang], checkpoints: 
             return worker.report()
 
         with pytest.raises(CompositionError) as caught:
-            engine._coordinator.admit(gang.call(rebind, timeout_s=60))
+            engine._coordinator.admit(gang.call(rebind, timeout_s=60), rehearsed=False)
     assert "owned-once: rank 1: layers.1.feed_forward.w1.weight: expected slot" in str(caught.value)
 
 

@@ -29,7 +29,8 @@ LIMIT = 1e-6
 
 
 def tensors(output: Any) -> list[Tensor]:
-    return [part for part in output if isinstance(part, Tensor)]
+    """Of a model's output, which may be lists of them."""
+    return [output] if isinstance(output, Tensor) else [tensor for part in output for tensor in tensors(part)]
 
 
 def run_whole(case: Case) -> tuple[nn.Module, dict[str, Any], list[Tensor]]:

@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
 from parallel_models import CASES, IMAGE, build
 from test_parallel_models import LIMIT, Gang, run_parallel, run_whole
 from thread_ranks import as_group, groups_of, run_threads
@@ -63,9 +64,10 @@ class Model(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block() for _ in range(2))
 
-    def forward(self, image: Tensor, text: Tensor | None = None, **along: Any) -> Any:
+    def forward(self, image: Tensor, text: Tensor | None = None, first_only: tuple[str, ...] = (), **along: Any) -> Any:
         for block in self.blocks:
             result = block(image, text, **along)
+            along = {name: value for name, value in along.items() if name not in first_only}
             image, text = (result, None) if text is None else result
         return image if text is None else (image, text)
 
@@ -162,6 +164,8 @@ def test_padding_is_told_of_the_whole_sequence() -> None:
     for _, _, seen in run(of, Join(("image",)), image=image, text=text, real=real):
         assert seen.calls[0] == {"layout": SequenceLayout((8,), PARTS), "mask": None}
     assert run(of, image=image, text=text)[0][2].calls[0]["mask"] is None
+    found = run(of, image=image, text=text, real=real, first_only=("real",))  # the second block is given none
+    assert found[0][2].calls[0]["mask"] is None
 
 
 def test_queries_and_keys_may_be_of_different_segments() -> None:
@@ -313,6 +317,41 @@ def test_calls_of_different_lengths_follow_each_other() -> None:
     for found in run_threads(gang.meetings, work, 2):
         for part, whole in zip(found, expected, strict=True):
             assert (part - whole).abs().max() < LIMIT * whole.abs().max()
+
+
+def test_causal_attention_with_a_cache() -> None:
+    """The first step fills the cache of text and condition image, the second one runs the target image alone."""
+    case = CASES["Qwen-Image 2.1"]
+    model, inputs, _ = run_whole(case)
+    gang = Gang(1, 2, 1)
+    locals_ = [copy.deepcopy(model) for _ in range(2)]
+
+    def two_steps(of: nn.Module) -> list[Tensor]:
+        cache = QwenImage21KVCache(2)
+        more: dict[str, Any] = {"kv_cache": cache, "return_dict": False}
+        first = of(**inputs, **more, kv_cache_mode="extract")[0]
+        return [first, of(**inputs | {"timestep": inputs["timestep"] / 2}, **more, kv_cache_mode="cached")[0]]
+
+    def work(rank: int) -> list[Tensor]:
+        sequence = gang.sequence(rank)
+        sequence.apply(locals_[rank], case.regions)
+        AttentionBinding(locals_[rank], sequence)
+        return two_steps(locals_[rank])
+
+    with torch.no_grad():
+        expected = two_steps(model)
+    assert expected[1].shape[1] == 24 < expected[0].shape[1]
+    for found in run_threads(gang.meetings, work, 2):
+        for part, whole in zip(found, expected, strict=True):
+            assert (part - whole).abs().max() < LIMIT * whole.abs().max()
+
+
+def test_heads_that_cannot_be_dealt_out_are_named() -> None:
+    """Four heads to six ranks."""
+    case = CASES["Qwen-Image 2.1"]
+    sequence = Gang(1, 2, 3).sequence(0)
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.to_q: 4 heads cannot be dealt out to 6 ranks"):
+        sequence.apply(build(case), case.regions)
 
 
 def test_a_model_without_attention_is_refused() -> None:

@@ -163,7 +163,7 @@ def test_a_request_of_one_rank(flux2_dir: Path) -> None:
     plan = make_plan(RunConfig.parse({"offload": {"layerwise": True}}), flux2_dir, "cpu", device_bytes=2**33)
     worker = RankWorker(0, 1, torch.device("cpu"))
     try:
-        Coordinator(plan).admit([worker.setup(plan)])
+        Coordinator(plan).admit([worker.setup(plan, rehearse=True)])
         for _ in range(2):  # the second keeps to one schedule
             result = worker.generate(GenerateRequest(("a fox",), steps=3, height=64, width=64, guidance_scale=1.0))
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from crossdock.parallel.regions import SequenceRegion
+from crossdock.parallel.regions import Follow, SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
 from crossdock.runtime.specs import ModelSpec, Published, attention_plan
 from crossdock.runtime.tiny_parts import HEADS, LATENT_CHANNELS, TEXT_HIDDEN, TinyRecipe, flow_scheduler, qwen_tokenizer
@@ -34,11 +34,15 @@ SPEC = ModelSpec(
         SequenceRegion(
             enter="transformer_blocks.0",
             segments=("hidden_states", "encoder_hidden_states"),
+            follow={"freqs_cis": Follow("hidden_states", 0)},
+            within="transformer_blocks.*",
             leave="proj_out",
             gathers="hidden_states",
+            padding={"attention_mask": "encoder_hidden_states"},
         ),
     ),
     branches="calls",
+    guidance="guider.guidance_scale",
     encoders=("text_encoder", "text_encoder_2"),
     patch=1,
     fps=24,
@@ -46,6 +50,7 @@ SPEC = ModelSpec(
 )
 
 _HEAD_DIM = 12
+_SEEN = tuple(f"attn.norm_{name}.weight" for name in ("q", "k", "added_q", "added_k"))  # among some 500 text tokens
 
 
 def _transformer() -> Any:
@@ -121,5 +126,5 @@ def _components() -> dict[str, Any]:
 TINY = TinyRecipe(
     _components,
     outputs=("proj_out.weight",),
-    sharp=tuple(f"attn.norm_{name}.weight" for name in ("q", "k", "added_q", "added_k")),  # some 500 text tokens
+    sharp=_SEEN,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from crossdock.parallel.regions import Follow, SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
 from crossdock.runtime.specs import ModelSpec, Published, attention_plan
 from crossdock.runtime.tiny_parts import HEAD_DIM, HEADS, LATENT_CHANNELS, TEXT_HIDDEN, TinyRecipe, flow_scheduler
@@ -24,8 +25,18 @@ SPEC = ModelSpec(
             f"{BLOCKS}.ff.down": ROW,
         },
         head_count="num_attention_heads",
+        heads={f"{BLOCKS}.attn": ("num_heads", "num_kv_heads")},
     ),
-    regions=(),
+    regions=(
+        SequenceRegion(
+            enter="transformer_blocks.0",
+            segments=("hidden_states",),  # text, then the picture
+            within=BLOCKS,
+            follow={"image_rotary_emb": Follow("hidden_states", 0)},
+            leave="transformer_blocks.-1",
+            gathers="hidden_states",
+        ),
+    ),
     branches="calls",
     published=(Published("Krea-2-Raw", 12.820e9), Published("Krea-2-Turbo", 12.820e9)),
 )

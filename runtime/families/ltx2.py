@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from crossdock.parallel.regions import Follow, Join, SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, LinearStyle, TensorPlan
 from crossdock.runtime.specs import ModelSpec, Published, attention_plan
 from crossdock.runtime.tiny_parts import (
@@ -15,12 +16,12 @@ from crossdock.runtime.tiny_parts import (
     flow_scheduler,
 )
 
-VIDEO = ("attn1", "attn2", "audio_to_video_attn")
-"""Attention of the video: among itself, to the text, to the audio."""
-AUDIO = ("audio_attn1", "audio_attn2", "video_to_audio_attn")
-ATTENTION = tuple(f"transformer_blocks.*.{name}" for name in (*VIDEO, *AUDIO))
-ROTARY = {"attn1": ("query",), "audio_attn1": ("query",)} | dict.fromkeys((VIDEO[2], AUDIO[2]), ("query", "key"))
-"""Attention module -> of what it is given a rotary table, one per head: `[batch, heads, tokens, dim]`."""
+VIDEO, AUDIO = "hidden_states", "audio_hidden_states"
+SELF, TEXT = ("attn1", "audio_attn1"), ("attn2", "audio_attn2")
+EACH_OTHER = ("audio_to_video_attn", "video_to_audio_attn")
+ATTENTION = tuple(f"transformer_blocks.*.{name}" for name in (*SELF, *TEXT, *EACH_OTHER))
+ROTARY = dict.fromkeys(SELF, ("query",)) | dict.fromkeys(EACH_OTHER, ("query", "key"))
+"""Attention module -> what it has a rotary table for, one per head: `[batch, heads, tokens, dim]`."""
 
 
 def _attention(name: str) -> dict[str, LinearStyle]:
@@ -48,7 +49,26 @@ SPEC = ModelSpec(
             for name, parts in ROTARY.items()
         },
     ),
-    regions=(),
+    regions=(
+        SequenceRegion(
+            enter="transformer_blocks.0",
+            segments=(VIDEO, AUDIO),
+            within="transformer_blocks.*",
+            follow=dict.fromkeys(("video_rotary_emb", "ca_video_rotary_emb"), VIDEO)
+            | dict.fromkeys(("audio_rotary_emb", "ca_audio_rotary_emb"), AUDIO)
+            | dict.fromkeys(("temb", "temb_ca_scale_shift", "temb_ca_gate"), Follow(VIDEO, 1))
+            | dict.fromkeys(("temb_audio", "temb_ca_audio_scale_shift", "temb_ca_audio_gate"), Follow(AUDIO, 1)),
+            leave="transformer_blocks.-1",
+            gathers=(VIDEO, AUDIO),
+            cross=("transformer_blocks.*.attn2", "transformer_blocks.*.audio_attn2"),
+            joins={
+                "transformer_blocks.*.attn1": Join((VIDEO,)),
+                "transformer_blocks.*.audio_attn1": Join((AUDIO,)),
+                "transformer_blocks.*.audio_to_video_attn": Join((VIDEO,), (AUDIO,)),
+                "transformer_blocks.*.video_to_audio_attn": Join((AUDIO,), (VIDEO,)),
+            },
+        ),
+    ),
     branches="batch",
     encoders=("text_encoder", "connectors"),
     encode=("encode_prompt", "connectors"),

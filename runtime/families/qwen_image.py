@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from crossdock.parallel.regions import Follow, SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
 from crossdock.runtime.specs import ModelSpec, Published, attention_plan
 from crossdock.runtime.tiny_parts import (
@@ -17,6 +18,7 @@ from crossdock.runtime.tiny_parts import (
 from crossdock.runtime.tiny_qwen_vl import qwen25_vl_config, qwen_image_vae, qwen_vl_tokenizer
 
 BLOCKS = "transformer_blocks.*"
+TEXT, IMAGE = "encoder_hidden_states", "hidden_states"
 
 SPEC = ModelSpec(
     family="qwen-image",
@@ -37,7 +39,20 @@ SPEC = ModelSpec(
         },
         head_count="num_attention_heads",  # no module's `heads` is cut: the processor divides a whole width by it
     ),
-    regions=(),
+    regions=(
+        SequenceRegion(
+            enter="transformer_blocks.0",
+            segments=(TEXT, IMAGE),
+            within=BLOCKS,
+            follow={
+                "image_rotary_emb": (Follow(IMAGE, 0), Follow(TEXT, 0)),
+                "modulate_index": Follow(IMAGE, 1),
+            },
+            padding={"encoder_hidden_states_mask": TEXT},
+            leave="proj_out",
+            gathers=IMAGE,
+        ),
+    ),
     branches="calls",
     guidance="true_cfg_scale",
     published=(Published("Qwen-Image", 20.430e9), Published("Qwen-Image-2512", 20.430e9)),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from crossdock.parallel.regions import Deal, Follow, SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
 from crossdock.runtime.specs import ModelSpec, Published, attention_plan
 from crossdock.runtime.tiny_parts import HEAD_DIM, HEADS, LATENT_CHANNELS, TEXT_HIDDEN, TinyRecipe, flow_scheduler
 from crossdock.runtime.tiny_qwen_vl import latent_statistics, qwen3_vl_config, qwen_vl_tokenizer
 
 BLOCKS = "transformer_blocks.*"
+QKV = ("to_q", "to_k", "to_v")
 
 SPEC = ModelSpec(
     family="qwen-image-2.1",
@@ -18,14 +20,24 @@ SPEC = ModelSpec(
     block_stacks=("transformer_blocks",),
     tensor_plan=TensorPlan(
         linears={
-            **attention_plan(f"{BLOCKS}.attn", ("to_q", "to_k", "to_v"), ("to_out.0",)),
+            **attention_plan(f"{BLOCKS}.attn", QKV, ("to_out.0",)),
             f"{BLOCKS}.img_mlp.proj": COLUMN,
             f"{BLOCKS}.img_mlp.gate_layer": COLUMN,
             f"{BLOCKS}.img_mlp.out": ROW,
         },
         head_count="num_attention_heads",  # no module's `heads` is cut: the processor divides a whole width by it
     ),
-    regions=(),
+    regions=(
+        SequenceRegion(
+            enter="transformer_blocks.0",
+            segments=("hidden_states",),  # text, then the picture; of later steps the picture only, for text is cached
+            within=BLOCKS,
+            follow={"target_token_mask": Follow("hidden_states", 0)},
+            deals={f"{BLOCKS}.attn": Deal(QKV, ("to_out.0",))},
+            leave="transformer_blocks.-1",
+            gathers="hidden_states",
+        ),
+    ),
     branches="calls",
     guidance="true_cfg_scale",
     published=(Published("Qwen-Image-2.1", 7.115e9),),

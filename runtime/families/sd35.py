@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from crossdock.parallel.regions import Join, SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
 from crossdock.runtime.specs import ModelSpec, Published, attention_plan
 from crossdock.runtime.tiny_clip import clip_text_config, clip_tokenizer
@@ -20,6 +21,7 @@ from crossdock.runtime.tiny_parts import (
 from crossdock.runtime.tiny_t5 import t5_sizes, t5_tokenizer
 
 BLOCKS = "transformer_blocks.*"
+TEXT, IMAGE = "encoder_hidden_states", "hidden_states"
 _QKV = ("to_q", "to_k", "to_v")
 
 SPEC = ModelSpec(
@@ -41,7 +43,15 @@ SPEC = ModelSpec(
         head_count="num_attention_heads",
         heads={f"{BLOCKS}.attn": ("heads",), f"{BLOCKS}.attn2?": ("heads",)},
     ),
-    regions=(),
+    regions=(
+        SequenceRegion(
+            enter="transformer_blocks.0",
+            segments=(IMAGE, TEXT),
+            leave="proj_out",
+            gathers=IMAGE,
+            joins={f"{BLOCKS}.attn2?": Join((IMAGE,))},
+        ),
+    ),
     branches="batch",
     encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
     published=(

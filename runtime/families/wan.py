@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from crossdock.parallel.regions import SequenceRegion
+from crossdock.parallel.regions import Follow, SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
 from crossdock.runtime.specs import ModelSpec, Published, attention_plan
 from crossdock.runtime.tiny_parts import HEAD_DIM, HEADS, LATENT_CHANNELS, TEXT_HIDDEN, TinyRecipe
@@ -31,12 +31,16 @@ SPEC = ModelSpec(
         SequenceRegion(
             enter="blocks.0",
             segments=("hidden_states",),
+            follow={"rotary_emb": Follow("hidden_states", 1), "temb": Follow("hidden_states", 1, ndim=4)},
+            within="blocks.*",
             leave="blocks.-1",
             gathers="hidden_states",
+            cross=("blocks.*.attn2",),
         ),
     ),
     branches="calls",
     fps=16,
+    fps_with={"expand_timesteps": 24},  # the 5B model of Wan 2.2
     published=(
         Published("Wan2.1-T2V-14B", 14_288_491_584),
         Published("Wan2.1-T2V-1.3B", 1_418_996_800, {"ffn_dim": 8960, "num_attention_heads": 12, "num_layers": 30}),
