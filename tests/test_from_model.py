@@ -408,7 +408,7 @@ def test_an_attention_that_reads_the_size_of_all_heads_stays_whole() -> None:
 def test_what_one_block_of_a_stack_cannot_do_none_does() -> None:
     blocks = [AttentionBlock(Attention()), AttentionBlock(Attention(norm_q=nn.RMSNorm(8)))]
     assert ModelSpec.from_model(_model(*blocks)).tensor_plan.linears == {}
-    assert ModelSpec.from_model(_model(blocks[0], blocks[0])).tensor_plan.heads == ("blocks.*.attn",)
+    assert ModelSpec.from_model(_model(blocks[0], AttentionBlock(Attention()))).tensor_plan.heads == ("blocks.*.attn",)
 
 
 class Mlp(nn.Module):
