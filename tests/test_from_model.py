@@ -181,6 +181,7 @@ def test_a_tiny_model_is_streamed_bit_identically_in_the_order_that_was_inferred
     assert (listed == ran) == (case.name not in INTERLEAVED)
     assert any("runs within the loop" in sentence for sentence in spec.missing) == (case.name in INTERLEAVED)
     assert from_run.block_stacks == spec.block_stacks
+    assert [block.name for block in discover_blocks(case.model, from_run.run_order)] == ran
     assert not any(sentence.startswith("Order") for sentence in from_run.missing)
 
 
@@ -408,7 +409,9 @@ def test_an_attention_that_reads_the_size_of_all_heads_stays_whole() -> None:
 def test_what_one_block_of_a_stack_cannot_do_none_does() -> None:
     blocks = [AttentionBlock(Attention()), AttentionBlock(Attention(norm_q=nn.RMSNorm(8)))]
     assert ModelSpec.from_model(_model(*blocks)).tensor_plan.linears == {}
-    assert ModelSpec.from_model(_model(blocks[0], AttentionBlock(Attention()))).tensor_plan.heads == ("blocks.*.attn",)
+    assert ModelSpec.from_model(_model(blocks[0], AttentionBlock(Attention()))).tensor_plan.heads == {
+        "blocks.*.attn": ("heads",)
+    }
 
 
 class Mlp(nn.Module):
