@@ -82,6 +82,7 @@ class Row:
         frames: of a video.
         quick: the layouts that the test command runs; `make test-all` runs all.
         guided: guidance scale and negative prompt, where the pipeline does not guide unless it is asked to.
+        refused: what the message says, where no layout can run it.
         also: what the prompt says besides what it says for every family.
     """
 
