@@ -202,14 +202,15 @@ class RankPipeline:
             "generator": generators if several else generators[0],
             "output_type": "pil" if self._plan.spec.fps is None else "np",
             "return_dict": False,
-            **self._wishes(request),
+            **self._wishes(request, len(prompts)),
         }
 
-    def _wishes(self, request: GenerateRequest) -> dict[str, Any]:
+    def _wishes(self, request: GenerateRequest, batch: int) -> dict[str, Any]:
         """What else was asked for; for all else, the pipeline has its own defaults."""
+        negative = request.negative_prompt
         wishes = {
             self._plan.spec.guidance: request.guidance_scale,
-            "negative_prompt": request.negative_prompt,
+            "negative_prompt": negative if negative is None or batch == 1 else [negative] * batch,
             "num_frames": request.frames,
         }
         return {name: value for name, value in wishes.items() if value is not None and "." not in name}

@@ -160,6 +160,7 @@ PROMPT = 'a red fox in the snow, a sign that says "hello"'
 """Some pipelines encode once more what is in quotes."""
 UNUSED = {
     "QwenImagePipeline": r"transformer_blocks\.4\.(txt_mlp|attn\.(add_q_proj|to_add_out|norm_added_q))\..*",
+    "StableDiffusion3Pipeline": r"transformer_blocks\.4\.attn\.(add_q_proj|norm_added_q)\..*",
     "HunyuanVideo15Pipeline": "|".join(
         (
             r"transformer_blocks\.2\.(ff_context|attn\.(add_q_proj|to_add_out|norm_added_q))\..*",
