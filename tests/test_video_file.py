@@ -20,7 +20,7 @@ from crossdock.launch.arguments import Outputs
 from crossdock.launch.outputs import write_outputs
 from crossdock.launch.video_file import write_video
 from crossdock.runtime.errors import RequestError
-from crossdock.runtime.media import Video
+from crossdock.runtime.media import Audio, Video
 from layouts import CONFIGS
 from reference import PROMPT, reference
 
@@ -117,3 +117,19 @@ def test_generate_writes_a_video(checkpoint_of: Callable[[str], Path], tmp_path:
     assert difference.mean() < 3
     wrong = [np.abs(luma(found) - np.roll(luma(expected), turn, 0)).mean() for turn in range(1, 9)]
     assert difference.mean() < min(wrong) / 5
+
+
+def test_audio_is_heard_as_it_was_made(tmp_path: Path) -> None:
+    """Two channels of different tones: AAC loses little of a tone, and begins 1024 samples late."""
+    rate, path = 24_000, tmp_path / "out.mp4"
+    seconds = np.arange(rate // 2) / rate
+    tones = np.stack([0.5 * np.sin(2 * np.pi * hertz * seconds) for hertz in (440, 220)]).astype(np.float32)
+    write_video(Video(patches(12), fps=24, audio=Audio(tones, rate)), path)
+    with av.open(str(path)) as file:
+        stream = file.streams.audio[0]
+        heard = np.concatenate([frame.to_ndarray() for frame in file.decode(stream)], axis=1)
+        assert (stream.codec_context.name, stream.rate, stream.channels) == ("aac", rate, 2)
+    late = heard[:, 1024 : 1024 + tones.shape[1]]
+    middle = slice(2048, -2048)
+    assert abs(late[:, middle] - tones[:, middle]).max() < 0.05
+    assert len(decoded(path)[0]) == 12
