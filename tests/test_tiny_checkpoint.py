@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,10 @@ from crossdock.runtime.families import TINY, spec_of_pipeline
 from crossdock.runtime.specs import ModelSpec
 from crossdock.runtime.tiny_checkpoint import make_checkpoint
 from crossdock.runtime.vae_scale import latent_pixels
+from layouts import FAMILIES
 
+THOROUGH = list(TINY) if os.environ.get("CROSSDOCK_ALL") else list(FAMILIES)
+"""Recipes that are drawn with, again and again; `make test-all` does that with all."""
 SIZE_LIMIT_BYTES = 20_000_000
 LARGER = {"hunyuan-video-1.5": 26_000_000}
 """Its class has a projection of 2048 x 2048, whatever its config says."""
@@ -190,7 +194,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     return get
 
 
-@pytest.fixture(scope="module", params=list(TINY))
+@pytest.fixture(scope="module", params=THOROUGH)
 def pipeline(request: pytest.FixtureRequest, checkpoints: Callable[[str], Path]) -> Any:
     pipe = DiffusionPipeline.from_pretrained(checkpoints(request.param))
     pipe.set_progress_bar_config(disable=True)
@@ -263,7 +267,7 @@ def test_the_transformer_is_sharded(family: str, checkpoints: Callable[[str], Pa
     assert {stack: len(numbers) for stack, numbers in blocks.items()} == STACKS[family]
 
 
-@pytest.mark.parametrize("family", list(TINY))
+@pytest.mark.parametrize("family", THOROUGH)
 def test_bytes_follow_from_the_seed(family: str, tmp_path: Path, checkpoints: Callable[[str], Path]) -> None:
     torch.rand(3)  # the global generator is neither read nor moved
     state = torch.random.get_rng_state()
