@@ -48,6 +48,7 @@ class ModelSpec:
         encoders: the components that encode prompts, where the checkpoint has them.
         encode: the pipeline's methods that run them, and encoders that the pipeline calls itself. What these return
             depends on nothing else.
+        outputs: names of what a pipeline of blocks returns: pictures or videos, then audio. There, `encode` has blocks.
         decoders: the components that make pictures of latents. The first one that runs ends the denoise loop.
         patch: latents along each side of a token.
         fps: frames per second of the videos that it makes; None: it makes pictures.
@@ -73,6 +74,7 @@ class ModelSpec:
     negative_prompt: bool = True
     encoders: tuple[str, ...] = ("text_encoder",)
     encode: tuple[str, ...] = ("encode_prompt",)
+    outputs: tuple[str, ...] = ("images",)
     decoders: tuple[str, ...] = ("vae",)
     patch: int = 2
     fps: int | None = None

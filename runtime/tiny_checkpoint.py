@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from crossdock.runtime.errors import CheckpointError, RequestError
 from crossdock.runtime.families import SPEC_OF_RECIPE, TINY
+from crossdock.runtime.modular import assembled, is_modular, name_origin
 from crossdock.runtime.tiny_parts import TinyRecipe
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def make_checkpoint(recipe: str, directory: Path, seed: int = 0) -> None:
     with _new_directory(directory) as staging:
         pipeline = _build(recipe, seed)
         with _no_progress_bars():
-            pipeline.save_pretrained(staging, max_shard_size=TRANSFORMER_SHARD_SIZE)
+            pipeline.save_pretrained(str(staging), max_shard_size=TRANSFORMER_SHARD_SIZE)
+        name_origin(staging, f"crossdock/{recipe}")
 
 
 def _check_recipe(name: str) -> None:
@@ -101,7 +103,10 @@ def _build(name: str, seed: int) -> Any:
     for module in components.values():
         if isinstance(module, nn.Module):
             _randomise(module.eval(), recipe, generator)
-    return getattr(diffusers, SPEC_OF_RECIPE[name].pipeline)(**components, **recipe.options)
+    pipeline = getattr(diffusers, SPEC_OF_RECIPE[name].pipeline)
+    if is_modular(pipeline):
+        return assembled(pipeline, components)
+    return pipeline(**components, **recipe.options)
 
 
 def _randomise(module: nn.Module, recipe: TinyRecipe, generator: torch.Generator) -> None:
