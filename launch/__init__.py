@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from crossdock.launch.engine import Engine, Generation
+    from crossdock.launch.engine import Engine
+    from crossdock.launch.generation import Generation
 
 __all__ = ["Engine", "Generation"]
 

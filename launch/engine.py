@@ -7,14 +7,14 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import Tensor
 
+from crossdock.launch.generation import Generation
 from crossdock.launch.recovery import Fault, Snapshots, advice, brief, budget_text, restart, with_less_memory
 from crossdock.launch.telling import Delays, Progress, Steps, Tell
 from crossdock.runtime.chunks import number_of_chunks
@@ -22,11 +22,10 @@ from crossdock.runtime.config import LaunchConfig, RunConfig
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled, RequestTimeout
 from crossdock.runtime.gang import Gang, Notice
-from crossdock.runtime.media import Media
 from crossdock.runtime.plan import RunPlan, make_plan
 from crossdock.runtime.probe import probe_numbers, probe_request
 from crossdock.runtime.rank_result import RankResult
-from crossdock.runtime.reports import RankTrace, Verdict
+from crossdock.runtime.reports import Verdict
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.request_checks import check_amounts, check_request
 from crossdock.runtime.resume import Snapshot
@@ -38,23 +37,6 @@ CANCEL_S = 10.0
 
 MakeGang = Callable[[LaunchConfig, int, str], Gang]
 """Makes a gang from (launch section, number of ranks, "cpu" or "cuda")."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """The answer to a request, in the order of its prompts.
-
-    Attributes:
-        images: pictures, or videos where the model makes these.
-        latents: for each `[1, ...]`, fp32, as the denoise loop left them; the shape is the pipeline's own.
-        report: the content of `report.json`.
-        trace: per rank, and per round of prompts, what it did when.
-    """
-
-    images: list[Media]
-    latents: list[Tensor]
-    report: dict[str, Any]
-    trace: list[RankTrace]
 
 
 class Engine:

@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from crossdock.launch.arguments import Amounts, Outputs
-from crossdock.launch.engine import Engine, Generation, MakeGang
+from crossdock.launch.engine import Engine, MakeGang
+from crossdock.launch.generation import Generation
 from crossdock.launch.outputs import write_outputs
 from crossdock.launch.recovery import brief
 from crossdock.runtime.config import RunConfig

@@ -25,6 +25,7 @@ class ModelRow:
         parameters: of the transformer.
         bytes: of the transformer in bf16.
         layouts: the shipped configs in which tests hold this family.
+        refused: why it cannot be run.
     """
 
     family: str
@@ -34,6 +35,7 @@ class ModelRow:
     parameters: int
     bytes: int
     layouts: tuple[str, ...]
+    refused: str
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -45,7 +47,7 @@ class ModelRow:
             ", ".join(f"{name} x{count}" for name, count in self.stacks.items()),
             f"{self.parameters / 1e9:.2f}B",
             f"{self.bytes / 1e9:.1f}",
-            _brief(self.layouts),
+            f"none: {self.refused}" if self.refused else _brief(self.layouts),
         )
 
 
@@ -61,7 +63,8 @@ def model_rows() -> Iterator[ModelRow]:
                 shape.stacks,
                 shape.parameters,
                 shape.bf16_bytes,
-                layouts,
+                () if published.refused else layouts,
+                published.refused,
             )
 
 

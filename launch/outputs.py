@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from crossdock.launch.arguments import Outputs
-from crossdock.launch.engine import Generation
+from crossdock.launch.generation import Generation
 from crossdock.launch.video_file import write_video
 from crossdock.runtime.media import Video
 from crossdock.runtime.trace_file import chrome_trace

@@ -76,7 +76,13 @@ def _align(module: nn.Module) -> None:
 
 
 def place_component(
-    module: nn.Module, device: torch.device, engine: CopyEngine, arena: Arena | None, prefetch: int, decodes: bool
+    name: str,
+    module: nn.Module,
+    device: torch.device,
+    engine: CopyEngine,
+    arena: Arena | None,
+    prefetch: int,
+    decodes: bool,
 ) -> Component:
     """Without an arena what decodes stays on the device and a text encoder comes and goes; else they take turns in it.
 
@@ -93,7 +99,7 @@ def place_component(
     try:
         return LayerwiseOffloader(module, device, arena=arena, engine=engine, stacks=stacks, **options)
     except HostMemoryError as error:
-        raise LaunchError(f"{type(module).__name__}: {error}", "offload.host") from None
+        raise LaunchError(f"{name}: {error}", "offload.host") from None
 
 
 def vae_parts(module: nn.Module) -> tuple[str, ...]:

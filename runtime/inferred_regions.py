@@ -46,8 +46,8 @@ def infer_regions(
         return (), (f"{_WHAT}: {type(model).__name__}._cp_plan is no region: {unclear}.",)
 
 
-def _one_region(plan: Mapping[str, Any]) -> tuple[str, dict[str, int], str]:
-    """Where tokens are cut, argument -> the dim that is cut, and where they are put together."""
+def _one_region(plan: Mapping[str, Any]) -> tuple[str, tuple[str, ...], str]:
+    """Where tokens are cut, the arguments that are cut, and where they are put together."""
     ends = [path for path, what in plan.items() if isinstance(what, ContextParallelOutput)]
     starts = {path: what for path, what in plan.items() if path not in ends}
     for path, what in starts.items():
@@ -61,13 +61,14 @@ def _one_region(plan: Mapping[str, Any]) -> tuple[str, dict[str, int], str]:
     for name, cut in arguments.items():
         if cut.expected_dims is None or cut.split_dim - cut.expected_dims != FOLLOW_DIM:
             raise _NoRegionError(f"it cuts {name}, whose tokens are not its last dim but one")
-    return enter, {name: cut.split_dim for name, cut in arguments.items()}, ends[0]
+    return enter, tuple(arguments), ends[0]
 
 
 def _watched(
-    model: nn.Module, enter: str, cuts: Mapping[str, int], leave: str, inputs: Mapping[str, Any]
+    model: nn.Module, enter: str, cuts: Sequence[str], leave: str, inputs: Mapping[str, Any]
 ) -> SequenceRegion:
-    given, put_out = {}, {}
+    given: dict[str, Any] = {}
+    put_out: dict[str, int] = {}
     spy = _JoinSpy()
 
     def note_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -88,10 +89,10 @@ def _watched(
             handle.remove()
     if absent := [name for name in cuts if not isinstance(given.get(name), Tensor)]:
         raise _NoRegionError(f"the inputs leave {_listed(absent)} out")
-    return _region(enter, leave, {name: given[name].shape[dim] for name, dim in cuts.items()}, put_out["tokens"], spy)
+    return _region(enter, leave, {name: given[name].shape[FOLLOW_DIM] for name in cuts}, put_out.get("tokens"), spy)
 
 
-def _region(enter: str, leave: str, lengths: Mapping[str, int], out: int, spy: _JoinSpy) -> SequenceRegion:
+def _region(enter: str, leave: str, lengths: Mapping[str, int], out: int | None, spy: _JoinSpy) -> SequenceRegion:
     segments = {name: length for name, length in lengths.items() if not name.endswith("_ids")}
     if len(set(segments.values())) < len(segments):
         raise _NoRegionError(f"{_listed(segments)} are of equal length in the inputs; give them different ones")

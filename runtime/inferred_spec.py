@@ -36,10 +36,13 @@ def infer_spec(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Inf
     """What `model` says of itself.
 
     Stacks are those that the model declares, else those that its structure shows (`offload.discovery`), in the order
-    in which its source names them. `inputs` decide where the source leaves the order open.
+    in which its source names them. A run on `inputs` decides over both, tries a tensor plan that no class declares,
+    and shows what a `_cp_plan` leaves open.
 
     Args:
-        inputs: arguments of the model's forward, for one pass, on the device of its weights; meta tensors for meta.
+        model: on any device. Nothing of it is changed.
+        inputs: arguments of its forward, on the device of its weights, for up to two passes; meta tensors for meta.
+            Segments of a joint sequence should differ in length.
     """
     missing: list[str] = []
     stacks: tuple[str, ...] = ()
@@ -48,6 +51,7 @@ def infer_spec(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Inf
         stacks = stack_paths(model)[0]
         blocks = discover_blocks(model, stacks)
     except DiscoveryError as error:
+        stacks = ()
         missing.append(f"Block stacks: {error}.")
     ran = _first_runs(model, blocks, inputs) if inputs is not None else ()
     if inputs is None:

@@ -230,6 +230,8 @@ def _mlp(module: nn.Module) -> dict[str, LinearStyle]:
         _StaysWholeError: it has the sizes of one, but its halves do not add up.
     """
     linears = _linears(module)
+    if any(_is_attention(part) for part in module.modules()):
+        return {}
     if len(linears) < 2 or _parameters(module) != sum(_parameters(child) for child in linears.values()):
         return {}
     failures = []

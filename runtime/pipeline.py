@@ -83,7 +83,7 @@ class RankPipeline:
         self._modules = {name: getattr(self.pipe, name) for name in (*plan.encoders, *plan.decoders) if first}
         depth = plan.config.offload.depths[0]
         self._components = {
-            name: place_component(module, device, engine, arena, depth, decodes=name in plan.decoders)
+            name: place_component(name, module, device, engine, arena, depth, decodes=name in plan.decoders)
             for name, module in self._modules.items()
         }
         for name, component in self._components.items():
@@ -208,14 +208,15 @@ class RankPipeline:
             "generator": generators if several else generators[0],
             "output_type": "pil" if self._plan.spec.fps is None else "np",
             "return_dict": False,
-            **self._wishes(request),
+            **self._wishes(request, len(prompts)),
         }
 
-    def _wishes(self, request: GenerateRequest) -> dict[str, Any]:
+    def _wishes(self, request: GenerateRequest, batch: int) -> dict[str, Any]:
         """What else was asked for; for all else, the pipeline has its own defaults."""
+        negative = request.negative_prompt
         wishes = {
             self._plan.spec.guidance: request.guidance_scale,
-            "negative_prompt": request.negative_prompt,
+            "negative_prompt": negative if negative is None or batch == 1 else [negative] * batch,
             "num_frames": request.frames,
         }
         return {name: value for name, value in wishes.items() if value is not None and "." not in name}

@@ -24,11 +24,13 @@ class Published:
         name: as its publisher calls it.
         parameters: of the transformer, as published; tensors in the checkpoint that are no parameters count as well.
         config: of the transformer: what differs from the class's defaults.
+        refused: why it cannot be run; empty: it can.
     """
 
     name: str
     parameters: float
     config: Mapping[str, Any] = field(default_factory=dict)
+    refused: str = ""
 
 
 @dataclass(frozen=True)

@@ -249,15 +249,11 @@ class RankWorker:
         return result
 
     def _result(self, log: RequestLog, done: Denoised, decoded: float) -> RankResult:
-        """What the coordinator judges; times are of `time.perf_counter`. Collective where blocks have yet to come."""
+        """What the coordinator judges; `decoded` of `time.perf_counter`. Collective where blocks have yet to come."""
         issued = self._issued()
         events, spans = log.events(), log.spans(done.encodes, done.end_s, decoded)
-        phases = {
-            "load": self.load_s,
-            "encode": done.encode_s,
-            "denoise": done.denoise_s,
-            "decode": decoded - done.end_s,
-        }
+        phases = {"load": self.load_s, "encode": done.encode_s, "denoise": done.denoise_s}
+        phases["decode"] = decoded - done.end_s
         modules = (self.model, *self.pipeline.on_device)
         measurements = log.measurements(self.rank, self.device, self.weights, modules, done.step_ms, phases)
         timeline = RankTrace(self.rank, measurements.host, measurements.device, events, spans)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from crossdock.parallel.regions import Deal, Follow, Join, SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, LinearStyle, TensorPlan
-from crossdock.runtime.specs import SPECS
+from crossdock.runtime.families import SPECS
 
 QKV, ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
 HALVES = LinearStyle("column", (1, 1))

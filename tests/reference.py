@@ -102,7 +102,7 @@ def reference(
     wishes: dict[str, Any] = {} if frames is None else {"num_frames": frames}
     own = getattr(pipe, "guider", None)
     if guided is not None:
-        wishes["negative_prompt"] = guided[1]
+        wishes["negative_prompt"] = [guided[1]] * len(prompt) if several else guided[1]
         if own is None:
             wishes[spec_for(directory).guidance] = guided[0]
         else:

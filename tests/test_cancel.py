@@ -86,7 +86,7 @@ def test_a_cancel_names_its_request(flux2_dir: Path) -> None:
         assert (early.reason, early.finished_steps) == ("to come", 1)
         assert torch.equal(_run(worker, replace(REQUEST, number=10)), expected)
 
-        encoder = worker.pipeline.pipe.text_encoder._held[0]
+        encoder = worker.pipeline.pipe.text_encoder
         handle = encoder.register_forward_hook(lambda *_: worker.cancel(f"reason {next(reasons)}", 11))
         reasons = iter(range(10))
         encoding = _run(worker, replace(REQUEST, number=11))
@@ -235,8 +235,8 @@ def test_a_rank_that_left_a_step_out(gang_of: GangOf, flux2_dir: Path) -> None:
     def skip(worker: RankWorker) -> Any:
         agree = worker.stopping.agree
 
-        def ahead(finished: int, total: int) -> None:
-            agree(finished + (worker.rank == 1 and finished == 3), total)
+        def ahead(finished: int, total: int, differ: bool) -> None:
+            agree(finished + (worker.rank == 1 and finished == 3), total, differ)
 
         worker.stopping.agree = ahead  # type: ignore[method-assign]
         try:

@@ -11,8 +11,9 @@ import pytest
 import typer
 
 from crossdock.launch import cli
-from crossdock.launch.arguments import Outputs, build_app, run_app
+from crossdock.launch.arguments import Amounts, Outputs, build_app, run_app
 from crossdock.runtime.errors import CompositionError, LaunchError, RankError, RequestError
+from crossdock.runtime.families import TINY
 from crossdock.runtime.request import GenerateRequest
 
 
@@ -21,10 +22,12 @@ class Recorder:
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
-        self.calls: list[tuple[Path, Path, GenerateRequest, Outputs]] = []
+        self.calls: list[tuple[Path, Path, GenerateRequest, Outputs, Amounts]] = []
 
-    def __call__(self, config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs) -> None:
-        self.calls.append((config, model_dir, request, outputs))
+    def __call__(
+        self, config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs, amounts: Amounts
+    ) -> None:
+        self.calls.append((config, model_dir, request, outputs, amounts))
         if self.error is not None:
             raise self.error
 
@@ -51,6 +54,7 @@ def run_with(error: BaseException | None, arguments: list[str]) -> tuple[int, Re
 
 def test_generate_passes_everything_on(tmp_path: Path, arguments: list[str]) -> None:
     more = ["--prompt=a dog", "--seed=7", "--steps=2", "--height=208", "--width=176", "--guidance-scale=1.5"]
+    more += ["--negative-prompt=blur", "--frames=9", "--images-per-prompt=3", "--batch-size=2"]
     files = [f"--latents={tmp_path / 'l.safetensors'}", f"--report={tmp_path / 'r.json'}"]
     code, recorder = run_with(None, arguments + more + files)
     assert code == 0
@@ -58,8 +62,9 @@ def test_generate_passes_everything_on(tmp_path: Path, arguments: list[str]) -> 
         (
             tmp_path / "run.yaml",
             tmp_path / "model",
-            GenerateRequest(("a fox", "a dog"), 7, 2, 208, 176, 1.5),
+            GenerateRequest(("a fox", "a dog"), 7, 2, 208, 176, 1.5, negative_prompt="blur", frames=9),
             Outputs(tmp_path / "out.png", tmp_path / "l.safetensors", tmp_path / "r.json"),
+            Amounts(images_per_prompt=3, batch_size=2),
         )
     ]
 
@@ -105,6 +110,7 @@ BAD_OPTIONS = {
     ),
     "nan": (["--guidance-scale=nan"], "guidance_scale: found nan; allowed: a finite number >= 0"),
     "negative": (["--guidance-scale=-1"], "guidance_scale: found -1.0; allowed: a finite number >= 0"),
+    "frames": (["--frames=0"], "frames: found 0; allowed: an integer >= 1"),
     "prompt": (["--prompt= "], "prompts: prompt 1 is empty; describe the picture"),
     "folder": (["--out={tmp}/no/out.png"], "--out {tmp}/no/out.png: the folder {tmp}/no does not exist"),
     "latents folder": (["--latents={tmp}/no/l"], "--latents {tmp}/no/l: the folder {tmp}/no does not exist"),
@@ -112,7 +118,7 @@ BAD_OPTIONS = {
     "report is a directory": (["--report={tmp}/model"], "--report {tmp}/model: is a directory; give a file"),
     "suffix": (
         ["--out={tmp}/out.gif"],
-        "--out {tmp}/out.gif: allowed: a file ending in .png, .jpg, .jpeg, .webp",
+        "--out {tmp}/out.gif: allowed: a file ending in .png, .jpg, .jpeg, .webp, .mp4",
     ),
     "same file": (
         ["--latents={tmp}/r", "--report={tmp}/model/../r"],
@@ -184,7 +190,7 @@ def test_config_schema_is_plain_json(capsys: pytest.CaptureFixture[str]) -> None
 def test_make_checkpoint_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_app(cli.app, ["make-checkpoint", "flux2klein", str(tmp_path / "new")]) == 2
     assert capsys.readouterr().err == (
-        "crossdock: error: family: found 'flux2klein'; did you mean flux2-klein? allowed: flux2-klein, z-image\n"
+        f"crossdock: error: family: found 'flux2klein'; did you mean flux2-klein? allowed: {', '.join(TINY)}\n"
     )
 
 
@@ -208,6 +214,6 @@ def test_both_entry_points_share_the_options() -> None:
     assert isinstance(plain, typer.core.TyperGroup)
     assert isinstance(full, typer.core.TyperGroup)
     assert set(plain.commands) == {"generate"}
-    assert set(full.commands) == {"generate", "check", "make-checkpoint", "config-schema", "timeline"}
+    assert set(full.commands) == {"generate", "check", "make-checkpoint", "config-schema", "models", "timeline"}
     names = [[option.name for option in group.commands["generate"].params] for group in (plain, full)]
     assert names[0] == names[1]

@@ -320,7 +320,7 @@ def test_components_count_as_host_memory(host: str, flux2_dir: Path, monkeypatch
     for missing in (1, 0):
         left = HostMemory(blocks + plan.component_host_bytes - missing, 2**33, "/sys/fs/cgroup/job")
         monkeypatch.setattr(weights, "host_memory", lambda left=left: left)
-        refused = pytest.raises(LaunchError, match=r"text encoder and VAE \(0\.\d+ GiB\): needs 0\.\d+ GiB")
+        refused = pytest.raises(LaunchError, match=r"text encoders and VAE \(0\.\d+ GiB\): needs 0\.\d+ GiB")
         with refused if missing else pytest.raises(InterruptedError):
             RankWorker(0, 1, torch.device("cpu")).setup(plan)
 

@@ -23,7 +23,8 @@ from crossdock.offload.discovery import discover_blocks
 from crossdock.offload.offloader import LayerwiseOffloader
 from crossdock.parallel.group import Group
 from crossdock.parallel.tensor import COLUMN, ROW, LinearStyle, TensorParallelism, TensorPlan
-from crossdock.runtime.specs import FLUX2_KLEIN, Z_IMAGE, ModelSpec
+from crossdock.runtime.families import SPECS
+from crossdock.runtime.specs import ModelSpec
 from tiny_transformers import TINY, build, make_inputs, tensors_of
 
 CPU = torch.device("cpu")
@@ -180,6 +181,7 @@ def test_a_tiny_model_is_streamed_bit_identically_in_the_order_that_was_inferred
     assert (listed == ran) == (case.name not in INTERLEAVED)
     assert any("runs within the loop" in sentence for sentence in spec.missing) == (case.name in INTERLEAVED)
     assert from_run.block_stacks == spec.block_stacks
+    assert [block.name for block in discover_blocks(case.model, from_run.run_order)] == ran
     assert not any(sentence.startswith("Order") for sentence in from_run.missing)
 
 
@@ -278,16 +280,16 @@ def _cut(model: nn.Module, plan: TensorPlan, rank: int, degree: int, group: Grou
 def test_flux2_is_what_its_spec_says() -> None:
     model = build("Flux2Transformer2DModel")
     spec = ModelSpec.from_model(model, make_inputs("Flux2Transformer2DModel", model))
-    assert spec.block_stacks == FLUX2_KLEIN.block_stacks
-    assert spec.tensor_plan == FLUX2_KLEIN.tensor_plan
-    assert spec.regions == FLUX2_KLEIN.regions
+    assert spec.block_stacks == SPECS["flux2-klein"].block_stacks
+    assert spec.tensor_plan == SPECS["flux2-klein"].tensor_plan
+    assert spec.regions == SPECS["flux2-klein"].regions
     assert [sentence.partition(":")[0] for sentence in spec.missing] == ["Pipeline"]
 
 
 def test_z_image_is_what_its_spec_says_but_for_the_regions() -> None:
     spec = ModelSpec.from_model(build("ZImageTransformer2DModel"))
-    assert spec.block_stacks == Z_IMAGE.block_stacks
-    assert spec.tensor_plan == Z_IMAGE.tensor_plan
+    assert spec.block_stacks == SPECS["z-image"].block_stacks
+    assert spec.tensor_plan == SPECS["z-image"].tensor_plan
     assert spec.regions == ()
     assert any("has no _cp_plan" in sentence for sentence in spec.missing)
 
@@ -407,7 +409,9 @@ def test_an_attention_that_reads_the_size_of_all_heads_stays_whole() -> None:
 def test_what_one_block_of_a_stack_cannot_do_none_does() -> None:
     blocks = [AttentionBlock(Attention()), AttentionBlock(Attention(norm_q=nn.RMSNorm(8)))]
     assert ModelSpec.from_model(_model(*blocks)).tensor_plan.linears == {}
-    assert ModelSpec.from_model(_model(blocks[0], blocks[0])).tensor_plan.heads == ("blocks.*.attn",)
+    assert ModelSpec.from_model(_model(blocks[0], AttentionBlock(Attention()))).tensor_plan.heads == {
+        "blocks.*.attn": ("heads",)
+    }
 
 
 class Mlp(nn.Module):

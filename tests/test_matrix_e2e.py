@@ -63,7 +63,8 @@ def test_latents_equal_diffusers(
     """
     config, directory, prompt = load_config(layout.config), checkpoint_of(row.recipe), PROMPT + row.also
     gang = gang_of(config.world_size)
-    if (reason := why_refused(spec_for(directory), layout.name)) is not None:
+    reason = row.refused or why_refused(spec_for(directory), layout.name)
+    if reason is not None:
         with pytest.raises(UserError, match=re.escape(reason)):
             Engine.start(config, directory, gang)
         return
@@ -151,27 +152,28 @@ def test_prompts_are_spread_over_replicas(prompts: tuple[str, ...], gang_of: Gan
         assert max_error(latents, reference_latents(directory, prompt, ODD_SIZE, 3 + number)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recipe", [*FAMILIES, "qwen-image"])  # the last has a mask where text is padded
 @pytest.mark.parametrize("name", ["layerwise_ulysses2_ring2", "layerwise_cfg2", "layerwise_hsdp_ulysses2"])
 def test_a_batch_of_prompts_of_different_lengths(
-    name: str, family: str, gang_of: GangOf, checkpoints: Checkpoints
+    name: str, recipe: str, gang_of: GangOf, checkpoint_of: Callable[[str], Path]
 ) -> None:
     """Several pictures at once, two of each prompt: as diffusers computes the same batches, on each replica its own."""
     config = load_config(next(layout for layout in LAYOUTS if layout.name == name).config)
-    directory, given = checkpoints[family], (PROMPT, "a fox")
+    row = next(row for row in ROWS if row.recipe == recipe)
+    directory, given = checkpoint_of(recipe), (PROMPT, "a fox")
     with Engine.start(config, directory, gang_of(config.world_size)) as engine:
         generation = engine.generate(
-            given, seed=3, height=ODD_SIZE[0], width=ODD_SIZE[1], images_per_prompt=2, batch_size=3
+            given, seed=3, height=ODD_SIZE[0], width=ODD_SIZE[1], images_per_prompt=2, batch_size=3, **row.wishes
         )
     prompts = tuple(prompt for prompt in given for _ in range(2))
     rounds = [prompts[:2], prompts[2:]] if config.parallel.dp_degree == 2 else [prompts[:3], prompts[3:]]
     assert len(generation.images) == len(generation.latents) == 4
     first = 0
     for batch in rounds:
-        expected = reference(directory, batch, ODD_SIZE, 3 + first)
+        expected = reference(directory, batch, ODD_SIZE, 3 + first, guided=row.guided)
         for number in range(len(batch)):
             error = max_error(generation.latents[first + number][0], expected.latents[number])
-            print(f"{name} {family} picture {first + number} in a batch of {len(batch)}: max error {error:.2e}")
+            print(f"{name} {recipe} picture {first + number} in a batch of {len(batch)}: max error {error:.2e}")
             assert error <= TOLERANCE
             assert max_levels(generation.images[first + number], expected.media[number]) <= 1
         first += len(batch)

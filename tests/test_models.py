@@ -74,7 +74,6 @@ def _hooks(model: nn.Module) -> int:
 def test_negative_prompts_are_taken_where_they_do_something(spec: ModelSpec) -> None:
     """A pipeline may have the argument and one branch of guidance: then it says nothing, and ignores it."""
     arguments = inspect.signature(getattr(diffusers, spec.pipeline).__call__).parameters
-    assert spec.guidance in arguments
     assert spec.negative_prompt == ("negative_prompt" in arguments and spec.branches is not None)
 
 

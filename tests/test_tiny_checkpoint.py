@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,10 @@ from crossdock.runtime.families import TINY, spec_of_pipeline
 from crossdock.runtime.specs import ModelSpec
 from crossdock.runtime.tiny_checkpoint import make_checkpoint
 from crossdock.runtime.vae_scale import latent_pixels
+from layouts import FAMILIES
 
+THOROUGH = list(TINY) if os.environ.get("CROSSDOCK_ALL") else list(FAMILIES)
+"""Recipes that are drawn with, again and again; `make test-all` does that with all."""
 SIZE_LIMIT_BYTES = 20_000_000
 LARGER = {"hunyuan-video-1.5": 26_000_000}
 """Its class has a projection of 2048 x 2048, whatever its config says."""
@@ -49,7 +53,7 @@ WAN = {
     "text_encoder": ["transformers", "UMT5EncoderModel"],
     "scheduler": ["diffusers", "UniPCMultistepScheduler"],
 }
-CLASSES = {
+CLASSES: dict[str, dict[str, Any]] = {
     "flux1": {
         "_class_name": "FluxPipeline",
         "transformer": ["diffusers", "FluxTransformer2DModel"],
@@ -160,6 +164,7 @@ PROMPT = 'a red fox in the snow, a sign that says "hello"'
 """Some pipelines encode once more what is in quotes."""
 UNUSED = {
     "QwenImagePipeline": r"transformer_blocks\.4\.(txt_mlp|attn\.(add_q_proj|to_add_out|norm_added_q))\..*",
+    "StableDiffusion3Pipeline": r"transformer_blocks\.4\.attn\.(add_q_proj|norm_added_q)\..*",
     "HunyuanVideo15Pipeline": "|".join(
         (
             r"transformer_blocks\.2\.(ff_context|attn\.(add_q_proj|to_add_out|norm_added_q))\..*",
@@ -189,7 +194,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     return get
 
 
-@pytest.fixture(scope="module", params=list(TINY))
+@pytest.fixture(scope="module", params=THOROUGH)
 def pipeline(request: pytest.FixtureRequest, checkpoints: Callable[[str], Path]) -> Any:
     pipe = DiffusionPipeline.from_pretrained(checkpoints(request.param))
     pipe.set_progress_bar_config(disable=True)
@@ -262,7 +267,7 @@ def test_the_transformer_is_sharded(family: str, checkpoints: Callable[[str], Pa
     assert {stack: len(numbers) for stack, numbers in blocks.items()} == STACKS[family]
 
 
-@pytest.mark.parametrize("family", list(TINY))
+@pytest.mark.parametrize("family", THOROUGH)
 def test_bytes_follow_from_the_seed(family: str, tmp_path: Path, checkpoints: Callable[[str], Path]) -> None:
     torch.rand(3)  # the global generator is neither read nor moved
     state = torch.random.get_rng_state()

@@ -29,7 +29,7 @@ FEED_FORWARD = re.compile(
     r"(\w+_)?(ffn_dim|ff_dim|intermediate_size|ffn_hidden_size|ff_inner_dim|hidden_dim)|\w+_moe_dim"
 )
 TEXT = 32
-BATCH, TOKENS, WORDS = 1, 16, 5
+TOKENS, WORDS = 16, 5
 
 
 def shrunken(cls: type[nn.Module], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,10 +95,8 @@ def frames_first(c: Any) -> dict[str, Any]:
     return picture(c) | {"hidden_states": rand(1, 3, c.in_channels, 8, 8)}
 
 
-def masked(
-    make: Callable[[Any], dict[str, Any]], name: str = "encoder_attention_mask"
-) -> Callable[[Any], dict[str, Any]]:
-    return lambda c: make(c) | {name: torch.ones(1, WORDS, dtype=torch.bool)}
+def masked(make: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    return lambda c: make(c) | {"encoder_attention_mask": torch.ones(1, WORDS, dtype=torch.bool)}
 
 
 def sizes(c: Any) -> dict[str, Any]:

@@ -49,7 +49,7 @@ SPEC = ModelSpec(
             4_999_787_712,
             {"ffn_dim": 14336, "in_channels": 48, "out_channels": 48, "num_attention_heads": 24, "num_layers": 30},
         ),
-        Published("Wan2.2-T2V-A14B", 14_288_491_584),
+        Published("Wan2.2-T2V-A14B", 14_288_491_584, refused="it has two transformers"),
     ),
 )
 

@@ -5,11 +5,11 @@
 Two Ray ranks on the CPU hold a FLUX.2-shaped pipeline (0.2B parameters in the transformer, 0.8B with 16 heads; fp32,
 random), layerwise with tp 2.
 
-A load: the model is set up and the first step run, with everything that is checked in between (the rehearsal with its
-comparison with the checkpoint, the ranks' reports, the verdict) and without any of it. Part of the rehearsal is only
-brought forward: blocks are then there, and memory was touched, when the first step wants them. So the cost is what the
-load and the first step take longer together; aim: 3% of the load. Both are long, and their difference is short: it is
-also put together from what the ranks spend checking, less the exposed copying that the first step is spared.
+A load: the model is set up and the first step run, with everything that is checked in both (slots are spoiled, what
+stays is compared with the checkpoint, and in the step every block when it arrives; the ranks' reports; the verdict
+before the step, and that on what arrived) and without any of it. The cost is what the load and the first step take
+longer together; aim: 3% of the load. Both are long, and their difference is short: it is also put together from what
+ranks and coordinator spend checking.
 
 A request: the coordinator's questions four times a second, the record of every collective, the trace of every block,
 the ranks' agreement at every step's end and the review of the request, all on or all off; aim: 1% of a step.
@@ -35,8 +35,8 @@ from rich.console import Console
 from rich.table import Table
 
 import crossdock.launch.ray_gang as ray_gang
+import crossdock.runtime.coordinator as judging
 from crossdock.launch.engine import Engine
-from crossdock.offload.trace import block_times
 from crossdock.runtime.config import RunConfig
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.plan import RunPlan
@@ -85,13 +85,12 @@ def make_large_checkpoint(directory: Path, heads: int) -> None:
 class Load:
     """A load and the first step, in seconds.
 
-    `setup_s` is what the coordinator waits, its verdict included; `wait_s` the exposed copying in the first step;
-    `checks_s` what is spent checking. Its `parts` are of the slower rank, and some overlap.
+    `setup_s` is what the coordinator waits, its verdict included; `checks_s` what is spent checking. Its `parts` are of
+    the slower rank, and some overlap.
     """
 
     setup_s: float
     step_s: float
-    wait_s: float
     checks_s: float
     parts: dict[str, float]
 
@@ -109,60 +108,57 @@ def _loads(engine: Engine, rounds: int, size: int) -> tuple[list[Load], list[Loa
 
 def _load(engine: Engine, checked: bool, size: int) -> Load:
     engine.gang.call(RankWorker.teardown, timeout_s=60)
+    judged = dict.fromkeys(("verdict before the first step", "verdict on what arrived"), 0.0)
+    before, arrived = judged
+    engine._coordinator = Coordinator(engine.plan)
     began = time.perf_counter()
-    answers = engine.gang.call(_timed_setup, engine.plan, checked, timeout_s=600)
-    loaded = time.perf_counter()
-    parts, checks_s = dict[str, float](), 0.0
+    reports = engine.gang.call(_timed_setup, engine.plan, checked, timeout_s=600)
     if checked:
-        reports = [report for report, _ in answers if report is not None]
-        Coordinator(engine.plan).admit(reports)
-        parts = {name: max(took[name] for _, took in answers) for name in answers[0][1]}
-        parts["copying, on its lane"] = max(
-            sum(times.copy_ms for times in block_times(report.trace).values()) / 1e3 for report in reports
-        )
-        parts["verdict"] = time.perf_counter() - loaded
-        checks_s = max(took["rehearsal"] + took["report"] for _, took in answers) + parts["verdict"]
+        _timed(judged, before, engine._coordinator.admit)([report for report in reports if report is not None], False)
     setup_s = time.perf_counter() - began
-    ranks = engine.generate("a lighthouse", steps=1, height=size, width=size).report["ranks"]
-    step_ms = max(rank["step_ms"][0] for rank in ranks)
-    wait_ms = max(rank["steps"][0]["wait_ms"] for rank in ranks)
-    return Load(setup_s, step_ms / 1e3, wait_ms / 1e3, checks_s, parts)
+    with patch.object(judging, "verify_arrivals", _timed(judged, arrived, judging.verify_arrivals)):
+        ranks = engine.generate("a lighthouse", steps=1, height=size, width=size).report["ranks"]
+    step_s = max(rank["step_ms"][0] for rank in ranks) / 1e3
+    if not checked:
+        return Load(setup_s, step_s, 0.0, {})
+    took = engine.gang.call(lambda worker: worker.took, timeout_s=60)
+    parts = {name: max(of_rank[name] for of_rank in took) for name in took[0]} | judged
+    checks_s = max(sum(of_rank[name] for name in _ONE_AFTER_THE_OTHER) for of_rank in took) + sum(judged.values())
+    return Load(setup_s, step_s, checks_s, parts)
 
 
-def _timed_setup(worker: RankWorker, plan: RunPlan, checked: bool) -> tuple[RankReport | None, dict[str, float]]:
-    """On a rank: `setup`, with all that is checked in it or without; what that took."""
-    import crossdock.offload.block_stream as streaming
-    import crossdock.runtime.worker as working
+def _timed(took: dict[str, float], name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return work(*args, **options)
+        finally:
+            took[name] += time.perf_counter() - began
+
+    return run
+
+
+_ONE_AFTER_THE_OTHER = ("comparing what stays, asking for spoiling", "report", "comparing blocks as they arrive")
+
+
+def _timed_setup(worker: RankWorker, plan: RunPlan, checked: bool) -> RankReport | None:
+    """On a rank: `setup`, with all that is checked in it or without; `took` has what it and the first step spend."""
+    import crossdock.offload.slot_loads as loading
     from crossdock.runtime.arrival import Arrivals
 
-    took = dict.fromkeys(("rehearsal", "comparing", "spoiling, on the copy lane", "report"), 0.0)
-
-    def timed(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **options: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return work(*args, **options)
-            finally:
-                took[name] += time.perf_counter() - began
-
-        return run
-
+    start, report, arriving = _ONE_AFTER_THE_OTHER
+    took = worker.took = dict.fromkeys((*_ONE_AFTER_THE_OTHER, "spoiling, on the copy lane"), 0.0)  # type: ignore[attr-defined]
     parts = (
-        ("rehearsal", working, "rehearse"),
-        ("comparing", Arrivals, "__init__"),
-        ("comparing", Arrivals, "block"),
-        ("comparing", Arrivals, "outside"),
-        ("spoiling, on the copy lane", streaming, "spoil"),
-        ("report", working.RankWorker, "report"),
+        (start, Arrivals, "begin"),
+        (report, RankWorker, "report"),
+        (arriving, Arrivals, "block"),
+        ("spoiling, on the copy lane", loading, "spoil"),
     )
     with ExitStack() as stack:
-        if checked:
-            for name, owner, work in parts:
-                stack.enter_context(patch.object(owner, work, timed(name, getattr(owner, work))))
-        else:
-            stack.enter_context(patch.object(working, "rehearse", lambda *_, **__: ()))
-            stack.enter_context(patch.object(working.RankWorker, "report", lambda *_: None))
-        return worker.setup(plan), took
+        for name, owner, work in parts:
+            kept = _timed(took, name, getattr(owner, work)) if checked else lambda *_, **__: None
+            stack.enter_context(patch.object(owner, work, kept))
+        return worker.setup(plan)  # the stream keeps the timed method
 
 
 def _show_loads(console: Console, checked: list[Load], plain: list[Load]) -> None:
@@ -178,22 +174,15 @@ def _show_loads(console: Console, checked: list[Load], plain: list[Load]) -> Non
         table.add_row(name, _interval([each * 1e3 for each in seconds], ".0f"), _interval(shares, ".1%"))
 
     pairs = list(zip(checked, plain, strict=True))
-    compared = [load.parts["comparing"] + load.parts["report"] + load.parts["verdict"] for load in checked]
-    spared = [off.wait_s - on.wait_s for on, off in pairs]
-    put_together = [on.checks_s - less for (on, _), less in zip(pairs, spared, strict=True)]
     timed = [on.setup_s + on.step_s - off.setup_s - off.step_s for on, off in pairs]
-    row("what the ranks and the coordinator spend checking", [load.checks_s for load in checked])
+    row("extra, put together: what the ranks and the coordinator spend", [load.checks_s for load in checked])
     for name in checked[0].parts:
         row(f"  {name}", [load.parts[name] for load in checked])
-    row("  streaming: the rehearsal less comparing", [x.parts["rehearsal"] - x.parts["comparing"] for x in checked])
-    row("brought forward: exposed copying that the first step is spared", spared)
-    row("extra, put together: the one less the other", put_together)
-    row("  of it comparing, report and verdict", compared)
     row("the load, timed, takes longer by", [on.setup_s - off.setup_s for on, off in pairs])
-    row("the first step, timed, is shorter by", [off.step_s - on.step_s for on, off in pairs])
-    row("extra, timed: the one less the other", timed)
+    row("the first step, timed, takes longer by", [on.step_s - off.step_s for on, off in pairs])
+    row("extra, timed: both", timed)
     console.print(table)
-    for name, seconds in (("put together", put_together), ("timed", timed), ("without the streaming", compared)):
+    for name, seconds in (("put together", [load.checks_s for load in checked]), ("timed", timed)):
         shares = [each / load_s for each in seconds]
         told = verdict(shares, LOAD_AIM)
         console.print(f"extra, {name}: {_interval(shares, '.1%')} of a load; aim {LOAD_AIM:.0%}: {told}")
