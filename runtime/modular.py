@@ -85,20 +85,23 @@ def share_block(pipe: Any, name: str, share: Share) -> None:
     pipe._blocks.sub_blocks[name] = block
 
 
-def name_origin(model_dir: Path, repository: str) -> None:
-    """Say that a saved modular pipeline's components are of `repository`; its index has the folder it was saved to."""
-    path = model_dir / MODULAR_INDEX
-    if not path.is_file():
-        return
-    index = json.loads(path.read_text(encoding="utf-8"))
-    for value in index.values():
-        if isinstance(value, list) and value[0] is not None:  # else it is not saved here
-            value[2]["pretrained_model_name_or_path"] = repository
-    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+class Assembled:
+    """A new pipeline of components, to be saved.
 
+    Args:
+        repository: what its index calls the place that the components are in.
+    """
 
-def assembled(pipeline: Any, components: Mapping[str, Any]) -> Any:
-    """A new pipeline of these components."""
-    pipe = pipeline()
-    pipe.update_components(**components)
-    return pipe
+    def __init__(self, pipeline: Any, components: Mapping[str, Any], repository: str) -> None:
+        self._pipe = pipeline()
+        self._pipe.update_components(**components)
+        self._repository = repository
+
+    def save_pretrained(self, directory: Path, **options: Any) -> None:
+        self._pipe.save_pretrained(str(directory), overwrite_modular_index=True, **options)
+        path = directory / MODULAR_INDEX
+        index = json.loads(path.read_text(encoding="utf-8"))
+        for value in index.values():
+            if isinstance(value, list) and value[0] is not None:  # else it is not saved
+                value[2]["pretrained_model_name_or_path"] = self._repository
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from crossdock.runtime.errors import CheckpointError, RequestError
 from crossdock.runtime.families import SPEC_OF_RECIPE, TINY
-from crossdock.runtime.modular import assembled, is_modular, name_origin
+from crossdock.runtime.modular import Assembled, is_modular
 from crossdock.runtime.tiny_parts import TinyRecipe
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ def make_checkpoint(recipe: str, directory: Path, seed: int = 0) -> None:
     with _new_directory(directory) as staging:
         pipeline = _build(recipe, seed)
         with _no_progress_bars():
-            pipeline.save_pretrained(str(staging), max_shard_size=TRANSFORMER_SHARD_SIZE)
-        name_origin(staging, f"crossdock/{recipe}")
+            pipeline.save_pretrained(staging, max_shard_size=TRANSFORMER_SHARD_SIZE)
 
 
 def _check_recipe(name: str) -> None:
@@ -105,7 +104,7 @@ def _build(name: str, seed: int) -> Any:
             _randomise(module.eval(), recipe, generator)
     pipeline = getattr(diffusers, SPEC_OF_RECIPE[name].pipeline)
     if is_modular(pipeline):
-        return assembled(pipeline, components)
+        return Assembled(pipeline, components, f"crossdock/{name}")
     return pipeline(**components, **recipe.options)
 
 

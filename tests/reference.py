@@ -43,24 +43,22 @@ class ModularReference:
     """A pipeline that diffusers has as blocks only, with the arguments and the return values of the others."""
 
     def __init__(self, directory: Path) -> None:
-        self._pipe = ModularPipeline.from_pretrained(str(directory))
-        self._pipe._blocks.sub_blocks.pop("prompt_upsampler")  # its model is another repository's
-        for name in ("transformer", "vae", "text_encoder", "tokenizer"):
-            component = self._pipe.get_component_spec(name).load(local_files_only=True)
-            self._pipe.update_components(**{name: component})
+        self.modular = ModularPipeline.from_pretrained(str(directory))
+        self.modular._blocks.sub_blocks.pop("prompt_upsampler")  # its model is another repository's
+        self.modular.load_components(["transformer", "vae", "text_encoder", "tokenizer"], local_files_only=True)
 
     def __call__(self, *, return_dict: bool, output_type: str, **wishes: Any) -> tuple[Any]:
         output = "latents" if output_type == "latent" else "images"
-        return (self._pipe(output=output, output_type="pil" if output == "latents" else output_type, **wishes),)
+        return (self.modular(output=output, output_type="pil" if output == "latents" else output_type, **wishes),)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_pipe"], name)
+        return getattr(self.__dict__["modular"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "_pipe":
+        if name == "modular":
             self.__dict__[name] = value
-        else:
-            setattr(self._pipe, name, value)
+        else:  # a guider
+            setattr(self.modular, name, value)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ SPEC = ModelSpec(
     branches="calls",
     guidance="guider.guidance_scale",
     encode=("text_encoder",),
-    published=(Published("FLUX.3-image-klein-base", 5.538e9),),
+    published=(Published("FLUX.3-image-klein-base", 5.6e9),),
 )
 
 TAPPED = 8  # hidden states of the text encoder, the last of which is its 32nd
