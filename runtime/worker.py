@@ -19,7 +19,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from crossdock.offload.arena import Arena
 from crossdock.offload.block import Home
 from crossdock.offload.block_stream import BlockStream
-from crossdock.offload.copy_engine import make_copy_engine
+from crossdock.offload.copy_engine import Lane, make_copy_engine
 from crossdock.offload.device_memory import allocated_bytes, spare_bytes, total_bytes
 from crossdock.offload.loader import Gather
 from crossdock.parallel.attention import SequenceParallelAttention
@@ -159,7 +159,7 @@ class RankWorker:
         Args:
             grown_bytes: by how much loading made the device's allocator grow, where it is known.
         """
-        issued = self._issued()  # first: the trace then has what gathers ahead noted, on all ranks alike
+        issued = self._issued("gather")  # slots may still be being spoiled, on the other lane
         weights, blocks = self.weights, self.stream.blocks
         shards = [b.source for b in blocks if b.home is Home.DEVICE_SHARD and isinstance(b.source, Tensor)]
         return RankReport(
@@ -250,7 +250,7 @@ class RankWorker:
 
     def _result(self, log: RequestLog, done: Denoised, decoded: float) -> RankResult:
         """What the coordinator judges; `decoded` of `time.perf_counter`. Collective where blocks have yet to come."""
-        issued = self._issued()
+        issued = self._issued()  # first: the trace then has what gathers ahead noted, on all ranks alike
         events, spans = log.events(), log.spans(done.encodes, done.end_s, decoded)
         phases = {"load": self.load_s, "encode": done.encode_s, "denoise": done.denoise_s}
         phases["decode"] = decoded - done.end_s
@@ -343,9 +343,9 @@ class RankWorker:
 
     # -- parts of generate ---------------------------------------------------------------------------------------
 
-    def _issued(self) -> tuple[GroupRecord, ...]:
+    def _issued(self, *lanes: Lane) -> tuple[GroupRecord, ...]:
         """Of gathers that run ahead, too: all ranks are asked at the same place."""
-        self.engine.drain()
+        self.engine.drain(*lanes)
         return self.mesh.records()
 
     def _begin_forward(self) -> None:

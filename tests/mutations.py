@@ -34,7 +34,7 @@ TO_Q = f"{BLOCK}.attention.to_q.weight"
 PACKED = "single_transformer_blocks.2.attn.to_qkv_mlp_proj.weight"
 OUTSIDE = "cap_embedder.1.weight"
 TABLE = f"{BLOCK}.table"
-LATE_S = 0.02
+LATE_S = 0.15
 """How late copies come where a wait for them is left out."""
 VERY_LATE_S = 0.5
 """How late one copy comes to be later than a block that computes on a busy machine."""

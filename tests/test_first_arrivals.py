@@ -130,8 +130,8 @@ def test_wrong_bytes_end_the_request_with_its_first_step(flux2_dir: Path) -> Non
     with _engine(flux2_dir) as (engine, gang):
         damage(gang.worker)
         shown: list[int] = []
-        decoded: list[Tensor] = []
-        gang.worker.pipeline.decode = decoded.append  # type: ignore[method-assign, assignment]
+        decoded: list[Any] = []
+        gang.worker.pipeline.pipe.vae.decoder.register_forward_pre_hook(lambda *given: decoded.append(given))
         with pytest.raises(CompositionError, match=f"covers: rank 0: {WEIGHT}: expected the bytes of") as caught:
             _generate(engine, shown)
         assert {violation.where for violation in caught.value.violations} == {WEIGHT}
