@@ -219,12 +219,12 @@ class RankPipeline:
             "negative_prompt": negative if negative is None or batch == 1 else [negative] * batch,
             "num_frames": request.frames,
         }
-        return {name: value for name, value in wishes.items() if value is not None and "." not in name}
+        return {name: value for name, value in wishes.items() if name and value is not None and "." not in name}
 
     @contextmanager
     def _guided(self, request: GenerateRequest) -> Iterator[None]:
         """A component that sets the guidance, in place of an argument, as the request wants it."""
-        component, _, setting = self._plan.spec.guidance.rpartition(".")
+        component, _, setting = (self._plan.spec.guidance or "").rpartition(".")
         if not component or request.guidance_scale is None:
             yield
             return

@@ -45,8 +45,10 @@ class ModelSpec:
         tensor_plan: which linears tensor parallelism cuts.
         regions: where tokens are cut and put together under sequence parallelism.
         branches: how the pipeline runs the branches of guidance; None: it has one.
-        guidance: the pipeline's argument for classifier-free guidance; with a dot, a component's setting.
+        guidance: the pipeline's argument for classifier-free guidance; with a dot, a component's setting; None: it has
+            none.
         negative_prompt: whether that guidance takes a negative prompt.
+        batches: whether the pipeline takes several prompts at once.
         encoders: the components that encode prompts, where the checkpoint has them.
         encode: the pipeline's methods that run them, and encoders that the pipeline calls itself. What these return
             depends on nothing else.
@@ -72,8 +74,9 @@ class ModelSpec:
     tensor_plan: TensorPlan
     regions: tuple[SequenceRegion, ...]
     branches: Branches | None
-    guidance: str = "guidance_scale"
+    guidance: str | None = "guidance_scale"
     negative_prompt: bool = True
+    batches: bool = True
     encoders: tuple[str, ...] = ("text_encoder",)
     encode: tuple[str, ...] = ("encode_prompt",)
     outputs: tuple[str, ...] = ("images",)

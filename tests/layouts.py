@@ -106,6 +106,7 @@ ROWS = (
     Row("flux2", quick=("tp2", "layerwise_hsdp")),
     Row("flux2-klein", quick=tuple(layout.name for layout in LAYOUTS)),
     Row("flux3", quick=("layerwise_cfg2", "layerwise_ulysses2_ring2")),
+    Row("flux3-distilled", quick=("layerwise_tp2",)),
     Row("longcat-image", quick=("layerwise_tp2", "layerwise_ulysses2_ring2")),
     Row("ovis-image", quick=("layerwise_tp2", "ulysses4")),
     Row("z-image", quick=tuple(layout.name for layout in LAYOUTS)),

@@ -29,6 +29,12 @@ THOROUGH = list(TINY) if os.environ.get("CROSSDOCK_ALL") else list(FAMILIES)
 SIZE_LIMIT_BYTES = 20_000_000
 LARGER = {"hunyuan-video-1.5": 26_000_000}
 """Its class has a projection of 2048 x 2048, whatever its config says."""
+FLUX3_STACKS = {
+    "txt_mode_blocks": 2,
+    "mode_blocks.image": 2,
+    "mode_blocks.image_cond": 2,
+    "single_transformer_blocks": 4,
+}
 STACKS = {
     "flux1": {"transformer_blocks": 3, "single_transformer_blocks": 5},
     "flux2": {"transformer_blocks": 2, "single_transformer_blocks": 6},
@@ -46,12 +52,13 @@ STACKS = {
     "krea2": {"text_fusion.layerwise_blocks": 2, "text_fusion.refiner_blocks": 2, "transformer_blocks": 5},
     "ltx2": {"transformer_blocks": 4},
     "helios": {"blocks": 5},
-    "flux3": {
-        "txt_mode_blocks": 2,
-        "mode_blocks.image": 2,
-        "mode_blocks.image_cond": 2,
-        "single_transformer_blocks": 4,
-    },
+    "flux3": FLUX3_STACKS,
+    "flux3-distilled": FLUX3_STACKS,
+}
+FLUX3 = {
+    "transformer": ["diffusers", "Flux3Transformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKLFlux2"],
+    "text_encoder": ["transformers", "Qwen3VLForConditionalGeneration"],
 }
 WAN = {
     "_class_name": "WanPipeline",
@@ -159,12 +166,8 @@ CLASSES: dict[str, dict[str, Any]] = {
         "text_encoder": ["transformers", "Gemma3ForConditionalGeneration"],
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     },
-    "flux3": {
-        "_class_name": "Flux3ModularPipeline",
-        "transformer": ["diffusers", "Flux3Transformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKLFlux2"],
-        "text_encoder": ["transformers", "Qwen3VLForConditionalGeneration"],
-    },
+    "flux3": {"_class_name": "Flux3ModularPipeline", **FLUX3},
+    "flux3-distilled": {"_class_name": "Flux3DistilledModularPipeline", **FLUX3},
     "helios": {
         "_class_name": "HeliosPipeline",
         "transformer": ["diffusers", "HeliosTransformer3DModel"],
@@ -175,8 +178,10 @@ CLASSES: dict[str, dict[str, Any]] = {
 }
 PROMPT = 'a red fox in the snow, a sign that says "hello"'
 """Some pipelines encode once more what is in quotes."""
+NO_REFERENCE = r"(mode_blocks|(early|single)_stream_modulations|x_embedders)\.image_cond\..*"
 UNUSED = {
-    "Flux3ModularPipeline": r"(mode_blocks|(early|single)_stream_modulations|x_embedders)\.image_cond\..*",
+    "Flux3ModularPipeline": NO_REFERENCE,
+    "Flux3DistilledModularPipeline": NO_REFERENCE,
     "QwenImagePipeline": r"transformer_blocks\.4\.(txt_mlp|attn\.(add_q_proj|to_add_out|norm_added_q))\..*",
     "StableDiffusion3Pipeline": r"transformer_blocks\.4\.attn\.(add_q_proj|norm_added_q)\..*",
     "HunyuanVideo15Pipeline": "|".join(

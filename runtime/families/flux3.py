@@ -47,6 +47,7 @@ SPEC = ModelSpec(
     ),
     branches="calls",
     guidance="guider.guidance_scale",
+    batches=False,
     encode=("text_encoder",),
     published=(Published("FLUX.3-image-klein-base", 5.6e9),),
 )
@@ -54,7 +55,7 @@ SPEC = ModelSpec(
 TAPPED = 8  # hidden states of the text encoder, the last of which is its 32nd
 
 
-def _transformer() -> Any:
+def _transformer(flow_map: bool) -> Any:
     from diffusers import Flux3Transformer2DModel
 
     return Flux3Transformer2DModel(
@@ -67,17 +68,18 @@ def _transformer() -> Any:
         joint_attention_dim=TAPPED * TEXT_HIDDEN,
         timestep_channels=48,
         axes_dims_rope=(4, 4, 4, 4),
+        flow_map=flow_map,
     )
 
 
-def _components() -> dict[str, Any]:
+def components(flow_map: bool = False) -> dict[str, Any]:
     from diffusers import AutoencoderKLFlux2
     from transformers import Qwen3VLForConditionalGeneration
 
     tokenizer = qwen_vl_tokenizer()
     return {
         "tokenizer": qwen_vl_processor(tokenizer),
-        "transformer": _transformer(),
+        "transformer": _transformer(flow_map),
         "vae": AutoencoderKLFlux2(
             block_out_channels=VAE_CHANNELS,
             layers_per_block=1,
@@ -89,4 +91,4 @@ def _components() -> dict[str, Any]:
     }
 
 
-TINY = TinyRecipe(_components, outputs=("proj_out.weight",))
+TINY = TinyRecipe(components, outputs=("proj_out.weight",))
