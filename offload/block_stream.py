@@ -206,7 +206,8 @@ class BlockStream:
 
     @property
     def read(self) -> dict[str, list[Tensor]]:
-        """Of every block that was loaded: what the copies of its last load really read."""
+        """Of every block that was loaded: what the copies of its last load really read. Waits for those under way."""
+        self.engine.drain()
         return self._loader.read
 
     @property

@@ -61,12 +61,8 @@ class CopyEngine(Protocol):
     def reset_clock(self) -> None:
         """Times are exact near the last call only: call it now and then, while the device has nothing to do."""
 
-    def drain(self, *lanes: Lane) -> None:
-        """Return when all work submitted so far has been given to the device (CUDA: it is at once; CPU: has run).
-
-        Args:
-            lanes: of which lanes; none named: of all.
-        """
+    def drain(self) -> None:
+        """Return when all work submitted so far has been given to the device (CUDA: it is at once; CPU: has run)."""
 
     def close(self) -> None:
         """Run what is queued, then end the lanes."""
@@ -132,8 +128,8 @@ class CpuCopyEngine:
     def reset_clock(self) -> None:
         pass
 
-    def drain(self, *lanes: Lane) -> None:
-        for event in [self.submit(lane, nothing, ()) for lane in lanes or LANES]:
+    def drain(self) -> None:
+        for event in [self.submit(lane, nothing, ()) for lane in LANES]:
             self.wait(event)
 
     def close(self) -> None:
@@ -213,7 +209,7 @@ class CudaCopyEngine:
         event.synchronize()
         self._epoch = _Epoch(event, time.perf_counter())
 
-    def drain(self, *lanes: Lane) -> None:
+    def drain(self) -> None:
         pass
 
     def close(self) -> None:

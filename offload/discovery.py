@@ -346,10 +346,14 @@ def _stored_parts(tensor: Tensor) -> Iterator[Tensor]:
             yield from _stored_parts(part)
 
 
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))
+"""Parameters, buffers, submodules, hooks."""
+
+
 def _attribute_tensors(model: nn.Module) -> Iterator[PlainTensor]:
     for path, module in model.named_modules():
         for attribute, value in list(vars(module).items()):
-            if attribute in ("_parameters", "_buffers", "_modules"):
+            if attribute in _OF_ANY_MODULE:
                 continue
             name = f"{path}.{attribute}".lstrip(".")
             if isinstance(value, Tensor):

@@ -52,19 +52,23 @@ class Arrivals:
         self._files: dict[Path, Any] = {}
 
     def begin(self, stream: BlockStream, *, rehearse: bool) -> None:
-        """Compare what is on the device to stay; from now on every streamed block, when it comes for the first time.
+        """Compare what is on the device to stay.
 
         Args:
-            rehearse: that is now: each is streamed once. Collective.
+            rehearse: and every block that is streamed, once, now. Collective.
         """
-        stream.watch_arrivals(self.block)
         if rehearse:
+            self.watch(stream)
             stream.rehearse()
         for block in stream.blocks:
             if not block.home.streamed and isinstance(block.source, Tensor):
                 self.block(block, block.source)
         self.outside()
         self.untold()
+
+    def watch(self, stream: BlockStream) -> None:
+        """Compare every streamed block when it comes for the first time; until then, slots are spoiled."""
+        stream.watch_arrivals(self.block)
 
     def untold(self) -> tuple[ArrivalRecord, ...]:
         """The records that are new since the last call."""

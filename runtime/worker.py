@@ -19,7 +19,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from crossdock.offload.arena import Arena
 from crossdock.offload.block import Home
 from crossdock.offload.block_stream import BlockStream
-from crossdock.offload.copy_engine import Lane, make_copy_engine
+from crossdock.offload.copy_engine import make_copy_engine
 from crossdock.offload.device_memory import allocated_bytes, spare_bytes, total_bytes
 from crossdock.offload.loader import Gather
 from crossdock.parallel.attention import SequenceParallelAttention
@@ -148,10 +148,13 @@ class RankWorker:
         self.model_steps = 0  # of this model
         self.ready = True
         self.load_s = time.perf_counter() - began
-        self.phase = "rehearsal" if probe or rehearse else "verify"
-        self.arrivals.begin(self.stream, rehearse=probe or rehearse)
+        self.phase = "rehearsal" if rehearse or probe else "verify"
+        self.arrivals.begin(self.stream, rehearse=rehearse or probe)
         self.phase = "idle"
-        return self.report(None if allocated is None else (allocated_bytes(self.device) or 0) - allocated)
+        report = self.report(None if allocated is None else (allocated_bytes(self.device) or 0) - allocated)
+        if not (rehearse or probe):
+            self.arrivals.watch(self.stream)  # now, so that nobody waits while slots are being spoiled
+        return report
 
     def report(self, grown_bytes: int | None = None) -> RankReport:
         """What this rank holds now, read off the live model.
@@ -159,7 +162,7 @@ class RankWorker:
         Args:
             grown_bytes: by how much loading made the device's allocator grow, where it is known.
         """
-        issued = self._issued("gather")  # slots may still be being spoiled, on the other lane
+        issued = self._issued()
         weights, blocks = self.weights, self.stream.blocks
         shards = [b.source for b in blocks if b.home is Home.DEVICE_SHARD and isinstance(b.source, Tensor)]
         return RankReport(
@@ -343,9 +346,9 @@ class RankWorker:
 
     # -- parts of generate ---------------------------------------------------------------------------------------
 
-    def _issued(self, *lanes: Lane) -> tuple[GroupRecord, ...]:
+    def _issued(self) -> tuple[GroupRecord, ...]:
         """Of gathers that run ahead, too: all ranks are asked at the same place."""
-        self.engine.drain(*lanes)
+        self.engine.drain()
         return self.mesh.records()
 
     def _begin_forward(self) -> None:

@@ -150,6 +150,7 @@ def _timed_setup(worker: RankWorker, plan: RunPlan, checked: bool) -> RankReport
     took = worker.took = dict.fromkeys((*_ONE_AFTER_THE_OTHER, "spoiling, on the copy lane"), 0.0)  # type: ignore[attr-defined]
     parts = (
         (start, Arrivals, "begin"),
+        (start, Arrivals, "watch"),
         (report, RankWorker, "report"),
         (arriving, Arrivals, "block"),
         ("spoiling, on the copy lane", loading, "spoil"),
