@@ -143,7 +143,7 @@ class Engine:
             RequestCancelled: `cancel` was called, or the time was up; the engine stays usable.
             CompositionError, RankError: the run failed; the engine is closed.
         """
-        check_amounts(images_per_prompt, batch_size)
+        check_amounts(self.plan.spec, images_per_prompt, batch_size)
         given = (prompt,) if isinstance(prompt, str) else tuple(prompt)
         prompts = tuple(each for each in given for _ in range(images_per_prompt))
         launch = self.plan.config.launch

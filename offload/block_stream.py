@@ -208,7 +208,8 @@ class BlockStream:
 
     @property
     def read(self) -> dict[str, list[Tensor]]:
-        """Of every block that was loaded: what the copies of its last load really read."""
+        """Of every block that was loaded: what the copies of its last load really read. Waits for those under way."""
+        self.engine.drain()
         return self._loader.read
 
     @property
@@ -228,9 +229,7 @@ class BlockStream:
 
     def prepare(self, ring: int = 0) -> None:
         """Begin to load the first blocks of a pass of `ring`: call it when this component's turn begins."""
-        if self._hooks.suspended:
-            return
-        for first in self._run_order.rings[ring].order[:1]:
+        for first in () if self._hooks.suspended else self._run_order.rings[ring].order[:1]:
             self.settle()
             self._enqueue(first)
             self._fetch_ahead(first)

@@ -14,6 +14,7 @@ has to do with other ranks (HSDP gathers) then comes in the same order everywher
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -106,11 +107,19 @@ class BranchedModel(nn.Module):
         self._held = [model]  # in a list: not a submodule, so that it is moved by nobody else
         self._branches = branches
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("return_dict") is not False:
-            raise ValueError("a transformer is not called with return_dict=False: its branches cannot be split")
-        run = self._guidance.batch if self._branches == "batch" else self._guidance.call
-        return run(self._held[0], args, kwargs)
+    @property
+    def forward(self) -> Any:  # type: ignore[override, unused-ignore]
+        """With the signature of the transformer's own, which pipelines of blocks look at."""
+        model = self._held[0]
+
+        @functools.wraps(model.forward, updated=())
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("return_dict") is not False:
+                raise ValueError("a transformer is not called with return_dict=False: its branches cannot be split")
+            run = self._guidance.batch if self._branches == "batch" else self._guidance.call
+            return run(model, args, kwargs)
+
+        return forward
 
     def __getattr__(self, name: str) -> Any:
         try:

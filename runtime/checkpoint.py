@@ -37,6 +37,10 @@ _DTYPES: dict[str, torch.dtype] = {
 }
 
 
+MODULAR_INDEX = "modular_model_index.json"
+"""What a pipeline that is made of blocks has in place of model_index.json."""
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """Where a tensor is stored, and as what; `name` is what its file calls it."""
@@ -65,17 +69,27 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_model_index(model_dir: Path) -> dict[str, Any]:
-    """`model_index.json` of a diffusers pipeline.
+    """`model_index.json` of a diffusers pipeline, or what stands for it where a pipeline is made of blocks.
 
     Raises:
         CheckpointError: no such directory, or not a diffusers pipeline.
     """
     if not model_dir.is_dir():
         raise CheckpointError(f"{model_dir}: no such directory; give a diffusers model directory")
+    modular = model_dir / MODULAR_INDEX
+    if modular.is_file():
+        return _own_components(read_json(modular), model_dir)
     index = read_json(model_dir / "model_index.json")
     if not isinstance(index.get("_class_name"), str):
         raise CheckpointError(f"{model_dir / 'model_index.json'}: has no _class_name; is this a diffusers pipeline?")
     return index
+
+
+def _own_components(index: Mapping[str, Any], model_dir: Path) -> dict[str, Any]:
+    """Without the components that lie in other repositories, which say where they are to be loaded from."""
+    listed = {name: value for name, value in index.items() if not (isinstance(value, list) and len(value) == 3)}
+    own = {name: index[name][:2] for name in index.keys() - listed.keys() if (model_dir / name).is_dir()}
+    return {**listed, **own}
 
 
 def component_names(index: Mapping[str, Any]) -> list[str]:

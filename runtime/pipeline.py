@@ -24,11 +24,13 @@ from crossdock.runtime.components import Component, place_component
 from crossdock.runtime.denoise_loop import DenoiseLoop, StepEnd, own_randomness
 from crossdock.runtime.errors import CheckpointError, LaunchError
 from crossdock.runtime.media import Media, media_of
+from crossdock.runtime.modular import as_pipeline, is_modular, share_block
 from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.replicated import replicated
 from crossdock.runtime.reports import Span
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.resume import Snapshot, beginning_at
+from crossdock.runtime.specs import ModelSpec
 from crossdock.runtime.stage import Stage
 from crossdock.runtime.streamed_model import transformers_in
 
@@ -57,8 +59,8 @@ class Denoised:
         return cls(torch.empty(0), None, (), 0.0, 0.0, now_s)
 
 
-class _NotDecodedHereError(Exception):
-    """Leaves a pipeline where it begins to decode."""
+class _NotDecodedHereError(BaseException):
+    """Leaves a pipeline where it begins to decode. No error, as which modular pipelines would tell it."""
 
 
 class RankPipeline:
@@ -103,8 +105,12 @@ class RankPipeline:
         """Encode on one rank for all of its replica, and decode on one."""
         for name in self._plan.encoders if first else ():
             self._stage.watch(name, self._modules[name])
+        share = partial(replicated, device=self._device, mesh=mesh, turn=self._encoding)
         for name in self._plan.spec.encode:
-            method = replicated(getattr(self.pipe, name), self._device, mesh, self._encoding)
+            if is_modular(type(self.pipe)):
+                share_block(self.pipe, name, share)
+                continue
+            method = share(getattr(self.pipe, name))
             object.__setattr__(self.pipe, name, method)  # the pipeline's own way takes no call for a component
         for name in self._plan.decoders:
             module = getattr(self.pipe, name)
@@ -217,12 +223,12 @@ class RankPipeline:
             "negative_prompt": negative if negative is None or batch == 1 else [negative] * batch,
             "num_frames": request.frames,
         }
-        return {name: value for name, value in wishes.items() if value is not None and "." not in name}
+        return {name: value for name, value in wishes.items() if name and value is not None and "." not in name}
 
     @contextmanager
     def _guided(self, request: GenerateRequest) -> Iterator[None]:
         """A component that sets the guidance, in place of an argument, as the request wants it."""
-        component, _, setting = self._plan.spec.guidance.rpartition(".")
+        component, _, setting = (self._plan.spec.guidance or "").rpartition(".")
         if not component or request.guidance_scale is None:
             yield
             return
@@ -275,13 +281,18 @@ def _load_pipeline(plan: RunPlan, device: torch.device, given: dict[str, nn.Modu
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     try:
-        return _on_device(getattr(diffusers, plan.spec.pipeline), device).from_pretrained(
+        return _on_device(_pipeline_class(plan.spec), device).from_pretrained(
             plan.model_dir, dtype=plan.pipeline_dtype, local_files_only=True, **given
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{plan.model_dir}: {plan.spec.pipeline} cannot be loaded: {error}") from error
     except ImportError as error:  # a processor of images, which is loaded also where only texts are given
         raise LaunchError(f"{plan.model_dir}: {plan.spec.pipeline} lacks a package: {str(error).strip()}") from error
+
+
+def _pipeline_class(spec: ModelSpec) -> type:
+    found: type = getattr(diffusers, spec.pipeline)
+    return as_pipeline(found, spec.outputs) if is_modular(found) else found
 
 
 def _on_device(pipeline: type, device: torch.device) -> Any:

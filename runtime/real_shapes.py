@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from crossdock.offload.discovery import discover_blocks
-from crossdock.runtime.meta_model import build_config_on_meta
+from crossdock.runtime.meta_model import build_config_on_meta, build_shape
 from crossdock.runtime.specs import ModelSpec, Published
 
 
@@ -32,7 +32,8 @@ class RealShape:
 
 def real_model(spec: ModelSpec, published: Published) -> nn.Module:
     """A transformer with the published configuration, on the meta device."""
-    return build_config_on_meta(spec.transformer, published.config)
+    model = build_shape(spec.transformer, published.config)
+    return build_config_on_meta(spec.transformer, published.config) if model is None else model
 
 
 def real_shape(spec: ModelSpec, published: Published) -> RealShape:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from crossdock.runtime.errors import RequestError
 from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.specs import ModelSpec
 
 
 def check_request(plan: RunPlan, request: GenerateRequest) -> None:
@@ -20,6 +21,10 @@ def check_request(plan: RunPlan, request: GenerateRequest) -> None:
             raise RequestError(
                 f"{name}: found {pixels}; allowed for {plan.spec.family}: a multiple of {multiple}, such as {below}"
             )
+    if request.guidance_scale is not None and plan.spec.guidance is None:
+        raise RequestError(
+            f"guidance_scale: found {request.guidance_scale:g}; {plan.spec.family} has no guidance: leave it out"
+        )
     if request.negative_prompt is not None and not plan.spec.negative_prompt:
         raise RequestError(
             f"negative_prompt: found {request.negative_prompt!r}; the guidance of {plan.spec.family} takes none: "
@@ -35,11 +40,13 @@ def check_request(plan: RunPlan, request: GenerateRequest) -> None:
         raise RequestError(f"frames: found {frames}; allowed for {plan.spec.family}: {allowed}")
 
 
-def check_amounts(images_per_prompt: int, batch_size: int) -> None:
+def check_amounts(spec: ModelSpec, images_per_prompt: int, batch_size: int) -> None:
     """
     Raises:
-        RequestError: nothing is to be made.
+        RequestError: nothing is to be made, or more at once than the pipeline does.
     """
     for name, count in (("images_per_prompt", images_per_prompt), ("batch_size", batch_size)):
         if count < 1:
             raise RequestError(f"{name}: found {count}; allowed: an integer >= 1")
+    if batch_size > 1 and not spec.batches:
+        raise RequestError(f"batch_size: found {batch_size}; {spec.family} takes one prompt at a time: leave it out")

@@ -45,13 +45,16 @@ class ModelSpec:
         tensor_plan: which linears tensor parallelism cuts.
         regions: where tokens are cut and put together under sequence parallelism.
         branches: how the pipeline runs the branches of guidance; None: it has one.
-        guidance: the pipeline's argument for classifier-free guidance; with a dot, a component's setting.
+        guidance: the pipeline's argument for classifier-free guidance; with a dot, a component's setting; None: it has
+            none.
         negative_prompt: whether that guidance takes a negative prompt.
         transformers: the components that are sharded and streamed, where the checkpoint has them, in the order in which
             the loop uses them: one in each step.
+        batches: whether the pipeline takes several prompts at once.
         encoders: the components that encode prompts, where the checkpoint has them.
         encode: the pipeline's methods that run them, and encoders that the pipeline calls itself. What these return
             depends on nothing else.
+        outputs: names of what a pipeline of blocks returns: pictures or videos, then audio. There, `encode` has blocks.
         decoders: the components that make pictures of latents. The first one that runs ends the denoise loop.
         patch: latents along each side of a token.
         fps: frames per second of the videos that it makes; None: it makes pictures.
@@ -73,11 +76,13 @@ class ModelSpec:
     tensor_plan: TensorPlan
     regions: tuple[SequenceRegion, ...]
     branches: Branches | None
-    guidance: str = "guidance_scale"
+    guidance: str | None = "guidance_scale"
     negative_prompt: bool = True
     transformers: tuple[str, ...] = ("transformer",)
+    batches: bool = True
     encoders: tuple[str, ...] = ("text_encoder",)
     encode: tuple[str, ...] = ("encode_prompt",)
+    outputs: tuple[str, ...] = ("images",)
     decoders: tuple[str, ...] = ("vae",)
     patch: int = 2
     fps: int | None = None

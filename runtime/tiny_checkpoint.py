@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from crossdock.runtime.errors import CheckpointError, RequestError
 from crossdock.runtime.families import SPEC_OF_RECIPE, TINY
+from crossdock.runtime.modular import Assembled, is_modular
 from crossdock.runtime.tiny_parts import TinyRecipe
 
 if TYPE_CHECKING:
@@ -101,7 +102,10 @@ def _build(name: str, seed: int) -> Any:
     for module in components.values():
         if isinstance(module, nn.Module):
             _randomise(module.eval(), recipe, generator)
-    return getattr(diffusers, SPEC_OF_RECIPE[name].pipeline)(**components, **recipe.options)
+    pipeline = getattr(diffusers, SPEC_OF_RECIPE[name].pipeline)
+    if is_modular(pipeline):
+        return Assembled(pipeline, components, f"crossdock/{name}")
+    return pipeline(**components, **recipe.options)
 
 
 def _randomise(module: nn.Module, recipe: TinyRecipe, generator: torch.Generator) -> None:

@@ -120,6 +120,15 @@ def qwen3_vl_config(tokenizer: Any, layers: int) -> Any:
     )
 
 
+def qwen_vl_processor(tokenizer: Any, chat_template: str = CHAT_TEMPLATE) -> Any:
+    """Another one than the published checkpoints', whose video part needs torchvision; for text they are the same."""
+    from transformers import LlavaProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    images = Qwen2VLImageProcessorPil()
+    return LlavaProcessor(images, tokenizer, chat_template=chat_template, image_token="<|image_pad|>")
+
+
 def latent_statistics(channels: int) -> dict[str, list[float]]:
     """What a VAE's config says of its latents: no two channels alike."""
     return {

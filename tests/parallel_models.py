@@ -7,20 +7,19 @@ fewer key heads than heads, tables per head.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import diffusers
 import torch
 from torch import Tensor, nn
 
-from crossdock.parallel.regions import Deal, Follow, Join, SequenceRegion
-from crossdock.parallel.tensor import COLUMN, ROW, LinearStyle, TensorPlan
+from crossdock.parallel.regions import Follow, SequenceRegion
+from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
 from crossdock.runtime.families import SPECS
+from crossdock.runtime.specs import SWIGLU, attention_plan
 
-QKV, ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
-HALVES = LinearStyle("column", (1, 1))
-TEXT, IMAGE = "encoder_hidden_states", "hidden_states"
+IMAGE = "hidden_states"
 
 
 @dataclass(frozen=True)
@@ -33,21 +32,18 @@ class Case:
     regions: tuple[SequenceRegion, ...]
 
 
-def attention(path: str, inputs: tuple[str, ...] = QKV, outputs: tuple[str, ...] = ("to_out.0",)) -> dict[str, Any]:
-    return {f"{path}.{name}": COLUMN for name in inputs} | {f"{path}.{name}": ROW for name in outputs}
+def specified(family: str, make: Callable[[], nn.Module], inputs: Callable[[], dict[str, Any]], /, **more: Any) -> Case:
+    """With the plan and the regions of the family's spec.
 
-
-def joint(path: str, optional: str = "") -> dict[str, Any]:
-    return attention(path, (*QKV, *ADDED), ("to_out.0", f"to_add_out{optional}"))
-
-
-def feed_forward(path: str, style: LinearStyle = COLUMN, optional: str = "") -> dict[str, Any]:
-    return {f"{path}.net.0.proj{optional}": style, f"{path}.net.2{optional}": ROW}
-
-
-def plan(*linears: Mapping[str, LinearStyle], **options: Any) -> TensorPlan:
-    merged = {name: style for each in linears for name, style in each.items()}
-    return TensorPlan(merged, options.pop("head_count", "num_attention_heads"), **options)
+    Args:
+        more: fields of the plan -> what layers need that its published checkpoints do not have.
+    """
+    spec = SPECS[family]
+    plan = spec.tensor_plan
+    for name, own in more.items():
+        kept = getattr(plan, name)
+        plan = replace(plan, **{name: kept | own if isinstance(own, Mapping) else (*kept, *own)})
+    return Case(make, inputs, plan, spec.regions)
 
 
 def randn(*shape: int) -> Tensor:
@@ -67,9 +63,6 @@ def real(*lengths: int, total: int) -> Tensor:
 
 # -- FLUX ------------------------------------------------------------------------------------------------------------
 
-FLUX_REGION = SequenceRegion(
-    enter="", segments=(TEXT, IMAGE), follow={"txt_ids": TEXT, "img_ids": IMAGE}, leave="proj_out", gathers=IMAGE
-)
 FLUX_SIZE: dict[str, Any] = {
     "in_channels": 8,
     "attention_head_dim": 12,
@@ -86,43 +79,12 @@ def flux_inputs(axes: int = 3, **more: Any) -> dict[str, Any]:
     return {**tokens, **where, "timestep": torch.tensor([0.7, 0.2], dtype=torch.float64), **more}
 
 
-FLUX = Case(
+FLUX = specified(
+    "flux1",
     lambda: diffusers.FluxTransformer2DModel(
         **FLUX_SIZE, pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(4, 4, 4)
     ),
     lambda: flux_inputs(pooled_projections=randn(2, 16), guidance=torch.full((2,), 3.5, dtype=torch.float64)),
-    plan(
-        joint("transformer_blocks.*.attn"),
-        feed_forward("transformer_blocks.*.ff"),
-        feed_forward("transformer_blocks.*.ff_context"),
-        attention("single_transformer_blocks.*.attn", outputs=()),
-        {
-            "single_transformer_blocks.*.proj_mlp": COLUMN,
-            "single_transformer_blocks.*.proj_out": LinearStyle("row", "_tp_packed_row_blocks"),
-        },
-    ),
-    (FLUX_REGION,),
-)
-
-FLUX3_BLOCKS = ("txt_mode_blocks.*", "mode_blocks.*.*", "single_transformer_blocks.*")
-FLUX3_IMAGE = "image_cond_hidden_states"
-FLUX3_PLAN = plan(
-    *(attention(f"{block}.attn") for block in FLUX3_BLOCKS),
-    {f"{block}.ff.linear_in": HALVES for block in FLUX3_BLOCKS},
-    {f"{block}.ff.linear_out": ROW for block in FLUX3_BLOCKS},
-    heads={f"{block}.attn": ("heads",) for block in FLUX3_BLOCKS},
-)
-FLUX3_REGION = SequenceRegion(
-    enter="",
-    segments=(TEXT, IMAGE, FLUX3_IMAGE),
-    follow={"txt_ids": TEXT, "img_ids": IMAGE, "image_cond_ids": FLUX3_IMAGE},
-    leave="proj_out",
-    gathers=IMAGE,
-    joins={
-        "txt_mode_blocks.*.attn": Join((TEXT,)),
-        "mode_blocks.image.*.attn": Join((IMAGE,)),
-        "mode_blocks.image_cond.*.attn": Join((FLUX3_IMAGE,)),
-    },
 )
 
 
@@ -130,46 +92,27 @@ def make_flux3() -> nn.Module:
     return diffusers.Flux3Transformer2DModel(**FLUX_SIZE, cond_in_channels=8, axes_dims_rope=(2, 4, 4, 2))
 
 
-FLUX3 = Case(make_flux3, lambda: flux_inputs(axes=4), FLUX3_PLAN, (FLUX3_REGION,))
-FLUX3_EDIT = Case(
+FLUX3 = specified("flux3", make_flux3, lambda: flux_inputs(axes=4))
+FLUX3_EDIT = specified(
+    "flux3",
     make_flux3,
     lambda: flux_inputs(axes=4, image_cond_hidden_states=randn(2, 9, 8), image_cond_ids=grid(3, 3, axes=4) + 7),
-    FLUX3_PLAN,
-    (FLUX3_REGION,),
 )
-
-
-def flux_like(single: LinearStyle, halves: LinearStyle, **counts: tuple[str, ...]) -> TensorPlan:
-    stacks = ("transformer_blocks", "single_transformer_blocks")
-    return plan(
-        joint("transformer_blocks.*.attn"),
-        feed_forward("transformer_blocks.*.ff", halves),
-        feed_forward("transformer_blocks.*.ff_context", halves),
-        attention("single_transformer_blocks.*.attn", outputs=()),
-        {
-            "single_transformer_blocks.*.proj_mlp": single,
-            "single_transformer_blocks.*.proj_out": LinearStyle("row", (1, 4)),
-        },
-        heads={f"{stack}.*.attn": ("heads",) for stack in stacks} | counts,
-    )
-
-
-LONGCAT = Case(
+LONGCAT = specified(
+    "longcat-image",
     lambda: diffusers.LongCatImageTransformer2DModel(**FLUX_SIZE, pooled_projection_dim=16, axes_dims_rope=[4, 4, 4]),
     flux_inputs,
-    flux_like(COLUMN, COLUMN),
-    (FLUX_REGION,),
 )
-OVIS = Case(
+OVIS = specified(
+    "ovis-image",
     lambda: diffusers.OvisImageTransformer2DModel(**FLUX_SIZE, out_channels=8, axes_dims_rope=(4, 4, 4)),
     flux_inputs,
-    flux_like(HALVES, HALVES, **{"single_transformer_blocks.*": ("mlp_hidden_dim",)}),
-    (FLUX_REGION,),
 )
 
 # -- Qwen-Image, Stable Diffusion, Krea ------------------------------------------------------------------------------
 
-QWEN_IMAGE = Case(
+QWEN_IMAGE = specified(
+    "qwen-image",
     lambda: diffusers.QwenImageTransformer2DModel(
         in_channels=8,
         out_channels=2,
@@ -187,28 +130,10 @@ QWEN_IMAGE = Case(
         "timestep": torch.tensor([0.7, 0.2], dtype=torch.float64),
         "img_shapes": [[(1, 3, 5), (1, 2, 2)]] * 2,
     },
-    plan(
-        joint("transformer_blocks.*.attn"),
-        feed_forward("transformer_blocks.*.img_mlp"),
-        feed_forward("transformer_blocks.*.txt_mlp"),
-    ),
-    (
-        SequenceRegion(
-            enter="transformer_blocks.0",
-            segments=(TEXT, IMAGE),
-            within="transformer_blocks.*",
-            follow={
-                "image_rotary_emb": (Follow(IMAGE, 0), Follow(TEXT, 0)),
-                "modulate_index": Follow(IMAGE, 1),
-            },
-            padding={"encoder_hidden_states_mask": TEXT},
-            leave="proj_out",
-            gathers=IMAGE,
-        ),
-    ),
 )
 
-QWEN_IMAGE_21 = Case(
+QWEN_IMAGE_21 = specified(
+    "qwen-image-2.1",
     lambda: diffusers.QwenImage21Transformer2DModel(
         in_channels=8,
         out_channels=8,
@@ -227,25 +152,10 @@ QWEN_IMAGE_21 = Case(
         "img_mask": torch.tensor([[0] * 3 + [1] * 4 + [0] * 4 + [1] * 6] * 2).bool(),
         "encoder_hidden_states_mask": real(11, 9, total=11),
     },
-    plan(
-        attention("transformer_blocks.*.attn"),
-        {f"transformer_blocks.*.img_mlp.{name}": COLUMN for name in ("proj", "gate_layer")},
-        {"transformer_blocks.*.img_mlp.out": ROW},
-    ),
-    (
-        SequenceRegion(
-            enter="transformer_blocks.0",
-            segments=(IMAGE,),
-            within="transformer_blocks.*",
-            follow={"target_token_mask": Follow(IMAGE, 0)},
-            deals={"transformer_blocks.*.attn": Deal(QKV, ("to_out.0",))},
-            leave="transformer_blocks.-1",
-            gathers=IMAGE,
-        ),
-    ),
 )
 
-SD3 = Case(
+SD3 = specified(
+    "sd3.5",
     lambda: diffusers.SD3Transformer2DModel(
         sample_size=16,
         in_channels=4,
@@ -266,25 +176,10 @@ SD3 = Case(
         "pooled_projections": randn(2, 16),
         "timestep": torch.tensor([700.0, 200.0], dtype=torch.float64),
     },
-    plan(
-        joint("transformer_blocks.*.attn", "?"),
-        attention("transformer_blocks.*.attn2", ("to_q?", "to_k?", "to_v?"), ("to_out.0?",)),
-        feed_forward("transformer_blocks.*.ff"),
-        feed_forward("transformer_blocks.*.ff_context", optional="?"),
-        heads={"transformer_blocks.*.attn": ("heads",), "transformer_blocks.*.attn2?": ("heads",)},
-    ),
-    (
-        SequenceRegion(
-            enter="transformer_blocks.0",
-            segments=(IMAGE, TEXT),
-            leave="proj_out",
-            gathers=IMAGE,
-            joins={"transformer_blocks.*.attn2?": Join((IMAGE,))},
-        ),
-    ),
 )
 
-KREA2 = Case(
+KREA2 = specified(
+    "krea2",
     lambda: diffusers.Krea2Transformer2DModel(
         in_channels=8,
         num_layers=2,
@@ -309,49 +204,9 @@ KREA2 = Case(
         "position_ids": torch.cat([grid(7, axes=3) * 0, grid(3, 5, axes=3)]),
         "encoder_attention_mask": real(4, 7, total=7),
     },
-    plan(
-        attention("transformer_blocks.*.attn", (*QKV, "to_gate")),
-        {f"transformer_blocks.*.ff.{name}": COLUMN for name in ("gate", "up")},
-        {"transformer_blocks.*.ff.down": ROW},
-        heads={"transformer_blocks.*.attn": ("num_heads", "num_kv_heads")},
-    ),
-    (
-        SequenceRegion(
-            enter="transformer_blocks.0",
-            segments=(IMAGE,),
-            within="transformer_blocks.*",
-            follow={"image_rotary_emb": Follow(IMAGE, 0)},
-            leave="transformer_blocks.-1",
-            gathers=IMAGE,
-        ),
-    ),
 )
 
 # -- video -----------------------------------------------------------------------------------------------------------
-
-WAN_REGION = SequenceRegion(
-    enter="blocks.0",
-    segments=(IMAGE,),
-    within="blocks.*",
-    follow={"rotary_emb": Follow(IMAGE, 1), "temb": Follow(IMAGE, 1, ndim=4)},
-    leave="blocks.-1",
-    gathers=IMAGE,
-    cross=("blocks.*.attn2",),
-)
-
-
-def wan_plan(*more: Mapping[str, LinearStyle], vectors: tuple[str, ...] = ()) -> TensorPlan:
-    norms = ("attn1.norm_q", "attn1.norm_k", "attn2.norm_q", "attn2.norm_k", "attn2.norm_added_k?")
-    return plan(
-        attention("blocks.*.attn1"),
-        attention("blocks.*.attn2", (*QKV, "add_k_proj?", "add_v_proj?")),
-        feed_forward("blocks.*.ffn"),
-        *more,
-        norms=tuple(f"blocks.*.{norm}" for norm in norms),
-        vectors=vectors,
-        heads={"blocks.*.attn1": ("heads",), "blocks.*.attn2": ("heads",)},
-    )
-
 
 WAN_SIZE: dict[str, Any] = {
     "num_attention_heads": 4,
@@ -379,22 +234,21 @@ def wan_inputs(per_token: bool = False, **more: Any) -> dict[str, Any]:
     }
 
 
-WAN = Case(
-    lambda: diffusers.WanTransformer3DModel(**WAN_SIZE, rope_max_seq_len=32), wan_inputs, wan_plan(), (WAN_REGION,)
-)
-WAN_TI2V = Case(WAN.make, lambda: wan_inputs(per_token=True), wan_plan(), (WAN_REGION,))
-WAN_I2V = Case(
+WAN = specified("wan", lambda: diffusers.WanTransformer3DModel(**WAN_SIZE, rope_max_seq_len=32), wan_inputs)
+WAN_TI2V = specified("wan", WAN.make, lambda: wan_inputs(per_token=True))
+WAN_I2V = specified(
+    "wan",
     lambda: diffusers.WanTransformer3DModel(
         **WAN_SIZE, rope_max_seq_len=32, image_dim=24, added_kv_proj_dim=48, pos_embed_seq_len=None
     ),
     # the processor takes the last 512 tokens for text
     lambda: wan_inputs() | {"encoder_hidden_states": randn(2, 512, 20), "encoder_hidden_states_image": randn(2, 9, 24)},
-    wan_plan(),
-    (WAN_REGION,),
+    linears=dict.fromkeys(("blocks.*.attn2.add_k_proj", "blocks.*.attn2.add_v_proj"), COLUMN),
+    norms=("blocks.*.attn2.norm_added_k",),
 )
 
-HELIOS_TOKENS = (IMAGE, "original_context_length")
-HELIOS = Case(
+HELIOS = specified(
+    "helios",
     lambda: diffusers.HeliosTransformer3DModel(**WAN_SIZE, rope_dim=(4, 4, 4), is_amplify_history=True),
     lambda: (
         wan_inputs(timestep=torch.tensor([700.0, 200.0], dtype=torch.float64))
@@ -408,21 +262,11 @@ HELIOS = Case(
             "latents_history_long": randn(2, 4, 4, 4, 6),
         }
     ),
-    wan_plan(vectors=("blocks.*.attn1.history_key_scale?",)),
-    (
-        SequenceRegion(
-            enter="blocks.0",
-            segments=HELIOS_TOKENS,
-            within="blocks.*",
-            follow={"rotary_emb": Follow(HELIOS_TOKENS, 1), "temb": Follow(HELIOS_TOKENS, 1, ndim=4)},
-            leave="blocks.-1",
-            gathers=HELIOS_TOKENS,
-            cross=("blocks.*.attn2",),
-        ),
-    ),
+    vectors=("blocks.*.attn1.history_key_scale",),
 )
 
-HUNYUAN_VIDEO_15 = Case(
+HUNYUAN_VIDEO_15 = specified(
+    "hunyuan-video-1.5",
     lambda: diffusers.HunyuanVideo15Transformer3DModel(
         in_channels=4,
         out_channels=4,
@@ -445,36 +289,16 @@ HUNYUAN_VIDEO_15 = Case(
         "encoder_attention_mask_2": real(5, 2, total=5),
         "image_embeds": randn(2, 3, 24) * 0,
     },
-    plan(
-        joint("transformer_blocks.*.attn"),
-        feed_forward("transformer_blocks.*.ff"),
-        feed_forward("transformer_blocks.*.ff_context"),
-        heads={"transformer_blocks.*.attn": ("heads",)},
-    ),
-    (
-        SequenceRegion(
-            enter="transformer_blocks.0",
-            segments=(IMAGE, TEXT),
-            within="transformer_blocks.*",
-            follow={"freqs_cis": Follow(IMAGE, 0)},
-            padding={"attention_mask": TEXT},
-            leave="proj_out",
-            gathers=IMAGE,
-        ),
-    ),
 )
-
-AUDIO = "audio_hidden_states"
-LTX2_ATTENTION = ("attn1", "audio_attn1", "attn2", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn")
 
 
 def ltx2(rope: str, per_token: bool) -> Case:
-    heads_dim = 1 if rope == "split" else -1
-    own = {"query_rotary_emb": heads_dim}
-    both = {**own, "key_rotary_emb": heads_dim}
-    inputs = {"attn1": own, "audio_attn1": own, "audio_to_video_attn": both, "video_to_audio_attn": both}
+    inputs = SPECS["ltx2"].tensor_plan.inputs
+    if rope != "split":
+        inputs = {name: dict.fromkeys(tables, -1) for name, tables in inputs.items()}  # heads are in the last dim
     steps = torch.where(torch.arange(18) < 6, 0.0, torch.tensor([[700.0], [200.0]])).double()
-    return Case(
+    return specified(
+        "ltx2",
         lambda: diffusers.LTX2VideoTransformer3DModel(
             in_channels=8,
             out_channels=8,
@@ -507,72 +331,36 @@ def ltx2(rope: str, per_token: bool) -> Case:
             "width": 3,
             "audio_num_frames": 5,
         },
-        plan(
-            *(attention(f"transformer_blocks.*.{name}", (*QKV, "to_gate_logits?")) for name in LTX2_ATTENTION),
-            feed_forward("transformer_blocks.*.ff"),
-            feed_forward("transformer_blocks.*.audio_ff"),
-            norms=tuple(f"transformer_blocks.*.{name}.norm_{of}" for name in LTX2_ATTENTION for of in "qk"),
-            heads={f"transformer_blocks.*.{name}": ("heads",) for name in LTX2_ATTENTION},
-            inputs={f"transformer_blocks.*.{name}": dims for name, dims in inputs.items()},
-        ),
-        (
-            SequenceRegion(
-                enter="transformer_blocks.0",
-                segments=(IMAGE, AUDIO),
-                within="transformer_blocks.*",
-                follow={
-                    **dict.fromkeys(("video_rotary_emb", "ca_video_rotary_emb"), IMAGE),
-                    **dict.fromkeys(("audio_rotary_emb", "ca_audio_rotary_emb"), AUDIO),
-                    **dict.fromkeys(("temb", "temb_ca_scale_shift", "temb_ca_gate"), Follow(IMAGE, 1)),
-                    **dict.fromkeys(
-                        ("temb_audio", "temb_ca_audio_scale_shift", "temb_ca_audio_gate"), Follow(AUDIO, 1)
-                    ),
-                },
-                leave="transformer_blocks.-1",
-                gathers=(IMAGE, AUDIO),
-                cross=("transformer_blocks.*.attn2", "transformer_blocks.*.audio_attn2"),
-                joins={
-                    "transformer_blocks.*.attn1": Join((IMAGE,)),
-                    "transformer_blocks.*.audio_attn1": Join((AUDIO,)),
-                    "transformer_blocks.*.audio_to_video_attn": Join((IMAGE,), (AUDIO,)),
-                    "transformer_blocks.*.video_to_audio_attn": Join((AUDIO,), (IMAGE,)),
-                },
-            ),
-        ),
+        inputs=inputs,
     )
 
 
-SPECIFIED = {
-    "FLUX.2": Case(
-        lambda: diffusers.Flux2Transformer2DModel(
-            **FLUX_SIZE, timestep_guidance_channels=16, axes_dims_rope=(2, 4, 4, 2), guidance_embeds=False
-        ),
-        lambda: flux_inputs(axes=4),
-        SPECS["flux2-klein"].tensor_plan,
-        SPECS["flux2-klein"].regions,
+FLUX2 = specified(
+    "flux2-klein",
+    lambda: diffusers.Flux2Transformer2DModel(
+        **FLUX_SIZE, timestep_guidance_channels=16, axes_dims_rope=(2, 4, 4, 2), guidance_embeds=False
     ),
-    "Z-Image": Case(
-        lambda: diffusers.ZImageTransformer2DModel(
-            in_channels=4,
-            dim=48,
-            n_layers=2,
-            n_refiner_layers=1,
-            n_heads=4,
-            n_kv_heads=4,
-            cap_feat_dim=20,
-            axes_dims=[4, 4, 4],
-            axes_lens=[128, 32, 32],
-        ),
-        lambda: {
-            "x": [randn(4, 1, 6, 10), randn(4, 1, 6, 10)],
-            "t": torch.tensor([0.7, 0.2], dtype=torch.float64),
-            "cap_feats": [randn(7, 20), randn(40, 20)],
-        },
-        SPECS["z-image"].tensor_plan,
-        SPECS["z-image"].regions,
+    lambda: flux_inputs(axes=4),
+)
+Z_IMAGE = specified(
+    "z-image",
+    lambda: diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=48,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=4,
+        n_kv_heads=4,
+        cap_feat_dim=20,
+        axes_dims=[4, 4, 4],
+        axes_lens=[128, 32, 32],
     ),
-}
-
+    lambda: {
+        "x": [randn(4, 1, 6, 10), randn(4, 1, 6, 10)],
+        "t": torch.tensor([0.7, 0.2], dtype=torch.float64),
+        "cap_feats": [randn(7, 20), randn(40, 20)],
+    },
+)
 MINIMAX_H3 = Case(
     lambda: diffusers.MiniMaxH3Transformer3DModel(
         num_attention_heads=4,
@@ -601,9 +389,10 @@ MINIMAX_H3 = Case(
         "audio_indices": torch.arange(19, 23),
         "text_indices": torch.arange(7),
     },
-    plan(
-        attention("transformer_blocks.*.attn"),
-        feed_forward("transformer_blocks.*.ff", HALVES),
+    TensorPlan(
+        attention_plan("transformer_blocks.*.attn", ("to_q", "to_k", "to_v"), ("to_out.0",))
+        | {"transformer_blocks.*.ff.net.0.proj": SWIGLU, "transformer_blocks.*.ff.net.2": ROW},
+        "num_attention_heads",
         heads={"transformer_blocks.*.attn": ("heads",)},
     ),
     (
@@ -619,12 +408,13 @@ MINIMAX_H3 = Case(
 )
 
 CASES: Mapping[str, Case] = {
-    **SPECIFIED,
     "FLUX.1": FLUX,
+    "FLUX.2": FLUX2,
     "FLUX.3": FLUX3,
     "FLUX.3, edit": FLUX3_EDIT,
     "LongCat": LONGCAT,
     "Ovis": OVIS,
+    "Z-Image": Z_IMAGE,
     "Qwen-Image": QWEN_IMAGE,
     "Qwen-Image 2.1": QWEN_IMAGE_21,
     "SD 3.5": SD3,

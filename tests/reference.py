@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from torch import Tensor
 
 from crossdock.runtime.plan import spec_for
@@ -29,10 +29,36 @@ TOLERANCE = 1e-4
 
 
 @cache
-def _pipeline(directory: Path) -> DiffusionPipeline:
-    pipe = DiffusionPipeline.from_pretrained(directory)
+def pipeline_of(directory: Path) -> Any:
+    """As diffusers loads it."""
+    if (directory / "modular_model_index.json").exists():
+        pipe = ModularReference(directory)
+    else:
+        pipe = DiffusionPipeline.from_pretrained(directory)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+class ModularReference:
+    """A pipeline that diffusers has as blocks only, with the arguments and the return values of the others."""
+
+    def __init__(self, directory: Path) -> None:
+        self.modular = ModularPipeline.from_pretrained(str(directory))
+        self.modular._blocks.sub_blocks.pop("prompt_upsampler")  # its model is another repository's
+        self.modular.load_components(["transformer", "vae", "text_encoder", "tokenizer"], local_files_only=True)
+
+    def __call__(self, *, return_dict: bool, output_type: str, **wishes: Any) -> tuple[Any]:
+        output = "latents" if output_type == "latent" else "images"
+        return (self.modular(output=output, output_type="pil" if output == "latents" else output_type, **wishes),)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["modular"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "modular":
+            self.__dict__[name] = value
+        else:  # a guider
+            setattr(self.modular, name, value)
 
 
 @dataclass(frozen=True)
@@ -66,7 +92,7 @@ def reference(
         found.append(tensors["latents"])
         return tensors
 
-    pipe, at_step_end = _pipeline(directory), {}
+    pipe, at_step_end = pipeline_of(directory), {}
     if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
         at_step_end = {"callback_on_step_end": keep}
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from crossdock.launch.engine import choose_device
 from crossdock.runtime.config import RunConfig
 from crossdock.runtime.errors import CheckpointError, ConfigError, LaunchError, RequestError, UserError
+from crossdock.runtime.families import SPECS
 from crossdock.runtime.plan import RunPlan, make_plan
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.request_checks import check_request
+from crossdock.runtime.request_checks import check_amounts, check_request
 
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
 
@@ -214,6 +216,18 @@ def test_xfuser_says_why_not(flux2_dir: Path) -> None:
 def test_a_negative_prompt_that_would_do_nothing(flux2_dir: Path) -> None:
     with pytest.raises(RequestError, match="negative_prompt: found 'blurred'; the guidance of flux2-klein takes none"):
         check_request(_plan(flux2_dir), GenerateRequest(("x",), negative_prompt="blurred"))
+
+
+def test_guidance_that_a_distilled_model_lacks(flux2_dir: Path) -> None:
+    plan = replace(_plan(flux2_dir), spec=SPECS["flux3-distilled"])
+    with pytest.raises(RequestError, match="guidance_scale: found 4; flux3-distilled has no guidance: leave it out"):
+        check_request(plan, GenerateRequest(("x",), guidance_scale=4.0))
+
+
+def test_a_pipeline_that_takes_one_prompt_at_a_time() -> None:
+    check_amounts(SPECS["flux3"], 3, 1)
+    with pytest.raises(RequestError, match="batch_size: found 2; flux3 takes one prompt at a time: leave it out"):
+        check_amounts(SPECS["flux3"], 3, 2)
 
 
 @pytest.mark.parametrize(("size", "text"), [((250, 256), "height: found 250"), ((256, 8), "width: found 8")])

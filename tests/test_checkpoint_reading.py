@@ -31,7 +31,7 @@ from crossdock.parallel.tensor import TensorParallelism, TensorSlice
 from crossdock.runtime import checkpoint, weights
 from crossdock.runtime.checkpoint import TensorReader, stored_tensors
 from crossdock.runtime.config import RunConfig
-from crossdock.runtime.meta_model import build_on_meta, non_persistent_buffers
+from crossdock.runtime.meta_model import build_config_on_meta, build_on_meta, non_persistent_buffers
 from crossdock.runtime.plan import RunPlan, make_plan
 from crossdock.runtime.weights import RankWeights, WeightLoader
 
@@ -485,6 +485,32 @@ def test_ties_and_missing_parameters_are_kept(tmp_path: Path, monkeypatch: pytes
     assert meta.first.weight is meta.second.weight
     assert meta.first.bias is not meta.second.bias
     assert torch.equal(meta.get_buffer("table"), torch.arange(4.0))
+
+
+@pytest.mark.parametrize(("persistent", "needed"), [(True, False), (False, True), (True, True)])
+def test_a_table_that_the_checkpoint_holds_is_not_computed(
+    persistent: bool, needed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model that computes nothing else: 9 s for the 150,000 positions of Stable Diffusion 3.5 medium."""
+    computed: list[bool] = []
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            table = torch.arange(4.0) * 2
+            computed.append(not table.is_meta)
+            self.register_buffer("table", table, persistent=persistent)
+            self.beside = [torch.ones(2)] if needed and persistent else []
+
+        @classmethod
+        def from_config(cls, config: dict[str, Any]) -> Model:
+            return cls()
+
+    monkeypatch.setattr(diffusers, "Model", Model, raising=False)
+    model = build_config_on_meta("Model", {})
+    assert any(computed) == needed
+    assert model.get_buffer("table").is_meta == (not needed)
+    assert not any(tensor.is_meta for tensor in cast(Any, model).beside)
 
 
 def test_tensors_kept_in_lists_and_mappings_go_to_the_device() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from crossdock.launch.engine import Engine
 from crossdock.offload.block import Home, StreamedBlock
+from crossdock.offload.copy_engine import CpuCopyEngine
 from crossdock.offload.layout import ALIGNMENT
 from crossdock.runtime.config import RunConfig
 from crossdock.runtime.coordinator import Coordinator
@@ -88,6 +90,24 @@ def test_each_block_is_seen_once_before_it_computes(home: Home, residents: tuple
     case.stream.rehearse(unseen=True)
     case.stream.rehearse()
     assert [what for what, _ in told] == ["computes"] * 5
+    case.finish()
+
+
+def test_what_was_read_is_told_when_no_load_is_under_way() -> None:
+    """Skipped blocks come after the last step, and fetch ahead: that load counted as one that had read nothing."""
+
+    class Slow(CpuCopyEngine):
+        def move(self, target: Tensor, source: Tensor) -> None:
+            time.sleep(0.05)
+            super().move(target, source)
+
+    case = build([Home.HOST] * 5, 1, engine=Slow(60))
+    case.stream.watch_arrivals(lambda *_: None)
+    case.check([0, 1, 3, 4])
+    case.stream.rehearse(unseen=True)
+    read = case.stream.read
+    assert len(read) == 5
+    assert all(read.values())
     case.finish()
 
 

@@ -2,60 +2,27 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import pytest
 import torch
+from thread_ranks import ThreadGroup, groups_of, run_threads
 from torch import Tensor, nn
 
 from crossdock.parallel.group import Group
 from crossdock.parallel.guidance import BranchedModel, Branches, GuidanceParallelism
 
-LIMIT_S = 20
 Run = Callable[[BranchedModel], Any]
-
-
-class Table:
-    """Where the ranks of a group of threads meet; `log` is of the first rank."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.barrier = threading.Barrier(size, timeout=LIMIT_S)
-        self.value: Any = None
-        self.log: list[str] = []
-
-
-class ThreadGroup:
-    """As much of a `Group` as guidance needs."""
-
-    def __init__(self, table: Table, index: int) -> None:
-        self.table, self.index, self.size = table, index, table.size
-
-    def broadcast_object(self, value: Any, source: int) -> Any:
-        if self.index == source:
-            self.table.value = value
-        self.table.barrier.wait()
-        found = self.table.value
-        self.table.barrier.wait()
-        return found
-
-    def broadcast(self, tensor: Tensor, source: int) -> None:
-        if self.index == 0:
-            self.table.log.append(f"broadcast from {source}")
-        tensor.copy_(self.broadcast_object(tensor.clone(), source))
 
 
 class Model(nn.Module):
     """Doubles what it is given, and counts."""
 
-    def __init__(self, log: list[str]) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.config = "its config"
         self.passes: list[tuple[int, ...]] = []
-        self._log = log
 
     def forward(self, hidden: Any, scale: Tensor | None = None, return_dict: bool = True) -> Any:
         if isinstance(hidden, list):
@@ -66,18 +33,21 @@ class Model(nn.Module):
         return (doubled if scale is None else doubled * scale.view(-1, 1),)
 
 
-def run(program: Run, branches: Branches, size: int = 2) -> tuple[list[Any], list[list[tuple[int, ...]]], list[str]]:
-    """What `program` returned on every rank, the shapes of each rank's passes, and the first rank's log."""
-    table = Table(size)
-    models = [Model(table.log if index == 0 else []) for index in range(size)]
+def broadcasts(group: ThreadGroup) -> list[Any]:
+    """The ranks that tensors came from."""
+    return [source for what, source, *_ in group.issued if what == "broadcast"]
+
+
+def run(program: Run, branches: Branches, size: int = 2) -> tuple[list[Any], list[list[tuple[int, ...]]], list[Any]]:
+    """What `program` returned on every rank, the shapes of each rank's passes, and `broadcasts` of the first rank."""
+    meeting, groups = groups_of(size)
+    models = [Model() for _ in range(size)]
 
     def rank(index: int) -> Any:
-        guidance = GuidanceParallelism(cast(Group, ThreadGroup(table, index)))
-        return program(guidance.over(models[index], branches))
+        return program(GuidanceParallelism(cast(Group, groups[index])).over(models[index], branches))
 
-    with ThreadPoolExecutor(size) as pool:
-        found = [task.result(LIMIT_S) for task in [pool.submit(rank, index) for index in range(size)]]
-    return found, [model.passes for model in models], table.log
+    found = run_threads([meeting], rank, size)
+    return found, [model.passes for model in models], broadcasts(groups[0])
 
 
 X, Y = torch.arange(6.0).view(2, 3), torch.full((2, 3), 5.0)
@@ -92,11 +62,11 @@ def test_two_calls_go_to_two_ranks() -> None:
         uncond = model(Y, return_dict=False)[0][:, :2]
         return cast(Tensor, uncond + 4.0 * (cond - uncond))
 
-    found, passes, log = run(program, "calls")
+    found, passes, sources = run(program, "calls")
     expected = 2 * Y[:, :2] + 4.0 * ((2 * X[:, :2]).double() - 2 * Y[:, :2])
     assert all(torch.equal(each, expected) for each in found)
     assert passes == [[(2, 3)], [(2, 3)]], "each rank computes one branch"
-    assert log == ["broadcast from 0", "broadcast from 1"]
+    assert sources == [0, 1]
 
 
 def test_ranks_meet_when_a_result_is_used_not_before() -> None:
@@ -104,16 +74,16 @@ def test_ranks_meet_when_a_result_is_used_not_before() -> None:
     met: list[int] = []
 
     def program(model: BranchedModel) -> Tensor:
-        table = cast(Any, model)._guidance._group.table
+        group = cast(Any, model)._guidance._group
         first = model(X, return_dict=False)[0][:, 1:].float()
-        met.append(len(table.log))
+        met.append(len(broadcasts(group)))
         second = model(Y, return_dict=False)[0][:, 1:]
-        met.append(len(table.log))
+        met.append(len(broadcasts(group)))
         return torch.cat([first, second])
 
-    found, _, log = run(program, "calls")
+    found, _, sources = run(program, "calls")
     assert met == [0] * 4
-    assert len(log) == 2
+    assert len(sources) == 2
     assert all(torch.equal(each, torch.cat([2 * X[:, 1:], 2 * Y[:, 1:]])) for each in found)
 
 
@@ -170,10 +140,10 @@ def test_a_batch_is_cut() -> None:
 
 def test_a_batch_that_does_not_divide_is_computed_by_all() -> None:
     """As without guidance: one picture, one branch."""
-    found, passes, log = run(lambda model: model(X[:1], return_dict=False)[0], "batch")
+    found, passes, sources = run(lambda model: model(X[:1], return_dict=False)[0], "batch")
     assert all(torch.equal(each, 2 * X[:1]) for each in found)
     assert passes == [[(1, 3)], [(1, 3)]]
-    assert log == []
+    assert sources == []
 
 
 def test_other_shapes_in_the_next_request() -> None:

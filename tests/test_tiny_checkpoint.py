@@ -12,22 +12,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
 from crossdock.runtime import tiny_checkpoint
+from crossdock.runtime.checkpoint import read_model_index
 from crossdock.runtime.errors import CheckpointError, RequestError
 from crossdock.runtime.families import TINY, spec_of_pipeline
 from crossdock.runtime.specs import ModelSpec
 from crossdock.runtime.tiny_checkpoint import make_checkpoint
 from crossdock.runtime.vae_scale import latent_pixels
 from layouts import FAMILIES
+from reference import pipeline_of
 
 THOROUGH = list(TINY) if os.environ.get("CROSSDOCK_ALL") else list(FAMILIES)
 """Recipes that are drawn with, again and again; `make test-all` does that with all."""
 SIZE_LIMIT_BYTES = 20_000_000
 LARGER = {"hunyuan-video-1.5": 26_000_000}
 """Its class has a projection of 2048 x 2048, whatever its config says."""
+FLUX3_STACKS = {
+    "txt_mode_blocks": 2,
+    "mode_blocks.image": 2,
+    "mode_blocks.image_cond": 2,
+    "single_transformer_blocks": 4,
+}
 STACKS = {
     "flux1": {"transformer_blocks": 3, "single_transformer_blocks": 5},
     "flux2": {"transformer_blocks": 2, "single_transformer_blocks": 6},
@@ -45,6 +52,13 @@ STACKS = {
     "krea2": {"text_fusion.layerwise_blocks": 2, "text_fusion.refiner_blocks": 2, "transformer_blocks": 5},
     "ltx2": {"transformer_blocks": 4},
     "helios": {"blocks": 5},
+    "flux3": FLUX3_STACKS,
+    "flux3-distilled": FLUX3_STACKS,
+}
+FLUX3 = {
+    "transformer": ["diffusers", "Flux3Transformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKLFlux2"],
+    "text_encoder": ["transformers", "Qwen3VLForConditionalGeneration"],
 }
 WAN = {
     "_class_name": "WanPipeline",
@@ -152,6 +166,8 @@ CLASSES: dict[str, dict[str, Any]] = {
         "text_encoder": ["transformers", "Gemma3ForConditionalGeneration"],
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     },
+    "flux3": {"_class_name": "Flux3ModularPipeline", **FLUX3},
+    "flux3-distilled": {"_class_name": "Flux3DistilledModularPipeline", **FLUX3},
     "helios": {
         "_class_name": "HeliosPipeline",
         "transformer": ["diffusers", "HeliosTransformer3DModel"],
@@ -162,7 +178,10 @@ CLASSES: dict[str, dict[str, Any]] = {
 }
 PROMPT = 'a red fox in the snow, a sign that says "hello"'
 """Some pipelines encode once more what is in quotes."""
+NO_REFERENCE = r"(mode_blocks|(early|single)_stream_modulations|x_embedders)\.image_cond\..*"
 UNUSED = {
+    "Flux3ModularPipeline": NO_REFERENCE,
+    "Flux3DistilledModularPipeline": NO_REFERENCE,
     "QwenImagePipeline": r"transformer_blocks\.4\.(txt_mlp|attn\.(add_q_proj|to_add_out|norm_added_q))\..*",
     "StableDiffusion3Pipeline": r"transformer_blocks\.4\.attn\.(add_q_proj|norm_added_q)\..*",
     "HunyuanVideo15Pipeline": "|".join(
@@ -196,9 +215,13 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
 @pytest.fixture(scope="module", params=THOROUGH)
 def pipeline(request: pytest.FixtureRequest, checkpoints: Callable[[str], Path]) -> Any:
-    pipe = DiffusionPipeline.from_pretrained(checkpoints(request.param))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipeline_of(checkpoints(request.param))
+
+
+def spec_of(pipe: Any) -> ModelSpec:
+    spec = spec_of_pipeline(type(getattr(pipe, "modular", pipe)).__name__)
+    assert spec is not None
+    return spec
 
 
 def frames_of(spec: ModelSpec) -> int:
@@ -207,8 +230,7 @@ def frames_of(spec: ModelSpec) -> int:
 
 def run(pipe: Any, prompt: str, tokens: tuple[int, int], steps: int, output_type: str) -> Any:
     """The first picture or video; `tokens` along its height and width."""
-    spec = spec_of_pipeline(type(pipe).__name__)
-    assert spec is not None
+    spec = spec_of(pipe)
     pixels = spec.patch * latent_pixels(pipe.vae.config)
     frames = {} if spec.fps is None else {"num_frames": frames_of(spec)}
     return pipe(
@@ -235,7 +257,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("family", list(TINY))
 def test_format(family: str, checkpoints: Callable[[str], Path]) -> None:
     directory = checkpoints(family)
-    index = json.loads((directory / "model_index.json").read_text())
+    index = read_model_index(directory)
     assert CLASSES[family].items() <= index.items()
     for name in (
         "transformer/config.json",
@@ -285,8 +307,7 @@ def test_diffusers_draws_a_picture(pipeline: Any, tokens: tuple[int, int]) -> No
     *frames, height, width, channels = pixels.shape
     assert height * tokens[1] == width * tokens[0]
     assert channels == getattr(pipeline.vae.config, "out_channels", 3)
-    spec = spec_of_pipeline(type(pipeline).__name__)
-    assert spec is not None
+    spec = spec_of(pipeline)
     assert frames == ([] if spec.fps is None else [frames_of(spec)])
     assert (pixels.flatten(0, -2).amax(0) - pixels.flatten(0, -2).amin(0)).min() > 0.4
 
@@ -322,7 +343,7 @@ def test_every_tensor_shows(pipeline: Any) -> None:
         parameter.data = kept
         if moved < VISIBLE:
             unseen[name] = moved
-    unused = UNUSED.get(type(pipeline).__name__, "")
+    unused = UNUSED.get(spec_of(pipeline).pipeline, "")
     assert {name for name in unseen if not re.fullmatch(unused, name)} == set()
     assert not unused or unseen
 

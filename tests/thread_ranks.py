@@ -67,6 +67,13 @@ class ThreadGroup:
         received.copy_(passed[self.index - 1])
         return lambda: None
 
+    def broadcast_object(self, value: Any, source: int) -> Any:
+        return self._exchange(("broadcast_object", source), value)[source]
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        sent = self._exchange(("broadcast", source, tensor.dtype, tuple(tensor.shape)), tensor.clone())
+        tensor.copy_(sent[source])
+
     def _exchange(self, what: tuple[object, ...], value: Any) -> list[Any]:
         """All ranks must ask for the same."""
         self.issued.append(what)

@@ -8,7 +8,7 @@ from crossdock.parallel.regions import Deal, Follow, SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
 from crossdock.runtime.specs import ModelSpec, Published, attention_plan
 from crossdock.runtime.tiny_parts import HEAD_DIM, HEADS, LATENT_CHANNELS, TEXT_HIDDEN, TinyRecipe, flow_scheduler
-from crossdock.runtime.tiny_qwen_vl import latent_statistics, qwen3_vl_config, qwen_vl_tokenizer
+from crossdock.runtime.tiny_qwen_vl import latent_statistics, qwen3_vl_config, qwen_vl_processor, qwen_vl_tokenizer
 
 BLOCKS = "transformer_blocks.*"
 QKV = ("to_q", "to_k", "to_v")
@@ -75,22 +75,13 @@ def _vae() -> Any:
     )
 
 
-def _processor(tokenizer: Any) -> Any:
-    """Another one than the published checkpoint's, whose video part needs torchvision; for text they are the same."""
-    from transformers import LlavaProcessor
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    images = Qwen2VLImageProcessorPil()
-    return LlavaProcessor(images, tokenizer, chat_template=_CHAT_TEMPLATE, image_token="<|image_pad|>")
-
-
 def _components() -> dict[str, Any]:
     from transformers import Qwen3VLForConditionalGeneration
 
     tokenizer = qwen_vl_tokenizer()
     return {
         "scheduler": flow_scheduler(shift=1.0, dynamic_shifting=True),
-        "processor": _processor(tokenizer),
+        "processor": qwen_vl_processor(tokenizer, _CHAT_TEMPLATE),
         "transformer": _transformer(),
         "vae": _vae(),
         "text_encoder": Qwen3VLForConditionalGeneration(qwen3_vl_config(tokenizer, layers=4)),

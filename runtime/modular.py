@@ -1,0 +1,107 @@
+"""Pipelines that diffusers has as blocks only (`ModularPipeline`), run like the others.
+
+Their blocks hand a state on to one another. What encodes is a block here, not a method; a denoise loop calls nobody at
+a step's end, so that its steps are told by the scheduler; and what comes out is picked by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from crossdock.runtime.checkpoint import MODULAR_INDEX
+
+Share = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""Makes of a function one that runs on one rank, with what it returns on all."""
+
+
+def is_modular(pipeline: type) -> bool:
+    return issubclass(pipeline, diffusers.ModularPipeline)
+
+
+def as_pipeline(pipeline: type, outputs: tuple[str, ...]) -> type:
+    """A subclass of the modular `pipeline` that is loaded and called like a `DiffusionPipeline`.
+
+    Args:
+        outputs: names of what it returns.
+    """
+
+    class Adapted(pipeline):  # type: ignore[misc]
+        @classmethod
+        def from_pretrained(cls, model_dir: Path, dtype: torch.dtype, **given: Any) -> Any:
+            return _loaded(cls, model_dir, dtype, given)
+
+        def __call__(self, return_dict: bool, **inputs: Any) -> Any:
+            found = super().__call__(output=list(outputs), **inputs)
+            return found if return_dict else tuple(found[name] for name in outputs)
+
+    Adapted.__name__ = pipeline.__name__
+    return Adapted
+
+
+def _loaded(pipeline: Any, model_dir: Path, dtype: torch.dtype, given: Mapping[str, Any]) -> Any:
+    """A pipeline with the components of `model_dir`, but for those that are `given`: as modules, or None for none.
+
+    Blocks whose components are not in this directory (another model's, of another repository) are left out.
+    """
+    options = {"local_files_only": given.get("local_files_only", True)}
+    pipe = pipeline(pretrained_model_name_or_path=str(model_dir), **options)
+    here = {name for name in pipe.pretrained_component_names if (model_dir / name).is_dir()}
+    for name, block in list(pipe._blocks.sub_blocks.items()):
+        wanted = {part.name for part in block.expected_components if part.default_creation_method == "from_pretrained"}
+        if not wanted <= here:
+            pipe._blocks.sub_blocks.pop(name)
+    for name in sorted(here - given.keys()):
+        pipe.register_components(**{name: pipe.get_component_spec(name).load(dtype=dtype, **options)})
+    pipe.register_components(**{name: module for name, module in given.items() if isinstance(module, nn.Module)})
+    return pipe
+
+
+def share_block(pipe: Any, name: str, share: Share) -> None:
+    """The block called `name` runs on one rank, and what it puts into the state is put there on all."""
+    block = copy.copy(pipe._blocks.sub_blocks[name])  # pipelines of a class have their blocks in common
+    kinds = {output.name: output.kwargs_type for output in block.intermediate_outputs}
+    own = type(block)
+
+    def values(state: Any) -> dict[str, Any]:
+        _, after = own.__call__(block, pipe, state)
+        return {output: after.get(output) for output in kinds}
+
+    shared = share(values)
+
+    def call(_block: Any, components: Any, state: Any) -> tuple[Any, Any]:
+        for output, value in shared(state).items():
+            state.set(output, value, kinds[output])
+        return components, state
+
+    block.__class__ = type(own.__name__, (own,), {"__call__": call})
+    pipe._blocks.sub_blocks[name] = block
+
+
+class Assembled:
+    """A new pipeline of components, to be saved.
+
+    Args:
+        repository: what its index calls the place that the components are in.
+    """
+
+    def __init__(self, pipeline: Any, components: Mapping[str, Any], repository: str) -> None:
+        self._pipe = pipeline()
+        self._pipe.update_components(**components)
+        self._repository = repository
+
+    def save_pretrained(self, directory: Path, **options: Any) -> None:
+        self._pipe.save_pretrained(str(directory), overwrite_modular_index=True, **options)
+        path = directory / MODULAR_INDEX
+        index = json.loads(path.read_text(encoding="utf-8"))
+        for value in index.values():
+            if isinstance(value, list) and value[0] is not None:  # else it is not saved
+                value[2]["pretrained_model_name_or_path"] = self._repository
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
