@@ -21,21 +21,21 @@ class ModelRow:
 
     Attributes:
         transformer: diffusers class.
-        stacks: block stack -> number of blocks.
-        parameters: of the transformer.
-        bytes: of the transformer in bf16.
+        transformers: how many of it the checkpoint has.
+        stacks: block stack -> number of blocks in each of them.
+        parameters: of all of them.
+        bytes: of all of them in bf16.
         layouts: the shipped configs in which tests hold this family.
-        refused: why it cannot be run.
     """
 
     family: str
     checkpoint: str
     transformer: str
+    transformers: int
     stacks: dict[str, int]
     parameters: int
     bytes: int
     layouts: tuple[str, ...]
-    refused: str
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -43,11 +43,11 @@ class ModelRow:
         return (
             self.family,
             self.checkpoint,
-            self.transformer,
+            self.transformer if self.transformers == 1 else f"{self.transformers} x {self.transformer}",
             ", ".join(f"{name} x{count}" for name, count in self.stacks.items()),
             f"{self.parameters / 1e9:.2f}B",
             f"{self.bytes / 1e9:.1f}",
-            f"none: {self.refused}" if self.refused else _brief(self.layouts),
+            _brief(self.layouts),
         )
 
 
@@ -60,11 +60,11 @@ def model_rows() -> Iterator[ModelRow]:
                 spec.family,
                 published.name,
                 spec.transformer,
+                published.transformers,
                 shape.stacks,
                 shape.parameters,
                 shape.bf16_bytes,
-                () if published.refused else layouts,
-                published.refused,
+                layouts,
             )
 
 

@@ -35,9 +35,10 @@ class BlockStream:
 
     Args:
         blocks: every block, in the order in which they are expected to run.
-        schedule: slots of the blocks that are streamed and not in `resident`, in the same order.
+        schedule: slots of the blocks that are streamed and not in `resident`, in the same order, ring after ring.
         gather: the shard group; needed where a home is sharded.
         resident: indices of blocks with a streamed home that get a slot of their own.
+        rings: the blocks that run in a pass of their own, by index, of each such pass; empty: all run in one.
         arena: where the slots lie; by default memory of their own.
         yields_link: copies use the link to the device only between collectives; tell them by `link_used`.
         trace_limit: how many trace events are kept.
@@ -56,6 +57,7 @@ class BlockStream:
         gather: Gather | None = None,
         *,
         resident: Collection[int] = (),
+        rings: Sequence[Collection[int]] = (),
         arena: Arena | None = None,
         yields_link: bool = False,
         trace_limit: int = 100_000,
@@ -73,7 +75,7 @@ class BlockStream:
         if gather is None and any(block.home.sharded for block in self.blocks):
             raise ValueError("a sharded home needs a shard group")
         self._index = {block.name: index for index, block in enumerate(self.blocks)}
-        self._run_order = RunOrder([i for i, b in enumerate(self.blocks) if b.home.streamed and b.runs])
+        self._run_order = RunOrder([i for i, b in enumerate(self.blocks) if b.home.streamed and b.runs], rings)
         self._held = [i for i, block in enumerate(self.blocks) if block.home.streamed and not block.runs]
         self._reading: int | None = None
         self._hooks = BlockHooks()
@@ -108,7 +110,7 @@ class BlockStream:
         then every slot is spoiled, so that what was there before does not pass for what was brought.
         """
         self._poison()
-        self._arrivals.watch(look, self._run_order.ring)
+        self._arrivals.watch(look, self._run_order.order)
 
     def rehearse(self, unseen: bool = False) -> None:
         """Stream every block once without computing, so that ordering is proven. Collective when sharded.
@@ -116,7 +118,7 @@ class BlockStream:
         Args:
             unseen: only those that have not come since `watch_arrivals`.
         """
-        for index in self._run_order.ring:
+        for index in self._run_order.rehearsal:
             if not unseen or index in self._arrivals.unseen:
                 self._bring(index)
                 self._after(index)
@@ -177,11 +179,11 @@ class BlockStream:
     @property
     def order(self) -> tuple[str, ...]:
         """Names of the blocks that share slots in the order in which they are prefetched."""
-        return tuple(self.blocks[i].name for i in self._run_order.ring if i not in self._own)
+        return tuple(self.blocks[i].name for i in self._run_order.order if i not in self._own)
 
     @property
     def recorded_order(self) -> tuple[int, ...] | None:
-        """Indices of all streamable blocks as they ran in the first pass; None before it closed or if it skipped."""
+        """Indices of a ring's streamable blocks as its first pass ran them; None before it closed or if it skipped."""
         return self._run_order.recorded
 
     @property
@@ -225,11 +227,9 @@ class BlockStream:
 
     # -- one block -----------------------------------------------------------------------------------------------
 
-    def prepare(self) -> None:
-        """Begin to load the first blocks of a pass: call it when this component's turn begins."""
-        if self._hooks.suspended:
-            return
-        for first in self._run_order.ring[:1]:
+    def prepare(self, ring: int = 0) -> None:
+        """Begin to load the first blocks of a pass of `ring`: call it when this component's turn begins."""
+        for first in () if self._hooks.suspended else self._run_order.rings[ring].order[:1]:
             self.settle()
             self._enqueue(first)
             self._fetch_ahead(first)
@@ -323,7 +323,7 @@ class BlockStream:
         slot = self._slots[index]
         done = self.engine.record()
         slot.end_reading(done)
-        if self.poison_freed and index not in self._own:
+        if self.poison_freed and index not in self._staying:
             slot.holder = None
             slot.ready = self.engine.submit("copy", lambda: fill_nan(slot.memory), (done,))
 
@@ -344,22 +344,23 @@ class BlockStream:
 
     def _set_schedule(self, schedule: SlotSchedule, resident: Collection[int]) -> None:
         self._residents = frozenset(resident)
-        sharing = [i for i in self._run_order.ring if i not in self._residents]
+        sharing = [i for i in self._run_order.order if i not in self._residents]
         if len(sharing) != len(schedule.slots):
             raise ValueError(f"{len(sharing)} streamed blocks, but slots for {len(schedule.slots)}")
         self.schedule = schedule
         self.scheduled_at = self._log.upcoming
-        self._prefetch = max(schedule.prefetch, 1) if self._residents else schedule.prefetch
         self._shared_slot = dict(zip(sharing, schedule.slots, strict=True))
+        self._staying = self._residents | self._run_order.stay_in_turn(self._shared_slot)
+        self._prefetch = max(schedule.prefetch, 1) if self._staying else schedule.prefetch
         self._look_ahead()
 
     def _look_ahead(self) -> None:
-        self._ahead = self._run_order.ahead(self._prefetch, self._residents)
+        self._ahead = self._run_order.ahead(self._prefetch, self._staying)
 
     def _sizes(self) -> tuple[list[int], list[int], list[int]]:
         """Bytes of the shared slots; the blocks with a slot of their own, and their bytes."""
         sizes = slot_sizes([self.blocks[i].layout.nbytes for i in self._shared_slot], list(self._shared_slot.values()))
-        alone = [*self._held, *(i for i in self._run_order.ring if i in self._residents)]
+        alone = [*self._held, *(i for i in self._run_order.order if i in self._residents)]
         return sizes, alone, [self.blocks[i].layout.nbytes for i in alone]
 
     @property

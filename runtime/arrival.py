@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from crossdock.offload.block import StreamedBlock
 from crossdock.offload.block_stream import BlockStream
 from crossdock.parallel.tensor import TensorSlice, part_shape
-from crossdock.runtime.meta_model import build_on_meta, non_persistent_buffers
-from crossdock.runtime.plan import TRANSFORMER, RunPlan
+from crossdock.runtime.meta_model import non_persistent_buffers
+from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.reports import ArrivalRecord
+from crossdock.runtime.streamed_model import build_transformers
 
 WHOLE_BYTES = 32 * 1024
 """Tensors up to this size are compared whole."""
@@ -128,17 +129,17 @@ class Arrivals:
 
     def _stored(self, fqn: str) -> Tensor:
         """The file's tensor, mapped: only the pages that are used are read."""
-        file = self._plan.stored[fqn].file
-        if file not in self._files:
-            self._files[file] = safe_open(file, framework="pt")
-        if not self._plan.stored[fqn].shape:
-            return self._files[file].get_tensor(fqn)  # type: ignore[no-any-return]
-        return self._files[file].get_slice(fqn)[:]  # type: ignore[no-any-return]
+        stored = self._plan.stored[fqn]
+        if stored.file not in self._files:
+            self._files[stored.file] = safe_open(stored.file, framework="pt")
+        if not stored.shape:
+            return self._files[stored.file].get_tensor(stored.name)  # type: ignore[no-any-return]
+        return self._files[stored.file].get_slice(stored.name)[:]  # type: ignore[no-any-return]
 
     @cached_property
     def _recomputed(self) -> nn.Module:
         """The model once more, for the buffers that its constructor computes."""
-        return build_on_meta(self._plan.spec.transformer, self._plan.model_dir / TRANSFORMER)
+        return build_transformers(self._plan.spec.transformer, self._plan.model_dir, self._plan.transformers)
 
 
 def sampled_rows(fqn: str, tensor: Tensor, part: TensorSlice | None, cuts: Sequence[int]) -> Tensor | None:

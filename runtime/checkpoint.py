@@ -43,9 +43,10 @@ MODULAR_INDEX = "modular_model_index.json"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor is stored, and as what."""
+    """Where a tensor is stored, and as what; `name` is what its file calls it."""
 
     file: Path
+    name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
 
@@ -172,7 +173,7 @@ def _header(file: Path) -> dict[str, StoredTensor]:
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
             return {
-                name: StoredTensor(file, _dtype(file, name, part.get_dtype()), tuple(part.get_shape()))
+                name: StoredTensor(file, name, _dtype(file, name, part.get_dtype()), tuple(part.get_shape()))
                 for name, part in slices.items()
             }
     except (SafetensorError, OSError) as error:
@@ -199,7 +200,7 @@ class TensorReader:
         """The tensor, or this rank's slice of it, in its stored dtype."""
         shape = self._stored[fqn].shape
         if not shape:
-            return self._open(fqn).get_tensor(fqn)  # type: ignore[no-any-return]
+            return self._open(fqn).get_tensor(self._stored[fqn].name)  # type: ignore[no-any-return]
         rows = part.size if part is not None and part.dim == 0 else shape[0]
         return self._rows(fqn, part, 0, rows)
 
@@ -218,7 +219,7 @@ class TensorReader:
 
     def _rows(self, fqn: str, part: TensorSlice | None, first: int, last: int) -> Tensor:
         """Rows [first, last) of the sliced tensor."""
-        opened = self._open(fqn).get_slice(fqn)
+        opened = self._open(fqn).get_slice(self._stored[fqn].name)
         if part is None:
             return opened[first:last]  # type: ignore[no-any-return]
         if part.dim == 1:

@@ -82,13 +82,14 @@ class DenoiseLoop:
         self.between_chunks = False
 
     @contextmanager
-    def watching(self, transformer: nn.Module) -> Iterator[None]:
-        """The first step begins with the transformer's first call."""
-        handle = transformer.register_forward_pre_hook(self._begin, prepend=True)
+    def watching(self, *transformers: nn.Module) -> Iterator[None]:
+        """The first step begins with the first call of a transformer."""
+        handles = [each.register_forward_pre_hook(self._begin, prepend=True) for each in transformers]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def told_by(self, pipe: Any) -> Iterator[dict[str, Any]]:

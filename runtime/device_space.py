@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from crossdock.offload.layout import ALIGNMENT
 from crossdock.offload.residency import Residency, assumed_costs, minimum_bytes, plan_residency
+from crossdock.offload.turns import place_sizes, usable_bytes
 from crossdock.runtime.components import ComponentNeed
 from crossdock.runtime.config import OffloadConfig
 from crossdock.runtime.errors import ConfigError
@@ -30,7 +31,7 @@ def divide_device(
     offload: OffloadConfig,
     device_bytes: int | None,
     outside_bytes: int,
-    block_sizes: Sequence[int],
+    rings: Sequence[Sequence[int]],
     others: Sequence[ComponentNeed],
 ) -> DeviceSpace:
     """Divide a device.
@@ -38,12 +39,13 @@ def divide_device(
     Args:
         device_bytes: memory of the smallest device; None: not known yet, and a relative budget is not judged.
         outside_bytes: of what never leaves the device.
-        block_sizes: of the transformer's blocks that can be streamed, in bytes, as they run.
+        rings: of each transformer's blocks that can be streamed, in bytes, as they run.
         others: the components that take turns with the transformer.
 
     Raises:
         ConfigError: the budget is below the minimum, which the message names.
     """
+    block_sizes = place_sizes(rings)
     costs, depths = assumed_costs(block_sizes), offload.depths
     if not offload.layerwise:
         return DeviceSpace(plan_residency(block_sizes, costs, None, depths), None, None)
@@ -57,7 +59,7 @@ def divide_device(
     if arena_bytes < max(least, largest):
         raise _too_small(offload, budget, outside_bytes, least, others)
     residency = plan_residency(block_sizes, costs, arena_bytes, depths)
-    return DeviceSpace(residency, budget, min(arena_bytes, max(sum(block_sizes), largest)))
+    return DeviceSpace(residency, budget, min(arena_bytes, max(usable_bytes(rings, arena_bytes), largest)))
 
 
 def _too_small(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from crossdock.offload.layout import ALIGNMENT
 from crossdock.offload.measured_costs import measured_costs, slowest
 from crossdock.offload.residency import Costs, plan_residency, steady_step_s
 from crossdock.offload.trace import TraceEvent
+from crossdock.offload.turns import usable_bytes
 from crossdock.runtime.plan import RunPlan
 
 MEASURED_STEPS = 2
@@ -22,7 +24,7 @@ class RankObservation:
     """What one rank saw in the first steps.
 
     Attributes:
-        order: indices of the blocks as they ran.
+        order: indices of the blocks as they ran: of one transformer.
         costs: in that order.
         spare_bytes: device memory that is still free, with the activations at their peak.
     """
@@ -47,7 +49,7 @@ def observe(
     if order is None:
         return None
     names = [plan.blocks[index].name for index in order]
-    costs = measured_costs(trace, names, [plan.blocks[index].layout.nbytes for index in order])
+    costs = measured_costs(trace, names, plan.sizes_of(order))
     return None if costs is None else RankObservation(order, costs, spare)
 
 
@@ -57,24 +59,29 @@ def improve(plan: RunPlan, observations: Sequence[RankObservation | None], step:
     if len(seen) < len(observations) or len({observation.order for observation in seen}) > 1:
         return Improvement(None, f"kept after step {step}: the blocks did not all run in one order")
     order, costs = seen[0].order, slowest([observation.costs for observation in seen])
+    ring = next(ring for ring in plan.rings if set(ring) == set(order))
+    if any(plan.sizes_of(other) != plan.sizes_of(ring) for other in plan.rings):
+        return Improvement(None, f"kept after step {step}: the transformers' blocks differ in size")
     wider = _with_spare(plan, min(observation.spare_bytes for observation in seen))
-    sizes = [plan.blocks[index].layout.nbytes for index in order]
+    sizes = plan.sizes_of(order)
+    places = [ring.index(index) for index in order]  # the transformers are of one class, and run alike
+    orders = chain.from_iterable([other[place] for place in places] for other in plan.rings)
     better = plan_residency(sizes, costs, wider.blocks_budget_bytes, plan.config.offload.depths)
-    if order != plan.order:
-        return Improvement(
-            wider.rescheduled(better, order), f"improved after step {step}: slots in the order of the run"
-        )
-    current_s = steady_step_s(costs, plan.residency.resident, plan.schedule)
+    changed = wider.rescheduled(better, tuple(orders))
+    if order != ring:
+        return Improvement(changed, f"improved after step {step}: slots in the order of the run")
+    current_s = steady_step_s(costs, plan.residency.resident, plan.residency.schedule)
     change = f"{current_s * 1e3:.1f} -> {better.step_s * 1e3:.1f} ms of blocks per step"
     frees_the_link = wider is not plan and better.step_s <= current_s
     if better.step_s > current_s * (1 - WORTHWHILE) and not frees_the_link:
         return Improvement(None, f"kept after step {step}: {change} does not pay")
-    return Improvement(wider.rescheduled(better, order), f"improved after step {step}: {change}")
+    return Improvement(changed, f"improved after step {step}: {change}")
 
 
 def _with_spare(plan: RunPlan, spare_bytes: int) -> RunPlan:
     """`auto`: the blocks may also take what the first steps left free."""
     if plan.config.offload.device_budget != "auto" or plan.arena_bytes is None or spare_bytes == 0:
         return plan
-    arena = max(plan.arena_bytes, min(plan.arena_bytes + spare_bytes, sum(b.layout.nbytes for b in plan.blocks)))
+    rings = [plan.sizes_of(ring) for ring in plan.rings]
+    arena = max(plan.arena_bytes, usable_bytes(rings, plan.arena_bytes + spare_bytes))
     return replace(plan, arena_bytes=arena, budget_bytes=plan.outside_bytes + ALIGNMENT + arena)

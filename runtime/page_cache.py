@@ -116,11 +116,11 @@ class CheckpointPages:
 
     def _bytes_of(self, fqn: str) -> tuple[Tensor, int]:
         """The mapped file of a tensor, uint8, and its first byte there."""
-        file = self._stored[fqn].file
+        file, name = self._stored[fqn].file, self._stored[fqn].name
         if file not in self._files:
             self._files[file] = _map(file)
         source, offsets = self._files[file]
-        return source, offsets[fqn]
+        return source, offsets[name]
 
 
 def _stretch(offset: int, source: Tensor, start: int, nbytes: int) -> _Rows:

@@ -1,4 +1,4 @@
-"""The diffusers pipeline around a sharded transformer: encode, denoise, decode."""
+"""The diffusers pipeline around sharded transformers: encode, denoise, decode."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from crossdock.runtime.denoise_loop import DenoiseLoop, StepEnd, own_randomness
 from crossdock.runtime.errors import CheckpointError, LaunchError
 from crossdock.runtime.media import Media, media_of
 from crossdock.runtime.modular import as_pipeline, is_modular, share_block
-from crossdock.runtime.plan import TRANSFORMER, RunPlan
+from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.replicated import replicated
 from crossdock.runtime.reports import Span
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.resume import Snapshot, beginning_at
 from crossdock.runtime.specs import ModelSpec
 from crossdock.runtime.stage import Stage
+from crossdock.runtime.streamed_model import transformers_in
 
 
 @dataclass
@@ -69,7 +70,7 @@ class RankPipeline:
         self,
         plan: RunPlan,
         mesh: Mesh,
-        transformer: nn.Module,
+        model: nn.Module,
         device: torch.device,
         engine: CopyEngine,
         arena: Arena | None,
@@ -79,7 +80,8 @@ class RankPipeline:
         self._arena = arena
         first = mesh.rank == mesh.ranks["replica"][0]
         absent = () if first else plan.encoders
-        self.pipe = _load_pipeline(plan, device, {TRANSFORMER: transformer} | dict.fromkeys(absent))
+        streamed = dict(zip(plan.transformers, transformers_in(model).values(), strict=True))
+        self.pipe = _load_pipeline(plan, device, streamed | dict.fromkeys(absent))
         self._modules = {name: getattr(self.pipe, name) for name in (*plan.encoders, *plan.decoders) if first}
         depth = plan.config.offload.depths[0]
         self._components = {
@@ -94,7 +96,9 @@ class RankPipeline:
         self._between_chunks: Callable[[], bool] = lambda: False
         self._hook(mesh, first)
         if (group := mesh.groups["cfg"]) is not None and plan.spec.branches is not None:
-            self.pipe.transformer = GuidanceParallelism(group).over(transformer, plan.spec.branches)
+            guidance = GuidanceParallelism(group)
+            for name, transformer in streamed.items():
+                setattr(self.pipe, name, guidance.over(transformer, plan.spec.branches))
         self.pipe.set_progress_bar_config(disable=True)
 
     def _hook(self, mesh: Mesh, first: bool) -> None:
@@ -117,7 +121,7 @@ class RankPipeline:
 
     @property
     def on_device(self) -> tuple[nn.Module, ...]:
-        """The modules beside the transformer that this rank runs."""
+        """The modules beside the transformers that this rank runs."""
         return tuple(self._modules.values())
 
     def discard(self) -> None:
@@ -175,7 +179,7 @@ class RankPipeline:
             self._between_chunks = lambda: loop.between_chunks
             arguments = self._arguments(prompts, drawn, request)
             with (
-                loop.watching(self.pipe.transformer),
+                loop.watching(*(getattr(self.pipe, name) for name in self._plan.transformers)),
                 loop.told_by(self.pipe) as tells,
                 self._guided(request),
                 suppress(_NotDecodedHereError),

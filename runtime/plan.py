@@ -20,29 +20,27 @@ from crossdock.offload.layout import ALIGNMENT, BlockLayout
 from crossdock.offload.offloader import shared_tensors
 from crossdock.offload.residency import Residency, minimum_bytes
 from crossdock.offload.schedule import SlotSchedule
+from crossdock.offload.turns import place_sizes, slots_in_turn
 from crossdock.parallel.mesh import MeshShape, describe
 from crossdock.parallel.tensor import TensorParallelism, TensorSlice
-from crossdock.runtime.checkpoint import (
-    StoredTensor,
-    check_components,
-    component_names,
-    read_json,
-    read_model_index,
-    stored_tensors,
-)
+from crossdock.runtime.checkpoint import StoredTensor, check_components, component_names, read_json, read_model_index
 from crossdock.runtime.components import component_needs, host_peak_bytes
 from crossdock.runtime.config import RunConfig
 from crossdock.runtime.device_space import divide_device
 from crossdock.runtime.errors import CheckpointError
 from crossdock.runtime.families import SPECS, spec_of_pipeline
-from crossdock.runtime.meta_model import build_on_meta, non_persistent_buffers
-from crossdock.runtime.plan_checks import check_attention, check_degree, check_guidance, check_pages, check_tensors
+from crossdock.runtime.meta_model import non_persistent_buffers
+from crossdock.runtime.plan_checks import check_attention, check_degree, check_guidance, check_pages
 from crossdock.runtime.reports import ScheduleReport
 from crossdock.runtime.specs import ModelSpec
+from crossdock.runtime.streamed_model import (
+    build_transformers,
+    prefixes,
+    stored_of,
+    transformer_names,
+    transformers_in,
+)
 from crossdock.runtime.vae_scale import latent_frames, latent_pixels
-
-TRANSFORMER = "transformer"
-"""The pipeline component that is sharded and streamed."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,10 @@ class RunPlan:
 
     Attributes:
         device: "cpu" or "cuda".
+        transformers: the components that are sharded and streamed, in the order in which the loop uses them.
         blocks: as the model lists them.
-        order: indices of the blocks that can be streamed, in the order in which they run.
-        residency: which of `order` stay on the device, and the slots of the others.
+        order: indices of the blocks that can be streamed, in the order in which they run, transformer by transformer.
+        residency: which places of a transformer's order stay on the device while it runs, and the slots of the others.
         budget_bytes: device memory that the weights may take; None: as little as possible.
         arena_bytes: device memory that the transformer's blocks, the text encoder and the VAE use in turn; None: they
             do not take turns.
@@ -72,7 +71,7 @@ class RunPlan:
         component_host_bytes: host memory that the components that take turns need at once, on the rank that runs them.
         outside: fqns of all parameters and buffers outside the blocks; resident on the device.
         outside_bytes: of these, and of what never leaves the device of the other components.
-        stored: the transformer's tensors in the checkpoint.
+        stored: the transformers' tensors in the checkpoint.
         dtypes: fqn -> dtype in which a tensor is held.
         slices: per TP rank, fqn -> the part it holds; a tensor that is missing here is replicated.
         pipeline_dtype: dtype of the other components.
@@ -85,6 +84,7 @@ class RunPlan:
     spec: ModelSpec
     mesh: MeshShape
     device: str
+    transformers: tuple[str, ...]
     blocks: tuple[PlannedBlock, ...]
     order: tuple[int, ...]
     residency: Residency
@@ -112,9 +112,20 @@ class RunPlan:
         """`layerwise, ulysses 2 x ring 2`."""
         return ("layerwise, " if self.config.offload.layerwise else "") + describe(self.mesh)
 
+    @cached_property
+    def rings(self) -> tuple[tuple[int, ...], ...]:
+        """`order` of each transformer: the others do not run in its pass."""
+        return _rings([block.name for block in self.blocks], self.order, self.transformers)
+
+    def sizes_of(self, indices: Sequence[int]) -> list[int]:
+        """Bytes of these blocks."""
+        return [self.blocks[index].layout.nbytes for index in indices]
+
     @property
     def schedule(self) -> SlotSchedule:
-        return self.residency.schedule
+        """Of `streamed`, transformer after transformer."""
+        slots = tuple(block.slot for block in self.streamed if block.slot is not None)
+        return SlotSchedule(slots, self.residency.schedule.prefetch)
 
     @property
     def blocks_budget_bytes(self) -> int | None:
@@ -124,7 +135,7 @@ class RunPlan:
     @property
     def least_budget_bytes(self) -> int:
         """No budget can be below it."""
-        sizes = [self.blocks[index].layout.nbytes for index in self.order]
+        sizes = place_sizes([self.sizes_of(ring) for ring in self.rings])
         turns = max(self.turn_bytes.values(), default=0)
         return self.outside_bytes + ALIGNMENT + max(minimum_bytes(sizes, self.config.offload.depths), turns)
 
@@ -132,7 +143,7 @@ class RunPlan:
         """`verdict`: what became of the schedule when the first steps were measured."""
         residency = self.residency
         return ScheduleReport(
-            tuple(self.blocks[index].name for index in sorted(self.resident)),
+            tuple(self.blocks[index].name for index in sorted(self.staying)),
             residency.schedule.prefetch,
             residency.schedule.n_slots,
             self.budget_bytes,
@@ -144,8 +155,13 @@ class RunPlan:
 
     @property
     def resident(self) -> frozenset[int]:
-        """Indices of the blocks that are brought to the device once and stay there."""
-        return frozenset(self.order[place] for place in self.residency.resident)
+        """Indices of the blocks that can be streamed and have memory of their own: they are brought once and stay."""
+        return frozenset(index for index in self.order if self.blocks[index].slot is None)
+
+    @property
+    def staying(self) -> frozenset[int]:
+        """Indices of the blocks that are brought once and stay while their transformer runs."""
+        return frozenset(ring[place] for ring in self.rings for place in self.residency.resident if place < len(ring))
 
     @cached_property
     def streamed(self) -> tuple[PlannedBlock, ...]:
@@ -154,9 +170,8 @@ class RunPlan:
 
     def rescheduled(self, residency: Residency, order: Sequence[int]) -> RunPlan:
         """The same run with other residents and other slots."""
-        homes = [block.home for block in self.blocks]
-        names, layouts = [block.name for block in self.blocks], [block.layout for block in self.blocks]
-        blocks = _planned_blocks(names, layouts, homes, residency, order)
+        rings = _rings([block.name for block in self.blocks], order, self.transformers)
+        blocks = _in_slots(self.blocks, residency, rings, self.blocks_budget_bytes)
         return replace(self, blocks=blocks, order=tuple(order), residency=residency)
 
     @property
@@ -191,13 +206,13 @@ def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int
     index, spec = read_model_index(model_dir), spec_for(model_dir)
     names = component_names(index)
     encoders, decoders = (tuple(n for n in known if n in names) for known in (spec.encoders, spec.decoders))
-    check_components(model_dir, index, (TRANSFORMER, *encoders, *decoders))
-    folder = model_dir / TRANSFORMER
-    model = build_on_meta(spec.transformer, folder)
-    stored = stored_tensors(folder)
-    check_tensors(model, stored, folder)
-    check_degree(model, spec, config)
-    check_attention(model, spec, config, device)
+    transformers = transformer_names(spec.transformers, names)
+    check_components(model_dir, index, (*transformers, *encoders, *decoders))
+    model = build_transformers(spec.transformer, model_dir, transformers)
+    stored = stored_of(model, model_dir, transformers)
+    for transformer in transformers_in(model).values():
+        check_degree(transformer, spec, config)
+        check_attention(transformer, spec, config, device)
     check_guidance(spec, config)
 
     mesh = mesh_shape(config)
@@ -225,20 +240,19 @@ def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int
         check_pages(block_names, layouts, stored)
     home = _home(config, mesh)
     order = tuple(range(len(found))) if home.streamed else ()
-    space = divide_device(
-        config.offload,
-        device_bytes,
-        outside_bytes,
-        block_sizes=[layouts[index].nbytes for index in order],
-        others=others,
-    )
+    rings = _rings(block_names, order, transformers)
+    sizes = [[layouts[index].nbytes for index in ring] for ring in rings]
+    space = divide_device(config.offload, device_bytes, outside_bytes, rings=sizes, others=others)
+    blocks = [PlannedBlock(name, layout, home, None) for name, layout in zip(block_names, layouts, strict=True)]
+    budget = None if space.budget_bytes is None else space.budget_bytes - outside_bytes - ALIGNMENT
     return RunPlan(
         config,
         model_dir,
         spec,
         mesh,
         device,
-        _planned_blocks(block_names, layouts, [home] * len(found), space.residency, order),
+        transformers,
+        _in_slots(blocks, space.residency, rings, budget),
         order,
         space.residency,
         space.budget_bytes,
@@ -258,19 +272,19 @@ def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int
     )
 
 
-def _planned_blocks(
-    names: Sequence[str],
-    layouts: Sequence[BlockLayout],
-    homes: Sequence[Home],
-    residency: Residency,
-    order: Sequence[int],
+def _rings(names: Sequence[str], order: Sequence[int], transformers: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """`order`, transformer by transformer."""
+    return tuple(tuple(i for i in order if names[i].startswith(prefix)) for prefix in prefixes(transformers))
+
+
+def _in_slots(
+    blocks: Sequence[PlannedBlock], residency: Residency, rings: Sequence[Sequence[int]], budget_bytes: int | None
 ) -> tuple[PlannedBlock, ...]:
-    stay = {order[place] for place in residency.resident}
-    slots = dict(zip((index for index in order if index not in stay), residency.schedule.slots, strict=True))
-    return tuple(
-        PlannedBlock(name, layout, home, slots.get(index))
-        for index, (name, layout, home) in enumerate(zip(names, layouts, homes, strict=True))
-    )
+    """`blocks` in the slots of a residency of their places; where the budget holds all of them, in none."""
+    everything = sum(blocks[index].layout.nbytes for ring in rings for index in ring)
+    fits = budget_bytes is not None and budget_bytes >= everything
+    slots = {} if fits else slots_in_turn(residency, rings)
+    return tuple(replace(block, slot=slots.get(index)) for index, block in enumerate(blocks))
 
 
 def mesh_shape(config: RunConfig) -> MeshShape:
@@ -279,13 +293,17 @@ def mesh_shape(config: RunConfig) -> MeshShape:
 
 
 def transformer_blocks(model: nn.Module, spec: ModelSpec) -> list[FoundBlock]:
-    """The transformer's blocks in execution order.
+    """The transformers' blocks, each's in execution order.
 
     Raises:
         CheckpointError: a stack is missing or empty; the message lists the module lists there are.
     """
     try:
-        return discover_blocks(model, spec.block_stacks)
+        return [
+            replace(block, name=f"{prefix}{block.name}")
+            for prefix, transformer in transformers_in(model).items()
+            for block in discover_blocks(transformer, spec.block_stacks)
+        ]
     except DiscoveryError as error:
         raise CheckpointError(str(error)) from None
 
@@ -310,13 +328,14 @@ def _tensor_slices(model: nn.Module, spec: ModelSpec, degree: int) -> tuple[dict
     """Per TP rank; leaves `model` with local shapes, which are the same on every rank."""
     if degree == 1:
         return ({},)
-    slices = []
-    for rank in range(degree):
-        handle = TensorParallelism.apply(model, spec.tensor_plan, rank, degree, group=None)
-        slices.append(dict(handle.slices))
-        if rank < degree - 1:
-            handle.remove()
-    return tuple(slices)
+    slices: tuple[dict[str, TensorSlice], ...] = tuple({} for _ in range(degree))
+    for prefix, transformer in transformers_in(model).items():
+        for rank in range(degree):
+            handle = TensorParallelism.apply(transformer, spec.tensor_plan, rank, degree, group=None)
+            slices[rank].update({f"{prefix}{fqn}": part for fqn, part in handle.slices.items()})
+            if rank < degree - 1:
+                handle.remove()
+    return slices
 
 
 def _all_tensors(model: nn.Module) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,17 +18,19 @@ from torch import Tensor, nn
 
 from crossdock.offload.block import StreamedBlock
 from crossdock.runtime.inspection import checksum, digest
-from crossdock.runtime.meta_model import build_on_meta
-from crossdock.runtime.plan import TRANSFORMER, RunPlan
+from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.reports import ProbeReport
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.verify_numbers import FINAL_LATENTS
+from crossdock.runtime.streamed_model import build_transformers
+from crossdock.runtime.verify_numbers import FINAL_LATENTS, not_called
 from crossdock.runtime.weights import WeightLoader
 from crossdock.runtime.worker import RankWorker
 
 _PROMPT = "a small wooden boat on a calm lake"
 _SIDE = 4
 """Image tokens along each side of the probe's picture."""
+_MOST_STEPS = 32
+"""With fewer, some transformer may not get its turn; with so many it has no turn at all."""
 
 
 def probe_request(plan: RunPlan) -> GenerateRequest:
@@ -40,17 +43,26 @@ def probe_request(plan: RunPlan) -> GenerateRequest:
 def probe_numbers(worker: RankWorker, request: GenerateRequest) -> ProbeReport:
     """Run the step of `request` twice. Collective over the world; every replica computes the same picture.
 
+    As many steps as it takes for every transformer to have one.
+
     Afterwards the rank serves requests as before; its slots are empty, as they are when another component had the
     memory.
     """
     try:
-        with worker.stream.unrecorded():
-            on = _run(worker, request)
+        on = _streamed(worker, request)
+        while not_called(worker.plan, on) and request.steps < _MOST_STEPS:
+            request = replace(request, steps=2 * request.steps)
+            on = _streamed(worker, request)
         with worker.stream.suspended(), _weights_from_files(worker):
             off = _run(worker, request)
     finally:
         worker.phase = "idle"
     return ProbeReport(worker.rank, on, off)
+
+
+def _streamed(worker: RankWorker, request: GenerateRequest) -> tuple[tuple[str, int], ...]:
+    with worker.stream.unrecorded():
+        return _run(worker, request)
 
 
 def _run(worker: RankWorker, request: GenerateRequest) -> tuple[tuple[str, int], ...]:
@@ -74,7 +86,8 @@ def _weights_from_files(worker: RankWorker) -> Iterator[None]:
     """Every block runs with its own copy of the checkpoint's bytes, which exists as long as it runs."""
     plan = worker.plan
     planned = {block.name: block for block in plan.blocks}
-    fresh = build_on_meta(plan.spec.transformer, plan.model_dir / TRANSFORMER)  # has the buffers that no file holds
+    fresh = build_transformers(plan.spec.transformer, plan.model_dir, plan.transformers)
+    # has the buffers that no file holds
     loader = WeightLoader(plan, worker.mesh, fresh, worker.device)
 
     with ExitStack() as cleanup, ExitStack() as bound:

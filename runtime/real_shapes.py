@@ -15,11 +15,11 @@ from crossdock.runtime.specs import ModelSpec, Published
 
 @dataclass(frozen=True)
 class RealShape:
-    """Of one checkpoint's transformer.
+    """Of one checkpoint's transformers.
 
     Attributes:
-        stacks: block stack -> how many blocks it has, in execution order.
-        parameters: elements of all its stored tensors.
+        stacks: block stack -> how many blocks each of them has in it, in execution order.
+        parameters: elements of all their stored tensors.
     """
 
     stacks: dict[str, int]
@@ -31,7 +31,7 @@ class RealShape:
 
 
 def real_model(spec: ModelSpec, published: Published) -> nn.Module:
-    """The transformer with the published configuration, on the meta device."""
+    """A transformer with the published configuration, on the meta device."""
     model = build_shape(spec.transformer, published.config)
     return build_config_on_meta(spec.transformer, published.config) if model is None else model
 
@@ -39,4 +39,5 @@ def real_model(spec: ModelSpec, published: Published) -> nn.Module:
 def real_shape(spec: ModelSpec, published: Published) -> RealShape:
     model = real_model(spec, published)
     blocks = Counter(block.name.rpartition(".")[0] for block in discover_blocks(model, spec.block_stacks))
-    return RealShape(dict(blocks), sum(tensor.numel() for tensor in model.state_dict().values()))
+    each = sum(tensor.numel() for tensor in model.state_dict().values())
+    return RealShape(dict(blocks), published.transformers * each)

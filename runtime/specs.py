@@ -22,15 +22,15 @@ class Published:
 
     Attributes:
         name: as its publisher calls it.
-        parameters: of the transformer, as published; tensors in the checkpoint that are no parameters count as well.
-        config: of the transformer: what differs from the class's defaults.
-        refused: why it cannot be run; empty: it can.
+        parameters: of its transformers, as published; tensors in the checkpoint that are no parameters count as well.
+        config: of each transformer: what differs from the class's defaults.
+        transformers: how many it has.
     """
 
     name: str
     parameters: float
     config: Mapping[str, Any] = field(default_factory=dict)
-    refused: str = ""
+    transformers: int = 1
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ModelSpec:
     Attributes:
         family: the name on the command line.
         pipeline: diffusers pipeline class, as in model_index.json.
-        transformer: diffusers class of the streamed transformer.
+        transformer: diffusers class of the streamed transformer, or of all of them.
         block_stacks: paths of the module lists of transformer blocks, in execution order.
         tensor_plan: which linears tensor parallelism cuts.
         regions: where tokens are cut and put together under sequence parallelism.
@@ -48,6 +48,8 @@ class ModelSpec:
         guidance: the pipeline's argument for classifier-free guidance; with a dot, a component's setting; None: it has
             none.
         negative_prompt: whether that guidance takes a negative prompt.
+        transformers: the components that are sharded and streamed, where the checkpoint has them, in the order in which
+            the loop uses them: one in each step.
         batches: whether the pipeline takes several prompts at once.
         encoders: the components that encode prompts, where the checkpoint has them.
         encode: the pipeline's methods that run them, and encoders that the pipeline calls itself. What these return
@@ -76,6 +78,7 @@ class ModelSpec:
     branches: Branches | None
     guidance: str | None = "guidance_scale"
     negative_prompt: bool = True
+    transformers: tuple[str, ...] = ("transformer",)
     batches: bool = True
     encoders: tuple[str, ...] = ("text_encoder",)
     encode: tuple[str, ...] = ("encode_prompt",)

@@ -7,6 +7,7 @@ from itertools import zip_longest
 
 from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.reports import REPORT_IT, ProbeReport, Violation
+from crossdock.runtime.streamed_model import prefixes
 
 SAME_NUMBERS = "same-numbers"
 FINAL_LATENTS = "final latents"
@@ -30,11 +31,20 @@ def same_numbers(plan: RunPlan, probes: Sequence[ProbeReport]) -> Iterator[Viola
         first = by_rank.get(plan.mesh.replica_group(rank)[0], by_rank[rank])
         names, found = _names(first.off), _names(by_rank[rank].off)
         yield from _same_calls(rank, names, found, f" as on rank {first.rank}", " without streaming")
+        for name in not_called(plan, by_rank[rank].on):
+            remedy = f"if the pipeline runs without it, set it to [null, null] in {plan.model_dir / 'model_index.json'}"
+            yield Violation(SAME_NUMBERS, rank, name, "a turn in the probe's steps", "none", remedy)
     differing = [(place, probe) for probe in probes if (place := _first_difference(probe)) is not None]
     for place, probe in sorted(differing, key=lambda found: (found[0], found[1].rank)):
         yield _difference(probe, place)
     for probe in probes:
         yield from _same_calls(probe.rank, _names(probe.off), _names(probe.on), " as without streaming", "")
+
+
+def not_called(plan: RunPlan, calls: Sequence[tuple[str, int]]) -> list[str]:
+    """The transformers of which no block was called."""
+    names = zip(plan.transformers, prefixes(plan.transformers), strict=True)
+    return [name for name, prefix in names if not any(block.startswith(prefix) for block in _names(calls))]
 
 
 def _names(calls: Sequence[tuple[str, int]]) -> list[str]:

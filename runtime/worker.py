@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from crossdock.offload.arena import Arena
@@ -22,16 +22,12 @@ from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.copy_engine import make_copy_engine
 from crossdock.offload.device_memory import allocated_bytes, spare_bytes, total_bytes
 from crossdock.offload.loader import Gather
-from crossdock.parallel.attention import SequenceParallelAttention
 from crossdock.parallel.group import Group, GroupRecord, exchange
 from crossdock.parallel.hsdp import all_gather_bytes
 from crossdock.parallel.mesh import Mesh
-from crossdock.parallel.regions import Attend, SequenceParallelism
 from crossdock.parallel.sequence import shard_lengths
-from crossdock.parallel.tensor import EXCHANGING, TensorParallelism
-from crossdock.parallel.xfuser_attention import XFuserAttention
+from crossdock.parallel.tensor import EXCHANGING
 from crossdock.runtime.arrival import Arrivals
-from crossdock.runtime.attention import AttentionBinding
 from crossdock.runtime.denoise_loop import StepEnd
 from crossdock.runtime.errors import RequestCancelled
 from crossdock.runtime.improvement import MEASURED_STEPS, improve, observe
@@ -46,9 +42,9 @@ from crossdock.runtime.inspection import (
     record_tensors,
     sampled_checksum,
 )
-from crossdock.runtime.meta_model import build_on_meta
+from crossdock.runtime.model_parallelism import ModelParallelism
 from crossdock.runtime.pipeline import Denoised, RankPipeline
-from crossdock.runtime.plan import TRANSFORMER, RunPlan
+from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.rank_result import RankResult
 from crossdock.runtime.reports import RankReport, RankTrace
 from crossdock.runtime.request import GenerateRequest
@@ -56,6 +52,7 @@ from crossdock.runtime.request_log import RequestLog
 from crossdock.runtime.resume import Snapshot, of_replica
 from crossdock.runtime.status import RankStatus
 from crossdock.runtime.stopping import ArrivalsDifferError, Stopping
+from crossdock.runtime.streamed_model import build_transformers, transformers_in
 from crossdock.runtime.weights import RankWeights, WeightLoader
 
 
@@ -118,9 +115,8 @@ class RankWorker:
         timeout_s = plan.config.launch.timeouts.collective_s
         self.mesh = Mesh.connect(plan.mesh, self.rank, timeout_s, self.world)
         self.phase = "load"
-        self.model = build_on_meta(plan.spec.transformer, plan.model_dir / TRANSFORMER)
-        self.tensor = self._apply_tensor_parallelism(self.model)
-        self.sequence, self.attention = self._apply_sequence_parallelism(self.model)
+        self.model = build_transformers(plan.spec.transformer, plan.model_dir, plan.transformers)
+        self.parallelism = ModelParallelism.apply(self.model, plan, self.mesh, lambda: self.stream.link_used())
         loader = WeightLoader(plan, self.mesh, self.model, self.device)
         self.weights: RankWeights = loader.load_blocks()
         loader.load_outside()
@@ -134,11 +130,13 @@ class RankWorker:
             self.engine,
             self._gather(),
             resident=plan.resident,
+            rings=plan.rings,
             arena=self.arena,
             yields_link=self.device.type == "cuda" and self.world_size > 1,
         )
         self.stream.attach()
-        self.model.register_forward_pre_hook(lambda *_: self._begin_forward())
+        for ring, transformer in enumerate(transformers_in(self.model).values()):
+            transformer.register_forward_pre_hook(partial(self._begin_forward, ring))
         for module in self.model.modules():
             if isinstance(module, EXCHANGING):
                 module.register_forward_hook(lambda *_: self.stream.link_used())
@@ -284,11 +282,7 @@ class RankWorker:
         self.pipeline.discard()
         self.stream.remove()
         self.engine.close()
-        if self.attention is not None:
-            self.attention.remove()
-        if self.sequence is not None:
-            self.sequence.remove()
-        self.tensor.remove()
+        self.parallelism.remove()
         store = self.weights.store
         del self.pipeline, self.stream, self.arena, self.weights, self.arrivals, self.model
         gc.collect()
@@ -304,35 +298,6 @@ class RankWorker:
             dist.destroy_process_group()
 
     # -- parts of setup ------------------------------------------------------------------------------------------
-
-    def _apply_tensor_parallelism(self, model: nn.Module) -> TensorParallelism:
-        plan, degree = self.plan.spec.tensor_plan, self.mesh.shape.tp
-        return TensorParallelism.apply(model, plan, self.mesh.index_in("tp"), degree, self.mesh.groups["tp"])
-
-    def _apply_sequence_parallelism(
-        self, model: nn.Module
-    ) -> tuple[SequenceParallelism | None, AttentionBinding | None]:
-        group = self.mesh.groups["sequence"]
-        if group is None:
-            return None, None
-        shape = self.mesh.shape
-        attention = self._make_attention()
-        sequence = SequenceParallelism(attention, shape.sequence_index(self.rank), shape.sequence, group)
-        sequence.apply(model, self.plan.spec.regions)
-        return sequence, AttentionBinding(model, sequence)
-
-    def _make_attention(self) -> Attend:
-        shape, groups = self.mesh.shape, self.mesh.groups
-        place: dict[str, Any] = {
-            "ulysses_group": groups["ulysses"],
-            "ulysses_rank": self.mesh.index_in("ulysses"),
-            "ulysses_degree": shape.ulysses,
-            "ring_group": groups["ring"],
-            "ring_rank": self.mesh.index_in("ring"),
-            "ring_degree": shape.ring,
-        }
-        kind = XFuserAttention if self.plan.config.parallel.attention == "xfuser" else SequenceParallelAttention
-        return kind(**place, after_collective=lambda: self.stream.link_used())
 
     def _gather(self) -> Gather | None:
         group = self.mesh.groups["weights"]
@@ -351,9 +316,9 @@ class RankWorker:
         self.engine.drain()
         return self.mesh.records()
 
-    def _begin_forward(self) -> None:
+    def _begin_forward(self, ring: int, *_: Any) -> None:
         self.phase = "denoise"
-        self.stream.prepare()
+        self.stream.prepare(ring)
 
     def _begin_decode(self, here: bool) -> bool:
         self.phase = "decode"

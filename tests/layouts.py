@@ -82,7 +82,6 @@ class Row:
         frames: of a video.
         quick: the layouts that the test command runs; `make test-all` runs all.
         guided: guidance scale and negative prompt, where the pipeline does not guide unless it is asked to.
-        refused: what the message says, where no layout can run it.
         also: what the prompt says besides what it says for every family.
     """
 
@@ -91,7 +90,6 @@ class Row:
     frames: int | None = None
     quick: tuple[str, ...] = ("layerwise_tp2", "layerwise_hsdp", "layerwise_ulysses2_ring2")
     guided: tuple[float, str] | None = None
-    refused: str = ""
     also: str = ""
 
     @property
@@ -112,7 +110,7 @@ ROWS = (
     Row("z-image", quick=tuple(layout.name for layout in LAYOUTS)),
     Row("wan2.1", ((64, 128), (80, 112)), frames=9, quick=("layerwise_tp2", "layerwise_ulysses2_ring2")),
     Row("wan2.2-ti2v-5b", ((128, 128), (160, 96)), frames=9, quick=("layerwise_hsdp", "layerwise_ulysses2_ring2")),
-    Row("wan2.2-a14b", frames=9, quick=("single",), refused="the component 'transformer_2'"),
+    Row("wan2.2-a14b", ((64, 128), (80, 112)), frames=9, quick=("layerwise_cfg2", "layerwise_hsdp_ulysses2")),
     Row(
         "hunyuan-video-1.5",
         ((64, 128), (80, 112)),

@@ -127,7 +127,7 @@ def _rebind(module: nn.Module, fqn: str, tensor: Tensor) -> None:
 
 def order_swapped(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     def swap(stream: BlockStream) -> None:
-        ring, index = stream._run_order.ring, index_of(stream)
+        ring, index = stream._run_order.rings[0].order, index_of(stream)
         ring[index], ring[index + 1] = ring[index + 1], ring[index]
         stream._look_ahead()
 
@@ -327,7 +327,7 @@ def initialised_at_random(worker: RankWorker, patch: pytest.MonkeyPatch) -> None
 
 def table_not_rebuilt(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     """A rotary table that the model computes is empty on this rank. All ranks have one: see `with_table`."""
-    built = worker_module.build_on_meta
+    built = worker_module.build_transformers
 
     def emptied(*args: Any) -> nn.Module:
         model = built(*args)
@@ -335,12 +335,12 @@ def table_not_rebuilt(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
             model.get_buffer(TABLE).zero_()
         return model
 
-    patch.setattr(worker_module, "build_on_meta", emptied)
+    patch.setattr(worker_module, "build_transformers", emptied)
 
 
 def with_table(module: Any, patch: pytest.MonkeyPatch) -> None:
     """Give every transformer that `module` builds a table that no checkpoint holds, in a block."""
-    build = module.build_on_meta
+    build = module.build_transformers
 
     def built(*args: Any) -> nn.Module:
         model: nn.Module = build(*args)
@@ -348,7 +348,7 @@ def with_table(module: Any, patch: pytest.MonkeyPatch) -> None:
             model.get_submodule(BLOCK).register_buffer("table", torch.arange(64.0), persistent=False)
         return model
 
-    patch.setattr(module, "build_on_meta", built)
+    patch.setattr(module, "build_transformers", built)
 
 
 def table_on_ranks(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from crossdock.offload.block import Home, StreamedBlock
 from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.layout import ALIGNMENT, BlockLayout, aligned_bytes
 from crossdock.parallel.tensor import TensorSlice
-from crossdock.runtime import arrival, meta_model
+from crossdock.runtime import arrival, streamed_model
 from crossdock.runtime import plan as plan_module
 from crossdock.runtime.arrival import WHOLE_BYTES, Arrivals, sampled_rows
 from crossdock.runtime.checkpoint import stored_tensors
@@ -294,13 +294,13 @@ def test_a_resident_tensor_inside_a_slot_is_caught(flux2_dir: Path, monkeypatch:
             owner._parameters[leaf] = nn.Parameter(memory, requires_grad=False)
 
     models: list[nn.Module] = []
-    build_on_meta = worker_module.build_on_meta
+    build = worker_module.build_transformers
 
     def remembered(*args: Any) -> nn.Module:
-        models.append(build_on_meta(*args))
+        models.append(build(*args))
         return models[-1]
 
-    monkeypatch.setattr(worker_module, "build_on_meta", remembered)
+    monkeypatch.setattr(worker_module, "build_transformers", remembered)
     monkeypatch.setattr(BlockStream, "attach", misplaced)
     violations = _violations(plan)
     assert fqn in _named(violations, "no-alias")
@@ -313,11 +313,11 @@ def test_a_buffer_that_no_checkpoint_holds(
     way: str, wrong: bool, flux2_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pitfall: a computed table that comes out otherwise on the rank; compared with what the constructor computes."""
-    build_on_meta = meta_model.build_on_meta
+    build = streamed_model.build_transformers
 
     def with_table(error: float) -> Callable[..., nn.Module]:
         def built(*args: Any) -> nn.Module:
-            model = build_on_meta(*args)
+            model = build(*args)
             if hasattr(model, "single_transformer_blocks"):
                 table = torch.arange(40, dtype=torch.float32) + error
                 model.get_submodule(BLOCK).register_buffer("table", table, persistent=False)
@@ -325,9 +325,9 @@ def test_a_buffer_that_no_checkpoint_holds(
 
         return built
 
-    monkeypatch.setattr(plan_module, "build_on_meta", with_table(0))
-    monkeypatch.setattr(arrival, "build_on_meta", with_table(0))
-    monkeypatch.setattr(worker_module, "build_on_meta", with_table(1e-3 if wrong else 0))
+    monkeypatch.setattr(plan_module, "build_transformers", with_table(0))
+    monkeypatch.setattr(arrival, "build_transformers", with_table(0))
+    monkeypatch.setattr(worker_module, "build_transformers", with_table(1e-3 if wrong else 0))
     violations = _violations(_plan(flux2_dir, WAYS[way]))
     assert _named(violations, "covers") == ([f"{BLOCK}.table"] if wrong else [])
     assert all("that the model computes" in violation.expected for violation in violations)

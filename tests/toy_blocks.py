@@ -23,7 +23,8 @@ from crossdock.offload.copy_engine import CopyEngine, CpuCopyEngine, Event
 from crossdock.offload.layout import BlockLayout, aligned_bytes
 from crossdock.offload.loader import Gather
 from crossdock.offload.residency import assumed_costs, minimum_bytes, plan_residency
-from crossdock.offload.schedule import assign_slots
+from crossdock.offload.schedule import SlotSchedule, assign_slots
+from crossdock.offload.turns import place_sizes, slots_in_turn
 from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.verify_schedule import trace_in_order
 
@@ -328,11 +329,13 @@ def build(
     resident: Collection[int] = (),
     arena: Arena | None = None,
     budget: float | None = None,
+    rings: Sequence[Sequence[int]] = (),
 ) -> Case:
     """An attached stream over one toy block per home.
 
     Args:
         budget: residents and slots as planned for it, from the minimum (0.0) to everything (1.0).
+        rings: blocks that take turns; with a budget, all of them streamable.
     """
     choice = random.Random(seed)
     torch.manual_seed(seed)
@@ -350,7 +353,15 @@ def build(
         blocks.append(StreamedBlock(f"blocks.{index}", module, layout, home, source))
         wholes.append(whole)
     schedule = assign_slots(sum(home.streamed for home in homes) - len(resident), prefetch)
-    if budget is not None:
+    if rings:
+        assert budget is not None
+        sizes = place_sizes([[blocks[index].layout.nbytes for index in ring] for ring in rings])
+        least = minimum_bytes(sizes, (prefetch,))
+        allowed = least + int(budget * max(sum(sizes) - least, 0))
+        residency = plan_residency(sizes, assumed_costs(sizes), allowed, (prefetch,))
+        slots = slots_in_turn(residency, rings)
+        schedule = SlotSchedule(tuple(slots[i] for ring in rings for i in ring), residency.schedule.prefetch)
+    elif budget is not None:
         streamable = [index for index, home in enumerate(homes) if home.streamed]
         sizes = [blocks[index].layout.nbytes for index in streamable]
         least = minimum_bytes(sizes, (prefetch,))
@@ -367,6 +378,7 @@ def build(
         engine,
         group.gather(),
         resident=resident,
+        rings=rings,
         arena=arena,
         yields_link=choice.random() < 0.5,
         poison_freed=poison,

@@ -39,6 +39,7 @@ SPEC = ModelSpec(
         ),
     ),
     branches="calls",
+    transformers=("transformer", "transformer_2"),
     fps=16,
     fps_with={"expand_timesteps": 24},  # the 5B model of Wan 2.2
     published=(
@@ -49,7 +50,7 @@ SPEC = ModelSpec(
             4_999_787_712,
             {"ffn_dim": 14336, "in_channels": 48, "out_channels": 48, "num_attention_heads": 24, "num_layers": 30},
         ),
-        Published("Wan2.2-T2V-A14B", 14_288_491_584, refused="it has two transformers"),
+        Published("Wan2.2-T2V-A14B", 2 * 14_288_491_584, transformers=2),
     ),
 )
 

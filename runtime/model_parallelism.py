@@ -1,0 +1,73 @@
+"""Tensor and sequence parallelism on every transformer of a rank's model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from crossdock.parallel.attention import SequenceParallelAttention
+from crossdock.parallel.mesh import Mesh
+from crossdock.parallel.regions import Attend, SequenceParallelism
+from crossdock.parallel.tensor import TensorParallelism
+from crossdock.parallel.xfuser_attention import XFuserAttention
+from crossdock.runtime.attention import AttentionBinding
+from crossdock.runtime.plan import RunPlan
+from crossdock.runtime.streamed_model import transformers_in
+
+
+class ModelParallelism:
+    """What `apply` did to a model; `remove` undoes it."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    @classmethod
+    def apply(
+        cls, model: nn.Module, plan: RunPlan, mesh: Mesh, after_collective: Callable[[], None]
+    ) -> ModelParallelism:
+        """Cut the linears of the meta-device `model`, and hook the regions in which tokens are cut.
+
+        Args:
+            after_collective: called whenever exchanges of attention have been given to the compute stream.
+        """
+        handle = cls()
+        for transformer in transformers_in(model).values():
+            handle._cut_linears(transformer, plan, mesh)
+            if mesh.groups["sequence"] is not None:
+                handle._cut_tokens(transformer, plan, mesh, after_collective)
+        return handle
+
+    def remove(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _cut_linears(self, transformer: nn.Module, plan: RunPlan, mesh: Mesh) -> None:
+        place = mesh.index_in("tp"), mesh.shape.tp, mesh.groups["tp"]
+        self._undo.append(TensorParallelism.apply(transformer, plan.spec.tensor_plan, *place).remove)
+
+    def _cut_tokens(
+        self, transformer: nn.Module, plan: RunPlan, mesh: Mesh, after_collective: Callable[[], None]
+    ) -> None:
+        group, shape = mesh.groups["sequence"], mesh.shape
+        assert group is not None
+        attention = _make_attention(plan, mesh, after_collective)
+        sequence = SequenceParallelism(attention, shape.sequence_index(mesh.rank), shape.sequence, group)
+        self._undo.append(sequence.remove)
+        sequence.apply(transformer, plan.spec.regions)
+        self._undo.append(AttentionBinding(transformer, sequence).remove)
+
+
+def _make_attention(plan: RunPlan, mesh: Mesh, after_collective: Callable[[], None]) -> Attend:
+    shape, groups = mesh.shape, mesh.groups
+    place: dict[str, Any] = {
+        "ulysses_group": groups["ulysses"],
+        "ulysses_rank": mesh.index_in("ulysses"),
+        "ulysses_degree": shape.ulysses,
+        "ring_group": groups["ring"],
+        "ring_rank": mesh.index_in("ring"),
+        "ring_degree": shape.ring,
+    }
+    kind = XFuserAttention if plan.config.parallel.attention == "xfuser" else SequenceParallelAttention
+    return kind(**place, after_collective=after_collective)

@@ -1,0 +1,72 @@
+"""The model that is sharded and streamed: a pipeline's transformer, or all of its transformers in one.
+
+Where there are several, they are of one class, and each denoises some of the steps. They are children of one module
+then, named as the pipeline's components are: every name of a block or a tensor begins with that of its transformer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from crossdock.runtime.checkpoint import StoredTensor, stored_tensors
+from crossdock.runtime.meta_model import build_on_meta
+from crossdock.runtime.plan_checks import check_tensors
+
+
+class Transformers(nn.Module):
+    """Several transformers, by the names of the pipeline's components."""
+
+    def __init__(self, transformers: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        for name, transformer in transformers.items():
+            self.add_module(name, transformer)
+
+    @property
+    def _keep_in_fp32_modules(self) -> list[str]:
+        """As a diffusers model has it."""
+        kept = (getattr(child, "_keep_in_fp32_modules", None) or () for child in self.children())
+        return sorted({name for names in kept for name in names})
+
+
+def transformer_names(wanted: Sequence[str], there: Collection[str]) -> tuple[str, ...]:
+    """Of the components that a family streams, those that the checkpoint has; the first, where it has none."""
+    return tuple(name for name in wanted if name in there) or (wanted[0],)
+
+
+def prefixes(names: Sequence[str]) -> tuple[str, ...]:
+    """What the names of each transformer's tensors and blocks begin with in the model."""
+    return tuple(f"{name}." for name in names) if len(names) > 1 else ("",)
+
+
+def build_transformers(class_name: str, model_dir: Path, names: Sequence[str]) -> nn.Module:
+    """The model, with these components of a checkpoint: parameters on meta, buffers real.
+
+    Raises:
+        CheckpointError: see `build_on_meta`.
+    """
+    built = {name: build_on_meta(class_name, model_dir / name) for name in names}
+    return Transformers(built) if len(built) > 1 else built[names[0]]
+
+
+def transformers_in(model: nn.Module) -> dict[str, nn.Module]:
+    """Prefix -> transformer, in the order in which the loop uses them."""
+    if not isinstance(model, Transformers):
+        return {"": model}
+    return {f"{name}.": child for name, child in model.named_children()}
+
+
+def stored_of(model: nn.Module, model_dir: Path, names: Sequence[str]) -> dict[str, StoredTensor]:
+    """fqn in the model -> where it is stored; the files have all that the model needs.
+
+    Raises:
+        CheckpointError: they have not, or are damaged.
+    """
+    found: dict[str, StoredTensor] = {}
+    for name, (prefix, transformer) in zip(names, transformers_in(model).items(), strict=True):
+        stored = stored_tensors(model_dir / name)
+        check_tensors(transformer, stored, model_dir / name)
+        found |= {f"{prefix}{fqn}": tensor for fqn, tensor in stored.items()}
+    return found
