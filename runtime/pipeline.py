@@ -202,7 +202,7 @@ class RankPipeline:
         several = len(prompts) > 1
         return {
             "prompt": list(prompts) if several else prompts[0],
-            "num_inference_steps": request.steps,
+            "num_inference_steps": request.steps + self._plan.spec.more_steps,
             "height": request.height,
             "width": request.width,
             "generator": generators if several else generators[0],
@@ -288,7 +288,7 @@ def _load_pipeline(plan: RunPlan, device: torch.device, given: dict[str, nn.Modu
 
 def _pipeline_class(spec: ModelSpec) -> type:
     found: type = getattr(diffusers, spec.pipeline)
-    return as_pipeline(found, spec.outputs) if is_modular(found) else found
+    return as_pipeline(found, spec.outputs, spec.workflow) if is_modular(found) else found
 
 
 def _on_device(pipeline: type, device: torch.device) -> Any:

@@ -601,21 +601,8 @@ MINIMAX_H3 = Case(
         "audio_indices": torch.arange(19, 23),
         "text_indices": torch.arange(7),
     },
-    plan(
-        attention("transformer_blocks.*.attn"),
-        feed_forward("transformer_blocks.*.ff", HALVES),
-        heads={"transformer_blocks.*.attn": ("heads",)},
-    ),
-    (
-        SequenceRegion(
-            enter="transformer_blocks.0",
-            segments=(IMAGE,),
-            within="transformer_blocks.*",
-            follow={"rotary_emb": Follow(IMAGE, 0), "adaln_indices": Follow(IMAGE, 0)},
-            leave="transformer_blocks.-1",
-            gathers=IMAGE,
-        ),
-    ),
+    SPECS["minimax-h3"].tensor_plan,
+    SPECS["minimax-h3"].regions,
 )
 
 CASES: Mapping[str, Case] = {
