@@ -182,11 +182,12 @@ class RankPipeline:
             ):
                 output = self.pipe(**arguments, **tells)
         assert loop.latents is not None
+        latents = loop.latents.to("cpu", torch.float32)
         encodes = tuple(Span("encode", *call) for call in self._encodes)
         encode_s = sum(span.end_s - span.begin_s for span in encodes)
         end_s = ended[0] if ended else time.perf_counter()
         return Denoised(
-            loop.latents.to("cpu", torch.float32),
+            latents if len(latents) == len(prompts) else latents[None],  # a loop for one prompt may know no batch
             None if output is None else self._media(output),
             encodes,
             encode_s,

@@ -123,7 +123,8 @@ def reference(
     )
     if own is not None:
         pipe.guider = own
-    return Reference(found[-1], list(output[0]), list(output[1]) if len(output) > 1 else [])
+    latents = found[-1] if len(found[-1]) == len(generators) else found[-1][None]
+    return Reference(latents, list(output[0]), list(output[1]) if len(output) > 1 else [])
 
 
 def _keeping(step: Any, found: list[Tensor]) -> Any:
