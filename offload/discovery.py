@@ -191,10 +191,11 @@ def move_plain_tensors(model: nn.Module, device: torch.device) -> list[PlainTens
     """Move tensors that are neither parameters nor buffers; returns what there was, for `put_back`.
 
     Another name of a parameter or buffer gets a copy, but in a list or mapping: a module's own list of its weights
-    is no second place for them.
+    is no second place for them. One on meta stays there: it is made anew when it is needed, as by `weight_norm`.
     """
     registered = {id(tensor) for _, tensor in _tensors(model)}
-    moved = [plain for plain in _attribute_tensors(model) if not plain.keys or id(plain.tensor) not in registered]
+    found = [plain for plain in _attribute_tensors(model) if not plain.tensor.is_meta]
+    moved = [plain for plain in found if not plain.keys or id(plain.tensor) not in registered]
     for plain in moved:
         plain.put(plain.tensor.to(device))
     return moved

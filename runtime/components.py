@@ -20,7 +20,7 @@ from crossdock.offload.layout import ALIGNMENT, BlockLayout
 from crossdock.offload.offloader import LayerwiseOffloader, component_layouts
 from crossdock.offload.schedule import device_bytes
 from crossdock.runtime.errors import CheckpointError, LaunchError
-from crossdock.runtime.meta_model import build_on_meta
+from crossdock.runtime.meta_model import build_on_meta, non_persistent_buffers
 
 CACHE_LINE = 64
 VAE_PARTS = ("decoder", "encoder")
@@ -193,12 +193,23 @@ def _on_meta(folder: Path, library: str, class_name: str, dtype: torch.dtype) ->
 
 
 def _cast(module: nn.Module, library: str, dtype: torch.dtype) -> nn.Module:
-    """As `from_pretrained` does: some classes keep some parts in fp32, transformers' only where fp16 is asked for."""
+    """As `from_pretrained` does: some classes keep some parts in fp32, transformers' only where fp16 is asked for.
+
+    diffusers then leaves what is not in the checkpoint as it is, too.
+    """
     kept = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
     if library != "transformers" or dtype == torch.float16:
         kept |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    made = non_persistent_buffers(module) if kept and library != "transformers" else ()
+    tables = {name: module.get_buffer(name) for name in made}
     nn.Module.to(module, dtype)
+    for name, table in tables.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(path), leaf, table)
     for name, child in module.named_modules():
         if name.rpartition(".")[2] in kept:
             nn.Module.to(child, torch.float32)
+    for name, parameter in module.named_parameters():
+        if name.rpartition(".")[2] in kept:
+            parameter.data = parameter.data.float()
     return module.eval()

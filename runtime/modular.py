@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,18 @@ def is_modular(pipeline: type) -> bool:
     return issubclass(pipeline, diffusers.ModularPipeline)
 
 
-def as_pipeline(pipeline: type, outputs: tuple[str, ...]) -> type:
+def as_pipeline(pipeline: type, outputs: tuple[str, ...], workflow: str | None = None) -> type:
     """A subclass of the modular `pipeline` that is loaded and called like a `DiffusionPipeline`.
 
     Args:
         outputs: names of what it returns.
+        workflow: which of its own it runs; None: it has one, or chooses by what it is called with.
     """
 
     class Adapted(pipeline):  # type: ignore[misc]
         @classmethod
         def from_pretrained(cls, model_dir: Path, dtype: torch.dtype, **given: Any) -> Any:
-            return _loaded(cls, model_dir, dtype, given)
+            return _loaded(partial(cls, workflow=workflow), model_dir, dtype, given)
 
         def __call__(self, return_dict: bool, **inputs: Any) -> Any:
             found = super().__call__(output=list(outputs), **inputs)

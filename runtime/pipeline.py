@@ -186,11 +186,12 @@ class RankPipeline:
             ):
                 output = self.pipe(**arguments, **tells)
         assert loop.latents is not None
+        latents = loop.latents.to("cpu", torch.float32)
         encodes = tuple(Span("encode", *call) for call in self._encodes)
         encode_s = sum(span.end_s - span.begin_s for span in encodes)
         end_s = ended[0] if ended else time.perf_counter()
         return Denoised(
-            loop.latents.to("cpu", torch.float32),
+            latents if len(latents) == len(prompts) else latents[None],  # a loop for one prompt may know no batch
             None if output is None else self._media(output),
             encodes,
             encode_s,
@@ -206,7 +207,7 @@ class RankPipeline:
         several = len(prompts) > 1
         return {
             "prompt": list(prompts) if several else prompts[0],
-            "num_inference_steps": request.steps,
+            "num_inference_steps": request.steps + self._plan.spec.more_steps,
             "height": request.height,
             "width": request.width,
             "generator": generators if several else generators[0],
@@ -292,7 +293,7 @@ def _load_pipeline(plan: RunPlan, device: torch.device, given: dict[str, nn.Modu
 
 def _pipeline_class(spec: ModelSpec) -> type:
     found: type = getattr(diffusers, spec.pipeline)
-    return as_pipeline(found, spec.outputs) if is_modular(found) else found
+    return as_pipeline(found, spec.outputs, spec.workflow) if is_modular(found) else found
 
 
 def _on_device(pipeline: type, device: torch.device) -> Any:

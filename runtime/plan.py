@@ -203,7 +203,8 @@ def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int
         ConfigError: the config does not fit the model.
         LaunchError: an optional package is missing.
     """
-    index, spec = read_model_index(model_dir), spec_for(model_dir)
+    spec = spec_for(model_dir)
+    index = {name: value for name, value in read_model_index(model_dir).items() if name not in spec.unused}
     names = component_names(index)
     encoders, decoders = (tuple(n for n in known if n in names) for known in (spec.encoders, spec.decoders))
     transformers = transformer_names(spec.transformers, names)

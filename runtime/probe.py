@@ -36,8 +36,9 @@ _MOST_STEPS = 32
 def probe_request(plan: RunPlan) -> GenerateRequest:
     """One step of a picture that is as small as it can be and still has tokens for every rank of most layouts."""
     side = _SIDE * plan.pixel_multiple
-    frames = None if plan.spec.fps is None else plan.spec.chunk_frames or plan.frame_multiple + 1
-    return GenerateRequest((_PROMPT,), steps=1, height=side, width=side, frames=frames)
+    spec = plan.spec
+    fewest = spec.frame_counts[0] if spec.frame_counts else spec.chunk_frames or plan.frame_multiple + 1
+    return GenerateRequest((_PROMPT,), steps=1, height=side, width=side, frames=None if spec.fps is None else fewest)
 
 
 def probe_numbers(worker: RankWorker, request: GenerateRequest) -> ProbeReport:

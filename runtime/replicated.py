@@ -31,7 +31,7 @@ def replicated(
     Random numbers that it draws are drawn apart: the process's generators stay the same on all ranks.
 
     Args:
-        device: where the other ranks put the tensors.
+        device: where the other ranks put the tensors; those that it leaves on the CPU stay there.
         turn: the context in which it runs; entered on every rank.
         outline: nobody else needs the values: the other ranks get zeros in the tensors' place.
     """
@@ -56,7 +56,7 @@ def _broadcast(value: Any, device: torch.device, mesh: Mesh, outline: bool) -> A
     tensors: list[Tensor] = []
     envelope: Any = None
     if mesh.rank == source:
-        structure = _dump(value, tensors)
+        structure = _dump(value, device, tensors)
         envelope = structure, [(t.shape, t.dtype) for t in tensors]
     structure, shapes = group.broadcast_object(envelope, source=0)
     if outline:
@@ -70,12 +70,12 @@ def _broadcast(value: Any, device: torch.device, mesh: Mesh, outline: bool) -> A
     return value if mesh.rank == source else _load(structure, tensors)
 
 
-def _dump(value: Any, tensors: list[Tensor]) -> bytes:
-    """Pickle `value` with its tensors taken out, into `tensors`."""
+def _dump(value: Any, device: torch.device, tensors: list[Tensor]) -> bytes:
+    """Pickle `value` with its tensors on `device` taken out, into `tensors`."""
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, item: Any) -> int | None:
-            if isinstance(item, Tensor):
+            if isinstance(item, Tensor) and item.device.type == device.type:
                 tensors.append(item)
                 return len(tensors) - 1
             return None

@@ -30,14 +30,25 @@ def check_request(plan: RunPlan, request: GenerateRequest) -> None:
             f"negative_prompt: found {request.negative_prompt!r}; the guidance of {plan.spec.family} takes none: "
             "leave it out"
         )
-    frames, chunk = request.frames, plan.spec.chunk_frames
+    if request.frames is not None:
+        _check_frames(plan, request.frames)
+
+
+def _check_frames(plan: RunPlan, frames: int) -> None:
+    spec, chunk, counts = plan.spec, plan.spec.chunk_frames, plan.spec.frame_counts
+    if spec.fps is None:
+        raise RequestError(f"frames: found {frames}; {spec.family} makes pictures: leave it out")
+    if counts is not None:
+        if frames in counts:
+            return
+        near = max((count for count in counts if count < frames), default=counts[0])
+        allowed = f"from {counts[0]} to {counts[-1]} in steps of {counts.step}, such as {near}"
+        raise RequestError(f"frames: found {frames}; allowed for {spec.family}: {allowed}")
     multiple, more = (plan.frame_multiple, 1) if chunk is None else (chunk, 0)
-    if frames is not None and plan.spec.fps is None:
-        raise RequestError(f"frames: found {frames}; {plan.spec.family} makes pictures: leave it out")
-    if frames is not None and (frames - more) % multiple:
+    if (frames - more) % multiple:
         below = max((frames - more) // multiple, 1 - more) * multiple + more
         allowed = f"a multiple of {multiple}{', and one more' if more else ''}, such as {below}"
-        raise RequestError(f"frames: found {frames}; allowed for {plan.spec.family}: {allowed}")
+        raise RequestError(f"frames: found {frames}; allowed for {spec.family}: {allowed}")
 
 
 def check_amounts(spec: ModelSpec, images_per_prompt: int, batch_size: int) -> None:

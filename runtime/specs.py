@@ -55,6 +55,8 @@ class ModelSpec:
         encode: the pipeline's methods that run them, and encoders that the pipeline calls itself. What these return
             depends on nothing else.
         outputs: names of what a pipeline of blocks returns: pictures or videos, then audio. There, `encode` has blocks.
+        workflow: which one a pipeline of blocks that has several is to run.
+        unused: components of the checkpoint that only its other workflows need. They are not loaded.
         decoders: the components that make pictures of latents. The first one that runs ends the denoise loop.
         patch: latents along each side of a token.
         fps: frames per second of the videos that it makes; None: it makes pictures.
@@ -63,6 +65,8 @@ class ModelSpec:
             what it returns; None: it makes none.
         chunk_frames: frames that the pipeline makes in one go, where it makes a video chunk by chunk, with all steps
             for each, and decodes each before the next one begins.
+        frame_counts: how many frames a video can have; None: that follows from chunks, or from the VAE.
+        more_steps: how many more steps than are to be run the pipeline has to be asked for: 1 where it counts the end.
         resumes: whether a request that lost a rank goes on after the last step that was kept. Not where the loop
             carries more than latents and what its scheduler remembers; it begins anew then.
         published: its checkpoints.
@@ -83,12 +87,16 @@ class ModelSpec:
     encoders: tuple[str, ...] = ("text_encoder",)
     encode: tuple[str, ...] = ("encode_prompt",)
     outputs: tuple[str, ...] = ("images",)
+    workflow: str | None = None
+    unused: tuple[str, ...] = ()
     decoders: tuple[str, ...] = ("vae",)
     patch: int = 2
     fps: int | None = None
     fps_with: Mapping[str, int] = field(default_factory=dict)
     sampling_rate: str | None = None
     chunk_frames: int | None = None
+    frame_counts: range | None = None
+    more_steps: int = 0
     resumes: bool = True
     published: tuple[Published, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)

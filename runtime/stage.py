@@ -40,13 +40,14 @@ class Stage:
         self.clear()
 
     def watch(self, name: str, module: nn.Module) -> None:
-        """Every call of `module` is one of `name`. What it is given is put where it runs."""
+        """Every call of `module`, or of a part of it, is one of `name`. What it is given is put where it runs."""
 
         def come(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self.enter(name)
             return tuple(map(self._here, args)), {key: self._here(value) for key, value in kwargs.items()}
 
-        module.register_forward_pre_hook(come, with_kwargs=True)
+        for part in (module, *module.children()):  # some pipelines call a language model without its head
+            part.register_forward_pre_hook(come, prepend=True, with_kwargs=True)
 
     def wrap(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         """Every call of what this returns is one of `method`, and of `name`."""

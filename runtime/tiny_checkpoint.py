@@ -123,6 +123,7 @@ def _randomise(module: nn.Module, recipe: TinyRecipe, generator: torch.Generator
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     with torch.no_grad():
         for name, tensor in sorted(module.named_parameters()):
+            scale = VELOCITY_SCALE if name in recipe.outputs else 1.0
             if id(tensor) in embeddings or name.endswith("pad_token"):
                 normal(tensor, 0.0, 1.0)
             elif name.endswith("bias"):
@@ -130,9 +131,8 @@ def _randomise(module: nn.Module, recipe: TinyRecipe, generator: torch.Generator
             elif name.endswith(recipe.sharp):
                 normal(tensor, 1.5, 0.3)
             elif tensor.numel() == tensor.shape[0]:  # a VAE may hold a norm weight as [channels, 1, 1, 1]
-                normal(tensor, float(tensor.any()), 0.2)
+                normal(tensor, scale * float(tensor.any()), scale * 0.2)
             else:
-                scale = VELOCITY_SCALE if name in recipe.outputs else 1.0
                 normal(tensor, 0.0, scale / math.sqrt(tensor[0].numel()))
         for name, buffer in sorted(module.named_buffers()):
             if name.endswith("running_mean"):

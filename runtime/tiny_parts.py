@@ -43,7 +43,8 @@ class TinyRecipe:
     Attributes:
         components: makes the pipeline's components by name; their weights are drawn anew afterwards.
         options: the pipeline's other arguments.
-        outputs: names of the transformer's last projections; drawn smaller, so that rounding errors stay small.
+        outputs: names of the transformer's last projections; drawn smaller, so that rounding errors stay small. And of
+            the last gain of what makes audio, so that few samples are cut off.
         sharp: ends of names of norm weights that are drawn above 1: where padding outnumbers the text, attention can
             then pick a few tokens, so that each shows in the picture.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ def latent_pixels(config: Mapping[str, Any]) -> int:
     for name in ("scale_factor_spatial", "spatial_compression_ratio"):
         if config.get(name):
             return int(config[name])
+    if "spatial_downsample_factors" in config:
+        return math.prod(config["spatial_downsample_factors"])
     if "temperal_downsample" in config:
         return 1 << len(config["temperal_downsample"])
     return 1 << max(len(config.get("block_out_channels", ())) - 1, 0)
@@ -21,4 +24,6 @@ def latent_frames(config: Mapping[str, Any]) -> int:
     for name in ("scale_factor_temporal", "temporal_compression_ratio"):
         if config.get(name):
             return int(config[name])
+    if "temporal_downsample_factors" in config:
+        return math.prod(config["temporal_downsample_factors"])
     return 1 << sum(map(bool, config.get("temperal_downsample", ())))

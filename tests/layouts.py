@@ -135,4 +135,10 @@ ROWS = (
         frames=9,
         quick=("layerwise_tp2", "layerwise_ulysses2_ring2"),
     ),
+    Row(
+        "minimax-h3",
+        sizes=((32, 160), (64, 64)),  # 185 and 148 tokens of video, 414 of audio, 73 of text
+        frames=124,
+        quick=("layerwise_tp2", "layerwise_ulysses2_ring2"),
+    ),
 )

@@ -14,10 +14,9 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from crossdock.parallel.regions import Follow, SequenceRegion
-from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
+from crossdock.parallel.regions import SequenceRegion
+from crossdock.parallel.tensor import COLUMN, TensorPlan
 from crossdock.runtime.families import SPECS
-from crossdock.runtime.specs import SWIGLU, attention_plan
 
 IMAGE = "hidden_states"
 
@@ -361,7 +360,8 @@ Z_IMAGE = specified(
         "cap_feats": [randn(7, 20), randn(40, 20)],
     },
 )
-MINIMAX_H3 = Case(
+MINIMAX_H3 = specified(
+    "minimax-h3",
     lambda: diffusers.MiniMaxH3Transformer3DModel(
         num_attention_heads=4,
         attention_head_dim=12,
@@ -389,22 +389,6 @@ MINIMAX_H3 = Case(
         "audio_indices": torch.arange(19, 23),
         "text_indices": torch.arange(7),
     },
-    TensorPlan(
-        attention_plan("transformer_blocks.*.attn", ("to_q", "to_k", "to_v"), ("to_out.0",))
-        | {"transformer_blocks.*.ff.net.0.proj": SWIGLU, "transformer_blocks.*.ff.net.2": ROW},
-        "num_attention_heads",
-        heads={"transformer_blocks.*.attn": ("heads",)},
-    ),
-    (
-        SequenceRegion(
-            enter="transformer_blocks.0",
-            segments=(IMAGE,),
-            within="transformer_blocks.*",
-            follow={"rotary_emb": Follow(IMAGE, 0), "adaln_indices": Follow(IMAGE, 0)},
-            leave="transformer_blocks.-1",
-            gathers=IMAGE,
-        ),
-    ),
 )
 
 CASES: Mapping[str, Case] = {

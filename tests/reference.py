@@ -43,19 +43,24 @@ class ModularReference:
     """A pipeline that diffusers has as blocks only, with the arguments and the return values of the others."""
 
     def __init__(self, directory: Path) -> None:
-        self.modular = ModularPipeline.from_pretrained(str(directory))
-        self.modular._blocks.sub_blocks.pop("prompt_upsampler")  # its model is another repository's
-        self.modular.load_components(["transformer", "vae", "text_encoder", "tokenizer"], local_files_only=True)
+        spec = spec_for(directory)
+        self.modular = ModularPipeline.from_pretrained(str(directory), workflow=spec.workflow)
+        self.modular._blocks.sub_blocks.pop("prompt_upsampler", None)  # its model is another repository's
+        here = [name for name in self.modular.pretrained_component_names if (directory / name).is_dir()]
+        self.modular.load_components(here, local_files_only=True)
+        self.outputs = spec.outputs
 
-    def __call__(self, *, return_dict: bool, output_type: str, **wishes: Any) -> tuple[Any]:
-        output = "latents" if output_type == "latent" else "images"
-        return (self.modular(output=output, output_type="pil" if output == "latents" else output_type, **wishes),)
+    def __call__(self, *, return_dict: bool, output_type: str, **wishes: Any) -> tuple[Any, ...]:
+        outputs = ("latents",) if output_type == "latent" else self.outputs
+        kind = "np" if output_type == "latent" else output_type  # they decode in any case
+        found = self.modular(output=list(outputs), output_type=kind, **wishes)
+        return tuple(found[name] for name in outputs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["modular"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "modular":
+        if name in ("modular", "outputs"):
             self.__dict__[name] = value
         else:  # a guider
             setattr(self.modular, name, value)
@@ -109,7 +114,7 @@ def reference(
         prompt=list(prompt) if several else prompt,
         height=size[0],
         width=size[1],
-        num_inference_steps=steps,
+        num_inference_steps=steps + spec_for(directory).more_steps,
         generator=generators if several else generators[0],
         output_type="pil" if frames is None else "np",
         return_dict=False,
@@ -118,7 +123,8 @@ def reference(
     )
     if own is not None:
         pipe.guider = own
-    return Reference(found[-1], list(output[0]), list(output[1]) if len(output) > 1 else [])
+    latents = found[-1] if len(found[-1]) == len(generators) else found[-1][None]
+    return Reference(latents, list(output[0]), list(output[1]) if len(output) > 1 else [])
 
 
 def _keeping(step: Any, found: list[Tensor]) -> Any:

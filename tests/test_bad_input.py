@@ -14,12 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from crossdock.launch.engine import choose_device
+from crossdock.runtime.checkpoint import MODULAR_INDEX, read_model_index
 from crossdock.runtime.config import RunConfig
 from crossdock.runtime.errors import CheckpointError, ConfigError, LaunchError, RequestError, UserError
 from crossdock.runtime.families import SPECS
 from crossdock.runtime.plan import RunPlan, make_plan
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.request_checks import check_amounts, check_request
+from crossdock.runtime.tiny_checkpoint import make_checkpoint
 
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
 
@@ -228,6 +230,33 @@ def test_a_pipeline_that_takes_one_prompt_at_a_time() -> None:
     check_amounts(SPECS["flux3"], 3, 1)
     with pytest.raises(RequestError, match="batch_size: found 2; flux3 takes one prompt at a time: leave it out"):
         check_amounts(SPECS["flux3"], 3, 2)
+
+
+@pytest.mark.parametrize(("frames", "near"), [(None, 0), (124, 0), (345, 0), (9, 124), (130, 124), (1000, 345)])
+def test_frames_of_which_a_model_has_a_few_counts(flux2_dir: Path, frames: int | None, near: int) -> None:
+    plan, request = replace(_plan(flux2_dir), spec=SPECS["minimax-h3"]), GenerateRequest(("x",), frames=frames)
+    if not near:
+        check_request(plan, request)
+        return
+    allowed = f"allowed for minimax-h3: from 124 to 345 in steps of 17, such as {near}"
+    with pytest.raises(RequestError, match=f"frames: found {frames}; {allowed}"):
+        check_request(plan, request)
+
+
+def test_a_component_of_another_workflow_is_left_out(flux2_dir: Path, tmp_path: Path) -> None:
+    """A checkpoint may hold a transformer more, and need not: it is neither placed nor asked for."""
+    model = tmp_path / "model"
+    make_checkpoint("minimax-h3", model)
+    expected = _plan(model)
+    assert expected.pixel_multiple == 32
+    assert expected.decoders == ("vae", "audio_vae")
+    for name in ("transformer_ref", "another"):
+        shutil.copytree(model / "transformer", model / name)
+    _edit_json(model / MODULAR_INDEX, lambda index: index.update(transformer_ref=index["transformer"]))
+    assert "transformer_ref" in read_model_index(model)
+    assert _plan(model) == expected
+    _edit_json(model / MODULAR_INDEX, lambda index: index.update(another=index["transformer"]))
+    _refused(CheckpointError, model, "the component 'another' (MiniMaxH3Transformer3DModel) has weights")
 
 
 @pytest.mark.parametrize(("size", "text"), [((250, 256), "height: found 250"), ((256, 8), "width: found 8")])

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import diffusers
 import pytest
 import torch
 from one_rank import admitted
@@ -21,6 +22,8 @@ from crossdock.launch.engine import Engine
 from crossdock.offload.block import Home
 from crossdock.offload.measured_costs import slowest
 from crossdock.offload.residency import Costs, steady_step_s
+from crossdock.runtime.checkpoint import read_model_index
+from crossdock.runtime.components import component_needs
 from crossdock.runtime.config import RunConfig
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.errors import ConfigError, LaunchError
@@ -131,6 +134,16 @@ def test_a_fraction_needs_the_device(checkpoints: Checkpoints) -> None:
     assert make_plan(config, checkpoints["z-image"], "cpu").budget_bytes is None
     with pytest.raises(ConfigError, match=r'found "0.5" \(500 bytes\); this model needs at least \d+ bytes'):
         make_plan(config, checkpoints["z-image"], "cpu", device_bytes=1000)
+
+
+@pytest.mark.parametrize("name", ["vae", "audio_vae"])
+def test_what_a_class_keeps_in_fp32_counts_as_that(name: str, checkpoint_of: Callable[[str], Path]) -> None:
+    """Modules, single parameters, and tables that no file has."""
+    directory = checkpoint_of("minimax-h3")
+    index = read_model_index(directory)
+    (need,) = component_needs(directory, index, (), (name,), torch.bfloat16, 1)
+    loaded = getattr(diffusers, index[name][1]).from_pretrained(directory / name, dtype=torch.bfloat16)
+    assert need.loaded_bytes == sum(tensor.nbytes for tensor in (*loaded.parameters(), *loaded.buffers()))
 
 
 def test_a_rank_without_a_component_evicts_for_it() -> None:

@@ -79,6 +79,14 @@ def test_negative_prompts_are_taken_where_they_do_something(spec: ModelSpec) -> 
     assert spec.negative_prompt == ("negative_prompt" in arguments and spec.branches is not None)
 
 
+def test_steps_are_passes_through_the_transformer() -> None:
+    """Where a scheduler counts the end as a step, the pipeline is asked for one more."""
+    scheduler, spec = diffusers.MiniMaxH3Scheduler(), SPECS["minimax-h3"]
+    for steps in (1, 4, 50):
+        scheduler.set_timesteps(steps + spec.more_steps)
+        assert len(scheduler.timesteps) == steps
+
+
 def test_every_family_has_a_row_of_the_matrix() -> None:
     """And every recipe; so what the table says of layouts is what tests hold."""
     assert {row.recipe for row in ROWS} == set(TINY)

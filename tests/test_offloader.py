@@ -131,6 +131,22 @@ def test_plain_attributes_are_given_back(model: Model) -> None:
     assert _facts(model) == before
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_weight_that_is_made_in_every_call_need_not_be_there() -> None:
+    """`weight_norm`: of a model that was built on meta and then loaded, the product is still on meta."""
+
+    def normed() -> nn.Sequential:
+        return nn.Sequential(*(nn.utils.weight_norm(nn.Linear(16, 16)) for _ in range(4)))
+
+    whole = normed().requires_grad_(False)
+    with torch.device("meta"):
+        model = normed().requires_grad_(False)
+    model.load_state_dict(whole.state_dict(), assign=True)
+    assert cast(Tensor, model[0].weight).is_meta
+    with LayerwiseOffloader(nn.ModuleDict({"blocks": model}), CPU, stacks=("blocks",)):
+        assert torch.equal(model(X), whole(X))
+
+
 def _tensors_in(container: Any) -> list[Tensor]:
     items = container.values() if isinstance(container, dict) else container
     return [item for item in items if isinstance(item, Tensor)]

@@ -52,6 +52,7 @@ STACKS = {
     "krea2": {"text_fusion.layerwise_blocks": 2, "text_fusion.refiner_blocks": 2, "transformer_blocks": 5},
     "ltx2": {"transformer_blocks": 4},
     "helios": {"blocks": 5},
+    "minimax-h3": {"token_refiner.refiner_blocks": 2, "transformer_blocks": 5},
     "flux3": FLUX3_STACKS,
     "flux3-distilled": FLUX3_STACKS,
 }
@@ -166,6 +167,15 @@ CLASSES: dict[str, dict[str, Any]] = {
         "text_encoder": ["transformers", "Gemma3ForConditionalGeneration"],
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     },
+    "minimax-h3": {
+        "_class_name": "MiniMaxH3ModularPipeline",
+        "transformer": ["diffusers", "MiniMaxH3Transformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLMiniMaxH3"],
+        "audio_vae": ["diffusers", "AutoencoderKLMiniMaxH3Audio"],
+        "text_encoder": ["transformers", "Qwen3VLForConditionalGeneration"],
+        "scheduler": ["diffusers", "MiniMaxH3Scheduler"],
+        "audio_scheduler": ["diffusers", "MiniMaxH3Scheduler"],
+    },
     "flux3": {"_class_name": "Flux3ModularPipeline", **FLUX3},
     "flux3-distilled": {"_class_name": "Flux3DistilledModularPipeline", **FLUX3},
     "helios": {
@@ -225,7 +235,7 @@ def spec_of(pipe: Any) -> ModelSpec:
 
 
 def frames_of(spec: ModelSpec) -> int:
-    return spec.chunk_frames or FRAMES
+    return spec.frame_counts[0] if spec.frame_counts else spec.chunk_frames or FRAMES
 
 
 def run(pipe: Any, prompt: str, tokens: tuple[int, int], steps: int, output_type: str) -> Any:
@@ -237,7 +247,7 @@ def run(pipe: Any, prompt: str, tokens: tuple[int, int], steps: int, output_type
         prompt=prompt,
         height=tokens[0] * pixels,
         width=tokens[1] * pixels,
-        num_inference_steps=steps,
+        num_inference_steps=steps + spec.more_steps,
         generator=torch.Generator("cpu").manual_seed(0),
         output_type=output_type,
         return_dict=False,

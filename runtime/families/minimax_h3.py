@@ -1,0 +1,145 @@
+"""MiniMax-H3, text to video with audio, all in one sequence. diffusers has its pipeline as blocks only.
+
+Its other workflows take pictures, videos or sounds, which a request has none of; for one of them the checkpoint has a
+transformer of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from crossdock.parallel.regions import Follow, SequenceRegion
+from crossdock.parallel.tensor import ROW, LinearStyle, TensorPlan
+from crossdock.runtime.specs import SWIGLU, ModelSpec, Published, attention_plan
+from crossdock.runtime.tiny_parts import HEAD_DIM, HEADS, LATENT_CHANNELS, TEXT_HIDDEN, TinyRecipe
+from crossdock.runtime.tiny_qwen_vl import latent_statistics, qwen3_vl_config, qwen_vl_processor, qwen_vl_tokenizer
+
+TOKENS = "hidden_states"
+STACKS = ("token_refiner.refiner_blocks", "transformer_blocks")
+
+
+def _block(name: str) -> dict[str, LinearStyle]:
+    return attention_plan(f"{name}.attn", ("to_q", "to_k", "to_v"), ("to_out.0",)) | {
+        f"{name}.ff.net.0.proj": SWIGLU,
+        f"{name}.ff.net.2": ROW,
+    }
+
+
+SPEC = ModelSpec(
+    family="minimax-h3",
+    pipeline="MiniMaxH3ModularPipeline",
+    transformer="MiniMaxH3Transformer3DModel",
+    block_stacks=STACKS,
+    tensor_plan=TensorPlan(
+        linears={linear: style for stack in STACKS for linear, style in _block(f"{stack}.*").items()},
+        head_count="num_attention_heads",
+        heads={f"{stack}.*.attn": ("heads",) for stack in STACKS},
+    ),
+    regions=(
+        SequenceRegion(
+            enter="transformer_blocks.0",
+            segments=(TOKENS,),
+            within="transformer_blocks.*",
+            follow={"rotary_emb": Follow(TOKENS, 0), "adaln_indices": Follow(TOKENS, 0)},
+            leave="transformer_blocks.-1",
+            gathers=TOKENS,
+        ),
+    ),
+    branches=None,
+    guidance=None,
+    negative_prompt=False,
+    batches=False,
+    encode=("text_encoder",),
+    outputs=("videos", "audio"),
+    workflow="t2va",
+    unused=("transformer_ref",),
+    decoders=("vae", "audio_vae"),
+    fps=24,
+    sampling_rate="audio_sampling_rate",
+    frame_counts=range(124, 346, 17),  # 5 to 15 seconds, 17 n + 5
+    more_steps=1,
+    resumes=False,  # the audio's latents and scheduler are the loop's own
+    published=(Published("MiniMax-H3", 33_122_992_896),),
+)
+
+AUDIO_CHANNELS = 8
+AUDIO_HIDDEN = 24
+SAMPLING_RATE = 8000
+HOP = (8, 5, 5)  # samples per audio latent, of which there are 40 a second
+
+
+def _transformer() -> Any:
+    from diffusers import MiniMaxH3Transformer3DModel
+
+    return MiniMaxH3Transformer3DModel(
+        num_attention_heads=HEADS,
+        attention_head_dim=HEAD_DIM,
+        hidden_size=80,
+        num_layers=5,
+        ffn_dim=216,
+        in_channels=LATENT_CHANNELS,
+        audio_in_channels=AUDIO_CHANNELS,
+        text_dim=TEXT_HIDDEN,
+        freq_dim=48,
+        time_embed_hidden_dim=80,
+        time_embed_dim=40,
+        rope_freq_dim=2,
+    )
+
+
+def _vae() -> Any:
+    from diffusers import AutoencoderKLMiniMaxH3
+
+    return AutoencoderKLMiniMaxH3(
+        latent_channels=LATENT_CHANNELS,
+        block_out_channels=(12, 12, 12, 24, 24, 24),
+        layers_per_block=1,
+        norm_num_groups=12,
+        decoder_num_layers=2,
+        decoder_num_attention_heads=3,
+        decoder_attention_head_dim=16,
+        **latent_statistics(LATENT_CHANNELS),
+    )
+
+
+def _audio_vae() -> Any:
+    from diffusers import AutoencoderKLMiniMaxH3Audio
+
+    return AutoencoderKLMiniMaxH3Audio(
+        encoder_dim=4,
+        encoder_rates=HOP,
+        latent_dim=AUDIO_HIDDEN,
+        latent_channels=AUDIO_CHANNELS,
+        num_attention_heads=2,
+        decoder_dim=AUDIO_HIDDEN,
+        decoder_rates=HOP,
+        decoder_kernel_sizes=(16, 9, 9),
+        resblock_kernel_sizes=(3, 7),
+        resblock_dilation_sizes=((1,), (3,)),
+        sampling_rate=SAMPLING_RATE,
+        **latent_statistics(AUDIO_CHANNELS),
+    )
+
+
+def _components() -> dict[str, Any]:
+    from diffusers import MiniMaxH3Scheduler
+    from transformers import Qwen3VLForConditionalGeneration
+
+    tokenizer = qwen_vl_tokenizer()
+    return {
+        "scheduler": MiniMaxH3Scheduler(shift=12.0),
+        "audio_scheduler": MiniMaxH3Scheduler(shift=3.0),
+        "tokenizer": tokenizer,
+        "processor": qwen_vl_processor(tokenizer),
+        "transformer": _transformer(),
+        "vae": _vae(),
+        "audio_vae": _audio_vae(),
+        "text_encoder": Qwen3VLForConditionalGeneration(qwen3_vl_config(tokenizer, layers=51)),  # the 50th is read
+    }
+
+
+TINY = TinyRecipe(
+    _components,
+    outputs=("proj_out.weight", "audio_proj_out.weight", "decoder.conv_post.weight_g"),
+    sharp=("attn.norm_q.weight", "attn.norm_k.weight"),  # few of the tokens are text
+)
