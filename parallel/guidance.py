@@ -55,7 +55,7 @@ class GuidanceParallelism:
             calls[-1].compute()  # there was no call for this rank
         for turn, call in enumerate(calls):
             owner = turn % self._group.size
-            call.arrived = self._share(call.computed, owner, (_shapes([call.args, call.kwargs]), owner), call.device)
+            call.arrived = self._share(call.computed, owner, (_signature([call.args, call.kwargs]), owner), call.device)
 
     def batch(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call with all branches in it: this rank computes its part of the batch; all of it, where it cannot be
@@ -75,7 +75,7 @@ class GuidanceParallelism:
             return value[index * share : (index + 1) * share]
 
         output = model(*map(cut, args), **{name: cut(value) for name, value in kwargs.items()})
-        computed, key = list(_tensors(output)), _shapes([args, kwargs])
+        computed, key = list(_tensors(output)), _signature([args, kwargs])
         arrived = [
             self._share(computed if owner == index else None, owner, (key, owner), first.device)
             for owner in range(parts)
@@ -86,9 +86,14 @@ class GuidanceParallelism:
         """What the rank with index `owner` computed, on all. `key`: what its shapes follow from."""
         mine = owner == self._group.index
         assert computed is not None or not mine
+        shapes = [(tensor.shape, tensor.dtype) for tensor in computed or ()]
         if key not in self._known:
-            shapes = [(tensor.shape, tensor.dtype) for tensor in computed or ()]
             self._known[key] = self._group.broadcast_object(shapes if mine else None, owner)
+        if mine and self._known[key] != shapes:
+            raise RuntimeError(
+                f"the transformer returned {shapes}, but {self._known[key]} for the same arguments before: the other "
+                "ranks of the guidance group cannot know"
+            )
         if mine:
             tensors = [tensor.contiguous() for tensor in computed or ()]
         else:
@@ -238,8 +243,15 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _shapes(value: Any) -> tuple[torch.Size, ...]:
-    return tuple(tensor.shape for tensor in _tensors(value))
+def _signature(value: Any) -> object:
+    """What shapes follow from: those of tensors, and modes, counts and switches; no numbers that change every step."""
+    if isinstance(value, Tensor):
+        return value.shape
+    if isinstance(value, dict):
+        return tuple((name, _signature(item)) for name, item in value.items())
+    if isinstance(value, tuple | list):
+        return tuple(map(_signature, value))
+    return value if isinstance(value, str | bool | int) or value is None else type(value).__name__
 
 
 def _joined(output: Any, parts: list[Iterator[Tensor]]) -> Any:

@@ -22,14 +22,15 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.config = "its config"
+        self.keep = "all"
         self.passes: list[tuple[int, ...]] = []
 
-    def forward(self, hidden: Any, scale: Tensor | None = None, return_dict: bool = True) -> Any:
+    def forward(self, hidden: Any, scale: Tensor | None = None, keep: str = "", return_dict: bool = True) -> Any:
         if isinstance(hidden, list):
             self.passes.append((len(hidden),))
             return ([2 * item for item in hidden],)
         self.passes.append(tuple(hidden.shape))
-        doubled = 2 * hidden
+        doubled = 2 * (hidden if (keep or self.keep) == "all" else hidden[:1])
         return (doubled if scale is None else doubled * scale.view(-1, 1),)
 
 
@@ -154,6 +155,31 @@ def test_other_shapes_in_the_next_request() -> None:
 
     found, _, _ = run(program, "calls")
     assert all(torch.equal(each[1], 2 * X[:, :1]) and torch.equal(each[2], 2 * X) for each in found)
+
+
+def test_other_shapes_in_another_mode() -> None:
+    """A cache of text is filled in the first step and used in the others: the same tensors go in, fewer come out."""
+
+    def program(model: BranchedModel) -> list[Tensor]:
+        return [model(X, keep=keep, return_dict=False)[0] + 0 for keep in ("all", "half", "all", "half")]
+
+    found, _, _ = run(program, "calls")
+    for each in found:
+        assert [tuple(tensor.shape) for tensor in each] == [(2, 3), (1, 3), (2, 3), (1, 3)]
+        assert torch.equal(each[1], 2 * X[:1])
+
+
+def test_shapes_that_nobody_could_know_are_refused() -> None:
+    """Else the others would receive into memory of another size, and compute with what happened to be there."""
+
+    def program(model: BranchedModel) -> Tensor:
+        model(X, return_dict=False)[0] + 0
+        held = cast(Any, model)._held[0]
+        held.keep = "half"
+        return model(X, return_dict=False)[0] + 0
+
+    with pytest.raises(RuntimeError, match="for the same arguments before"):
+        run(program, "calls")
 
 
 def test_it_passes_for_the_transformer() -> None:
