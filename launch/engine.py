@@ -267,6 +267,8 @@ class Engine:
                 results = self._attempt(again, start, notice)
             except RankError as error:
                 lost_s = time.perf_counter() - began
+                if error.kind == "collectives":
+                    snapshots.forget()  # steps that were done may have exchanged other things than they should
                 resumed = snapshots.start()
                 self._replace_gang(error, attempt, resumed[0].step if resumed else 0, lost_s)
             else:

@@ -64,6 +64,10 @@ class Snapshots:
                     self._not_before_s = time.monotonic() + ALONE_S
                     return
 
+    def forget(self) -> None:
+        """None of them is to be trusted."""
+        self._kept = dict.fromkeys(self._leaders, ())
+
     def start(self) -> tuple[Snapshot, ...] | None:
         """Where all replicas can go on; None: at the beginning."""
         return common_start(list(self._kept.values()))

@@ -120,7 +120,12 @@ ROWS = (
         also=', a sign says "no entry"',  # a second text encoder reads what is in quotes
     ),
     Row("qwen-image", quick=("layerwise_tp2", "layerwise_cfg2"), guided=(4.0, "grey, blurred")),
-    Row("qwen-image-2.1", ((256, 256), (224, 160)), quick=("layerwise_hsdp", "layerwise_cfg2"), guided=(3.0, "grey, blurred")),
+    Row(
+        "qwen-image-2.1",
+        ((256, 256), (224, 160)),
+        quick=("layerwise_hsdp", "layerwise_cfg2"),
+        guided=(3.0, "grey, blurred"),
+    ),
     Row("sd3.5", quick=("tp2", "layerwise_cfg2")),
     Row("krea2", quick=("layerwise_tp2", "layerwise_hsdp")),
     Row(

@@ -129,6 +129,18 @@ def test_a_fault_after_the_last_step(flux2_dir: Path, capsys: pytest.CaptureFixt
         assert "went on after step 4" in shown
 
 
+def test_steps_that_exchanged_other_things_are_done_again(flux2_dir: Path) -> None:
+    """Found a moment too late, what they computed would be kept, and nothing of the next attempt would show it."""
+    with _engine(flux2_dir) as (engine, gang):
+        expected = _generate(engine)
+        _fail(gang, RankError(0, "issued another collective", "collectives"), at=7)
+        found = _generate(engine)
+        (fault,) = found.report["faults"]
+        assert (fault["kind"], fault["resumed_after"]) == ("collectives", 0)
+        assert len(found.report["ranks"][0]["step_ms"]) == 4
+        assert torch.equal(found.latents[0], expected.latents[0])
+
+
 def test_what_took_too_long_is_not_tried_again(flux2_dir: Path) -> None:
     """A limit that is up once would be up every time: three times the wait, and the same end."""
     with _engine(flux2_dir) as (engine, gang):
