@@ -129,7 +129,7 @@ def _randomise(module: nn.Module, recipe: TinyRecipe, generator: torch.Generator
             elif name.endswith("bias"):
                 normal(tensor, 0.0, 0.2)
             elif name.endswith(recipe.sharp):
-                normal(tensor, 1.5, 0.3)
+                normal(tensor, recipe.sharpness, 0.2 * recipe.sharpness)
             elif tensor.numel() == tensor.shape[0]:  # a VAE may hold a norm weight as [channels, 1, 1, 1]
                 normal(tensor, scale * float(tensor.any()), scale * 0.2)
             else:

@@ -45,14 +45,15 @@ class TinyRecipe:
         options: the pipeline's other arguments.
         outputs: names of the transformer's last projections; drawn smaller, so that rounding errors stay small. And of
             the last gain of what makes audio, so that few samples are cut off.
-        sharp: ends of names of norm weights that are drawn above 1: where padding outnumbers the text, attention can
-            then pick a few tokens, so that each shows in the picture.
+        sharp: ends of names of norm weights that are drawn around `sharpness`: where padding outnumbers the text,
+            attention can then pick a few tokens, so that each shows in the picture.
     """
 
     components: Callable[[], dict[str, Any]]
     outputs: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     sharp: tuple[str, ...] = ()
+    sharpness: float = 1.5
 
 
 def qwen_tokenizer() -> Any:

@@ -91,4 +91,6 @@ def components(flow_map: bool = False) -> dict[str, Any]:
     }
 
 
-TINY = TinyRecipe(components, outputs=("proj_out.weight",))
+TINY = TinyRecipe(
+    components, outputs=("proj_out.weight",), sharp=("attn.norm_q.weight", "attn.norm_k.weight"), sharpness=1.8
+)

@@ -7,7 +7,6 @@ from functools import partial
 
 from crossdock.runtime.families import flux3
 from crossdock.runtime.specs import Published
-from crossdock.runtime.tiny_parts import TinyRecipe
 
 SPEC = replace(
     flux3.SPEC,
@@ -18,4 +17,4 @@ SPEC = replace(
     negative_prompt=False,
     published=(Published("FLUX.3-image-klein", 5.6e9, {"flow_map": True}),),
 )
-TINY = TinyRecipe(partial(flux3.components, flow_map=True), outputs=flux3.TINY.outputs)
+TINY = replace(flux3.TINY, components=partial(flux3.components, flow_map=True))

@@ -80,5 +80,6 @@ def _components() -> dict[str, Any]:
 TINY = TinyRecipe(
     _components,
     outputs=("final_layer.linear.weight",),
+    sharp=("attn.norm_q.weight", "attn.norm_k.weight"),
     options={"text_encoder_select_layers": _TEXT_LAYERS},
 )
