@@ -38,6 +38,8 @@ LATE_S = 0.15
 """How late copies come where a wait for them is left out."""
 VERY_LATE_S = 0.5
 """How late one copy comes to be later than a block that computes on a busy machine."""
+TOO_LATE_S = 5.0
+"""The longest that a copy waits for a block that does not wait for it."""
 
 Plant = Callable[[RankWorker, pytest.MonkeyPatch], None]
 Stage = Literal["load", "request", "probe"]

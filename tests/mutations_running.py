@@ -24,7 +24,7 @@ from crossdock.parallel.mesh import MeshShape
 from crossdock.parallel.tensor import RowParallelLinear
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.worker import RankWorker
-from mutations import BLOCK, LATE_S, VERY_LATE_S, block_of, index_of, when_attached
+from mutations import BLOCK, LATE_S, TOO_LATE_S, VERY_LATE_S, block_of, index_of, when_attached
 
 
 def holds(stream: BlockStream, index: int, memory: Tensor) -> bool:
@@ -71,25 +71,32 @@ def stale_from_the_start(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     stream, index = worker.stream, index_of(worker.stream, "noise_refiner.1")
     prepare = stream.prepare
 
-    def prepared() -> None:  # when the text encoder, which may have the memory before, is done
+    def prepared(ring: int) -> None:  # when the text encoder, which may have the memory before, is done
         stream._slots[index].holder = index
         patch.setattr(stream, "prepare", prepare)
-        prepare()
+        prepare(ring)
 
     patch.setattr(stream, "prepare", prepared)
 
 
 def wait_left_out(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
-    """Copies come late, and one block does not wait for its own."""
+    """A block does not wait for its copy, which comes when the block is done."""
     stream, engine = worker.stream, worker.engine
-    wait, index = engine.wait, index_of(stream)
+    wait, load, index, done_with_it = engine.wait, BlockLoader.load, index_of(stream), threading.Event()
+    stream.blocks[index].module.register_forward_hook(lambda *_: done_with_it.set())
+
+    def late(loader: BlockLoader, block: Any, *args: Any, **options: Any) -> None:
+        if block.name == BLOCK:
+            done_with_it.clear()
+            loader.engine.submit("copy", lambda: done_with_it.wait(TOO_LATE_S) and None, ())
+        load(loader, block, *args, **options)
 
     def impatient(event: Any) -> None:
         if stream._slots[index].holder != index or event is not stream._slots[index].ready:
             wait(event)
 
     patch.setattr(engine, "wait", impatient)
-    patch.setattr(engine, "_delay", lambda: time.sleep(LATE_S))
+    patch.setattr(BlockLoader, "load", late)
 
 
 def readers_not_waited_for(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
