@@ -116,3 +116,9 @@ def attention_plan(attention: str, inputs: tuple[str, ...], outputs: tuple[str, 
 
 SWIGLU = LinearStyle("column", parts=(1, 1))
 """The gate and the up half of one projection."""
+
+
+def gated_block_plan(block: str, up: str, down: str) -> dict[str, LinearStyle]:
+    """Of a block with an attention `attn`, and a feed-forward whose projection `up` has its gate in it."""
+    attention = attention_plan(f"{block}.attn", ("to_q", "to_k", "to_v"), ("to_out.0",))
+    return attention | {f"{block}.{up}": SWIGLU, f"{block}.{down}": ROW}

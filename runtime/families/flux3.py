@@ -5,20 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from crossdock.parallel.regions import Join, SequenceRegion
-from crossdock.parallel.tensor import ROW, LinearStyle, TensorPlan
-from crossdock.runtime.specs import SWIGLU, ModelSpec, Published, attention_plan
+from crossdock.parallel.tensor import TensorPlan
+from crossdock.runtime.specs import ModelSpec, Published, gated_block_plan
 from crossdock.runtime.tiny_parts import HEAD_DIM, HEADS, LATENT_CHANNELS, TEXT_HIDDEN, VAE_CHANNELS, TinyRecipe
 from crossdock.runtime.tiny_qwen_vl import qwen3_vl_config, qwen_vl_processor, qwen_vl_tokenizer
 
 TEXT, IMAGE, REFERENCE = "encoder_hidden_states", "hidden_states", "image_cond_hidden_states"
 BLOCKS = ("txt_mode_blocks.*", "mode_blocks.*.*", "single_transformer_blocks.*")
-
-
-def _block(name: str) -> dict[str, LinearStyle]:
-    return attention_plan(f"{name}.attn", ("to_q", "to_k", "to_v"), ("to_out.0",)) | {
-        f"{name}.ff.linear_in": SWIGLU,
-        f"{name}.ff.linear_out": ROW,
-    }
 
 
 SPEC = ModelSpec(
@@ -27,7 +20,11 @@ SPEC = ModelSpec(
     transformer="Flux3Transformer2DModel",
     block_stacks=("txt_mode_blocks", "mode_blocks.image", "mode_blocks.image_cond", "single_transformer_blocks"),
     tensor_plan=TensorPlan(
-        linears={linear: style for name in BLOCKS for linear, style in _block(name).items()},
+        linears={
+            linear: style
+            for name in BLOCKS
+            for linear, style in gated_block_plan(name, "ff.linear_in", "ff.linear_out").items()
+        },
         head_count="num_attention_heads",
         heads={f"{name}.attn": ("heads",) for name in BLOCKS},
     ),

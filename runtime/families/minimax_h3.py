@@ -9,20 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from crossdock.parallel.regions import Follow, SequenceRegion
-from crossdock.parallel.tensor import ROW, LinearStyle, TensorPlan
-from crossdock.runtime.specs import SWIGLU, ModelSpec, Published, attention_plan
+from crossdock.parallel.tensor import TensorPlan
+from crossdock.runtime.specs import ModelSpec, Published, gated_block_plan
 from crossdock.runtime.tiny_parts import HEAD_DIM, HEADS, LATENT_CHANNELS, TEXT_HIDDEN, TinyRecipe
 from crossdock.runtime.tiny_qwen_vl import latent_statistics, qwen3_vl_config, qwen_vl_processor, qwen_vl_tokenizer
 
 TOKENS = "hidden_states"
 STACKS = ("token_refiner.refiner_blocks", "transformer_blocks")
-
-
-def _block(name: str) -> dict[str, LinearStyle]:
-    return attention_plan(f"{name}.attn", ("to_q", "to_k", "to_v"), ("to_out.0",)) | {
-        f"{name}.ff.net.0.proj": SWIGLU,
-        f"{name}.ff.net.2": ROW,
-    }
 
 
 SPEC = ModelSpec(
@@ -31,7 +24,11 @@ SPEC = ModelSpec(
     transformer="MiniMaxH3Transformer3DModel",
     block_stacks=STACKS,
     tensor_plan=TensorPlan(
-        linears={linear: style for stack in STACKS for linear, style in _block(f"{stack}.*").items()},
+        linears={
+            linear: style
+            for stack in STACKS
+            for linear, style in gated_block_plan(f"{stack}.*", "ff.net.0.proj", "ff.net.2").items()
+        },
         head_count="num_attention_heads",
         heads={f"{stack}.*.attn": ("heads",) for stack in STACKS},
     ),
