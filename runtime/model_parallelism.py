@@ -52,14 +52,15 @@ class ModelParallelism:
     ) -> None:
         group, shape = mesh.groups["sequence"], mesh.shape
         assert group is not None
-        attention = _make_attention(plan, mesh, after_collective)
+        attention = make_attention(plan, mesh, after_collective)
         sequence = SequenceParallelism(attention, shape.sequence_index(mesh.rank), shape.sequence, group)
         self._undo.append(sequence.remove)
         sequence.apply(transformer, plan.spec.regions)
         self._undo.append(AttentionBinding(transformer, sequence).remove)
 
 
-def _make_attention(plan: RunPlan, mesh: Mesh, after_collective: Callable[[], None]) -> Attend:
+def make_attention(plan: RunPlan, mesh: Mesh, after_collective: Callable[[], None]) -> Attend:
+    """The attention that the plan asks for, in this rank's place of the mesh."""
     shape, groups = mesh.shape, mesh.groups
     place: dict[str, Any] = {
         "ulysses_group": groups["ulysses"],

@@ -22,7 +22,7 @@ from processes import run_ranks
 from torch import Tensor
 
 import crossdock.parallel.xfuser_attention as xfuser_attention
-import crossdock.runtime.worker as worker_module
+import crossdock.runtime.model_parallelism as model_parallelism
 from crossdock.parallel.sequence import SequenceLayout
 from crossdock.parallel.xfuser_attention import XFuserAttention, xfuser_installed, xfuser_limits
 from crossdock.runtime.config import RunConfig
@@ -97,17 +97,15 @@ def test_what_only_the_native_attention_has(
 
 
 @pytest.mark.parametrize("kind", ["xfuser", "native"])
-def test_the_worker_connects_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_has_the_attention_that_its_config_asks_for(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
     for name in ("XFuserAttention", "SequenceParallelAttention"):
-        monkeypatch.setattr(worker_module, name, lambda name=name, **options: given.update({name: options}))
+        monkeypatch.setattr(model_parallelism, name, lambda name=name, **options: given.update({name: options}))
     shape = types.SimpleNamespace(ulysses=2, ring=1)
-    worker: Any = object.__new__(worker_module.RankWorker)
-    worker.mesh = types.SimpleNamespace(shape=shape, groups={"ulysses": None, "ring": None}, index_in=lambda _: 0)
-    worker.plan = types.SimpleNamespace(config=RunConfig.parse({"parallel": {"attention": kind}}))
+    mesh: Any = types.SimpleNamespace(shape=shape, groups={"ulysses": None, "ring": None}, index_in=lambda _: 0)
+    plan: Any = types.SimpleNamespace(config=RunConfig.parse({"parallel": {"attention": kind}}))
     calls: list[int] = []
-    worker.stream = types.SimpleNamespace(link_used=lambda: calls.append(1))
-    worker._make_attention()
+    model_parallelism.make_attention(plan, mesh, lambda: calls.append(1))
     assert list(given) == ["XFuserAttention" if kind == "xfuser" else "SequenceParallelAttention"]
     next(iter(given.values()))["after_collective"]()
     assert calls == [1]
