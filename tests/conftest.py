@@ -17,8 +17,28 @@ import torch
 from crossdock.runtime.config import RunConfig
 from crossdock.runtime.gang import Gang
 
+# What a run leaves behind is looked for on the whole machine: these, and all that share gangs, run one after the other.
+WHOLE_MACHINE = {
+    "test_check.py",
+    "test_faults.py",
+    "test_lost_node.py",
+    "test_matrix_e2e.py",
+    "test_nothing_left_behind.py",
+    "test_offload_host_store.py",
+    "test_store_keeper.py",
+    "test_torchrun_faults.py",
+    "test_video_file.py",
+}
+
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a shell's background job would ignore it
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Which tests stay together when `pytest -n 2 --dist loadgroup` deals them out."""
+    for item in items:
+        whole = item.path.name in WHOLE_MACHINE or "gang_of" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("whole machine" if whole else item.path.stem))
 
 
 @pytest.fixture(scope="session")
