@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from crossdock.runtime.contract.numbers import SAME_NUMBERS, same_numbers
+from crossdock.runtime.contract.verify import CHECKS, verify_arrivals, verify_composition, verify_request
 from crossdock.runtime.errors import CompositionError
 from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.rank_result import RankResult
 from crossdock.runtime.reports import ProbeReport, RankReport, Verdict, Violation
-from crossdock.runtime.verify import CHECKS, verify_arrivals, verify_composition, verify_request
-from crossdock.runtime.verify_numbers import SAME_NUMBERS, same_numbers
 
 SHOWN = 5
 """How many violations an error lists; the rest is counted."""

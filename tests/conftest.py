@@ -105,7 +105,7 @@ def gang_of() -> Iterator[Callable[[int], Gang]]:
 
 def _checkpoint(factory: pytest.TempPathFactory, family: str) -> Path:
     folder = factory.mktemp("checkpoints") / family
-    from crossdock.runtime.tiny_checkpoint import make_checkpoint  # a GPU machine may lack diffusers
+    from crossdock.runtime.tiny.checkpoint import make_checkpoint  # a GPU machine may lack diffusers
 
     make_checkpoint(family, folder)
     return folder

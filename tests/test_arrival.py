@@ -25,13 +25,13 @@ from crossdock.runtime import plan as plan_module
 from crossdock.runtime.arrival import WHOLE_BYTES, Arrivals, sampled_rows
 from crossdock.runtime.checkpoint import stored_tensors
 from crossdock.runtime.config import RunConfig
+from crossdock.runtime.contract.verify import verify_composition
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.errors import CompositionError
 from crossdock.runtime.gang import Gang
 from crossdock.runtime.plan import RunPlan, make_plan
 from crossdock.runtime.reports import RankReport, Violation
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.verify import verify_composition
 from crossdock.runtime.weights import WeightLoader
 from crossdock.runtime.worker import RankWorker
 from layouts import FAMILIES

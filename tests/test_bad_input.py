@@ -21,7 +21,7 @@ from crossdock.runtime.families import SPECS
 from crossdock.runtime.plan import RunPlan, make_plan
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.request_checks import check_amounts, check_request
-from crossdock.runtime.tiny_checkpoint import make_checkpoint
+from crossdock.runtime.tiny.checkpoint import make_checkpoint
 
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
 

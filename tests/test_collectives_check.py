@@ -13,9 +13,9 @@ import pytest
 from crossdock.offload.trace import TraceEvent
 from crossdock.parallel.group import KEPT, Collective, GroupRecord
 from crossdock.parallel.mesh import MeshShape
+from crossdock.runtime.contract.collectives import same_collectives
 from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.reports import Violation
-from crossdock.runtime.verify_collectives import same_collectives
 
 MESHES = {
     "tp2": MeshShape(tp=2),

@@ -217,7 +217,7 @@ def test_layerwise_picture_equals_resident(family: str, tmp_path: Path) -> None:
     from crossdock.runtime.coordinator import Coordinator
     from crossdock.runtime.plan import make_plan
     from crossdock.runtime.request import GenerateRequest
-    from crossdock.runtime.tiny_checkpoint import make_checkpoint
+    from crossdock.runtime.tiny.checkpoint import make_checkpoint
     from crossdock.runtime.worker import RankWorker
     from reference import PROMPT, max_error, reference_latents
 

@@ -22,6 +22,8 @@ import mutations
 import mutations_running as running
 from crossdock.runtime import plan as plan_module
 from crossdock.runtime.config import RunConfig
+from crossdock.runtime.contract.numbers import SAME_NUMBERS
+from crossdock.runtime.contract.verify import CHECKS
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.errors import CompositionError, RankError
 from crossdock.runtime.gang import Gang
@@ -30,8 +32,6 @@ from crossdock.runtime.probe import probe_numbers, probe_request
 from crossdock.runtime.rank_result import RankResult
 from crossdock.runtime.reports import Violation
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.verify import CHECKS
-from crossdock.runtime.verify_numbers import SAME_NUMBERS
 from crossdock.runtime.worker import RankWorker
 from crossdock.runtime.yaml_config import load_config
 from layouts import COMBINED, FAMILIES, LAYOUTS, PARTLY_RESIDENT

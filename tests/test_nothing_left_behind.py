@@ -19,9 +19,9 @@ import pytest
 
 from crossdock.launch.engine import Engine
 from crossdock.runtime.config import RunConfig
+from crossdock.runtime.contract.verify import CHECKS
 from crossdock.runtime.errors import CompositionError, RankError
 from crossdock.runtime.gang import Gang
-from crossdock.runtime.verify import CHECKS
 from layouts import CONFIGS
 from reference import PROMPT
 

@@ -15,6 +15,8 @@ from one_rank import admitted
 
 from crossdock.launch.engine import Engine
 from crossdock.runtime.config import RunConfig
+from crossdock.runtime.contract.numbers import FINAL_LATENTS, same_numbers
+from crossdock.runtime.contract.verify import verify_composition
 from crossdock.runtime.coordinator import SHOWN, Coordinator
 from crossdock.runtime.errors import CompositionError
 from crossdock.runtime.gang import Gang
@@ -23,8 +25,6 @@ from crossdock.runtime.plan import RunPlan, make_plan
 from crossdock.runtime.probe import probe_numbers, probe_request
 from crossdock.runtime.reports import ProbeReport, Violation
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.verify import verify_composition
-from crossdock.runtime.verify_numbers import FINAL_LATENTS, same_numbers
 from crossdock.runtime.weights import WeightLoader
 from crossdock.runtime.worker import RankWorker
 from layouts import FAMILIES

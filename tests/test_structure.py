@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,3 +71,10 @@ def test_files_are_small(room: str) -> None:
     for path in _modules(room):
         lines = path.read_text(encoding="utf-8").count("\n")
         assert lines <= 400, f"{path.relative_to(ROOT)} has {lines} lines: is it still one room?"
+
+
+def test_an_installation_has_every_package() -> None:
+    """Only a wheel would miss one: an editable installation finds all folders."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    found = [path.parent.relative_to(ROOT) for room in MAY_IMPORT for path in (ROOT / room).rglob("__init__.py")]
+    assert sorted(listed) == sorted(".".join(("crossdock", *folder.parts)) for folder in found)

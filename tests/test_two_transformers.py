@@ -19,6 +19,7 @@ from torch import Tensor
 from crossdock.launch.engine import Engine
 from crossdock.offload.residency import Costs
 from crossdock.runtime.config import RunConfig
+from crossdock.runtime.contract.numbers import same_numbers
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.errors import CompositionError, ConfigError
 from crossdock.runtime.improvement import RankObservation, improve
@@ -26,7 +27,6 @@ from crossdock.runtime.plan import RunPlan, make_plan
 from crossdock.runtime.probe import probe_numbers, probe_request
 from crossdock.runtime.rank_result import RankResult
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.verify_numbers import same_numbers
 from crossdock.runtime.worker import RankWorker
 from reference import PROMPT, TOLERANCE, max_error, reference
 

@@ -18,14 +18,14 @@ from torch import nn
 
 from crossdock.launch.engine import Engine
 from crossdock.parallel.tensor import TensorSlice
+from crossdock.runtime.contract.schedule import trace_in_order
+from crossdock.runtime.contract.verify import CHECKS, verify_composition
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.errors import CompositionError
 from crossdock.runtime.gang import Gang
 from crossdock.runtime.inspection import checksum, foreign_hooks
 from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.reports import HomeRecord, MemorySpan, RankReport, TensorRecord
-from crossdock.runtime.verify import CHECKS, verify_composition
-from crossdock.runtime.verify_schedule import trace_in_order
 from crossdock.runtime.worker import RankWorker
 from crossdock.runtime.yaml_config import load_config
 from layouts import FAMILIES, LAYOUTS

@@ -28,7 +28,7 @@ from crossdock.runtime.families import (
     z_image,
 )
 from crossdock.runtime.specs import ModelSpec
-from crossdock.runtime.tiny_parts import TinyRecipe
+from crossdock.runtime.tiny.parts import TinyRecipe
 
 _MODULES = (
     flux1,

@@ -7,8 +7,8 @@ from typing import Any
 from crossdock.parallel.tensor import COLUMN
 from crossdock.runtime.families.flux_blocks import QUERY_KEY_NORMS, REGION, STACKS, flux1_plan
 from crossdock.runtime.specs import ModelSpec, Published
-from crossdock.runtime.tiny_clip import CLIP_HIDDEN, clip_text_config, clip_tokenizer
-from crossdock.runtime.tiny_parts import (
+from crossdock.runtime.tiny.clip import CLIP_HIDDEN, clip_text_config, clip_tokenizer
+from crossdock.runtime.tiny.parts import (
     HEAD_DIM,
     HEADS,
     LATENT_CHANNELS,
@@ -17,7 +17,7 @@ from crossdock.runtime.tiny_parts import (
     flow_scheduler,
     kl_vae,
 )
-from crossdock.runtime.tiny_t5 import t5_sizes, t5_tokenizer
+from crossdock.runtime.tiny.t5 import t5_sizes, t5_tokenizer
 
 SPEC = ModelSpec(
     family="flux1",

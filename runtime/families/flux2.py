@@ -13,8 +13,8 @@ from crossdock.runtime.families.flux_blocks import (
     tiny_flux2_vae,
 )
 from crossdock.runtime.specs import ModelSpec, Published
-from crossdock.runtime.tiny_mistral import mistral3_config, mistral_tokenizer
-from crossdock.runtime.tiny_parts import TinyRecipe, flow_scheduler
+from crossdock.runtime.tiny.mistral import mistral3_config, mistral_tokenizer
+from crossdock.runtime.tiny.parts import TinyRecipe, flow_scheduler
 
 SPEC = ModelSpec(
     family="flux2",

@@ -13,7 +13,7 @@ from crossdock.runtime.families.flux_blocks import (
     tiny_flux2_vae,
 )
 from crossdock.runtime.specs import ModelSpec, Published
-from crossdock.runtime.tiny_parts import TinyRecipe, flow_scheduler, qwen3_config, qwen_tokenizer
+from crossdock.runtime.tiny.parts import TinyRecipe, flow_scheduler, qwen3_config, qwen_tokenizer
 
 SPEC = ModelSpec(
     family="flux2-klein",

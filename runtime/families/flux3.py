@@ -7,8 +7,8 @@ from typing import Any
 from crossdock.parallel.regions import Join, SequenceRegion
 from crossdock.parallel.tensor import TensorPlan
 from crossdock.runtime.specs import ModelSpec, Published, gated_block_plan
-from crossdock.runtime.tiny_parts import HEAD_DIM, HEADS, LATENT_CHANNELS, TEXT_HIDDEN, VAE_CHANNELS, TinyRecipe
-from crossdock.runtime.tiny_qwen_vl import qwen3_vl_config, qwen_vl_processor, qwen_vl_tokenizer
+from crossdock.runtime.tiny.parts import HEAD_DIM, HEADS, LATENT_CHANNELS, TEXT_HIDDEN, VAE_CHANNELS, TinyRecipe
+from crossdock.runtime.tiny.qwen_vl import qwen3_vl_config, qwen_vl_processor, qwen_vl_tokenizer
 
 TEXT, IMAGE, REFERENCE = "encoder_hidden_states", "hidden_states", "image_cond_hidden_states"
 BLOCKS = ("txt_mode_blocks.*", "mode_blocks.*.*", "single_transformer_blocks.*")

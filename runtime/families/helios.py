@@ -7,8 +7,8 @@ from typing import Any
 from crossdock.parallel.regions import Follow, SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
 from crossdock.runtime.specs import ModelSpec, Published, attention_plan
-from crossdock.runtime.tiny_parts import HEAD_DIM, HEADS, LATENT_CHANNELS, TEXT_HIDDEN, TinyRecipe
-from crossdock.runtime.tiny_t5 import t5_sizes, t5_tokenizer
+from crossdock.runtime.tiny.parts import HEAD_DIM, HEADS, LATENT_CHANNELS, TEXT_HIDDEN, TinyRecipe
+from crossdock.runtime.tiny.t5 import t5_sizes, t5_tokenizer
 
 TOKENS = ("hidden_states", "original_context_length")
 """Those of the chunks before, then those of this one; a block is told how many these are."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from crossdock.runtime.families.flux_blocks import HEAD_COUNTS, QUERY_KEY_NORMS, REGION, SINGLE, STACKS, flux1_plan
 from crossdock.runtime.specs import SWIGLU, ModelSpec, Published
-from crossdock.runtime.tiny_parts import (
+from crossdock.runtime.tiny.parts import (
     HEAD_DIM,
     HEADS,
     LATENT_CHANNELS,

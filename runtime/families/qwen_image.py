@@ -7,7 +7,7 @@ from typing import Any
 from crossdock.parallel.regions import Follow, SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
 from crossdock.runtime.specs import ModelSpec, Published, attention_plan
-from crossdock.runtime.tiny_parts import (
+from crossdock.runtime.tiny.parts import (
     HEAD_DIM,
     HEADS,
     LATENT_CHANNELS,
@@ -15,7 +15,7 @@ from crossdock.runtime.tiny_parts import (
     TinyRecipe,
     flow_scheduler,
 )
-from crossdock.runtime.tiny_qwen_vl import qwen25_vl_config, qwen_image_vae, qwen_vl_tokenizer
+from crossdock.runtime.tiny.qwen_vl import qwen25_vl_config, qwen_image_vae, qwen_vl_tokenizer
 
 BLOCKS = "transformer_blocks.*"
 TEXT, IMAGE = "encoder_hidden_states", "hidden_states"

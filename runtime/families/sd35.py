@@ -7,8 +7,8 @@ from typing import Any
 from crossdock.parallel.regions import Join, SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
 from crossdock.runtime.specs import ModelSpec, Published, attention_plan
-from crossdock.runtime.tiny_clip import clip_text_config, clip_tokenizer
-from crossdock.runtime.tiny_parts import (
+from crossdock.runtime.tiny.clip import clip_text_config, clip_tokenizer
+from crossdock.runtime.tiny.parts import (
     HEAD_DIM,
     HEADS,
     HIDDEN,
@@ -18,7 +18,7 @@ from crossdock.runtime.tiny_parts import (
     flow_scheduler,
     kl_vae,
 )
-from crossdock.runtime.tiny_t5 import t5_sizes, t5_tokenizer
+from crossdock.runtime.tiny.t5 import t5_sizes, t5_tokenizer
 
 BLOCKS = "transformer_blocks.*"
 TEXT, IMAGE = "encoder_hidden_states", "hidden_states"

@@ -7,7 +7,7 @@ from typing import Any
 from crossdock.parallel.regions import SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
 from crossdock.runtime.specs import ModelSpec, Published, attention_plan
-from crossdock.runtime.tiny_parts import (
+from crossdock.runtime.tiny.parts import (
     HEADS,
     HIDDEN,
     LATENT_CHANNELS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from crossdock.runtime.tiny_parts import (
+from crossdock.runtime.tiny.parts import (
     CHAT_TEMPLATE,
     HEADS,
     LATENT_CHANNELS,

@@ -6,7 +6,7 @@ import string
 from collections import Counter
 from typing import Any
 
-from crossdock.runtime.tiny_parts import HEADS, TEXT_HIDDEN, TOKENIZER_TEXTS
+from crossdock.runtime.tiny.parts import HEADS, TEXT_HIDDEN, TOKENIZER_TEXTS
 
 _SPACE = "▁"
 """Begins a word, as SentencePiece has it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from crossdock.runtime.tiny_parts import TOKENIZER_TEXTS
+from crossdock.runtime.tiny.parts import TOKENIZER_TEXTS
 
 CLIP_HIDDEN = 48
 CLIP_HEADS = 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from crossdock.runtime.tiny_parts import HEADS, TEXT_HIDDEN, TOKENIZER_TEXTS
+from crossdock.runtime.tiny.parts import HEADS, TEXT_HIDDEN, TOKENIZER_TEXTS
 
 _IMAGE_TOKEN = "[IMG]"
 _SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", _IMAGE_TOKEN)

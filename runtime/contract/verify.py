@@ -1,6 +1,6 @@
 """The composition contract, judged. Pure functions of the plan and the ranks' reports.
 
-Every check has a function in a `verify_*.py` of its own; see the README for what each one promises.
+Every check has a function in a module beside this one; see the README for what each one promises.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
+from crossdock.runtime.contract.aliasing import no_alias
+from crossdock.runtime.contract.collectives import Issued, same_collectives
+from crossdock.runtime.contract.coverage import all_compared, all_equal, covers
+from crossdock.runtime.contract.ownership import all_read, owned_once, read_at_rest
+from crossdock.runtime.contract.schedule import all_rehearsed, in_order, same_schedule, trace_in_order
 from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.reports import MemorySpan, RankReport, Violation
-from crossdock.runtime.verify_aliasing import no_alias
-from crossdock.runtime.verify_collectives import Issued, same_collectives
-from crossdock.runtime.verify_coverage import all_compared, all_equal, covers
-from crossdock.runtime.verify_ownership import all_read, owned_once, read_at_rest
-from crossdock.runtime.verify_schedule import all_rehearsed, in_order, same_schedule, trace_in_order
 
 CHECKS: dict[str, Callable[[RunPlan, Sequence[RankReport]], Iterable[Violation]]] = {
     "same-schedule": same_schedule,

@@ -1,0 +1,1 @@
+"""The composition contract: one module per check, `verify.py` for all of them."""

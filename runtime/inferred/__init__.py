@@ -1,0 +1,1 @@
+"""What can be read off a model that no family describes."""
