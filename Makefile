@@ -26,11 +26,11 @@ demo: .venv/.installed $(CHECKPOINT)
 		--out demo/out.png --report demo/report.json
 
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 # The whole matrix: every family in every layout.
 test-all: .venv/.installed
-	CROSSDOCK_ALL=1 $(BIN)/python -m pytest
+	CROSSDOCK_ALL=1 $(BIN)/python -m pytest -n 2
 
 # The tree of links makes `import crossdock` work without an installation, for mypy and for a GPU machine's own python.
 .typecheck/crossdock:

@@ -9,7 +9,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: ranks and the r
 import logging
 import signal
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,29 +19,25 @@ import torch
 from crossdock.runtime.config import RunConfig
 from crossdock.runtime.gang import Gang
 
-# What a run leaves behind is looked for on the whole machine: these, and all that share gangs, run one after the other.
-WHOLE_MACHINE = {
-    "test_check.py",
-    "test_faults.py",
-    "test_lost_node.py",
-    "test_matrix_e2e.py",
-    "test_nothing_left_behind.py",
-    "test_offload_host_store.py",
-    "test_store_keeper.py",
-    "test_torchrun_faults.py",
-    "test_video_file.py",
-}
-
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a shell's background job would ignore it
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests stay together when `pytest -n 2 --dist loadgroup` deals them out."""
-    for item in items:
-        whole = item.path.name in WHOLE_MACHINE or "gang_of" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("whole machine" if whole else item.path.stem))
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For `pytest -n 2`: one process has the files that share gangs, the other takes the rest, a file at a time."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GangsTogether(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, _ = nodeid.partition("::")
+            return "gangs" if _shares_gangs(config.rootpath / file) else file
+
+    return GangsTogether(config, log)
+
+
+@cache
+def _shares_gangs(file: Path) -> bool:
+    return "gang_of: " in file.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

@@ -9,19 +9,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-from crossdock.launch.engine import Engine
-from crossdock.runtime.config import RunConfig
 from crossdock.runtime.contract.verify import CHECKS
-from crossdock.runtime.errors import CompositionError, RankError
-from crossdock.runtime.gang import Gang
 from layouts import CONFIGS
 from reference import PROMPT
 
@@ -161,49 +156,6 @@ def test_a_rank_that_is_killed(retries: int, checkpoints: Checkpoints, tmp_path:
     assert "its process died" in told[0]
     assert out.exists() == bool(retries)
     assert _shared_memory() == before
-
-
-def test_a_rank_that_raises_names_itself(gang_of: Callable[[int], Gang]) -> None:
-    """The error says which rank and what; the gang of an engine that failed is closed by the engine."""
-
-    def raise_on_rank_1(worker: Any) -> None:
-        if worker.rank == 1:
-            raise ValueError("planted")
-
-    with pytest.raises(RankError, match=r"rank 1: ValueError: planted"):
-        gang_of(2).call(raise_on_rank_1, timeout_s=60)
-
-
-def test_a_rank_that_hangs_is_not_waited_for(gang_of: Callable[[int], Gang]) -> None:
-    """Every wait has a limit."""
-
-    def sleep(worker: Any) -> None:
-        import time
-
-        time.sleep(4 if worker.rank == 1 else 0)
-
-    with pytest.raises(RankError, match="rank 1: was not done in time"):
-        gang_of(2).call(sleep, timeout_s=1)
-    gang_of(2).call(lambda worker: worker.rank, timeout_s=60)  # it was only slow: the next call finds it again
-
-
-def test_a_violation_stops_the_run(gang_of: Callable[[int], Gang], checkpoints: Checkpoints) -> None:
-    """The coordinator fails closed: a foreign hook put on one rank's model stops the engine before any step."""
-    config = RunConfig.parse({"parallel": {"tp_degree": 2}, "offload": {"layerwise": True}})
-    gang = gang_of(2)
-    with Engine.start(config, checkpoints["z-image"], gang) as engine:
-
-        def rebind(worker: Any) -> Any:
-            import torch
-
-            linear = worker.model.get_submodule("layers.1.feed_forward.w1")
-            if worker.rank == 1:
-                linear.weight = torch.nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
-            return worker.report()
-
-        with pytest.raises(CompositionError) as caught:
-            engine._coordinator.admit(gang.call(rebind, timeout_s=60), rehearsed=False)
-    assert "owned-once: rank 1: layers.1.feed_forward.w1.weight: expected slot" in str(caught.value)
 
 
 def _expect_user_error(command: list[str], *texts: str) -> None:
