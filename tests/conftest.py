@@ -23,6 +23,7 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a shell's background job would ignore it
 
 
+@pytest.hookimpl(optionalhook=True)  # a GPU machine's python may have no xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """For `pytest -n 2`: one process has the files that share gangs, the other takes the rest, a file at a time."""
     from xdist.scheduler import LoadScopeScheduling
