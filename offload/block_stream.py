@@ -70,8 +70,7 @@ class BlockStream:
         self._log = EventLog(engine, trace_limit)
         self._loader = BlockLoader(engine, gather, self._log, yields_link)
         self._loads = SlotLoads(engine, self._loader)
-        self._collectives = 0  # of the block that is running
-        self._portions = 1
+        self._collectives, self._portions = 0, 1  # of the block that is running
         if gather is None and any(block.home.sharded for block in self.blocks):
             raise ValueError("a sharded home needs a shard group")
         self._index = {block.name: index for index, block in enumerate(self.blocks)}
@@ -229,7 +228,9 @@ class BlockStream:
 
     def prepare(self, ring: int = 0) -> None:
         """Begin to load the first blocks of a pass of `ring`: call it when this component's turn begins."""
-        for first in () if self._hooks.suspended else self._run_order.rings[ring].order[:1]:
+        if self._hooks.suspended:
+            return
+        for first in self._run_order.rings[ring].order[:1]:
             self.settle()
             self._enqueue(first)
             self._fetch_ahead(first)

@@ -19,26 +19,37 @@ import torch
 from crossdock.runtime.config import RunConfig
 from crossdock.runtime.gang import Gang
 
+STARTS_RANKS = {
+    "test_check",
+    "test_faults",
+    "test_lost_node",
+    "test_nothing_left_behind",
+    "test_store_keeper",
+    "test_torchrun_faults",
+    "test_video_file",
+}
+"""Test files with ranks of their own; several look for what is left of them on the whole machine."""
+
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a shell's background job would ignore it
 
 
 @pytest.hookimpl(optionalhook=True)  # a GPU machine's python may have no xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For `pytest -n 2`: one process has the files that share gangs, the other takes the rest, a file at a time."""
+    """For `pytest -n 2`: one process takes all files with gangs, for two of those at once are slower; one the rest."""
     from xdist.scheduler import LoadScopeScheduling
 
     class GangsTogether(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file, _, _ = nodeid.partition("::")
-            return "gangs" if _shares_gangs(config.rootpath / file) else file
+            return "gangs" if _has_gangs(config.rootpath / file) else file
 
     return GangsTogether(config, log)
 
 
 @cache
-def _shares_gangs(file: Path) -> bool:
-    return "gang_of: " in file.read_text(encoding="utf-8")
+def _has_gangs(file: Path) -> bool:
+    return file.stem in STARTS_RANKS or "gang_of: " in file.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

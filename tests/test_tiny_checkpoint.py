@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +20,10 @@ from crossdock.runtime.specs import ModelSpec
 from crossdock.runtime.tiny import checkpoint as tiny_checkpoint
 from crossdock.runtime.tiny.checkpoint import make_checkpoint
 from crossdock.runtime.vae_scale import latent_pixels
-from layouts import FAMILIES
+from layouts import ALL, FAMILIES
 from reference import pipeline_of
 
-THOROUGH = list(TINY) if os.environ.get("CROSSDOCK_ALL") else list(FAMILIES)
+THOROUGH = list(TINY) if ALL else list(FAMILIES)
 """Recipes that are drawn with, again and again; `make test-all` does that with all."""
 SIZE_LIMIT_BYTES = 20_000_000
 LARGER = {"hunyuan-video-1.5": 26_000_000}
