@@ -282,12 +282,12 @@ def test_a_gang_that_does_not_come_up_is_started_again(flux2_dir: Path, monkeypa
     assert fails[0] == 98
 
 
-@pytest.mark.parametrize("error", [CompositionError("planted"), CrossdockError("planted")])
-def test_what_a_new_gang_would_not_mend_is_not_tried_again(error: CrossdockError, flux2_dir: Path) -> None:
+@pytest.mark.parametrize("kind", [CompositionError, CrossdockError])
+def test_what_a_new_gang_would_not_mend_is_not_tried_again(kind: type[CrossdockError], flux2_dir: Path) -> None:
     """A composition that does not hold is no accident."""
     with _engine(flux2_dir) as (engine, gang):
-        _fail(gang, error)
-        with pytest.raises(type(error), match="planted"):
+        _fail(gang, kind("planted"))
+        with pytest.raises(kind, match="planted"):
             _generate(engine)
         assert (gang.starts, gang.closed) == (1, True)
 
