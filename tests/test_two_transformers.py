@@ -158,15 +158,12 @@ def test_only_the_one_that_runs_is_streamed(share: float | None, directory: Path
         assert {_transformer_of(block) for block in found} <= {name}, f"step {step + 1}"
         ring = plan.rings[step >= SWITCH]
         slots = [plan.blocks[index].slot for index in ring]
-        passing = {
-            plan.blocks[i].name: plan.blocks[i].layout.nbytes for i in ring if slots.count(plan.blocks[i].slot) > 1
-        }
+        blocks = [plan.blocks[index] for index in ring]
+        passing = {block.name: block.layout.nbytes for block in blocks if slots.count(block.slot) > 1}
         if step in (1, 3):  # a turn's first step brings what stays in it, too
             moved, expected = result.measurements.steps[step].h2d_bytes, PASSES * sum(passing.values())
             assert set(found) <= passing.keys()
-            assert abs(moved - expected) <= max(passing.values(), default=0), (
-                "but for one that comes around the step's end"
-            )
+            assert abs(moved - expected) <= max(passing.values(), default=0), "but for one around the step's end"
     assert share != 0.7 or 0 < result.measurements.steps[1].h2d_bytes < PASSES * _blocks_bytes(plan, f"{FIRST}.")
     assert share != 1.0 or not loads[1]
 
