@@ -83,6 +83,7 @@ class Row:
         recipe: of its tiny checkpoint.
         sizes: height and width in pixels; one has a token count that divides by the ranks, one that does not.
         frames: of a video.
+        steps: in the second one, a stream and a model's caches use what the first one left.
         quick: the layouts that the test command runs; `make test-all` runs all.
         guided: guidance scale and negative prompt, where the pipeline does not guide unless it is asked to.
         also: what the prompt says besides what it says for every family.
@@ -91,6 +92,7 @@ class Row:
     recipe: str
     sizes: tuple[tuple[int, int], ...] = ((256, 256), (208, 176))
     frames: int | None = None
+    steps: int = 2
     quick: tuple[str, ...] = ("layerwise_tp2", "layerwise_hsdp", "layerwise_ulysses2_ring2")
     guided: tuple[float, str] | None = None
     also: str = ""
@@ -115,7 +117,13 @@ ROWS = (
     ),
     Row("wan2.1", ((64, 128), (80, 112)), frames=9, quick=("layerwise_tp2", "layerwise_ulysses2_ring2")),
     Row("wan2.2-ti2v-5b", ((128, 128), (160, 96)), frames=9, quick=("layerwise_hsdp", "layerwise_ulysses2_ring2")),
-    Row("wan2.2-a14b", ((64, 128), (80, 112)), frames=9, quick=("layerwise_cfg2", "layerwise_hsdp_ulysses2")),
+    Row(
+        "wan2.2-a14b",
+        ((64, 128), (80, 112)),
+        frames=9,
+        steps=4,  # each transformer has some
+        quick=("layerwise_cfg2", "layerwise_hsdp_ulysses2"),
+    ),
     Row(
         "hunyuan-video-1.5",
         ((64, 128), (80, 112)),

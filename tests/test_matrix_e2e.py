@@ -39,8 +39,6 @@ from reference import (
     reference_latents,
 )
 
-STEPS = 2
-"""Of every cell: the second one uses what the first left, in the stream and in a model's caches. Other tests run more."""
 GangOf = Callable[[int], Gang]
 Checkpoints = dict[str, Path]
 
@@ -76,9 +74,9 @@ def test_latents_equal_diffusers(
     found = {}
     with Engine.start(config, directory, gang) as engine:
         for size in row.sizes:
-            generation = engine.generate(prompt, steps=STEPS, height=size[0], width=size[1], **row.wishes)
+            generation = engine.generate(prompt, steps=row.steps, height=size[0], width=size[1], **row.wishes)
             found[size] = generation.latents[0]
-            expected = reference(directory, prompt, size, steps=STEPS, frames=row.frames, guided=row.guided)
+            expected = reference(directory, prompt, size, steps=row.steps, frames=row.frames, guided=row.guided)
             error = max_error(found[size], expected.latents)
             levels = max_levels(generation.images[0], expected.media[0])
             print(f"{layout.name} {row.recipe} {size[0]}x{size[1]}: max error {error:.2e}, {levels} of 256 levels")
@@ -89,7 +87,7 @@ def test_latents_equal_diffusers(
         resident = config.model_copy(update={"offload": OffloadConfig()})
         with Engine.start(resident, directory, gang) as engine:
             for size, streamed in found.items():
-                again = engine.generate(prompt, steps=STEPS, height=size[0], width=size[1], **row.wishes)
+                again = engine.generate(prompt, steps=row.steps, height=size[0], width=size[1], **row.wishes)
                 assert torch.equal(streamed, again.latents[0]), "layerwise on and off differ"
 
 
