@@ -28,7 +28,7 @@ demo: .venv/.installed $(CHECKPOINT)
 test: .venv/.installed
 	$(BIN)/python -m pytest -n 2
 
-# The whole matrix: every family in every layout.
+# Every family in every layout, every planted fault on all layouts that are named for it.
 test-all: .venv/.installed
 	CROSSDOCK_ALL=1 $(BIN)/python -m pytest -n 2
 

@@ -35,7 +35,6 @@ from toy_blocks import (
     Toy,
     build,
     nothing,
-    quiesce,
     run,
     stalls,
 )
@@ -229,7 +228,7 @@ def test_freed_slots_are_poisoned(home: Home) -> None:
     """`poison_freed` makes a read of freed memory visible: without it the old weights are still there."""
     case = build([home] * 11, 2, poison=True)
     case.check(range(11))
-    quiesce(case.stream)
+    case.stream.engine.drain()
     next_ones = {case.stream.slot_of("blocks.0"), case.stream.slot_of("blocks.1")}
     freed = [slot for slot in range(case.stream.schedule.n_slots) if slot not in next_ones]
     assert freed
@@ -248,7 +247,7 @@ def test_residents_are_not_poisoned() -> None:
     case = build([Home.HOST] * 8, 1, poison=True, resident=range(2, 6))
     for _ in range(3):
         case.check(range(8))
-    quiesce(case.stream)
+    case.stream.engine.drain()
     loads = [event.block for event in case.stream.trace() if event.kind == "load_begin"]
     assert [loads.count(f"blocks.{index}") for index in range(2, 6)] == [1] * 4
     assert loads.count("blocks.0") >= 3
@@ -261,7 +260,7 @@ def test_counters_tell_the_bytes() -> None:
     case = build(homes, 1)
     case.check(range(12))
     case.check(range(12))
-    quiesce(case.stream)
+    case.stream.engine.drain()
     events = [(event.kind, event.block) for event in case.stream.trace()]
     h2d = gathered = 0
     for block in case.stream.blocks:
@@ -389,7 +388,7 @@ def test_a_failing_load_is_raised_and_heals(kind: str, residents: str, home: Hom
         resident = {"none": [], "the victim": [victim], "all": list(range(count))}[residents]
         case = build([home] * count, 2, seed, engine, poison=True, resident=resident)
         case.check(range(count))
-        quiesce(case.stream)
+        case.stream.engine.drain()
         _lose(case.stream)  # residents, too, are loaded once more
         _arm(engine, case, victim, 0.0)
         raised = 0
@@ -491,7 +490,7 @@ def test_a_load_that_never_ends_is_a_timeout() -> None:
     armed: list[bool] = []
     case = build([Home.HOST] * 4, 1, engine=engine, poison=True)
     case.check(range(4))
-    quiesce(case.stream)
+    case.stream.engine.drain()
     armed.append(True)
     with pytest.raises(TimeoutError, match=r"0\.1 s"):
         run(case.modules, range(4))

@@ -16,14 +16,7 @@ from crossdock.offload.layout import ALIGNMENT, aligned_bytes, round_up
 from crossdock.offload.loader import BlockLoader, EventLog
 from crossdock.offload.schedule import assign_slots
 from crossdock.offload.trace import block_times, step_times
-from toy_blocks import (
-    STREAMED,
-    BlockError,
-    FailingEngine,
-    build,
-    nothing,
-    quiesce,
-)
+from toy_blocks import STREAMED, BlockError, FailingEngine, build, nothing
 
 
 @pytest.mark.parametrize("home", STREAMED)
@@ -52,7 +45,7 @@ def test_the_next_blocks_are_on_their_way(prefetch: int) -> None:
         def look(index: int = index, ahead: list[Tensor] = ahead) -> None:
             if ahead:
                 return
-            quiesce(case.stream)
+            case.stream.engine.drain()
             for step in range(1, prefetch + 1):
                 following = (index + step) % count
                 whole = case.wholes[following]
@@ -88,7 +81,7 @@ def test_misses_are_told_per_block_and_step() -> None:
     for order in orders:
         expected.append(case.misses(order))
         ends.append(case.stream.upcoming)
-    quiesce(case.stream)
+    case.stream.engine.drain()
     trace = case.stream.trace()
     assert [times.misses for times in step_times(trace, ends)] == expected
     assert expected[1:3] == [0, 1]
@@ -143,7 +136,7 @@ def test_copies_yield_to_collectives() -> None:
     enqueued: list[list[int]] = []
 
     def collective() -> None:
-        quiesce(stream)
+        stream.engine.drain()
         enqueued[-1].append(sum(pieces))
         stream.link_used()
 
@@ -225,7 +218,7 @@ def test_no_copy_runs_further_ahead_than_asked(prefetch: int) -> None:
     case = build([Home.HOST] * count, prefetch)
     for _ in range(3):
         case.check(range(count))
-    quiesce(case.stream)
+    case.stream.engine.drain()
     running = -1
     for event in case.stream.trace():
         running += event.kind == "wait_begin"
@@ -282,7 +275,7 @@ def test_copies_yield_to_gathers() -> None:
     loader._gather = replace(gather, all_gather=slow)
     for _ in range(3):
         case.check(range(6))
-    quiesce(case.stream)
+    case.stream.engine.drain()
     kinds = [event.kind for event in case.stream.trace() if event.kind.startswith(("load", "gather"))]
     assert kinds.count("gather_begin") >= 12
     assert kinds == ["load_begin", "load_end", "gather_begin", "gather_end"] * (len(kinds) // 4)

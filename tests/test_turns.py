@@ -13,7 +13,7 @@ from crossdock.offload.residency import assumed_costs, minimum_bytes, plan_resid
 from crossdock.offload.run_order import RunOrder
 from crossdock.offload.schedule import slot_sizes
 from crossdock.offload.turns import place_sizes, slots_in_turn, usable_bytes
-from toy_blocks import Case, QueuedEngine, build, quiesce, stalls
+from toy_blocks import Case, QueuedEngine, build, stalls
 
 MIB = 2**20
 
@@ -120,11 +120,11 @@ def test_of_a_ring_that_does_not_run_nothing_is_brought(prefetch: int, budget: f
         of_ring = [slots[index] for index in rings[turn]]
         passing = [name for name, slot in zip(names, of_ring, strict=True) if of_ring.count(slot) > 1]
         for number in range(3):
-            quiesce(case.stream)  # what is brought ahead is noted by the lanes
+            case.stream.engine.drain()  # what is brought ahead is noted by the lanes
             since = case.stream.upcoming
             case.stream.prepare(turn)
             assert case.misses(rings[turn]) == 0, "known ahead, also at the switch"
-            quiesce(case.stream)
+            case.stream.engine.drain()
             found = _loaded(case, since)
             assert set(found) <= set(names), "of the other ring"
             if number == 0:

@@ -21,6 +21,7 @@ from crossdock.offload.residency import Costs
 from crossdock.runtime.config import RunConfig
 from crossdock.runtime.contract.numbers import same_numbers
 from crossdock.runtime.coordinator import Coordinator
+from crossdock.runtime.denoise_loop import DenoiseLoop
 from crossdock.runtime.errors import CompositionError, ConfigError
 from crossdock.runtime.improvement import RankObservation, improve
 from crossdock.runtime.plan import RunPlan, make_plan
@@ -139,11 +140,21 @@ def test_one_that_is_not_there_is_left_out(directory: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("share", [None, 0.0, 0.7, 1.0])
-def test_only_the_one_that_runs_is_streamed(share: float | None, directory: Path) -> None:
+def test_only_the_one_that_runs_is_streamed(
+    share: float | None, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Blocks that do not run are not brought: the bytes of a step are those of the transformer whose turn it is."""
     budget = {} if share is None else {"device_budget": _budget(directory, share)}
     plan = _plan(directory, **budget)
     with admitted(plan) as worker:
+        tick = DenoiseLoop.tick
+
+        def drained(loop: DenoiseLoop, *step: Any) -> dict[str, Any]:
+            """What is brought ahead belongs to the step that asked for it, however busy the machine is."""
+            worker.stream.engine.drain()
+            return tick(loop, *step)
+
+        monkeypatch.setattr(DenoiseLoop, "tick", drained)
         latents = worker.generate(REQUEST).latents
         result = worker.generate(REQUEST)
         assert latents is not None
@@ -158,12 +169,9 @@ def test_only_the_one_that_runs_is_streamed(share: float | None, directory: Path
         assert {_transformer_of(block) for block in found} <= {name}, f"step {step + 1}"
         ring = plan.rings[step >= SWITCH]
         slots = [plan.blocks[index].slot for index in ring]
-        blocks = [plan.blocks[index] for index in ring]
-        passing = {block.name: block.layout.nbytes for block in blocks if slots.count(block.slot) > 1}
+        passing = sum(plan.blocks[i].layout.nbytes for i in ring if slots.count(plan.blocks[i].slot) > 1)
         if step in (1, 3):  # a turn's first step brings what stays in it, too
-            moved, expected = result.measurements.steps[step].h2d_bytes, PASSES * sum(passing.values())
-            assert set(found) <= passing.keys()
-            assert abs(moved - expected) <= max(passing.values(), default=0), "but for one around the step's end"
+            assert result.measurements.steps[step].h2d_bytes == PASSES * passing
     assert share != 0.7 or 0 < result.measurements.steps[1].h2d_bytes < PASSES * _blocks_bytes(plan, f"{FIRST}.")
     assert share != 1.0 or not loads[1]
 

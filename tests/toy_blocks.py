@@ -398,9 +398,3 @@ def stalls(seed: int, share: float) -> Callable[[], None]:
             time.sleep(choice.random() * 1e-3)
 
     return stall
-
-
-def quiesce(stream: BlockStream) -> None:
-    """Wait for everything that was enqueued."""
-    for lane in ("gather", "copy", "gather"):
-        stream.engine.wait(stream.engine.submit(cast(Any, lane), nothing, ()))

@@ -23,6 +23,13 @@ _TEMPLATE_TEXTS = (
     "assistant",
 )
 """Pipelines drop as many tokens as these are long in the published tokenizer, where each word is one."""
+_VISION = {
+    "depth": 2,
+    "hidden_size": 48,
+    "intermediate_size": 60,
+    "num_heads": 4,
+    "out_hidden_size": TEXT_HIDDEN,
+}
 
 
 def qwen_vl_tokenizer(*known: str) -> Any:
@@ -86,14 +93,7 @@ def qwen25_vl_config(tokenizer: Any, layers: int) -> Any:
 
     return Qwen2_5_VLConfig(
         text_config=_text_config(tokenizer, layers, {"rope_theta": 1e6}) | {"max_window_layers": layers},
-        vision_config={
-            "depth": 2,
-            "hidden_size": 48,
-            "intermediate_size": 60,
-            "num_heads": 4,
-            "out_hidden_size": TEXT_HIDDEN,
-            "fullatt_block_indexes": [1],
-        },
+        vision_config={**_VISION, "fullatt_block_indexes": [1]},
         **_image_tokens(tokenizer),
         dtype="float32",
     )
@@ -105,15 +105,7 @@ def qwen3_vl_config(tokenizer: Any, layers: int) -> Any:
     rope = {"rope_theta": 5e6, "mrope_interleaved": True}
     return Qwen3VLConfig(
         text_config=_text_config(tokenizer, layers, rope) | {"head_dim": 12},
-        vision_config={
-            "depth": 2,
-            "hidden_size": 48,
-            "intermediate_size": 60,
-            "num_heads": 4,
-            "out_hidden_size": TEXT_HIDDEN,
-            "num_position_embeddings": 16,
-            "deepstack_visual_indexes": [0, 1],
-        },
+        vision_config={**_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
         **_image_tokens(tokenizer),
         tie_word_embeddings=True,
         dtype="float32",
