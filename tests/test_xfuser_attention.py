@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from one_rank import admitted
 from processes import run_ranks
-from torch import Tensor
+from torch import Tensor, nn
 
 import crossdock.parallel.xfuser_attention as xfuser_attention
 import crossdock.runtime.model_parallelism as model_parallelism
+from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.sequence import SequenceLayout
 from crossdock.parallel.xfuser_attention import XFuserAttention, xfuser_installed, xfuser_limits
 from crossdock.runtime.config import RunConfig
+from crossdock.runtime.model_parallelism import ModelParallelism
+from crossdock.runtime.plan import RunPlan, make_plan
 
 RANKS = 4
 TIME_LIMIT_S = 120
@@ -108,6 +113,22 @@ def test_a_rank_has_the_attention_that_its_config_asks_for(kind: str, monkeypatc
     model_parallelism.make_attention(plan, mesh, lambda: calls.append(1))
     assert list(given) == ["XFuserAttention" if kind == "xfuser" else "SequenceParallelAttention"]
     next(iter(given.values()))["after_collective"]()
+    assert calls == [1]
+
+
+def test_the_worker_tells_its_stream_of_collectives(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else copies do not know when the link is free."""
+    apply, given = ModelParallelism.apply, []
+
+    def applied(model: nn.Module, plan: RunPlan, mesh: Mesh, after_collective: Callable[[], None]) -> ModelParallelism:
+        given.append(after_collective)
+        return apply(model, plan, mesh, after_collective)
+
+    monkeypatch.setattr(ModelParallelism, "apply", applied)
+    with admitted(make_plan(RunConfig.parse({"offload": {"layerwise": True}}), flux2_dir, "cpu")) as worker:
+        calls: list[int] = []
+        monkeypatch.setattr(worker.stream, "link_used", lambda: calls.append(1))
+        given[0]()
     assert calls == [1]
 
 
