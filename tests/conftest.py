@@ -29,6 +29,8 @@ STARTS_RANKS = {
     "test_video_file",
 }
 """Test files with ranks of their own; several look for what is left of them on the whole machine."""
+MATRIX = "test_matrix_e2e.py"
+"""As long as everything else with ranks together. None of its cells looks for what is left on the machine."""
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a shell's background job would ignore it
@@ -36,13 +38,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a shell'
 
 @pytest.hookimpl(optionalhook=True)  # a GPU machine's python may have no xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For `pytest -n 2`: one process takes all files with gangs, for two of those at once are slower; one the rest."""
+    """For `pytest -n 2`: one process takes all files with gangs but the matrix, which is with the rest."""
     from xdist.scheduler import LoadScopeScheduling
 
     class GangsTogether(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file, _, _ = nodeid.partition("::")
-            return "gangs" if _has_gangs(config.rootpath / file) else file
+            return "gangs" if _has_gangs(config.rootpath / file) and not file.endswith(MATRIX) else file
 
     return GangsTogether(config, log)
 
