@@ -87,8 +87,9 @@ def reference(
     steps: int = 4,
     frames: int | None = None,
     guided: tuple[float, str] | None = None,
+    device: str = "cpu",
 ) -> Reference:
-    """Of several prompts, one batch; number i is drawn with `seed + i`."""
+    """Of several prompts, one batch; number i is drawn with `seed + i`. Computed on `device`, returned on the CPU."""
     several = isinstance(prompt, tuple)
     generators = [torch.Generator("cpu").manual_seed(seed + n) for n in range(len(prompt) if several else 1)]
     found: list[Tensor] = []
@@ -98,6 +99,7 @@ def reference(
         return tensors
 
     pipe, at_step_end = pipeline_of(directory), {}
+    pipe.to(device)
     if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
         at_step_end = {"callback_on_step_end": keep}
     else:
@@ -124,7 +126,7 @@ def reference(
     if own is not None:
         pipe.guider = own
     latents = found[-1] if len(found[-1]) == len(generators) else found[-1][None]
-    return Reference(latents, list(output[0]), list(output[1]) if len(output) > 1 else [])
+    return Reference(latents.cpu(), list(output[0]), [audio.cpu() for audio in output[1]] if len(output) > 1 else [])
 
 
 def _keeping(step: Any, found: list[Tensor]) -> Any:

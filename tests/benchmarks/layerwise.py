@@ -302,6 +302,7 @@ class Bench:
         measure(side, self._run, self._run_resident, self.rounds, self.steps, self.device)
         side.peak_bytes = observer.weights(self._run)
         gc.collect()
+        print(f"{side.name}: {statistics.median(side.step_ms):.1f} ms, {spread(side.ratios, 3)}", flush=True)
         return side
 
     def _observer(self) -> PeakObserver:
