@@ -2,6 +2,8 @@
 
     with LayerwiseOffloader(model, torch.device("cuda"), budget_bytes=8 * 2**30) as offloader:
         model(x)
+        model(x)
+        offloader.improve()  # what stays on the device is chosen anew, now that the blocks' costs are known
 
 A model may come already sharded by `parallelize_module`: every rank streams its own part of each DTensor, and nothing
 is collective. The sharded transformer of a run does not come this way: its bytes go straight from the checkpoint to
@@ -28,7 +30,15 @@ from crossdock.offload.foreign import refuse_foreign
 from crossdock.offload.host_memory import host_memory, require
 from crossdock.offload.host_store import HostStore
 from crossdock.offload.layout import ALIGNMENT, BlockLayout, TensorEntry, aligned_bytes, local_part, set_local_part
-from crossdock.offload.residency import assumed_costs, minimum_bytes, plan_residency
+from crossdock.offload.measured_costs import measured_costs
+from crossdock.offload.residency import (
+    WORTHWHILE,
+    Residency,
+    assumed_costs,
+    minimum_bytes,
+    plan_residency,
+    steady_step_s,
+)
 
 _WAY_OUT = "load the model in a smaller dtype, or end what else takes host memory"
 
@@ -74,7 +84,10 @@ class LayerwiseOffloader:
         sizes = [layout.nbytes for layout in layouts]
         if budget_bytes is not None:
             budget_bytes = _for_blocks(budget_bytes, rest.nbytes, minimum_bytes(sizes, (prefetch,)))
-        residency = plan_residency(sizes, assumed_costs(sizes), budget_bytes, (prefetch,))
+        costs = assumed_costs(sizes, budget_bytes, prefetch)
+        self._residency = plan_residency(sizes, costs, budget_bytes, (prefetch,))
+        self._order = tuple(range(len(sizes)))
+        self._budget_bytes, self._prefetch = budget_bytes, prefetch
         self._device = device
         self._held = outside == "held"
         self._stores: list[HostStore] = []
@@ -86,8 +99,15 @@ class LayerwiseOffloader:
             undo.callback(self._give_back)
             blocks = self._place(model, found, layouts, rest)
             self._plain = move_plain_tensors(model, device)
+            if arena is None and budget_bytes is not None:  # all of it: another choice may need more than this one
+                arena = Arena(min(budget_bytes, sum(sizes)) + (rest.nbytes if self._held else 0), device)
             self.stream = BlockStream(
-                blocks, residency.schedule, device, self._engine, resident=residency.resident, arena=arena
+                blocks,
+                self._residency.schedule,
+                device,
+                self._engine,
+                resident=self._residency.resident,
+                arena=arena,
             )
             undo.callback(self.stream.remove)
             self._lend(blocks)
@@ -109,6 +129,33 @@ class LayerwiseOffloader:
         with self.stream.hold(OUTSIDE) if self._held else nullcontext():
             self.stream.prepare()
             yield
+
+    def improve(self) -> Residency | None:
+        """Choose again what stays on the device, by what the blocks cost when they ran. Between two runs of the model.
+
+        At least one run and the beginning of the next have to be over; the least cost of all runs counts. Parameters
+        get new addresses: a CUDA graph that was captured before is of no use afterwards.
+
+        Returns:
+            The new choice, by the blocks' places in the order of their run. None: there is nothing to choose (no
+            budget), not all blocks ran, or a step would get shorter by less than 2%.
+        """
+        order = self.stream.recorded_order
+        if self._budget_bytes is None or order is None:
+            return None
+        blocks = [self.stream.blocks[index] for index in order]
+        sizes = [block.layout.nbytes for block in blocks]
+        costs = measured_costs(self.stream.trace(), [block.name for block in blocks], sizes)
+        if costs is None:
+            return None
+        better = plan_residency(sizes, costs, self._budget_bytes, (self._prefetch,))
+        if order == self._order:  # else the slots are not even in the order of the run
+            now_s = steady_step_s(costs, self._residency.resident, self._residency.schedule)
+            if better.step_s > now_s * (1 - WORTHWHILE):
+                return None
+        self._residency, self._order = better, order
+        self.stream.reschedule(better.schedule, [order[place] for place in better.resident], order)
+        return better
 
     def gathered(self, name: str, write_back: bool = False) -> AbstractContextManager[dict[str, Tensor]]:
         """The true weights of the block called `name`, as the block holds them; see `BlockStream.gathered`.

@@ -8,15 +8,13 @@ from itertools import chain
 
 from crossdock.offload.layout import ALIGNMENT
 from crossdock.offload.measured_costs import measured_costs, slowest
-from crossdock.offload.residency import Costs, plan_residency, steady_step_s
+from crossdock.offload.residency import WORTHWHILE, Costs, plan_residency, steady_step_s
 from crossdock.offload.trace import TraceEvent
 from crossdock.offload.turns import usable_bytes
 from crossdock.runtime.plan import RunPlan
 
 MEASURED_STEPS = 2
 """After this many steps of the first request the schedule is looked at again."""
-WORTHWHILE = 0.02
-"""A new schedule is taken when it promises to save this share of a step, or when `auto` has found memory to use."""
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,9 @@ def test_a_live_model_is_streamed_and_given_back(budget_mib: int | None) -> None
         budget = None if budget_mib is None else budget_mib * 2**20
         offloader = LayerwiseOffloader(model, device, stacks=[str(n) for n in range(9)], budget_bytes=budget)
         held = torch.cuda.memory_allocated() - before
-        outputs = [model(x) for _ in range(5)]
+        outputs = [model(x) for _ in range(3)]
+        offloader.improve()  # whatever the blocks cost: the same bits
+        outputs += [model(x) for _ in range(3)]
         torch.cuda.synchronize()
         offloader.remove()
     assert all(torch.equal(output, expected) for output in outputs)

@@ -6,6 +6,7 @@ import copy
 import gc
 import os
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, cast
@@ -237,6 +238,55 @@ def test_the_budget_holds_for_blocks_and_rest(model: Model, more: int) -> None:
     minimum = int(str(refused.value).split()[-2])
     with LayerwiseOffloader(model, CPU, budget_bytes=minimum) as offloader:
         assert _device_bytes(offloader) <= minimum
+
+
+class _SlowLink(CpuCopyEngine):
+    def move(self, target: Tensor, source: Tensor) -> None:
+        time.sleep(0.01)
+        super().move(target, source)
+
+
+@pytest.mark.parametrize("outside", ["resident", "held"])
+def test_what_blocks_really_cost_decides_what_stays(outside: Any) -> None:
+    """Copies hide behind the blocks that compute for long, once it is known which they are."""
+    torch.manual_seed(0)
+    model = Model(12).requires_grad_(False)
+    expected, slow, before = copy.deepcopy(model)(X), range(2, 8), _facts(model)
+    handles = [model.blocks[n].register_forward_hook(lambda *_: time.sleep(0.02)) for n in slow]
+    layouts, rest = component_layouts(model, discover_blocks(model))
+    budget = sum(layout.nbytes for layout in layouts) + rest.nbytes - 2 * layouts[2].nbytes
+    engine = _SlowLink()
+    with LayerwiseOffloader(model, CPU, budget_bytes=budget, outside=outside, engine=engine) as offloader:
+        held = _device_bytes(offloader)
+        assert offloader.improve() is None, "nothing has run"
+        for turn in range(5):
+            with offloader.present():
+                assert torch.equal(model(X), expected)
+            if turn == 1:
+                better = offloader.improve()
+                assert better is not None
+                assert better.exposed_s < 0.1 * better.step_s
+                streamed = [n for n in range(12) if n not in better.resident]
+                assert offloader.stream.order == tuple(f"blocks.{n}" for n in streamed)
+                assert len(set(slow) & set(streamed)) > len(streamed) // 2
+                assert _device_bytes(offloader) == held
+                misses = offloader.stream.counters.misses
+            if turn == 3:
+                assert offloader.improve() is None, "there is nothing better than the best"
+        assert offloader.stream.counters.misses == misses
+    engine.close()
+    for handle in handles:
+        handle.remove()
+    assert _facts(model) == before
+    assert torch.equal(model(X), expected)
+
+
+def test_nothing_to_choose(model: Model) -> None:
+    """Without a budget as little as possible is held, whatever it costs."""
+    with LayerwiseOffloader(model, CPU) as offloader:
+        for _ in range(3):
+            model(X)
+        assert offloader.improve() is None
 
 
 def _device_bytes(offloader: LayerwiseOffloader) -> int:

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
@@ -121,12 +122,12 @@ class Side:
         return next((worse for worse in found if worse != "met"), "met")
 
 
-def make_model(size: Size) -> FluxTransformer2DModel:
-    """On the CPU; the same seed gives the same weights. The class has no buffers: rotary tables are made in forward."""
+def make_model(size: Size, device: torch.device) -> FluxTransformer2DModel:
+    """The same weights on any device. The class has no buffers: rotary tables are made in forward."""
     small = size is Size.SMALL
     with torch.device("meta"):
         model = FluxTransformer2DModel(**(CONFIG if small else {"guidance_embeds": True}))
-    model = model.to(torch.float32 if small else torch.bfloat16).to_empty(device="cpu").eval().requires_grad_(False)
+    model = model.to(torch.float32 if small else torch.bfloat16).to_empty(device=device).eval().requires_grad_(False)
     source = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(source).manual_seed(0)
     for parameter in model.parameters():
@@ -152,6 +153,10 @@ def equal_steps(model: Any, count: int) -> list[int]:
     fixed = rest.nbytes + 2 * ALIGNMENT
     least, whole = fixed + minimum_bytes(sizes, (PREFETCH,)), fixed + sum(sizes)
     return [least + (whole - least) * number // max(count - 1, 1) for number in range(count)]
+
+
+def own_name(budget: int | None) -> str:
+    return "layerwise, least memory" if budget is None else f"layerwise, {budget / MIB:.0f} MiB"
 
 
 @contextmanager
@@ -230,6 +235,7 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Steps per side and round.")] = 3,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; a ratio is taken in each.")] = 5,
     budgets: Annotated[int, typer.Option(min=0, help="Sweep so many budgets; 0: the usual ones, and peers.")] = 0,
+    only: Annotated[list[str] | None, typer.Option(help="A part of the names of the sides to run; repeated.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
     """Time layerwise against resident; exit code 1 when any side's output is not bit-identical."""
@@ -238,22 +244,23 @@ def main(
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, one compute thread"
     copied_s = bandwidth(device)
     print(f"{place}; {size}; host to device {copied_s / 2**30:.1f} GiB/s; {rounds} rounds of {steps} steps")
-    resident = make_model(size).to(device)
+    resident = make_model(size, device)
     figures: dict[str, Any] = {"device": place, "size": size, "bandwidth": copied_s}
     differing: list[str] = []
     for count in tokens or TOKENS[size]:
-        bench = Bench(resident, make_model(size), inputs_for(size, count, device), device, rounds, steps)
-        if budgets:
-            sides = [bench.layerwise(budget) for budget in equal_steps(bench.model, budgets)]
-        else:
-            sides = [bench.layerwise(None if mib is None else mib * MIB) for mib in BUDGETS_MIB[size]]
-            sides += bench.peers() if device.type == "cuda" else []
+        model = make_model(size, torch.device("cpu"))
+        bench = Bench(resident, model, inputs_for(size, count, device), device, rounds, steps)
+        own = [None if mib is None else mib * MIB for mib in BUDGETS_MIB[size]]
+        todo = {own_name(budget): partial(bench.layerwise, budget) for budget in equal_steps(model, budgets) or own}
+        if device.type == "cuda" and not budgets:
+            todo |= bench.peers()
+        sides = [run() for name, run in todo.items() if any(part in name for part in only or [""])]
         show(f"{count} image tokens", sides, copied_s, device)
         if budgets:
             print(falling(sides))
         differing += [side.name for side in sides if not side.identical]
         figures[str(count)] = [asdict(side) for side in sides]
-        del bench  # its model, before the next is made
+        del bench, model, todo  # before the next is made
         gc.collect()
     if json_path is not None:
         json_path.write_text(json.dumps(figures, indent=2) + "\n")
@@ -277,26 +284,35 @@ class Bench:
         self.activations = activations_of(self._run_resident, self._blocks(self.resident), self.device)
 
     def layerwise(self, budget: int | None) -> Side:
-        side = Side("layerwise, least memory" if budget is None else f"layerwise, {budget / MIB:.0f} MiB", budget)
+        side = Side(own_name(budget), budget)
         observer = self._observer()
         with layerwise(self.model, self.device, budget) as offloader:
             counters = offloader.stream.counters
-            self._run()
+            for _ in range(2):
+                self._run()
+            offloader.improve()
+            self._run()  # what stays is loaded
             before = counters.h2d_bytes
             self._run()
             side.h2d_bytes = counters.h2d_bytes - before
             return self._measured(side, observer)
 
-    def peers(self) -> list[Side]:
-        """Each with the other library's offloading; `model` is used up."""
-        sides = []
-        for name, settings in GROUP_OFFLOADING.items():
-            observer = self._observer()
-            with group_offloading(self.model, self.device, settings):
-                sides.append(self._measured(Side(f"diffusers, {name}"), observer))
+    def peers(self) -> dict[str, Callable[[], Side]]:
+        """Each with the other library's offloading; the last one uses `model` up."""
+        return {
+            **{f"diffusers, {name}": partial(self._group_offloading, name) for name in GROUP_OFFLOADING},
+            "accelerate cpu_offload": self._cpu_offload,
+        }
+
+    def _group_offloading(self, name: str) -> Side:
+        observer = self._observer()
+        with group_offloading(self.model, self.device, GROUP_OFFLOADING[name]):
+            return self._measured(Side(f"diffusers, {name}"), observer)
+
+    def _cpu_offload(self) -> Side:
         observer = self._observer()
         cpu_offload(self.model, self.device)
-        return [*sides, self._measured(Side("accelerate cpu_offload"), observer)]
+        return self._measured(Side("accelerate cpu_offload"), observer)
 
     def _measured(self, side: Side, observer: PeakObserver) -> Side:
         measure(side, self._run, self._run_resident, self.rounds, self.steps, self.device)
