@@ -1,6 +1,7 @@
 # Needs Python 3.11 or newer, make, and the package registry. Everything is installed into .venv.
 PYTHON ?= python3
 GPU_PYTHON ?= python3
+GPU_PATH := .typecheck$(if $(PYTHONPATH),:$(PYTHONPATH))
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
@@ -38,7 +39,7 @@ test-all: .venv/.installed
 	for folder in launch offload parallel runtime; do ln -sfn ../../$$folder $@/$$folder; done
 
 test-gpu: .typecheck/crossdock
-	PYTHONPATH=.typecheck $(GPU_PYTHON) -m pytest -m gpu
+	PYTHONPATH=$(GPU_PATH) $(GPU_PYTHON) -m pytest -m gpu
 
 # Over a hundred faults, one after the other; `make test` has a few of them.
 test-faults: .venv/.installed
@@ -52,8 +53,8 @@ bench: .venv/.installed
 	$(BIN)/python tests/benchmarks/recovery.py
 
 bench-gpu: .typecheck/crossdock
-	PYTHONPATH=.typecheck $(GPU_PYTHON) tests/benchmarks/layerwise.py --size flux-dev
-	PYTHONPATH=.typecheck $(GPU_PYTHON) tests/benchmarks/layerwise.py --size flux-dev --budgets 10
+	PYTHONPATH=$(GPU_PATH) $(GPU_PYTHON) tests/benchmarks/layerwise.py --size flux-dev
+	PYTHONPATH=$(GPU_PATH) $(GPU_PYTHON) tests/benchmarks/layerwise.py --size flux-dev --budgets 10
 
 lint: .venv/.installed
 	$(BIN)/ruff check
