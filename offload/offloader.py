@@ -84,8 +84,7 @@ class LayerwiseOffloader:
         sizes = [layout.nbytes for layout in layouts]
         if budget_bytes is not None:
             budget_bytes = _for_blocks(budget_bytes, rest.nbytes, minimum_bytes(sizes, (prefetch,)))
-        costs = assumed_costs(sizes, budget_bytes, prefetch)
-        self._residency = plan_residency(sizes, costs, budget_bytes, (prefetch,))
+        self._residency = plan_residency(sizes, assumed_costs(sizes), budget_bytes, (prefetch,))
         self._order = tuple(range(len(sizes)))
         self._budget_bytes, self._prefetch = budget_bytes, prefetch
         self._device = device

@@ -22,8 +22,6 @@ _PRECISION_BITS = 44
 """Costs are kept to 2**-44 of their sum: `optimal` looks at 1e-9 of it, and sums of laps stay below 2**53."""
 _SEARCH_WORK = 1_000_000
 """Events that may be timed per search. A count, not a time limit: every rank has to stop at the same place."""
-_BUSY = 0.9
-"""At 1.0 the lane would have to copy without a pause, which whole blocks do not allow."""
 _COUNT_VECTORS = 5_000
 """Up to so many ways to stream so-and-so many blocks of each kind, the bound is taken over whole blocks."""
 
@@ -80,19 +78,14 @@ class Residency:
         return self.step_s <= self.bound_s * (1 + 1e-9)
 
 
-def assumed_costs(sizes: Sequence[int], budget_bytes: int | None = None, prefetch: int = 1) -> Costs:
-    """Before anything was measured: computing and copying in proportion to bytes, and each as long as the other.
+def assumed_costs(sizes: Sequence[int]) -> Costs:
+    """Before anything was measured: computing and copying in proportion to bytes, and copying takes twice as long.
 
-    Under a budget, what has to be streamed is assumed to take `_BUSY` of the compute time to copy. There it matters
-    most which blocks are streamed: over a faster link the same spread hides its copies too, over a slower one only
-    the bytes count.
+    Assumed faster, copies look hidden wherever they are, and what is streamed may be one clump; assumed slower, only
+    bytes count, and nothing is spread. The same for every budget: more memory is then never expected to be slower.
     """
     seconds = tuple(size * 1e-9 for size in sizes)
-    if budget_bytes is None:
-        return Costs(seconds, seconds)
-    total, slots = sum(sizes), (prefetch + 1) * min(sizes, default=0)
-    slower = _BUSY * total / max(total - budget_bytes + slots, slots, 1)
-    return Costs(seconds, tuple(slower * each for each in seconds))
+    return Costs(seconds, tuple(2 * each for each in seconds))
 
 
 def steady_step_s(costs: Costs, resident: Sequence[int], schedule: SlotSchedule) -> float:

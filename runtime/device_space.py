@@ -46,19 +46,18 @@ def divide_device(
         ConfigError: the budget is below the minimum, which the message names.
     """
     block_sizes = place_sizes(rings)
-    depths = offload.depths
+    costs, depths = assumed_costs(block_sizes), offload.depths
     if not offload.layerwise:
-        return DeviceSpace(plan_residency(block_sizes, assumed_costs(block_sizes), None, depths), None, None)
+        return DeviceSpace(plan_residency(block_sizes, costs, None, depths), None, None)
     least = minimum_bytes(block_sizes, depths)
     largest = max((need.turn_bytes for need in others), default=0)
     budget = offload.budget_bytes(device_bytes)
     if budget is None:
-        residency = plan_residency(block_sizes, assumed_costs(block_sizes), None, depths)
+        residency = plan_residency(block_sizes, costs, None, depths)
         return DeviceSpace(residency, None, max(residency.device_bytes, largest))
     arena_bytes = budget - outside_bytes - ALIGNMENT
     if arena_bytes < max(least, largest):
         raise _too_small(offload, budget, outside_bytes, least, others)
-    costs = assumed_costs(block_sizes, arena_bytes, min(depths))
     residency = plan_residency(block_sizes, costs, arena_bytes, depths)
     return DeviceSpace(residency, budget, min(arena_bytes, max(usable_bytes(rings, arena_bytes), largest)))
 

@@ -284,7 +284,7 @@ def test_what_is_assumed_is_good_on_any_link(stacks: tuple[tuple[int, int], ...]
     """
     sizes = [mib * MIB for mib, count in stacks for _ in range(count)]
     budget = round(sum(sizes) * share)
-    chosen = plan_residency(sizes, assumed_costs(sizes, budget), budget, (1,))
+    chosen = plan_residency(sizes, assumed_costs(sizes), budget, (1,))
     for copy_s in (1.0, 2.0, 3.0, 5.0):
         compute = tuple(0.2 / len(sizes) + 0.8 * size / sum(sizes) for size in sizes)
         costs = Costs(compute, tuple(copy_s * size / sum(sizes) for size in sizes))
