@@ -13,9 +13,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.errors import CheckpointError, CrossdockError, RequestError
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.yaml_config import load_config
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4",)

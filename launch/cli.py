@@ -80,7 +80,7 @@ def timeline_command(
 @app.command("config-schema")
 def config_schema_command() -> None:
     """Print the JSON schema of the YAML file, for editors."""
-    from crossdock.runtime.yaml_config import config_schema
+    from crossdock.runtime.config.yaml_file import config_schema
 
     Console(soft_wrap=True).print_json(json.dumps(config_schema()))
 

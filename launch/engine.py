@@ -18,7 +18,7 @@ from crossdock.launch.generation import Generation
 from crossdock.launch.recovery import Fault, Snapshots, advice, brief, budget_text, restart, with_less_memory
 from crossdock.launch.telling import Delays, Progress, Steps, Tell
 from crossdock.runtime.chunks import number_of_chunks
-from crossdock.runtime.config import LaunchConfig, RunConfig
+from crossdock.runtime.config.schema import LaunchConfig, RunConfig
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled, RequestTimeout
 from crossdock.runtime.gang import Gang, Notice

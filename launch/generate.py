@@ -20,11 +20,11 @@ from crossdock.launch.engine import Engine, MakeGang
 from crossdock.launch.generation import Generation
 from crossdock.launch.outputs import write_outputs
 from crossdock.launch.recovery import brief
-from crossdock.runtime.config import RunConfig
+from crossdock.runtime.config.schema import RunConfig
+from crossdock.runtime.config.yaml_file import load_config, locate
 from crossdock.runtime.errors import ConfigError, UserError
 from crossdock.runtime.plan import spec_for
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.yaml_config import load_config, locate
 
 Launcher = Literal["ray", "torchrun"]
 

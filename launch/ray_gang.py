@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from crossdock.launch.process_state import process_state
-from crossdock.runtime.config import LaunchConfig
+from crossdock.runtime.config.schema import LaunchConfig
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled
 from crossdock.runtime.faults import first_cause, is_conclusive, rank_error
 from crossdock.runtime.gang import Notice

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from crossdock.runtime.config import RunConfig
-from crossdock.runtime.yaml_config import load_config
+from crossdock.runtime.config.schema import RunConfig
+from crossdock.runtime.config.yaml_file import load_config
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 

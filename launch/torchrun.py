@@ -20,7 +20,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from crossdock.launch.arguments import Amounts, Outputs, add_check, build_app, complain_on_stderr, run_app
 from crossdock.launch.torchrun_watch import REPORTED, RankWatch, exit_now
-from crossdock.runtime.config import LaunchConfig
+from crossdock.runtime.config.schema import LaunchConfig
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled
 from crossdock.runtime.faults import rank_error
 from crossdock.runtime.gang import Notice

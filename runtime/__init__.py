@@ -1,5 +1,5 @@
 """Config, plan, model specs, rank worker, reports, coordinator and verifier."""
 
-from crossdock.runtime.config import RunConfig
+from crossdock.runtime.config.schema import RunConfig
 
 __all__ = ["RunConfig"]

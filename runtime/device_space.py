@@ -14,7 +14,7 @@ from crossdock.offload.layout import ALIGNMENT
 from crossdock.offload.residency import Residency, assumed_costs, minimum_bytes, plan_residency
 from crossdock.offload.turns import place_sizes, usable_bytes
 from crossdock.runtime.components import ComponentNeed
-from crossdock.runtime.config import OffloadConfig
+from crossdock.runtime.config.schema import OffloadConfig
 from crossdock.runtime.errors import ConfigError
 
 

@@ -25,7 +25,7 @@ from crossdock.parallel.mesh import MeshShape, describe
 from crossdock.parallel.tensor import TensorParallelism, TensorSlice
 from crossdock.runtime.checkpoint import StoredTensor, check_components, component_names, read_json, read_model_index
 from crossdock.runtime.components import component_needs, host_peak_bytes
-from crossdock.runtime.config import RunConfig
+from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.device_space import divide_device
 from crossdock.runtime.errors import CheckpointError
 from crossdock.runtime.families import SPECS, spec_of_pipeline

@@ -12,7 +12,7 @@ from crossdock.offload.layout import BlockLayout
 from crossdock.parallel.tensor import tensor_slices
 from crossdock.parallel.xfuser_attention import xfuser_installed, xfuser_limits
 from crossdock.runtime.checkpoint import StoredTensor
-from crossdock.runtime.config import RunConfig
+from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import CheckpointError, ConfigError, LaunchError
 from crossdock.runtime.specs import ModelSpec
 

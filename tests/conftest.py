@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from crossdock.runtime.config import RunConfig
+from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.gang import Gang
 
 STARTS_RANKS = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crossdock.runtime.yaml_config import load_config
+from crossdock.runtime.config.yaml_file import load_config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "launch" / "configs"
 

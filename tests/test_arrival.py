@@ -24,7 +24,7 @@ from crossdock.runtime import arrival, streamed_model
 from crossdock.runtime import plan as plan_module
 from crossdock.runtime.arrival import WHOLE_BYTES, Arrivals, sampled_rows
 from crossdock.runtime.checkpoint import stored_tensors
-from crossdock.runtime.config import RunConfig
+from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.verify import verify_composition
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.errors import CompositionError

@@ -16,7 +16,7 @@ import torch
 from one_rank import admitted
 
 from crossdock.launch.engine import Engine
-from crossdock.runtime.config import RunConfig
+from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import CrossdockError, RankError, RequestCancelled, RequestError, RequestTimeout
 from crossdock.runtime.gang import Gang
 from crossdock.runtime.plan import make_plan

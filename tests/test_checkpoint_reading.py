@@ -30,7 +30,7 @@ from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.tensor import TensorParallelism, TensorSlice
 from crossdock.runtime import checkpoint, weights
 from crossdock.runtime.checkpoint import TensorReader, stored_tensors
-from crossdock.runtime.config import RunConfig
+from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.meta_model import build_config_on_meta, build_on_meta, non_persistent_buffers
 from crossdock.runtime.plan import RunPlan, make_plan
 from crossdock.runtime.weights import RankWeights, WeightLoader

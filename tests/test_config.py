@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from crossdock.runtime.config import HsdpConfig, OffloadConfig, ParallelConfig, RunConfig
+from crossdock.runtime.config.schema import HsdpConfig, OffloadConfig, ParallelConfig, RunConfig
+from crossdock.runtime.config.yaml_file import config_schema, load_config
 from crossdock.runtime.errors import ConfigError
-from crossdock.runtime.yaml_config import config_schema, load_config
 
 SHIPPED = Path(__file__).parent.parent / "launch" / "configs"
 WORLD_SIZES = {

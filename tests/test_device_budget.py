@@ -24,7 +24,7 @@ from crossdock.offload.measured_costs import slowest
 from crossdock.offload.residency import Costs, steady_step_s
 from crossdock.runtime.checkpoint import read_model_index
 from crossdock.runtime.components import component_needs
-from crossdock.runtime.config import RunConfig
+from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.errors import ConfigError, LaunchError
 from crossdock.runtime.gang import Gang

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from crossdock.launch.engine import Engine, Generation
-from crossdock.runtime.config import LaunchConfig, RunConfig
+from crossdock.runtime.config.schema import LaunchConfig, RunConfig
+from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.errors import FaultKind, RankError
 from crossdock.runtime.worker import RankWorker
-from crossdock.runtime.yaml_config import load_config
 from layouts import CONFIGS
 from reference import PROMPT
 

@@ -18,7 +18,7 @@ from crossdock.launch.engine import Engine
 from crossdock.offload.block import Home, StreamedBlock
 from crossdock.offload.copy_engine import CpuCopyEngine
 from crossdock.offload.layout import ALIGNMENT
-from crossdock.runtime.config import RunConfig
+from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.errors import CompositionError, RequestCancelled
 from crossdock.runtime.gang import Gang

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from crossdock.runtime.config import RunConfig
+from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.plan import make_plan
 from crossdock.runtime.request import GenerateRequest

@@ -18,7 +18,7 @@ import json, os, signal, sys, threading, time
 import psutil, ray, torch
 from ray.cluster_utils import Cluster
 from crossdock.launch.engine import Engine
-from crossdock.runtime.config import RunConfig
+from crossdock.runtime import RunConfig
 
 checkpoint, prompt = sys.argv[1:]
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 2**27})

@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 
 from crossdock.launch.engine import Engine
 from crossdock.launch.models import why_refused
-from crossdock.runtime.config import OffloadConfig, RunConfig
+from crossdock.runtime.config.schema import OffloadConfig, RunConfig
+from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.errors import UserError
 from crossdock.runtime.gang import Gang
 from crossdock.runtime.plan import spec_for
-from crossdock.runtime.yaml_config import load_config
 from layouts import ALL, COMBINED, FAMILIES, LAYOUTS, PARTLY_RESIDENT, ROWS, Layout, Row
 from reference import (
     EVEN_SIZE,

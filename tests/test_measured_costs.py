@@ -12,7 +12,7 @@ from crossdock.offload.measured_costs import measured_costs, slowest
 from crossdock.offload.residency import Costs
 from crossdock.offload.schedule import slot_sizes
 from crossdock.offload.trace import EventKind, TraceEvent
-from crossdock.runtime.config import RunConfig
+from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.improvement import RankObservation, improve, observe
 from crossdock.runtime.plan import RunPlan, make_plan
 

@@ -21,7 +21,8 @@ import pytest
 import mutations
 import mutations_running as running
 from crossdock.runtime import plan as plan_module
-from crossdock.runtime.config import RunConfig
+from crossdock.runtime.config.schema import RunConfig
+from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.contract.numbers import SAME_NUMBERS
 from crossdock.runtime.contract.verify import CHECKS
 from crossdock.runtime.coordinator import Coordinator
@@ -33,7 +34,6 @@ from crossdock.runtime.rank_result import RankResult
 from crossdock.runtime.reports import Violation
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.worker import RankWorker
-from crossdock.runtime.yaml_config import load_config
 from layouts import ALL, COMBINED, FAMILIES, LAYOUTS, PARTLY_RESIDENT
 from mutations import BLOCK, NEXT, OUTSIDE, PACKED, TABLE, TO_Q, Mutation, Plant, Stage
 from reference import PROMPT, TOLERANCE, max_error, reference_latents

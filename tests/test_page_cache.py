@@ -17,7 +17,7 @@ from crossdock.offload.layout import BlockLayout, TensorEntry
 from crossdock.parallel.hsdp import shard_range
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.checkpoint import stored_tensors
-from crossdock.runtime.config import RunConfig
+from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import ConfigError
 from crossdock.runtime.gang import Gang
 from crossdock.runtime.page_cache import CheckpointPages

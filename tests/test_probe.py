@@ -14,7 +14,7 @@ import torch
 from one_rank import admitted
 
 from crossdock.launch.engine import Engine
-from crossdock.runtime.config import RunConfig
+from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.numbers import FINAL_LATENTS, same_numbers
 from crossdock.runtime.contract.verify import verify_composition
 from crossdock.runtime.coordinator import SHOWN, Coordinator

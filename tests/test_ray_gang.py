@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from crossdock.launch.engine import Engine
-from crossdock.runtime.config import RunConfig
+from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import CompositionError, RankError
 from crossdock.runtime.gang import Gang
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from crossdock.launch.engine import Engine
 from crossdock.launch.generate import summary, survived
-from crossdock.runtime.config import RunConfig
+from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import (
     CompositionError,
     ConfigError,

@@ -18,7 +18,7 @@ from one_rank import admitted
 from torch import Tensor
 
 from crossdock.launch.engine import Engine
-from crossdock.runtime.config import RunConfig
+from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import RequestError
 from crossdock.runtime.gang import Gang
 from crossdock.runtime.plan import make_plan

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from crossdock.launch.engine import Engine
-from crossdock.runtime.config import RunConfig
+from crossdock.runtime.config.schema import RunConfig
+from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.gang import Gang
-from crossdock.runtime.yaml_config import load_config
 from layouts import FAMILIES, LAYOUTS
 from reference import ODD_SIZE, PROMPT
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from crossdock.offload.trace import BlockTimes, EventKind, TraceEvent, block_times, intervals, step_times
-from crossdock.runtime.config import RunConfig
+from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.plan import make_plan
 from crossdock.runtime.reports import RankTrace, Span

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from crossdock.launch.engine import Engine
 from crossdock.offload.residency import Costs
-from crossdock.runtime.config import RunConfig
+from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.numbers import same_numbers
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.denoise_loop import DenoiseLoop

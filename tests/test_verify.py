@@ -18,6 +18,7 @@ from torch import nn
 
 from crossdock.launch.engine import Engine
 from crossdock.parallel.tensor import TensorSlice
+from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.contract.schedule import trace_in_order
 from crossdock.runtime.contract.verify import CHECKS, verify_composition
 from crossdock.runtime.coordinator import Coordinator
@@ -27,7 +28,6 @@ from crossdock.runtime.inspection import checksum, foreign_hooks
 from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.reports import HomeRecord, MemorySpan, RankReport, TensorRecord
 from crossdock.runtime.worker import RankWorker
-from crossdock.runtime.yaml_config import load_config
 from layouts import FAMILIES, LAYOUTS
 
 Healthy = tuple[RunPlan, tuple[RankReport, ...]]

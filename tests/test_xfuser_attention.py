@@ -28,7 +28,7 @@ import crossdock.runtime.model_parallelism as model_parallelism
 from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.sequence import SequenceLayout
 from crossdock.parallel.xfuser_attention import XFuserAttention, xfuser_installed, xfuser_limits
-from crossdock.runtime.config import RunConfig
+from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.model_parallelism import ModelParallelism
 from crossdock.runtime.plan import RunPlan, make_plan
 

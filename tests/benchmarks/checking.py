@@ -38,7 +38,7 @@ from rich.table import Table
 import crossdock.launch.ray_gang as ray_gang
 import crossdock.runtime.coordinator as judging
 from crossdock.launch.engine import Engine
-from crossdock.runtime.config import RunConfig
+from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.reports import RankReport

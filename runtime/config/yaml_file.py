@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from crossdock.runtime.config import RunConfig
-from crossdock.runtime.config_problems import KeyPath, Problem, problems_of
+from crossdock.runtime.config.problems import KeyPath, Problem, problems_of
+from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import ConfigError
 
 _MAP_TAG = "tag:yaml.org,2002:map"

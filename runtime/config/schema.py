@@ -1,7 +1,7 @@
 """The run configuration: how the work is split over ranks, what is streamed, how the ranks are started.
 
 A `RunConfig` is plain frozen data. It holds no mesh, no rank and no module. `RunConfig.parse` turns a mapping
-into one and raises `ConfigError`; `crossdock.runtime.yaml_config.load_config` does the same for a file and
+into one and raises `ConfigError`; `load_config` of `yaml_file` does the same for a file and
 adds the line numbers.
 """
 
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from crossdock.runtime.config_problems import problems_of, refusal
+from crossdock.runtime.config.problems import problems_of, refusal
 from crossdock.runtime.errors import ConfigError
 
 Degree = Annotated[int, Field(ge=1)]
