@@ -17,11 +17,11 @@ import torch
 from crossdock.launch.generation import Generation
 from crossdock.launch.recovery import Fault, Snapshots, advice, brief, budget_text, restart, with_less_memory
 from crossdock.launch.telling import Delays, Progress, Steps, Tell
-from crossdock.runtime.chunks import number_of_chunks
 from crossdock.runtime.config.schema import LaunchConfig, RunConfig
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled, RequestTimeout
 from crossdock.runtime.gang import Gang, Notice
+from crossdock.runtime.models.latents import number_of_chunks
 from crossdock.runtime.plan import RunPlan, make_plan
 from crossdock.runtime.probe import probe_numbers, probe_request
 from crossdock.runtime.rank_result import RankResult

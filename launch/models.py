@@ -9,8 +9,8 @@ from rich.table import Table
 
 from crossdock.launch.shipped import shipped_layouts
 from crossdock.runtime.families import SPECS
-from crossdock.runtime.real_shapes import real_shape
-from crossdock.runtime.specs import ModelSpec
+from crossdock.runtime.models.published import real_shape
+from crossdock.runtime.models.spec import ModelSpec
 
 HEADINGS = ("family", "checkpoint", "class", "block stacks", "parameters", "GB in bf16", "layouts")
 

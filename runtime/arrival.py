@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from crossdock.offload.block import StreamedBlock
 from crossdock.offload.block_stream import BlockStream
 from crossdock.parallel.tensor import TensorSlice, part_shape
-from crossdock.runtime.meta_model import non_persistent_buffers
+from crossdock.runtime.models.meta import non_persistent_buffers
+from crossdock.runtime.models.transformers import build_transformers
 from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.reports import ArrivalRecord
-from crossdock.runtime.streamed_model import build_transformers
 
 WHOLE_BYTES = 32 * 1024
 """Tensors up to this size are compared whole."""

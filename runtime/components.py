@@ -20,7 +20,7 @@ from crossdock.offload.layout import ALIGNMENT, BlockLayout
 from crossdock.offload.offloader import LayerwiseOffloader, component_layouts
 from crossdock.offload.schedule import device_bytes
 from crossdock.runtime.errors import CheckpointError, LaunchError
-from crossdock.runtime.meta_model import build_on_meta, non_persistent_buffers
+from crossdock.runtime.models.meta import build_on_meta, non_persistent_buffers
 
 CACHE_LINE = 64
 VAE_PARTS = ("decoder", "encoder")

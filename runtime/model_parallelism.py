@@ -13,8 +13,8 @@ from crossdock.parallel.regions import Attend, SequenceParallelism
 from crossdock.parallel.tensor import TensorParallelism
 from crossdock.parallel.xfuser_attention import XFuserAttention
 from crossdock.runtime.attention import AttentionBinding
+from crossdock.runtime.models.transformers import transformers_in
 from crossdock.runtime.plan import RunPlan
-from crossdock.runtime.streamed_model import transformers_in
 
 
 class ModelParallelism:

@@ -22,7 +22,7 @@ from torch import Tensor
 from crossdock.offload.block import Piece
 from crossdock.offload.layout import TensorEntry
 from crossdock.parallel.tensor import TensorSlice
-from crossdock.runtime.checkpoint import StoredTensor
+from crossdock.runtime.models.checkpoint import StoredTensor
 from crossdock.runtime.plan import PlannedBlock
 
 

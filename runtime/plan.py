@@ -23,24 +23,30 @@ from crossdock.offload.schedule import SlotSchedule
 from crossdock.offload.turns import place_sizes, slots_in_turn
 from crossdock.parallel.mesh import MeshShape, describe
 from crossdock.parallel.tensor import TensorParallelism, TensorSlice
-from crossdock.runtime.checkpoint import StoredTensor, check_components, component_names, read_json, read_model_index
 from crossdock.runtime.components import component_needs, host_peak_bytes
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.device_space import divide_device
 from crossdock.runtime.errors import CheckpointError
 from crossdock.runtime.families import SPECS, spec_of_pipeline
-from crossdock.runtime.meta_model import non_persistent_buffers
-from crossdock.runtime.plan_checks import check_attention, check_degree, check_guidance, check_pages
-from crossdock.runtime.reports import ScheduleReport
-from crossdock.runtime.specs import ModelSpec
-from crossdock.runtime.streamed_model import (
+from crossdock.runtime.models.checkpoint import (
+    StoredTensor,
+    check_components,
+    component_names,
+    read_json,
+    read_model_index,
+)
+from crossdock.runtime.models.latents import latent_frames, latent_pixels
+from crossdock.runtime.models.meta import non_persistent_buffers
+from crossdock.runtime.models.spec import ModelSpec
+from crossdock.runtime.models.transformers import (
     build_transformers,
     prefixes,
     stored_of,
     transformer_names,
     transformers_in,
 )
-from crossdock.runtime.vae_scale import latent_frames, latent_pixels
+from crossdock.runtime.plan_checks import check_attention, check_degree, check_guidance, check_pages
+from crossdock.runtime.reports import ScheduleReport
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,22 +10,10 @@ from torch import nn
 from crossdock.offload.layout import BlockLayout
 from crossdock.parallel.tensor import tensor_slices
 from crossdock.parallel.xfuser_attention import xfuser_installed, xfuser_limits
-from crossdock.runtime.checkpoint import StoredTensor
 from crossdock.runtime.config.schema import RunConfig
-from crossdock.runtime.errors import CheckpointError, ConfigError, LaunchError
-from crossdock.runtime.specs import ModelSpec
-
-
-def check_tensors(model: nn.Module, stored: Mapping[str, StoredTensor], folder: Path) -> None:
-    expected = {fqn: tuple(tensor.shape) for fqn, tensor in model.state_dict().items()}
-    if missing := [fqn for fqn in expected if fqn not in stored]:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise CheckpointError(f"{folder}: the tensor {missing[0]} is missing{more}; is the download complete?")
-    for fqn, shape in expected.items():
-        if stored[fqn].shape != shape:
-            raise CheckpointError(
-                f"{stored[fqn].file}: {fqn} has shape {list(stored[fqn].shape)}, but config.json asks for {list(shape)}"
-            )
+from crossdock.runtime.errors import ConfigError, LaunchError
+from crossdock.runtime.models.checkpoint import StoredTensor
+from crossdock.runtime.models.spec import ModelSpec
 
 
 def check_degree(model: nn.Module, spec: ModelSpec, config: RunConfig) -> None:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from crossdock.offload.block import StreamedBlock
 from crossdock.runtime.contract.numbers import FINAL_LATENTS, not_called
 from crossdock.runtime.inspection import checksum, digest
+from crossdock.runtime.models.transformers import build_transformers
 from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.reports import ProbeReport
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.streamed_model import build_transformers
 from crossdock.runtime.weights import WeightLoader
 from crossdock.runtime.worker import RankWorker
 

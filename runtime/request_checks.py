@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from crossdock.runtime.errors import RequestError
+from crossdock.runtime.models.spec import ModelSpec
 from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.specs import ModelSpec
 
 
 def check_request(plan: RunPlan, request: GenerateRequest) -> None:

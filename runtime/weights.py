@@ -20,9 +20,9 @@ from crossdock.parallel.group import exchange
 from crossdock.parallel.hsdp import shard_range
 from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.tensor import TensorSlice
-from crossdock.runtime.checkpoint import TensorReader
 from crossdock.runtime.errors import LaunchError
-from crossdock.runtime.meta_model import non_persistent_buffers
+from crossdock.runtime.models.checkpoint import TensorReader
+from crossdock.runtime.models.meta import non_persistent_buffers
 from crossdock.runtime.page_cache import CheckpointPages
 from crossdock.runtime.plan import PlannedBlock, RunPlan
 

@@ -43,6 +43,7 @@ from crossdock.runtime.inspection import (
     sampled_checksum,
 )
 from crossdock.runtime.model_parallelism import ModelParallelism
+from crossdock.runtime.models.transformers import build_transformers, transformers_in
 from crossdock.runtime.pipeline import Denoised, RankPipeline
 from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.rank_result import RankResult
@@ -52,7 +53,6 @@ from crossdock.runtime.request_log import RequestLog
 from crossdock.runtime.resume import Snapshot, of_replica
 from crossdock.runtime.status import RankStatus
 from crossdock.runtime.stopping import ArrivalsDifferError, Stopping
-from crossdock.runtime.streamed_model import build_transformers, transformers_in
 from crossdock.runtime.weights import RankWeights, WeightLoader
 
 

@@ -20,15 +20,16 @@ from crossdock.offload.block import Home, StreamedBlock
 from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.layout import ALIGNMENT, BlockLayout, aligned_bytes
 from crossdock.parallel.tensor import TensorSlice
-from crossdock.runtime import arrival, streamed_model
+from crossdock.runtime import arrival
 from crossdock.runtime import plan as plan_module
 from crossdock.runtime.arrival import WHOLE_BYTES, Arrivals, sampled_rows
-from crossdock.runtime.checkpoint import stored_tensors
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.verify import verify_composition
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.errors import CompositionError
 from crossdock.runtime.gang import Gang
+from crossdock.runtime.models import transformers as transformers_module
+from crossdock.runtime.models.checkpoint import stored_tensors
 from crossdock.runtime.plan import RunPlan, make_plan
 from crossdock.runtime.reports import RankReport, Violation
 from crossdock.runtime.request import GenerateRequest
@@ -313,7 +314,7 @@ def test_a_buffer_that_no_checkpoint_holds(
     way: str, wrong: bool, flux2_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pitfall: a computed table that comes out otherwise on the rank; compared with what the constructor computes."""
-    build = streamed_model.build_transformers
+    build = transformers_module.build_transformers
 
     def with_table(error: float) -> Callable[..., nn.Module]:
         def built(*args: Any) -> nn.Module:

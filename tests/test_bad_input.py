@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from crossdock.launch.engine import choose_device
-from crossdock.runtime.checkpoint import MODULAR_INDEX, read_model_index
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import CheckpointError, ConfigError, LaunchError, RequestError, UserError
 from crossdock.runtime.families import SPECS
+from crossdock.runtime.models.checkpoint import MODULAR_INDEX, read_model_index
 from crossdock.runtime.plan import RunPlan, make_plan
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.request_checks import check_amounts, check_request

@@ -28,10 +28,11 @@ from crossdock.offload.block import Home
 from crossdock.parallel.group import Group
 from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.tensor import TensorParallelism, TensorSlice
-from crossdock.runtime import checkpoint, weights
-from crossdock.runtime.checkpoint import TensorReader, stored_tensors
+from crossdock.runtime import weights
 from crossdock.runtime.config.schema import RunConfig
-from crossdock.runtime.meta_model import build_config_on_meta, build_on_meta, non_persistent_buffers
+from crossdock.runtime.models import checkpoint
+from crossdock.runtime.models.checkpoint import TensorReader, stored_tensors
+from crossdock.runtime.models.meta import build_config_on_meta, build_on_meta, non_persistent_buffers
 from crossdock.runtime.plan import RunPlan, make_plan
 from crossdock.runtime.weights import RankWeights, WeightLoader
 

@@ -22,13 +22,13 @@ from crossdock.launch.engine import Engine
 from crossdock.offload.block import Home
 from crossdock.offload.measured_costs import slowest
 from crossdock.offload.residency import Costs, steady_step_s
-from crossdock.runtime.checkpoint import read_model_index
 from crossdock.runtime.components import component_needs
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.errors import ConfigError, LaunchError
 from crossdock.runtime.gang import Gang
 from crossdock.runtime.improvement import RankObservation, improve
+from crossdock.runtime.models.checkpoint import read_model_index
 from crossdock.runtime.pipeline import RankPipeline
 from crossdock.runtime.plan import RunPlan, make_plan
 from crossdock.runtime.request import GenerateRequest

@@ -17,8 +17,8 @@ from crossdock.launch.shipped import shipped_layouts
 from crossdock.parallel.regions import SequenceParallelism
 from crossdock.parallel.tensor import TensorParallelism, tensor_slices
 from crossdock.runtime.families import SPECS, TINY
-from crossdock.runtime.real_shapes import real_model, real_shape
-from crossdock.runtime.specs import ModelSpec, Published
+from crossdock.runtime.models.published import real_model, real_shape
+from crossdock.runtime.models.spec import ModelSpec, Published
 from layouts import LAYOUTS, ROWS
 
 README = Path(__file__).resolve().parents[1] / "README.md"

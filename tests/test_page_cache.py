@@ -16,10 +16,10 @@ from crossdock.offload.block import Home
 from crossdock.offload.layout import BlockLayout, TensorEntry
 from crossdock.parallel.hsdp import shard_range
 from crossdock.parallel.tensor import TensorSlice
-from crossdock.runtime.checkpoint import stored_tensors
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import ConfigError
 from crossdock.runtime.gang import Gang
+from crossdock.runtime.models.checkpoint import stored_tensors
 from crossdock.runtime.page_cache import CheckpointPages
 from crossdock.runtime.plan import PlannedBlock, make_plan
 from crossdock.runtime.plan_checks import check_pages

@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from crossdock.runtime.checkpoint import read_model_index
 from crossdock.runtime.errors import CheckpointError, RequestError
 from crossdock.runtime.families import TINY, spec_of_pipeline
-from crossdock.runtime.specs import ModelSpec
+from crossdock.runtime.models.checkpoint import read_model_index
+from crossdock.runtime.models.latents import latent_pixels
+from crossdock.runtime.models.spec import ModelSpec
 from crossdock.runtime.tiny import checkpoint as tiny_checkpoint
 from crossdock.runtime.tiny.checkpoint import make_checkpoint
-from crossdock.runtime.vae_scale import latent_pixels
 from layouts import ALL, FAMILIES
 from reference import pipeline_of
 

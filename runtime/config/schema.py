@@ -1,8 +1,7 @@
 """The run configuration: how the work is split over ranks, what is streamed, how the ranks are started.
 
 A `RunConfig` is plain frozen data. It holds no mesh, no rank and no module. `RunConfig.parse` turns a mapping
-into one and raises `ConfigError`; `load_config` of `yaml_file` does the same for a file and
-adds the line numbers.
+into one and raises `ConfigError`; `load_config` of `yaml_file` does the same for a file and adds the line numbers.
 """
 
 from __future__ import annotations

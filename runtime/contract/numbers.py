@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
+from crossdock.runtime.models.transformers import prefixes
 from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.reports import REPORT_IT, ProbeReport, Violation
-from crossdock.runtime.streamed_model import prefixes
 
 SAME_NUMBERS = "same-numbers"
 FINAL_LATENTS = "final latents"

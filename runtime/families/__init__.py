@@ -27,7 +27,7 @@ from crossdock.runtime.families import (
     wan,
     z_image,
 )
-from crossdock.runtime.specs import ModelSpec
+from crossdock.runtime.models.spec import ModelSpec
 from crossdock.runtime.tiny.parts import TinyRecipe
 
 _MODULES = (

@@ -6,7 +6,7 @@ from typing import Any
 
 from crossdock.parallel.tensor import COLUMN
 from crossdock.runtime.families.flux_blocks import QUERY_KEY_NORMS, REGION, STACKS, flux1_plan
-from crossdock.runtime.specs import ModelSpec, Published
+from crossdock.runtime.models.spec import ModelSpec, Published
 from crossdock.runtime.tiny.clip import CLIP_HIDDEN, clip_text_config, clip_tokenizer
 from crossdock.runtime.tiny.parts import (
     HEAD_DIM,

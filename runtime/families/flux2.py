@@ -12,7 +12,7 @@ from crossdock.runtime.families.flux_blocks import (
     tiny_flux2_transformer,
     tiny_flux2_vae,
 )
-from crossdock.runtime.specs import ModelSpec, Published
+from crossdock.runtime.models.spec import ModelSpec, Published
 from crossdock.runtime.tiny.mistral import mistral3_config, mistral_tokenizer
 from crossdock.runtime.tiny.parts import TinyRecipe, flow_scheduler
 

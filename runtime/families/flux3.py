@@ -6,7 +6,7 @@ from typing import Any
 
 from crossdock.parallel.regions import Join, SequenceRegion
 from crossdock.parallel.tensor import TensorPlan
-from crossdock.runtime.specs import ModelSpec, Published, gated_block_plan
+from crossdock.runtime.models.spec import ModelSpec, Published, gated_block_plan
 from crossdock.runtime.tiny.parts import HEAD_DIM, HEADS, LATENT_CHANNELS, TEXT_HIDDEN, VAE_CHANNELS, TinyRecipe
 from crossdock.runtime.tiny.qwen_vl import qwen3_vl_config, qwen_vl_processor, qwen_vl_tokenizer
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 
 from crossdock.runtime.families import flux3
-from crossdock.runtime.specs import Published
+from crossdock.runtime.models.spec import Published
 
 SPEC = replace(
     flux3.SPEC,

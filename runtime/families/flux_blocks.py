@@ -7,7 +7,7 @@ from typing import Any
 
 from crossdock.parallel.regions import SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, LinearStyle, TensorPlan
-from crossdock.runtime.specs import SWIGLU, attention_plan
+from crossdock.runtime.models.spec import SWIGLU, attention_plan
 from crossdock.runtime.tiny.parts import HEAD_DIM, HEADS, LATENT_CHANNELS, TEXT_HIDDEN, VAE_CHANNELS
 
 DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"

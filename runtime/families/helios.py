@@ -6,7 +6,7 @@ from typing import Any
 
 from crossdock.parallel.regions import Follow, SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
-from crossdock.runtime.specs import ModelSpec, Published, attention_plan
+from crossdock.runtime.models.spec import ModelSpec, Published, attention_plan
 from crossdock.runtime.tiny.parts import HEAD_DIM, HEADS, LATENT_CHANNELS, TEXT_HIDDEN, TinyRecipe
 from crossdock.runtime.tiny.t5 import t5_sizes, t5_tokenizer
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from crossdock.parallel.tensor import COLUMN
 from crossdock.runtime.families.flux_blocks import HEAD_COUNTS, QUERY_KEY_NORMS, REGION, STACKS, flux1_plan
-from crossdock.runtime.specs import ModelSpec, Published
+from crossdock.runtime.models.spec import ModelSpec, Published
 from crossdock.runtime.tiny.parts import HEAD_DIM, HEADS, TEXT_HIDDEN, TinyRecipe, flow_scheduler, kl_vae
 from crossdock.runtime.tiny.qwen_vl import qwen25_vl_config, qwen_vl_tokenizer
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from crossdock.parallel.regions import Follow, Join, SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, LinearStyle, TensorPlan
-from crossdock.runtime.specs import ModelSpec, Published, attention_plan
+from crossdock.runtime.models.spec import ModelSpec, Published, attention_plan
 from crossdock.runtime.tiny.parts import (
     HEAD_DIM,
     HEADS,

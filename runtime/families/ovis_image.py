@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from crossdock.runtime.families.flux_blocks import HEAD_COUNTS, QUERY_KEY_NORMS, REGION, SINGLE, STACKS, flux1_plan
-from crossdock.runtime.specs import SWIGLU, ModelSpec, Published
+from crossdock.runtime.models.spec import SWIGLU, ModelSpec, Published
 from crossdock.runtime.tiny.parts import (
     HEAD_DIM,
     HEADS,

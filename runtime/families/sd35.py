@@ -6,7 +6,7 @@ from typing import Any
 
 from crossdock.parallel.regions import Join, SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
-from crossdock.runtime.specs import ModelSpec, Published, attention_plan
+from crossdock.runtime.models.spec import ModelSpec, Published, attention_plan
 from crossdock.runtime.tiny.clip import clip_text_config, clip_tokenizer
 from crossdock.runtime.tiny.parts import (
     HEAD_DIM,

@@ -6,7 +6,7 @@ from typing import Any
 
 from crossdock.parallel.regions import SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
-from crossdock.runtime.specs import ModelSpec, Published, attention_plan
+from crossdock.runtime.models.spec import ModelSpec, Published, attention_plan
 from crossdock.runtime.tiny.parts import (
     HEADS,
     HIDDEN,

@@ -16,7 +16,7 @@ from crossdock.offload.discovery import DiscoveryError, FoundBlock, discover_blo
 from crossdock.offload.source_order import source_order
 from crossdock.runtime.inferred.regions import infer_regions
 from crossdock.runtime.inferred.tensor_plan import infer_tensor_plan
-from crossdock.runtime.specs import ModelSpec
+from crossdock.runtime.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)

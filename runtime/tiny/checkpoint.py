@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from crossdock.runtime.errors import CheckpointError, RequestError
 from crossdock.runtime.families import SPEC_OF_RECIPE, TINY
-from crossdock.runtime.modular import Assembled, is_modular
+from crossdock.runtime.models.modular import Assembled, is_modular
 from crossdock.runtime.tiny.parts import TinyRecipe
 
 if TYPE_CHECKING:

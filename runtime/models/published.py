@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from crossdock.offload.discovery import discover_blocks
-from crossdock.runtime.meta_model import build_config_on_meta, build_shape
-from crossdock.runtime.specs import ModelSpec, Published
+from crossdock.runtime.models.meta import build_config_on_meta, build_shape
+from crossdock.runtime.models.spec import ModelSpec, Published
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from torch import nn
 
-from crossdock.runtime.checkpoint import StoredTensor, stored_tensors
-from crossdock.runtime.meta_model import build_on_meta
-from crossdock.runtime.plan_checks import check_tensors
+from crossdock.runtime.models.checkpoint import StoredTensor, check_tensors, stored_tensors
+from crossdock.runtime.models.meta import build_on_meta
 
 
 class Transformers(nn.Module):

@@ -11,8 +11,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from crossdock.offload.discovery import plain_tensors
-from crossdock.runtime.checkpoint import component_class, read_json
 from crossdock.runtime.errors import CheckpointError
+from crossdock.runtime.models.checkpoint import component_class, read_json
 
 
 class _EmptyOnMeta(TorchFunctionMode):

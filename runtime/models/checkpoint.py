@@ -240,3 +240,15 @@ class TensorReader:
 
     def close(self) -> None:
         self._files.clear()
+
+
+def check_tensors(model: nn.Module, stored: Mapping[str, StoredTensor], folder: Path) -> None:
+    expected = {fqn: tuple(tensor.shape) for fqn, tensor in model.state_dict().items()}
+    if missing := [fqn for fqn in expected if fqn not in stored]:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise CheckpointError(f"{folder}: the tensor {missing[0]} is missing{more}; is the download complete?")
+    for fqn, shape in expected.items():
+        if stored[fqn].shape != shape:
+            raise CheckpointError(
+                f"{stored[fqn].file}: {fqn} has shape {list(stored[fqn].shape)}, but config.json asks for {list(shape)}"
+            )

@@ -17,7 +17,7 @@ import diffusers
 import torch
 from torch import nn
 
-from crossdock.runtime.checkpoint import MODULAR_INDEX
+from crossdock.runtime.models.checkpoint import MODULAR_INDEX
 
 Share = Callable[[Callable[..., Any]], Callable[..., Any]]
 """Makes of a function one that runs on one rank, with what it returns on all."""
