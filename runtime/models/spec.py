@@ -13,7 +13,7 @@ from crossdock.parallel.regions import SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, LinearStyle, TensorPlan
 
 if TYPE_CHECKING:
-    from crossdock.runtime.inferred.spec import InferredSpec
+    from crossdock.runtime.models.inferred.spec import InferredSpec
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class ModelSpec:
     @classmethod
     def from_model(cls, model: nn.Module, inputs: Mapping[str, Any] | None = None) -> InferredSpec:
         """What a live transformer, which may be on meta, says of itself; see `inferred.spec.infer_spec`."""
-        from crossdock.runtime.inferred.spec import infer_spec
+        from crossdock.runtime.models.inferred.spec import infer_spec
 
         return infer_spec(model, inputs)
 

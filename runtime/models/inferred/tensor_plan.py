@@ -19,7 +19,7 @@ from diffusers.hooks.tensor_parallel import PackedColwiseParallel, PackedRowwise
 from torch import nn
 
 from crossdock.parallel.tensor import COLUMN, ROW, LinearStyle, TensorPlan, matching_modules
-from crossdock.runtime.plan_trial import UntriedError, try_halves, try_plan
+from crossdock.runtime.models.inferred.trial import UntriedError, try_halves, try_plan
 
 _WHAT = "Tensor parallelism"
 _QUERY, _KEY_VALUE = ("to_q", "q_proj", "add_q_proj"), ("to_k", "to_v", "k_proj", "v_proj", "add_k_proj", "add_v_proj")

@@ -14,8 +14,8 @@ from torch import nn
 
 from crossdock.offload.discovery import DiscoveryError, FoundBlock, discover_blocks, stack_paths
 from crossdock.offload.source_order import source_order
-from crossdock.runtime.inferred.regions import infer_regions
-from crossdock.runtime.inferred.tensor_plan import infer_tensor_plan
+from crossdock.runtime.models.inferred.regions import infer_regions
+from crossdock.runtime.models.inferred.tensor_plan import infer_tensor_plan
 from crossdock.runtime.models.spec import ModelSpec
 
 
