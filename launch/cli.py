@@ -39,7 +39,7 @@ def make_checkpoint_command(
     seed: Annotated[int, typer.Option(help="Seed of the random weights.", min=0)] = 0,
 ) -> None:
     """Write a tiny random pipeline in the diffusers format, for tests and demos."""
-    from crossdock.runtime.tiny.checkpoint import make_checkpoint
+    from crossdock.runtime.models.tiny.checkpoint import make_checkpoint
 
     make_checkpoint(family, directory, seed)
     Console(highlight=False, soft_wrap=True).print(f"wrote a tiny {family} checkpoint to {directory}", markup=False)

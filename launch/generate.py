@@ -23,7 +23,7 @@ from crossdock.launch.recovery import brief
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.config.yaml_file import load_config, locate
 from crossdock.runtime.errors import ConfigError, UserError
-from crossdock.runtime.plan import spec_for
+from crossdock.runtime.models.families import spec_for
 from crossdock.runtime.request import GenerateRequest
 
 Launcher = Literal["ray", "torchrun"]

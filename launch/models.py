@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from rich.table import Table
 
 from crossdock.launch.shipped import shipped_layouts
-from crossdock.runtime.families import SPECS
+from crossdock.runtime.models.families import SPECS
 from crossdock.runtime.models.published import real_shape
 from crossdock.runtime.models.spec import ModelSpec
 

@@ -27,7 +27,6 @@ from crossdock.runtime.components import component_needs, host_peak_bytes
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.device_space import divide_device
 from crossdock.runtime.errors import CheckpointError
-from crossdock.runtime.families import SPECS, spec_of_pipeline
 from crossdock.runtime.models.checkpoint import (
     StoredTensor,
     check_components,
@@ -35,6 +34,7 @@ from crossdock.runtime.models.checkpoint import (
     read_json,
     read_model_index,
 )
+from crossdock.runtime.models.families import spec_for
 from crossdock.runtime.models.latents import latent_frames, latent_pixels
 from crossdock.runtime.models.meta import non_persistent_buffers
 from crossdock.runtime.models.spec import ModelSpec
@@ -313,22 +313,6 @@ def transformer_blocks(model: nn.Module, spec: ModelSpec) -> list[FoundBlock]:
         ]
     except DiscoveryError as error:
         raise CheckpointError(str(error)) from None
-
-
-def spec_for(model_dir: Path) -> ModelSpec:
-    """The family of a checkpoint.
-
-    Raises:
-        CheckpointError: no such directory, not a diffusers pipeline, or none that crossdock knows.
-    """
-    pipeline = read_model_index(model_dir)["_class_name"]
-    spec = spec_of_pipeline(pipeline)
-    if spec is None:
-        known = ", ".join(f"{spec.pipeline} ({family})" for family, spec in SPECS.items())
-        raise CheckpointError(
-            f"{model_dir / 'model_index.json'}: unknown model class {pipeline!r}; crossdock knows {known}"
-        )
-    return spec
 
 
 def _tensor_slices(model: nn.Module, spec: ModelSpec, degree: int) -> tuple[dict[str, TensorSlice], ...]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from crossdock.parallel.regions import SequenceRegion
 from crossdock.parallel.tensor import COLUMN, TensorPlan
-from crossdock.runtime.families import SPECS
+from crossdock.runtime.models.families import SPECS
 
 IMAGE = "hidden_states"
 

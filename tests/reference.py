@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, ModularPipeline
 from torch import Tensor
 
-from crossdock.runtime.plan import spec_for
+from crossdock.runtime.models.families import spec_for
 
 PROMPT = (
     "a lighthouse on a cliff above a stormy sea at dusk, seen from a small boat, with gulls, long waves, a red roof "

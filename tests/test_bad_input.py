@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from crossdock.launch.engine import choose_device
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import CheckpointError, ConfigError, LaunchError, RequestError, UserError
-from crossdock.runtime.families import SPECS
 from crossdock.runtime.models.checkpoint import MODULAR_INDEX, read_model_index
+from crossdock.runtime.models.families import SPECS
+from crossdock.runtime.models.tiny.checkpoint import make_checkpoint
 from crossdock.runtime.plan import RunPlan, make_plan
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.request_checks import check_amounts, check_request
-from crossdock.runtime.tiny.checkpoint import make_checkpoint
 
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
 

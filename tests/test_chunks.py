@@ -13,7 +13,7 @@ import torch
 from crossdock.parallel.mesh import Mesh
 from crossdock.runtime.denoise_loop import DenoiseLoop, StepEnd
 from crossdock.runtime.errors import RequestError
-from crossdock.runtime.families import SPECS
+from crossdock.runtime.models.families import SPECS
 from crossdock.runtime.models.latents import number_of_chunks
 from crossdock.runtime.probe import probe_request
 from crossdock.runtime.replicated import replicated

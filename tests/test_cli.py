@@ -13,7 +13,7 @@ import typer
 from crossdock.launch import cli
 from crossdock.launch.arguments import Amounts, Outputs, build_app, run_app
 from crossdock.runtime.errors import CompositionError, LaunchError, RankError, RequestError
-from crossdock.runtime.families import TINY
+from crossdock.runtime.models.tiny.recipes import TINY
 from crossdock.runtime.request import GenerateRequest
 
 

@@ -23,7 +23,7 @@ from crossdock.offload.discovery import discover_blocks
 from crossdock.offload.offloader import LayerwiseOffloader
 from crossdock.parallel.group import Group
 from crossdock.parallel.tensor import COLUMN, ROW, LinearStyle, TensorParallelism, TensorPlan
-from crossdock.runtime.families import SPECS
+from crossdock.runtime.models.families import SPECS
 from crossdock.runtime.models.spec import ModelSpec
 from tiny_transformers import TINY, build, make_inputs, tensors_of
 

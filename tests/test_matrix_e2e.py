@@ -24,7 +24,7 @@ from crossdock.runtime.config.schema import OffloadConfig, RunConfig
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.errors import UserError
 from crossdock.runtime.gang import Gang
-from crossdock.runtime.plan import spec_for
+from crossdock.runtime.models.families import spec_for
 from layouts import ALL, COMBINED, FAMILIES, LAYOUTS, PARTLY_RESIDENT, ROWS, Layout, Row
 from reference import (
     EVEN_SIZE,

@@ -16,9 +16,10 @@ from crossdock.launch.models import HEADINGS, held_layouts, model_rows, models_m
 from crossdock.launch.shipped import shipped_layouts
 from crossdock.parallel.regions import SequenceParallelism
 from crossdock.parallel.tensor import TensorParallelism, tensor_slices
-from crossdock.runtime.families import SPECS, TINY
+from crossdock.runtime.models.families import SPECS
 from crossdock.runtime.models.published import real_model, real_shape
 from crossdock.runtime.models.spec import ModelSpec, Published
+from crossdock.runtime.models.tiny.recipes import TINY
 from layouts import LAYOUTS, ROWS
 
 README = Path(__file__).resolve().parents[1] / "README.md"

@@ -25,8 +25,8 @@ from crossdock.parallel.tensor import (
     matching_modules,
     tensor_slices,
 )
-from crossdock.runtime.families import SPECS
 from crossdock.runtime.models.checkpoint import TensorReader, stored_tensors
+from crossdock.runtime.models.families import SPECS
 
 MODELS = {"flux2-klein": Flux2Transformer2DModel, "z-image": ZImageTransformer2DModel}
 

@@ -14,12 +14,13 @@ import torch
 from safetensors import safe_open
 
 from crossdock.runtime.errors import CheckpointError, RequestError
-from crossdock.runtime.families import TINY, spec_of_pipeline
 from crossdock.runtime.models.checkpoint import read_model_index
+from crossdock.runtime.models.families import spec_of_pipeline
 from crossdock.runtime.models.latents import latent_pixels
 from crossdock.runtime.models.spec import ModelSpec
-from crossdock.runtime.tiny import checkpoint as tiny_checkpoint
-from crossdock.runtime.tiny.checkpoint import make_checkpoint
+from crossdock.runtime.models.tiny import checkpoint as tiny_checkpoint
+from crossdock.runtime.models.tiny.checkpoint import make_checkpoint
+from crossdock.runtime.models.tiny.recipes import TINY
 from layouts import ALL, FAMILIES
 from reference import pipeline_of
 

@@ -1,4 +1,4 @@
-"""What crossdock has to know of a model family, as data. The families are in `runtime/families`."""
+"""What crossdock has to know of a model family, as data. The families are in `models/families`."""
 
 from __future__ import annotations
 

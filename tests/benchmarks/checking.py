@@ -40,9 +40,9 @@ import crossdock.runtime.coordinator as judging
 from crossdock.launch.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.coordinator import Coordinator
+from crossdock.runtime.models.tiny.checkpoint import make_checkpoint
 from crossdock.runtime.plan import RunPlan
 from crossdock.runtime.reports import RankReport
-from crossdock.runtime.tiny.checkpoint import make_checkpoint
 from crossdock.runtime.worker import RankWorker
 
 SHAPE = {"num_layers": 3, "num_single_layers": 9, "attention_head_dim": 128, "axes_dims_rope": (32, 32, 32, 32)}

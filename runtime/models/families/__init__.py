@@ -1,0 +1,76 @@
+"""The model families: one module each, with what crossdock has to know (`SPEC`).
+
+Nothing outside this folder and `models/tiny`, which makes small ones for tests, knows a model's name. See README.md for
+how to add one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from crossdock.runtime.errors import CheckpointError
+from crossdock.runtime.models.checkpoint import read_model_index
+from crossdock.runtime.models.families import (
+    flux1,
+    flux2,
+    flux2_klein,
+    flux3,
+    flux3_distilled,
+    helios,
+    hunyuan_video_15,
+    krea2,
+    longcat_image,
+    ltx2,
+    minimax_h3,
+    ovis_image,
+    qwen_image,
+    qwen_image_21,
+    sd35,
+    wan,
+    z_image,
+)
+from crossdock.runtime.models.spec import ModelSpec
+
+_MODULES = (
+    flux1,
+    flux2,
+    flux2_klein,
+    flux3,
+    flux3_distilled,
+    longcat_image,
+    ovis_image,
+    z_image,
+    wan,
+    hunyuan_video_15,
+    ltx2,
+    minimax_h3,
+    helios,
+    qwen_image,
+    qwen_image_21,
+    sd35,
+    krea2,
+)
+
+
+SPECS: Mapping[str, ModelSpec] = {module.SPEC.family: module.SPEC for module in _MODULES}
+
+
+def spec_of_pipeline(pipeline: str) -> ModelSpec | None:
+    return next((spec for spec in SPECS.values() if spec.pipeline == pipeline), None)
+
+
+def spec_for(model_dir: Path) -> ModelSpec:
+    """The family of a checkpoint.
+
+    Raises:
+        CheckpointError: no such directory, not a diffusers pipeline, or none that crossdock knows.
+    """
+    pipeline = read_model_index(model_dir)["_class_name"]
+    spec = spec_of_pipeline(pipeline)
+    if spec is None:
+        known = ", ".join(f"{spec.pipeline} ({family})" for family, spec in SPECS.items())
+        raise CheckpointError(
+            f"{model_dir / 'model_index.json'}: unknown model class {pipeline!r}; crossdock knows {known}"
+        )
+    return spec
