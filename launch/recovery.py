@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from crossdock.runtime.errors import CrossdockError, RankError
 from crossdock.runtime.gang import Gang
-from crossdock.runtime.plan import RunPlan, make_plan
+from crossdock.runtime.plan.make_plan import make_plan
+from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.resume import Snapshot, common_start
 from crossdock.runtime.status import RankStatus
 from crossdock.runtime.worker import RankWorker

@@ -24,7 +24,7 @@ from crossdock.offload.block_stream import BlockStream
 from crossdock.parallel.tensor import TensorSlice, part_shape
 from crossdock.runtime.models.meta import non_persistent_buffers
 from crossdock.runtime.models.transformers import build_transformers
-from crossdock.runtime.plan import RunPlan
+from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports import ArrivalRecord
 
 WHOLE_BYTES = 32 * 1024

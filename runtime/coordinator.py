@@ -8,7 +8,7 @@ from dataclasses import replace
 from crossdock.runtime.contract.numbers import SAME_NUMBERS, same_numbers
 from crossdock.runtime.contract.verify import CHECKS, verify_arrivals, verify_composition, verify_request
 from crossdock.runtime.errors import CompositionError
-from crossdock.runtime.plan import RunPlan
+from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank_result import RankResult
 from crossdock.runtime.reports import ProbeReport, RankReport, Verdict, Violation
 

@@ -13,7 +13,7 @@ from crossdock.offload.discovery import named_plain_tensors
 from crossdock.offload.foreign import foreign_mechanisms
 from crossdock.offload.layout import local_part
 from crossdock.parallel.tensor import TensorSlice
-from crossdock.runtime.plan import RunPlan
+from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports import DeviceBytes, HomeRecord, MemorySpan, TensorRecord
 
 _CHUNK = 2**20

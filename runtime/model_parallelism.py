@@ -14,7 +14,7 @@ from crossdock.parallel.tensor import TensorParallelism
 from crossdock.parallel.xfuser_attention import XFuserAttention
 from crossdock.runtime.attention import AttentionBinding
 from crossdock.runtime.models.transformers import transformers_in
-from crossdock.runtime.plan import RunPlan
+from crossdock.runtime.plan.plan import RunPlan
 
 
 class ModelParallelism:

@@ -23,7 +23,7 @@ from crossdock.offload.block import Piece
 from crossdock.offload.layout import TensorEntry
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.models.checkpoint import StoredTensor
-from crossdock.runtime.plan import PlannedBlock
+from crossdock.runtime.plan.plan import PlannedBlock
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from crossdock.runtime.models.latents import number_of_chunks
 from crossdock.runtime.models.modular import as_pipeline, is_modular, share_block
 from crossdock.runtime.models.spec import ModelSpec
 from crossdock.runtime.models.transformers import transformers_in
-from crossdock.runtime.plan import RunPlan
+from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.replicated import replicated
 from crossdock.runtime.reports import Span
 from crossdock.runtime.request import GenerateRequest

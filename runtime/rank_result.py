@@ -9,7 +9,7 @@ from torch import Tensor
 from crossdock.offload.trace import TraceEvent
 from crossdock.parallel.group import GroupRecord
 from crossdock.runtime.media import Media
-from crossdock.runtime.plan import RunPlan
+from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports import ArrivalRecord, Measurements, MemorySpan, RankReport, RankTrace
 
 

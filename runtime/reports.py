@@ -143,29 +143,6 @@ class RankReport:
 
 
 @dataclass(frozen=True)
-class ScheduleReport:
-    """How the blocks use the device. Sizes in bytes.
-
-    Attributes:
-        resident: the blocks that stay on the device.
-        budget_bytes: None: as little as possible.
-        arena_bytes: what the components use in turn; None: they do not take turns.
-        step_ms: predicted time of the blocks of a step, from the costs named in `verdict`; `bound_ms` is proven to be
-            a lower bound for this budget.
-        verdict: what became of the schedule once the first steps were measured.
-    """
-
-    resident: tuple[str, ...]
-    prefetch: int
-    slots: int
-    budget_bytes: int | None
-    arena_bytes: int | None
-    step_ms: float
-    bound_ms: float
-    verdict: str
-
-
-@dataclass(frozen=True)
 class Measurements:
     """One rank's row of `report.json`, for one request. Sizes in bytes, times in ms; None where there is no CUDA.
 

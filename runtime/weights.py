@@ -24,7 +24,7 @@ from crossdock.runtime.errors import LaunchError
 from crossdock.runtime.models.checkpoint import TensorReader
 from crossdock.runtime.models.meta import non_persistent_buffers
 from crossdock.runtime.page_cache import CheckpointPages
-from crossdock.runtime.plan import PlannedBlock, RunPlan
+from crossdock.runtime.plan.plan import PlannedBlock, RunPlan
 
 
 def node_id() -> str:

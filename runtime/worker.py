@@ -30,7 +30,6 @@ from crossdock.parallel.tensor import EXCHANGING
 from crossdock.runtime.arrival import Arrivals
 from crossdock.runtime.denoise_loop import StepEnd
 from crossdock.runtime.errors import RequestCancelled
-from crossdock.runtime.improvement import MEASURED_STEPS, improve, observe
 from crossdock.runtime.inspection import (
     checksum,
     foreign_hooks,
@@ -45,7 +44,8 @@ from crossdock.runtime.inspection import (
 from crossdock.runtime.model_parallelism import ModelParallelism
 from crossdock.runtime.models.transformers import build_transformers, transformers_in
 from crossdock.runtime.pipeline import Denoised, RankPipeline
-from crossdock.runtime.plan import RunPlan
+from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.plan.reschedule import MEASURED_STEPS, improve, observe
 from crossdock.runtime.rank_result import RankResult
 from crossdock.runtime.reports import RankReport, RankTrace
 from crossdock.runtime.request import GenerateRequest

@@ -24,7 +24,8 @@ from crossdock.runtime import probe as probe_module
 from crossdock.runtime import worker as worker_module
 from crossdock.runtime.arrival import Arrivals
 from crossdock.runtime.models.checkpoint import TensorReader
-from crossdock.runtime.plan import RunPlan, make_plan
+from crossdock.runtime.plan.make_plan import make_plan
+from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.weights import WeightLoader
 from crossdock.runtime.worker import RankWorker
 

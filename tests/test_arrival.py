@@ -21,7 +21,6 @@ from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.layout import ALIGNMENT, BlockLayout, aligned_bytes
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime import arrival
-from crossdock.runtime import plan as plan_module
 from crossdock.runtime.arrival import WHOLE_BYTES, Arrivals, sampled_rows
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.verify import verify_composition
@@ -30,7 +29,9 @@ from crossdock.runtime.errors import CompositionError
 from crossdock.runtime.gang import Gang
 from crossdock.runtime.models import transformers as transformers_module
 from crossdock.runtime.models.checkpoint import stored_tensors
-from crossdock.runtime.plan import RunPlan, make_plan
+from crossdock.runtime.plan import make_plan as plan_module
+from crossdock.runtime.plan.make_plan import make_plan
+from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports import RankReport, Violation
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.weights import WeightLoader

@@ -19,9 +19,10 @@ from crossdock.runtime.errors import CheckpointError, ConfigError, LaunchError, 
 from crossdock.runtime.models.checkpoint import MODULAR_INDEX, read_model_index
 from crossdock.runtime.models.families import SPECS
 from crossdock.runtime.models.tiny.checkpoint import make_checkpoint
-from crossdock.runtime.plan import RunPlan, make_plan
+from crossdock.runtime.plan.make_plan import make_plan
+from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.plan.request_checks import check_amounts, check_request
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.request_checks import check_amounts, check_request
 
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
 

@@ -19,7 +19,7 @@ from crossdock.launch.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import CrossdockError, RankError, RequestCancelled, RequestError, RequestTimeout
 from crossdock.runtime.gang import Gang
-from crossdock.runtime.plan import make_plan
+from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.worker import RankWorker
 from layouts import FAMILIES

@@ -33,7 +33,8 @@ from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.models import checkpoint
 from crossdock.runtime.models.checkpoint import TensorReader, stored_tensors
 from crossdock.runtime.models.meta import build_config_on_meta, build_on_meta, non_persistent_buffers
-from crossdock.runtime.plan import RunPlan, make_plan
+from crossdock.runtime.plan.make_plan import make_plan
+from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.weights import RankWeights, WeightLoader
 
 # -- the reader ----------------------------------------------------------------------------------------------------

@@ -15,10 +15,10 @@ from crossdock.runtime.denoise_loop import DenoiseLoop, StepEnd
 from crossdock.runtime.errors import RequestError
 from crossdock.runtime.models.families import SPECS
 from crossdock.runtime.models.latents import number_of_chunks
+from crossdock.runtime.plan.request_checks import check_request
 from crossdock.runtime.probe import probe_request
 from crossdock.runtime.replicated import replicated
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.request_checks import check_request
 
 HELIOS = SPECS["helios"]
 

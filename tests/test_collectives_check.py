@@ -14,7 +14,7 @@ from crossdock.offload.trace import TraceEvent
 from crossdock.parallel.group import KEPT, Collective, GroupRecord
 from crossdock.parallel.mesh import MeshShape
 from crossdock.runtime.contract.collectives import same_collectives
-from crossdock.runtime.plan import RunPlan
+from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports import Violation
 
 MESHES = {

@@ -17,20 +17,21 @@ import torch
 from one_rank import admitted
 from torch import Tensor
 
-import crossdock.runtime.improvement as improvement
+import crossdock.runtime.plan.reschedule as improvement
 from crossdock.launch.engine import Engine
 from crossdock.offload.block import Home
 from crossdock.offload.measured_costs import slowest
 from crossdock.offload.residency import Costs, steady_step_s
-from crossdock.runtime.components import component_needs
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.errors import ConfigError, LaunchError
 from crossdock.runtime.gang import Gang
-from crossdock.runtime.improvement import RankObservation, improve
 from crossdock.runtime.models.checkpoint import read_model_index
 from crossdock.runtime.pipeline import RankPipeline
-from crossdock.runtime.plan import RunPlan, make_plan
+from crossdock.runtime.plan.component_needs import component_needs
+from crossdock.runtime.plan.make_plan import make_plan
+from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.plan.reschedule import RankObservation, improve
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.stage import Stage
 from crossdock.runtime.weights import HostPart

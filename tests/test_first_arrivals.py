@@ -22,7 +22,8 @@ from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.errors import CompositionError, RequestCancelled
 from crossdock.runtime.gang import Gang
-from crossdock.runtime.plan import RunPlan, make_plan
+from crossdock.runtime.plan.make_plan import make_plan
+from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.worker import RankWorker
 from reference import ODD_SIZE, PROMPT

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.coordinator import Coordinator
-from crossdock.runtime.plan import make_plan
+from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.worker import RankWorker
 from layouts import CONFIGS, ROWS, Row

@@ -13,8 +13,9 @@ from crossdock.offload.residency import Costs
 from crossdock.offload.schedule import slot_sizes
 from crossdock.offload.trace import EventKind, TraceEvent
 from crossdock.runtime.config.schema import RunConfig
-from crossdock.runtime.improvement import RankObservation, improve, observe
-from crossdock.runtime.plan import RunPlan, make_plan
+from crossdock.runtime.plan.make_plan import make_plan
+from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.plan.reschedule import RankObservation, improve, observe
 
 Fact = tuple[float, EventKind, str, int]
 

@@ -20,7 +20,6 @@ import pytest
 
 import mutations
 import mutations_running as running
-from crossdock.runtime import plan as plan_module
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.contract.numbers import SAME_NUMBERS
@@ -28,7 +27,9 @@ from crossdock.runtime.contract.verify import CHECKS
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.errors import CompositionError, RankError
 from crossdock.runtime.gang import Gang
-from crossdock.runtime.plan import RunPlan, make_plan
+from crossdock.runtime.plan import make_plan as plan_module
+from crossdock.runtime.plan.make_plan import make_plan
+from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.probe import probe_numbers, probe_request
 from crossdock.runtime.rank_result import RankResult
 from crossdock.runtime.reports import Violation

@@ -21,7 +21,8 @@ from crossdock.runtime.coordinator import SHOWN, Coordinator
 from crossdock.runtime.errors import CompositionError
 from crossdock.runtime.gang import Gang
 from crossdock.runtime.inspection import checksum
-from crossdock.runtime.plan import RunPlan, make_plan
+from crossdock.runtime.plan.make_plan import make_plan
+from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.probe import probe_numbers, probe_request
 from crossdock.runtime.reports import ProbeReport, Violation
 from crossdock.runtime.request import GenerateRequest

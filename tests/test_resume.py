@@ -21,7 +21,7 @@ from crossdock.launch.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import RequestError
 from crossdock.runtime.gang import Gang
-from crossdock.runtime.plan import make_plan
+from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.rank_result import RankResult
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.resume import Snapshot, common_start

@@ -73,7 +73,7 @@ def test_device_bytes_stay_within_the_window(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tensor_parallelism_halves_the_largest_block(family: str, checkpoints: Checkpoints) -> None:
     """The window's bound is divided by tp: nearly all of a block is cut, only norms and modulation are not."""
-    from crossdock.runtime.plan import make_plan
+    from crossdock.runtime.plan.make_plan import make_plan
 
     whole = make_plan(_config("layerwise"), checkpoints[family], "cpu")
     halves = make_plan(_config("layerwise_tp2"), checkpoints[family], "cpu")

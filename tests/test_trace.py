@@ -15,7 +15,7 @@ import torch
 from crossdock.offload.trace import BlockTimes, EventKind, TraceEvent, block_times, intervals, step_times
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.coordinator import Coordinator
-from crossdock.runtime.plan import make_plan
+from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.reports import RankTrace, Span
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.trace_file import TRACKS, chrome_trace

@@ -23,8 +23,9 @@ from crossdock.runtime.contract.numbers import same_numbers
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.denoise_loop import DenoiseLoop
 from crossdock.runtime.errors import CompositionError, ConfigError
-from crossdock.runtime.improvement import RankObservation, improve
-from crossdock.runtime.plan import RunPlan, make_plan
+from crossdock.runtime.plan.make_plan import make_plan
+from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.plan.reschedule import RankObservation, improve
 from crossdock.runtime.probe import probe_numbers, probe_request
 from crossdock.runtime.rank_result import RankResult
 from crossdock.runtime.request import GenerateRequest

@@ -30,7 +30,8 @@ from crossdock.parallel.sequence import SequenceLayout
 from crossdock.parallel.xfuser_attention import XFuserAttention, xfuser_installed, xfuser_limits
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.model_parallelism import ModelParallelism
-from crossdock.runtime.plan import RunPlan, make_plan
+from crossdock.runtime.plan.make_plan import make_plan
+from crossdock.runtime.plan.plan import RunPlan
 
 RANKS = 4
 TIME_LIMIT_S = 120

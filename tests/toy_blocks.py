@@ -26,7 +26,7 @@ from crossdock.offload.residency import assumed_costs, minimum_bytes, plan_resid
 from crossdock.offload.schedule import SlotSchedule, assign_slots
 from crossdock.offload.turns import place_sizes, slots_in_turn
 from crossdock.runtime.contract.schedule import trace_in_order
-from crossdock.runtime.plan import RunPlan
+from crossdock.runtime.plan.plan import RunPlan
 
 WIDTH = 8
 STREAMED = (Home.HOST, Home.DEVICE_SHARD, Home.HOST_SHARD)

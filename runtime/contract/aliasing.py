@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from crossdock.runtime.plan import RunPlan
+from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports import REPORT_IT, MemorySpan, RankReport, TensorRecord, Violation
 
 _CHECK = "no-alias"

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from crossdock.offload.trace import TraceEvent
 from crossdock.parallel.group import GroupRecord
-from crossdock.runtime.plan import RunPlan
+from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports import Violation
 
 _CHECK = "same-collectives"

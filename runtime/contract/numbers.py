@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
 from crossdock.runtime.models.transformers import prefixes
-from crossdock.runtime.plan import RunPlan
+from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports import REPORT_IT, ProbeReport, Violation
 
 SAME_NUMBERS = "same-numbers"

@@ -10,7 +10,7 @@ from crossdock.offload.block import Home
 from crossdock.offload.layout import ALIGNMENT
 from crossdock.offload.schedule import slot_sizes
 from crossdock.parallel.tensor import part_shape
-from crossdock.runtime.plan import RunPlan
+from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports import REPORT_IT, HomeRecord, MemorySpan, RankReport, TensorRecord, Violation
 
 NOT_WEIGHTS = 2 * 2**20

@@ -8,7 +8,7 @@ from itertools import zip_longest
 from crossdock.offload.block import Home
 from crossdock.offload.schedule import slot_sizes
 from crossdock.offload.trace import TraceEvent
-from crossdock.runtime.plan import RunPlan
+from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports import REPORT_IT, RankReport, Violation
 
 

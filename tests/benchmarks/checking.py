@@ -41,7 +41,7 @@ from crossdock.launch.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.models.tiny.checkpoint import make_checkpoint
-from crossdock.runtime.plan import RunPlan
+from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports import RankReport
 from crossdock.runtime.worker import RankWorker
 

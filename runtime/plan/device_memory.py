@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from crossdock.offload.layout import ALIGNMENT
 from crossdock.offload.residency import Residency, assumed_costs, minimum_bytes, plan_residency
 from crossdock.offload.turns import place_sizes, usable_bytes
-from crossdock.runtime.components import ComponentNeed
 from crossdock.runtime.config.schema import OffloadConfig
 from crossdock.runtime.errors import ConfigError
+from crossdock.runtime.plan.component_needs import ComponentNeed
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from crossdock.runtime.errors import RequestError
 from crossdock.runtime.models.spec import ModelSpec
-from crossdock.runtime.plan import RunPlan
+from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.request import GenerateRequest
 
 

@@ -11,7 +11,7 @@ from crossdock.offload.measured_costs import measured_costs, slowest
 from crossdock.offload.residency import WORTHWHILE, Costs, plan_residency, steady_step_s
 from crossdock.offload.trace import TraceEvent
 from crossdock.offload.turns import usable_bytes
-from crossdock.runtime.plan import RunPlan
+from crossdock.runtime.plan.plan import RunPlan
 
 MEASURED_STEPS = 2
 """After this many steps of the first request the schedule is looked at again."""

@@ -1,0 +1,135 @@
+"""What the pipeline's other components, text encoders and decoders (VAEs), need of a device and of host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from crossdock.offload.discovery import DiscoveryError, FoundBlock, discover_blocks
+from crossdock.offload.layout import ALIGNMENT, BlockLayout
+from crossdock.offload.offloader import component_layouts
+from crossdock.offload.schedule import device_bytes
+from crossdock.runtime.errors import CheckpointError
+from crossdock.runtime.models.meta import build_on_meta, non_persistent_buffers
+
+VAE_PARTS = ("decoder", "encoder")
+"""Each is one block. The rest of a VAE is small, and pipelines read it outside of decoding (statistics of latents)."""
+
+
+def vae_parts(module: nn.Module) -> tuple[str, ...]:
+    """The parts of a VAE that are one block each; none: it is no VAE."""
+    return tuple(name for name in VAE_PARTS if hasattr(module, name))
+
+
+@dataclass(frozen=True)
+class ComponentNeed:
+    """What a component needs on the rank that runs it.
+
+    Attributes:
+        turn_bytes: of the device, at least during its turn.
+        resident_bytes: of the device; what never leaves it.
+        host_bytes: of host memory, where the rest of it rests.
+        loaded_bytes: of host memory, while it was loaded and that copy is being filled.
+    """
+
+    name: str
+    turn_bytes: int
+    resident_bytes: int
+    host_bytes: int
+    loaded_bytes: int
+
+
+def host_peak_bytes(needs: Sequence[ComponentNeed]) -> int:
+    """Host memory that the components need at once. All are loaded, then each in turn is copied and let go of."""
+    peak, loaded, copied = 0, sum(need.loaded_bytes for need in needs), 0
+    for need in needs:
+        copied += need.host_bytes
+        peak = max(peak, loaded + copied)
+        loaded -= need.loaded_bytes
+    return peak
+
+
+def component_needs(
+    model_dir: Path,
+    index: Mapping[str, Any],
+    encoders: Sequence[str],
+    decoders: Sequence[str],
+    dtype: torch.dtype,
+    prefetch: int,
+) -> tuple[ComponentNeed, ...]:
+    """What the components need on the rank that runs them, in the order in which they are placed. Nothing is loaded.
+
+    Raises:
+        CheckpointError: a component's config does not fit its class.
+    """
+    needs = []
+    for name in (*encoders, *decoders):
+        module = _on_meta(model_dir / name, index[name][0], index[name][1], dtype)
+        parts = vae_parts(module) if name in decoders else ()
+        found = discover_blocks(module, parts) if parts else component_blocks(module)
+        layouts, rest = component_layouts(module, found)
+        sizes = [layout.nbytes for layout in layouts]
+        if parts:
+            needs.append(_need(name, max(sizes), rest.nbytes + ALIGNMENT, layouts, module))
+        else:
+            streamed = device_bytes(sizes, tuple(range(len(sizes))), prefetch)  # without a budget, all of it is
+            needs.append(_need(name, rest.nbytes + streamed, 0, [*layouts, rest], module))
+    return tuple(needs)
+
+
+def _need(
+    name: str, turn_bytes: int, resident_bytes: int, on_host: Sequence[BlockLayout], module: nn.Module
+) -> ComponentNeed:
+    loaded = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    return ComponentNeed(name, turn_bytes, resident_bytes, sum(layout.nbytes for layout in on_host), loaded)
+
+
+def component_blocks(module: nn.Module) -> list[FoundBlock]:
+    """The blocks of a text encoder; none where nothing looks like one: then it moves as one piece."""
+    try:
+        return discover_blocks(module)
+    except DiscoveryError:
+        return []
+
+
+def _on_meta(folder: Path, library: str, class_name: str, dtype: torch.dtype) -> nn.Module:
+    """The module as it will be loaded, in `dtype` but for what its class keeps in fp32."""
+    if library != "transformers":
+        module = build_on_meta(class_name, folder, library)
+    else:
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            with torch.device("meta"):
+                module = getattr(transformers, class_name)(config)
+        except (AttributeError, OSError, TypeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{folder / 'config.json'}: {class_name} cannot be built: {error}") from None
+    return _cast(module, library, dtype)
+
+
+def _cast(module: nn.Module, library: str, dtype: torch.dtype) -> nn.Module:
+    """As `from_pretrained` does: some classes keep some parts in fp32, transformers' only where fp16 is asked for.
+
+    diffusers then leaves what is not in the checkpoint as it is, too.
+    """
+    kept = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+    if library != "transformers" or dtype == torch.float16:
+        kept |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    made = non_persistent_buffers(module) if kept and library != "transformers" else ()
+    tables = {name: module.get_buffer(name) for name in made}
+    nn.Module.to(module, dtype)
+    for name, table in tables.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(path), leaf, table)
+    for name, child in module.named_modules():
+        if name.rpartition(".")[2] in kept:
+            nn.Module.to(child, torch.float32)
+    for name, parameter in module.named_parameters():
+        if name.rpartition(".")[2] in kept:
+            parameter.data = parameter.data.float()
+    return module.eval()

@@ -1,0 +1,205 @@
+"""Making the plan of a run: config + model directory -> what every rank will hold. Pure; nothing is started or loaded.
+
+Whatever can be wrong with the input is found here, in one process, before a rank exists.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from crossdock.offload.block import Home
+from crossdock.offload.discovery import DiscoveryError, FoundBlock, discover_blocks
+from crossdock.offload.layout import ALIGNMENT, BlockLayout
+from crossdock.offload.offloader import shared_tensors
+from crossdock.parallel.mesh import MeshShape
+from crossdock.parallel.tensor import TensorParallelism, TensorSlice
+from crossdock.runtime.config.schema import RunConfig
+from crossdock.runtime.errors import CheckpointError
+from crossdock.runtime.models.checkpoint import (
+    StoredTensor,
+    check_components,
+    component_names,
+    read_json,
+    read_model_index,
+)
+from crossdock.runtime.models.families import spec_for
+from crossdock.runtime.models.latents import latent_frames, latent_pixels
+from crossdock.runtime.models.meta import non_persistent_buffers
+from crossdock.runtime.models.spec import ModelSpec
+from crossdock.runtime.models.transformers import build_transformers, stored_of, transformer_names, transformers_in
+from crossdock.runtime.plan.checks import check_attention, check_degree, check_guidance, check_pages
+from crossdock.runtime.plan.component_needs import component_needs, host_peak_bytes
+from crossdock.runtime.plan.device_memory import divide_device
+from crossdock.runtime.plan.plan import PlannedBlock, RunPlan, in_slots, rings_of
+
+
+def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int | None = None) -> RunPlan:
+    """Plan a run.
+
+    Args:
+        device_bytes: the memory of the smallest device, where it is known; a budget that is a fraction needs it.
+
+    Raises:
+        CheckpointError: the model directory is incomplete, damaged, or of an unknown family.
+        ConfigError: the config does not fit the model.
+        LaunchError: an optional package is missing.
+    """
+    spec = spec_for(model_dir)
+    index = {name: value for name, value in read_model_index(model_dir).items() if name not in spec.unused}
+    names = component_names(index)
+    encoders, decoders = (tuple(n for n in known if n in names) for known in (spec.encoders, spec.decoders))
+    transformers = transformer_names(spec.transformers, names)
+    check_components(model_dir, index, (*transformers, *encoders, *decoders))
+    model = build_transformers(spec.transformer, model_dir, transformers)
+    stored = stored_of(model, model_dir, transformers)
+    for transformer in transformers_in(model).values():
+        check_degree(transformer, spec, config)
+        check_attention(transformer, spec, config, device)
+    check_guidance(spec, config)
+
+    mesh = mesh_shape(config)
+    found = transformer_blocks(model, spec)
+    block_names = [block.name for block in found]
+    slices = _tensor_slices(model, spec, mesh.tp)
+    dtypes = _dtypes(model, stored, config)
+    shared = shared_tensors(model, found)
+    layouts = [_layout(block, dtypes, mesh.hsdp_shard, shared) for block in found]
+    placed = {
+        f"{name}.{local}"
+        for name, layout in zip(block_names, layouts, strict=True)
+        for entry in layout.entries
+        for local in entry.names
+    }
+    outside = tuple(fqn for fqn in _all_tensors(model) if fqn not in placed)
+    pipeline_dtype = _pipeline_dtype(stored, config)
+    depth = config.offload.depths[0]
+    vae_config = read_json(model_dir / spec.decoders[0] / "config.json")
+    others = (
+        component_needs(model_dir, index, encoders, decoders, pipeline_dtype, depth) if config.offload.layerwise else ()
+    )
+    outside_bytes = sum(_nbytes(model, fqn, dtypes) for fqn in outside) + sum(need.resident_bytes for need in others)
+    if config.offload.host == "mmap":
+        check_pages(block_names, layouts, stored)
+    home = _home(config, mesh)
+    order = tuple(range(len(found))) if home.streamed else ()
+    rings = rings_of(block_names, order, transformers)
+    sizes = [[layouts[index].nbytes for index in ring] for ring in rings]
+    space = divide_device(config.offload, device_bytes, outside_bytes, rings=sizes, others=others)
+    blocks = [PlannedBlock(name, layout, home, None) for name, layout in zip(block_names, layouts, strict=True)]
+    budget = None if space.budget_bytes is None else space.budget_bytes - outside_bytes - ALIGNMENT
+    return RunPlan(
+        config,
+        model_dir,
+        spec,
+        mesh,
+        device,
+        transformers,
+        in_slots(blocks, space.residency, rings, budget),
+        order,
+        space.residency,
+        space.budget_bytes,
+        space.arena_bytes,
+        encoders,
+        decoders,
+        {need.name: need.turn_bytes for need in others},
+        host_peak_bytes(others),
+        outside,
+        outside_bytes,
+        stored,
+        dtypes,
+        slices,
+        pipeline_dtype,
+        spec.patch * latent_pixels(vae_config),
+        latent_frames(vae_config),
+    )
+
+
+def mesh_shape(config: RunConfig) -> MeshShape:
+    hsdp = config.parallel.hsdp
+    return MeshShape(**config.parallel.degrees, hsdp_shard=hsdp.shard if hsdp else 1)
+
+
+def transformer_blocks(model: nn.Module, spec: ModelSpec) -> list[FoundBlock]:
+    """The transformers' blocks, each's in execution order.
+
+    Raises:
+        CheckpointError: a stack is missing or empty; the message lists the module lists there are.
+    """
+    try:
+        return [
+            replace(block, name=f"{prefix}{block.name}")
+            for prefix, transformer in transformers_in(model).items()
+            for block in discover_blocks(transformer, spec.block_stacks)
+        ]
+    except DiscoveryError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _tensor_slices(model: nn.Module, spec: ModelSpec, degree: int) -> tuple[dict[str, TensorSlice], ...]:
+    """Per TP rank; leaves `model` with local shapes, which are the same on every rank."""
+    if degree == 1:
+        return ({},)
+    slices: tuple[dict[str, TensorSlice], ...] = tuple({} for _ in range(degree))
+    for prefix, transformer in transformers_in(model).items():
+        for rank in range(degree):
+            handle = TensorParallelism.apply(transformer, spec.tensor_plan, rank, degree, group=None)
+            slices[rank].update({f"{prefix}{fqn}": part for fqn, part in handle.slices.items()})
+            if rank < degree - 1:
+                handle.remove()
+    return slices
+
+
+def _all_tensors(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters(remove_duplicate=False)] + [
+        name for name, _ in model.named_buffers(remove_duplicate=False)
+    ]
+
+
+def _dtypes(model: nn.Module, stored: Mapping[str, StoredTensor], config: RunConfig) -> dict[str, torch.dtype]:
+    """As stored, or the config's dtype for floating-point tensors, but for what the class keeps in fp32."""
+    keep = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    buffers = non_persistent_buffers(model)
+    dtypes: dict[str, torch.dtype] = {}
+    for fqn in _all_tensors(model):
+        dtype = model.get_buffer(fqn).dtype if fqn in buffers else stored[fqn].dtype
+        if config.dtype != "auto" and dtype.is_floating_point and fqn not in buffers:
+            kept = any(part in keep for part in fqn.split("."))
+            dtype = torch.float32 if kept else getattr(torch, config.dtype)
+        dtypes[fqn] = dtype
+    return dtypes
+
+
+def _pipeline_dtype(stored: Mapping[str, StoredTensor], config: RunConfig) -> torch.dtype:
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)  # type: ignore[no-any-return]
+    elements = Counter[torch.dtype]()
+    for tensor in stored.values():
+        if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16):
+            elements[tensor.dtype] += torch.Size(tensor.shape).numel()
+    return elements.most_common(1)[0][0] if elements else torch.float32
+
+
+def _layout(block: FoundBlock, dtypes: Mapping[str, torch.dtype], shards: int, without: frozenset[int]) -> BlockLayout:
+    prefix = f"{block.name}."
+    local = {fqn.removeprefix(prefix): dtype for fqn, dtype in dtypes.items() if fqn.startswith(prefix)}
+    return BlockLayout.of(block.module, local, multiple=shards, without=without)
+
+
+def _nbytes(model: nn.Module, fqn: str, dtypes: Mapping[str, torch.dtype]) -> int:
+    path, _, leaf = fqn.rpartition(".")
+    tensor = getattr(model.get_submodule(path), leaf)
+    return int(tensor.numel()) * dtypes[fqn].itemsize
+
+
+def _home(config: RunConfig, mesh: MeshShape) -> Home:
+    """Where the bytes of every block rest."""
+    sharded = mesh.hsdp_shard > 1
+    if config.offload.layerwise:
+        return Home.HOST_SHARD if sharded else Home.HOST
+    return Home.DEVICE_SHARD if sharded else Home.RESIDENT
