@@ -22,6 +22,7 @@ from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled, RequestTimeout
 from crossdock.runtime.gang import Gang, Notice
 from crossdock.runtime.models.latents import number_of_chunks
+from crossdock.runtime.pipeline.snapshot import Snapshot
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.request_checks import check_amounts, check_request
@@ -29,7 +30,6 @@ from crossdock.runtime.probe import probe_numbers, probe_request
 from crossdock.runtime.rank_result import RankResult
 from crossdock.runtime.reports import Verdict
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.resume import Snapshot
 from crossdock.runtime.status import RankStatus
 from crossdock.runtime.worker import RankWorker
 

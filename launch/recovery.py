@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from crossdock.runtime.errors import CrossdockError, RankError
 from crossdock.runtime.gang import Gang
+from crossdock.runtime.pipeline.snapshot import Snapshot, common_start
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.resume import Snapshot, common_start
 from crossdock.runtime.status import RankStatus
 from crossdock.runtime.worker import RankWorker
 

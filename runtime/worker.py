@@ -28,7 +28,6 @@ from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.sequence import shard_lengths
 from crossdock.parallel.tensor import EXCHANGING
 from crossdock.runtime.arrival import Arrivals
-from crossdock.runtime.denoise_loop import StepEnd
 from crossdock.runtime.errors import RequestCancelled
 from crossdock.runtime.inspection import (
     checksum,
@@ -43,14 +42,15 @@ from crossdock.runtime.inspection import (
 )
 from crossdock.runtime.model_parallelism import ModelParallelism
 from crossdock.runtime.models.transformers import build_transformers, transformers_in
-from crossdock.runtime.pipeline import Denoised, RankPipeline
+from crossdock.runtime.pipeline.denoise_loop import StepEnd
+from crossdock.runtime.pipeline.pipeline import Denoised, RankPipeline
+from crossdock.runtime.pipeline.snapshot import Snapshot, of_replica
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.reschedule import MEASURED_STEPS, improve, observe
 from crossdock.runtime.rank_result import RankResult
 from crossdock.runtime.reports import RankReport, RankTrace
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.request_log import RequestLog
-from crossdock.runtime.resume import Snapshot, of_replica
 from crossdock.runtime.status import RankStatus
 from crossdock.runtime.stopping import ArrivalsDifferError, Stopping
 from crossdock.runtime.weights import RankWeights, WeightLoader

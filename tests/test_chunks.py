@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from crossdock.parallel.mesh import Mesh
-from crossdock.runtime.denoise_loop import DenoiseLoop, StepEnd
 from crossdock.runtime.errors import RequestError
 from crossdock.runtime.models.families import SPECS
 from crossdock.runtime.models.latents import number_of_chunks
+from crossdock.runtime.pipeline.denoise_loop import DenoiseLoop, StepEnd
+from crossdock.runtime.pipeline.replicate import replicated
 from crossdock.runtime.plan.request_checks import check_request
 from crossdock.runtime.probe import probe_request
-from crossdock.runtime.replicated import replicated
 from crossdock.runtime.request import GenerateRequest
 
 HELIOS = SPECS["helios"]

@@ -27,13 +27,13 @@ from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.errors import ConfigError, LaunchError
 from crossdock.runtime.gang import Gang
 from crossdock.runtime.models.checkpoint import read_model_index
-from crossdock.runtime.pipeline import RankPipeline
+from crossdock.runtime.pipeline.pipeline import RankPipeline
+from crossdock.runtime.pipeline.presence import Stage
 from crossdock.runtime.plan.component_needs import component_needs
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.reschedule import RankObservation, improve
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.stage import Stage
 from crossdock.runtime.weights import HostPart
 from crossdock.runtime.worker import RankWorker
 from layouts import FAMILIES

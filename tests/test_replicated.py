@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from crossdock.parallel.mesh import Mesh, MeshShape
-from crossdock.runtime.replicated import replicated
+from crossdock.runtime.pipeline.replicate import replicated
 
 
 def test_random_numbers_of_an_encoder_are_not_the_loops() -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from crossdock.runtime.stage import Stage
+from crossdock.runtime.pipeline.presence import Stage
 
 
 class Recorded:

@@ -21,8 +21,8 @@ from crossdock.offload.residency import Costs
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.numbers import same_numbers
 from crossdock.runtime.coordinator import Coordinator
-from crossdock.runtime.denoise_loop import DenoiseLoop
 from crossdock.runtime.errors import CompositionError, ConfigError
+from crossdock.runtime.pipeline.denoise_loop import DenoiseLoop
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.reschedule import RankObservation, improve

@@ -19,20 +19,20 @@ from crossdock.offload.arena import Arena
 from crossdock.offload.copy_engine import CopyEngine
 from crossdock.parallel.guidance import GuidanceParallelism
 from crossdock.parallel.mesh import Mesh
-from crossdock.runtime.components import Component, place_component
-from crossdock.runtime.denoise_loop import DenoiseLoop, StepEnd, own_randomness
 from crossdock.runtime.errors import CheckpointError, LaunchError
 from crossdock.runtime.media import Media, media_of
 from crossdock.runtime.models.latents import number_of_chunks
 from crossdock.runtime.models.modular import as_pipeline, is_modular, share_block
 from crossdock.runtime.models.spec import ModelSpec
 from crossdock.runtime.models.transformers import transformers_in
+from crossdock.runtime.pipeline.components import Component, place_component
+from crossdock.runtime.pipeline.denoise_loop import DenoiseLoop, StepEnd, own_randomness
+from crossdock.runtime.pipeline.presence import Stage
+from crossdock.runtime.pipeline.replicate import replicated
+from crossdock.runtime.pipeline.snapshot import Snapshot, beginning_at
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.replicated import replicated
 from crossdock.runtime.reports import Span
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.resume import Snapshot, beginning_at
-from crossdock.runtime.stage import Stage
 
 
 @dataclass

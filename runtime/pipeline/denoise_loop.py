@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crossdock.runtime.resume import Snapshot
+from crossdock.runtime.pipeline.snapshot import Snapshot
 
 
 @dataclass(frozen=True)

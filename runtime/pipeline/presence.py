@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crossdock.runtime.components import Component
+from crossdock.runtime.pipeline.components import Component
 
 
 class Stage:
