@@ -27,10 +27,10 @@ from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.request_checks import check_amounts, check_request
 from crossdock.runtime.probe import probe_numbers, probe_request
-from crossdock.runtime.rank_result import RankResult
-from crossdock.runtime.reports import Verdict
+from crossdock.runtime.reports.rank_result import RankResult
+from crossdock.runtime.reports.records import Verdict
+from crossdock.runtime.reports.status import RankStatus
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.status import RankStatus
 from crossdock.runtime.worker import RankWorker
 
 CANCEL_S = 10.0

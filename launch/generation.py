@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from crossdock.runtime.media import Media
-from crossdock.runtime.reports import RankTrace
+from crossdock.runtime.reports.records import RankTrace
 
 
 @dataclass(frozen=True)

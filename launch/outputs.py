@@ -17,7 +17,7 @@ from crossdock.launch.arguments import Outputs
 from crossdock.launch.generation import Generation
 from crossdock.launch.video_file import write_video
 from crossdock.runtime.media import Video
-from crossdock.runtime.trace_file import chrome_trace
+from crossdock.runtime.reports.trace_file import chrome_trace
 
 
 def write_outputs(generation: Generation, outputs: Outputs) -> list[Path]:

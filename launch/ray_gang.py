@@ -28,7 +28,7 @@ from crossdock.runtime.config.schema import LaunchConfig
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled
 from crossdock.runtime.faults import first_cause, is_conclusive, rank_error
 from crossdock.runtime.gang import Notice
-from crossdock.runtime.status import RankStatus
+from crossdock.runtime.reports.status import RankStatus
 from crossdock.runtime.watch import Watch, different_collective
 from crossdock.runtime.worker import RankWorker, compute_threads
 

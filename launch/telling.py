@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from crossdock.runtime.status import RankStatus
+from crossdock.runtime.reports.status import RankStatus
 from crossdock.runtime.watch import Watch
 
 Progress = Callable[[int, int], None]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from crossdock.launch.process_state import ProcessState
 from crossdock.runtime.errors import CrossdockError, RankError
 from crossdock.runtime.faults import first_cause, is_conclusive
-from crossdock.runtime.status import RankStatus
+from crossdock.runtime.reports.status import RankStatus
 from crossdock.runtime.watch import Watch, different_collective
 
 _QUIET_S = 0.6

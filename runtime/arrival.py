@@ -25,7 +25,7 @@ from crossdock.parallel.tensor import TensorSlice, part_shape
 from crossdock.runtime.models.meta import non_persistent_buffers
 from crossdock.runtime.models.transformers import build_transformers
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.reports import ArrivalRecord
+from crossdock.runtime.reports.records import ArrivalRecord
 
 WHOLE_BYTES = 32 * 1024
 """Tensors up to this size are compared whole."""

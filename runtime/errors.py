@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from crossdock.runtime.reports import Verdict, Violation
+    from crossdock.runtime.reports.records import Verdict, Violation
 
 
 class CrossdockError(Exception):

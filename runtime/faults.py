@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from crossdock.runtime.errors import CrossdockError, FaultKind, RankError, RequestCancelled
-from crossdock.runtime.status import RankStatus
+from crossdock.runtime.reports.status import RankStatus
 
 _RANKING: tuple[FaultKind, ...] = (
     "died",

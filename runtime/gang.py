@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
-from crossdock.runtime.status import RankStatus
+from crossdock.runtime.reports.status import RankStatus
 
 T = TypeVar("T")
 

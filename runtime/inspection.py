@@ -14,7 +14,7 @@ from crossdock.offload.foreign import foreign_mechanisms
 from crossdock.offload.layout import local_part
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.reports import DeviceBytes, HomeRecord, MemorySpan, TensorRecord
+from crossdock.runtime.reports.records import DeviceBytes, HomeRecord, MemorySpan, TensorRecord
 
 _CHUNK = 2**20
 _MASK = 2**63 - 1

@@ -21,7 +21,7 @@ from crossdock.runtime.contract.numbers import FINAL_LATENTS, not_called
 from crossdock.runtime.inspection import checksum, digest
 from crossdock.runtime.models.transformers import build_transformers
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.reports import ProbeReport
+from crossdock.runtime.reports.records import ProbeReport
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.weights import WeightLoader
 from crossdock.runtime.worker import RankWorker

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from crossdock.parallel.group import GroupRecord
 from crossdock.runtime.errors import CrossdockError, RankError
-from crossdock.runtime.status import RankStatus, ranks_text
+from crossdock.runtime.reports.status import RankStatus, ranks_text
 
 PATIENCE_S = 2.5
 

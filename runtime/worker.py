@@ -47,11 +47,11 @@ from crossdock.runtime.pipeline.pipeline import Denoised, RankPipeline
 from crossdock.runtime.pipeline.snapshot import Snapshot, of_replica
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.reschedule import MEASURED_STEPS, improve, observe
-from crossdock.runtime.rank_result import RankResult
-from crossdock.runtime.reports import RankReport, RankTrace
+from crossdock.runtime.reports.rank_result import RankResult
+from crossdock.runtime.reports.records import RankReport, RankTrace
+from crossdock.runtime.reports.status import RankStatus
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.request_log import RequestLog
-from crossdock.runtime.status import RankStatus
 from crossdock.runtime.stopping import ArrivalsDifferError, Stopping
 from crossdock.runtime.weights import RankWeights, WeightLoader
 

@@ -32,7 +32,7 @@ from crossdock.runtime.models.checkpoint import stored_tensors
 from crossdock.runtime.plan import make_plan as plan_module
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.reports import RankReport, Violation
+from crossdock.runtime.reports.records import RankReport, Violation
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.weights import WeightLoader
 from crossdock.runtime.worker import RankWorker

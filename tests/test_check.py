@@ -25,7 +25,7 @@ from crossdock.runtime.contract.verify import CHECKS
 from crossdock.runtime.coordinator import SHOWN
 from crossdock.runtime.errors import LaunchError, RankError
 from crossdock.runtime.probe import probe_numbers
-from crossdock.runtime.reports import RankReport
+from crossdock.runtime.reports.records import RankReport
 from crossdock.runtime.worker import RankWorker
 from layouts import CONFIGS
 

@@ -31,8 +31,8 @@ from crossdock.runtime.plan import make_plan as plan_module
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.probe import probe_numbers, probe_request
-from crossdock.runtime.rank_result import RankResult
-from crossdock.runtime.reports import Violation
+from crossdock.runtime.reports.rank_result import RankResult
+from crossdock.runtime.reports.records import Violation
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.worker import RankWorker
 from layouts import ALL, COMBINED, FAMILIES, LAYOUTS, PARTLY_RESIDENT

@@ -24,7 +24,7 @@ from crossdock.runtime.inspection import checksum
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.probe import probe_numbers, probe_request
-from crossdock.runtime.reports import ProbeReport, Violation
+from crossdock.runtime.reports.records import ProbeReport, Violation
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.weights import WeightLoader
 from crossdock.runtime.worker import RankWorker

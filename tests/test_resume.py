@@ -23,7 +23,7 @@ from crossdock.runtime.errors import RequestError
 from crossdock.runtime.gang import Gang
 from crossdock.runtime.pipeline.snapshot import Snapshot, common_start
 from crossdock.runtime.plan.make_plan import make_plan
-from crossdock.runtime.rank_result import RankResult
+from crossdock.runtime.reports.rank_result import RankResult
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.worker import RankWorker
 from layouts import FAMILIES

@@ -13,8 +13,8 @@ from crossdock.launch import cli, timeline
 from crossdock.launch.arguments import Outputs, run_app
 from crossdock.offload.trace import TraceEvent
 from crossdock.runtime.errors import LaunchError, RequestError
-from crossdock.runtime.reports import RankTrace, Span
-from crossdock.runtime.trace_file import chrome_trace
+from crossdock.runtime.reports.records import RankTrace, Span
+from crossdock.runtime.reports.trace_file import chrome_trace
 
 Json = dict[str, Any]
 

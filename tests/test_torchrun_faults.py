@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from crossdock.launch.torchrun_judge import Beat, Judge, ProcessState
 from crossdock.parallel.group import Collective, GroupRecord
 from crossdock.runtime.errors import LaunchError, RankError
-from crossdock.runtime.status import RankStatus
+from crossdock.runtime.reports.status import RankStatus
 from layouts import CONFIGS
 from reference import PROMPT
 

@@ -16,9 +16,9 @@ from crossdock.offload.trace import BlockTimes, EventKind, TraceEvent, block_tim
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.plan.make_plan import make_plan
-from crossdock.runtime.reports import RankTrace, Span
+from crossdock.runtime.reports.records import RankTrace, Span
+from crossdock.runtime.reports.trace_file import TRACKS, chrome_trace
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.trace_file import TRACKS, chrome_trace
 from crossdock.runtime.worker import RankWorker
 from toy_blocks import STREAMED, BlockError, build
 

@@ -27,7 +27,7 @@ from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.reschedule import RankObservation, improve
 from crossdock.runtime.probe import probe_numbers, probe_request
-from crossdock.runtime.rank_result import RankResult
+from crossdock.runtime.reports.rank_result import RankResult
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.worker import RankWorker
 from reference import PROMPT, TOLERANCE, max_error, reference

@@ -26,7 +26,7 @@ from crossdock.runtime.errors import CompositionError
 from crossdock.runtime.gang import Gang
 from crossdock.runtime.inspection import checksum, foreign_hooks
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.reports import HomeRecord, MemorySpan, RankReport, TensorRecord
+from crossdock.runtime.reports.records import HomeRecord, MemorySpan, RankReport, TensorRecord
 from crossdock.runtime.worker import RankWorker
 from layouts import FAMILIES, LAYOUTS
 

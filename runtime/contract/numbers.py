@@ -7,7 +7,7 @@ from itertools import zip_longest
 
 from crossdock.runtime.models.transformers import prefixes
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.reports import REPORT_IT, ProbeReport, Violation
+from crossdock.runtime.reports.records import REPORT_IT, ProbeReport, Violation
 
 SAME_NUMBERS = "same-numbers"
 FINAL_LATENTS = "final latents"

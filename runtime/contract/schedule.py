@@ -9,7 +9,7 @@ from crossdock.offload.block import Home
 from crossdock.offload.schedule import slot_sizes
 from crossdock.offload.trace import TraceEvent
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.reports import REPORT_IT, RankReport, Violation
+from crossdock.runtime.reports.records import REPORT_IT, RankReport, Violation
 
 
 def same_schedule(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:

@@ -31,7 +31,7 @@ from crossdock.runtime.pipeline.presence import Stage
 from crossdock.runtime.pipeline.replicate import replicated
 from crossdock.runtime.pipeline.snapshot import Snapshot, beginning_at
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.reports import Span
+from crossdock.runtime.reports.records import Span
 from crossdock.runtime.request import GenerateRequest
 
 

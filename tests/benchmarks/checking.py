@@ -42,7 +42,7 @@ from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.coordinator import Coordinator
 from crossdock.runtime.models.tiny.checkpoint import make_checkpoint
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.reports import RankReport
+from crossdock.runtime.reports.records import RankReport
 from crossdock.runtime.worker import RankWorker
 
 SHAPE = {"num_layers": 3, "num_single_layers": 9, "attention_head_dim": 128, "axes_dims_rope": (32, 32, 32, 32)}

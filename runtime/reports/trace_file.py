@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from crossdock.offload.trace import Interval, intervals
-from crossdock.runtime.reports import RankTrace
+from crossdock.runtime.reports.records import RankTrace
 
 TRACKS = ("phases", "compute", "copy", "gather")
 

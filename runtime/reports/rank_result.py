@@ -10,7 +10,7 @@ from crossdock.offload.trace import TraceEvent
 from crossdock.parallel.group import GroupRecord
 from crossdock.runtime.media import Media
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.reports import ArrivalRecord, Measurements, MemorySpan, RankReport, RankTrace
+from crossdock.runtime.reports.records import ArrivalRecord, Measurements, MemorySpan, RankReport, RankTrace
 
 
 @dataclass
