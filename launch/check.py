@@ -19,8 +19,8 @@ from crossdock.launch.engine import Engine
 from crossdock.launch.generate import Launcher, choose_gang, end, locating
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.config.yaml_file import load_config
-from crossdock.runtime.errors import CompositionError
-from crossdock.runtime.reports.records import RankReport, TensorRecord, Verdict
+from crossdock.runtime.contract.verdict import CompositionError, Verdict
+from crossdock.runtime.reports.records import RankReport, TensorRecord
 
 PROMISES = {
     "same-schedule": "every rank streams the same blocks in the same order through the same slots",

@@ -18,7 +18,8 @@ from crossdock.launch.generation import Generation
 from crossdock.launch.recovery import Fault, Snapshots, advice, brief, budget_text, restart, with_less_memory
 from crossdock.launch.telling import Delays, Progress, Steps, Tell
 from crossdock.runtime.config.schema import LaunchConfig, RunConfig
-from crossdock.runtime.coordinator import Coordinator
+from crossdock.runtime.contract.coordinator import Coordinator
+from crossdock.runtime.contract.verdict import Verdict
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled, RequestTimeout
 from crossdock.runtime.gang import Gang, Notice
 from crossdock.runtime.models.latents import number_of_chunks
@@ -28,7 +29,6 @@ from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.request_checks import check_amounts, check_request
 from crossdock.runtime.probe import probe_numbers, probe_request
 from crossdock.runtime.reports.rank_result import RankResult
-from crossdock.runtime.reports.records import Verdict
 from crossdock.runtime.reports.status import RankStatus
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.worker import RankWorker

@@ -6,7 +6,7 @@
     │   ├── CheckpointError       the model directory
     │   ├── RequestError          the arguments of one generation
     │   └── LaunchError           what the machine lacks: GPUs, a free port, an optional package
-    ├── CompositionError          offloading and sharding do not compose; carries the violations
+    ├── CompositionError          offloading and sharding do not compose; carries the violations (contract/verdict.py)
     ├── RankError                 a rank raised, died or did not answer in time; carries the rank
     └── RequestCancelled          a request was stopped between two steps, as asked; the ranks take the next one
         └── RequestTimeout        its own time limit was up
@@ -16,10 +16,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from crossdock.runtime.reports.records import Verdict, Violation
+from typing import Literal
 
 
 class CrossdockError(Exception):
@@ -59,21 +56,6 @@ class RequestError(UserError):
 
 class LaunchError(UserError):
     """What the machine or the installation lacks."""
-
-
-class CompositionError(CrossdockError):
-    """The composition contract does not hold; the run is stopped before (or right after) a step.
-
-    `verdict` has everything that was found; the message shows a few of the violations.
-    """
-
-    def __init__(self, message: str, verdict: Verdict | None = None) -> None:
-        super().__init__(message)
-        self.verdict = verdict
-
-    @property
-    def violations(self) -> tuple[Violation, ...]:
-        return self.verdict.violations if self.verdict else ()
 
 
 FaultKind = Literal["raised", "memory", "cut off", "died", "stopped", "silent", "hangs", "late", "collectives"]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from crossdock.runtime.coordinator import Coordinator
+from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.worker import RankWorker
 

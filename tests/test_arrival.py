@@ -23,16 +23,16 @@ from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime import arrival
 from crossdock.runtime.arrival import WHOLE_BYTES, Arrivals, sampled_rows
 from crossdock.runtime.config.schema import RunConfig
+from crossdock.runtime.contract.coordinator import Coordinator
+from crossdock.runtime.contract.verdict import CompositionError, Violation
 from crossdock.runtime.contract.verify import verify_composition
-from crossdock.runtime.coordinator import Coordinator
-from crossdock.runtime.errors import CompositionError
 from crossdock.runtime.gang import Gang
 from crossdock.runtime.models import transformers as transformers_module
 from crossdock.runtime.models.checkpoint import stored_tensors
 from crossdock.runtime.plan import make_plan as plan_module
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.reports.records import RankReport, Violation
+from crossdock.runtime.reports.records import RankReport
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.weights import WeightLoader
 from crossdock.runtime.worker import RankWorker

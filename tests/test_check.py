@@ -20,9 +20,9 @@ from test_nothing_left_behind import CLI, Watched
 
 from crossdock.launch import check, cli
 from crossdock.launch.arguments import run_app
+from crossdock.runtime.contract.coordinator import SHOWN
 from crossdock.runtime.contract.numbers import SAME_NUMBERS
 from crossdock.runtime.contract.verify import CHECKS
-from crossdock.runtime.coordinator import SHOWN
 from crossdock.runtime.errors import LaunchError, RankError
 from crossdock.runtime.probe import probe_numbers
 from crossdock.runtime.reports.records import RankReport

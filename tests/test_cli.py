@@ -12,7 +12,8 @@ import typer
 
 from crossdock.launch import cli
 from crossdock.launch.arguments import Amounts, Outputs, build_app, run_app
-from crossdock.runtime.errors import CompositionError, LaunchError, RankError, RequestError
+from crossdock.runtime.contract.verdict import CompositionError
+from crossdock.runtime.errors import LaunchError, RankError, RequestError
 from crossdock.runtime.models.tiny.recipes import TINY
 from crossdock.runtime.request import GenerateRequest
 

@@ -14,8 +14,8 @@ from crossdock.offload.trace import TraceEvent
 from crossdock.parallel.group import KEPT, Collective, GroupRecord
 from crossdock.parallel.mesh import MeshShape
 from crossdock.runtime.contract.collectives import same_collectives
+from crossdock.runtime.contract.verdict import Violation
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.reports.records import Violation
 
 MESHES = {
     "tp2": MeshShape(tp=2),

@@ -23,7 +23,7 @@ from crossdock.offload.block import Home
 from crossdock.offload.measured_costs import slowest
 from crossdock.offload.residency import Costs, steady_step_s
 from crossdock.runtime.config.schema import RunConfig
-from crossdock.runtime.coordinator import Coordinator
+from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.errors import ConfigError, LaunchError
 from crossdock.runtime.gang import Gang
 from crossdock.runtime.models.checkpoint import read_model_index

@@ -19,8 +19,9 @@ from crossdock.offload.block import Home, StreamedBlock
 from crossdock.offload.copy_engine import CpuCopyEngine
 from crossdock.offload.layout import ALIGNMENT
 from crossdock.runtime.config.schema import RunConfig
-from crossdock.runtime.coordinator import Coordinator
-from crossdock.runtime.errors import CompositionError, RequestCancelled
+from crossdock.runtime.contract.coordinator import Coordinator
+from crossdock.runtime.contract.verdict import CompositionError
+from crossdock.runtime.errors import RequestCancelled
 from crossdock.runtime.gang import Gang
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from crossdock.runtime.config.schema import RunConfig
-from crossdock.runtime.coordinator import Coordinator
+from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.worker import RankWorker

@@ -22,17 +22,17 @@ import mutations
 import mutations_running as running
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.config.yaml_file import load_config
+from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.contract.numbers import SAME_NUMBERS
+from crossdock.runtime.contract.verdict import CompositionError, Violation
 from crossdock.runtime.contract.verify import CHECKS
-from crossdock.runtime.coordinator import Coordinator
-from crossdock.runtime.errors import CompositionError, RankError
+from crossdock.runtime.errors import RankError
 from crossdock.runtime.gang import Gang
 from crossdock.runtime.plan import make_plan as plan_module
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.probe import probe_numbers, probe_request
 from crossdock.runtime.reports.rank_result import RankResult
-from crossdock.runtime.reports.records import Violation
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.worker import RankWorker
 from layouts import ALL, COMBINED, FAMILIES, LAYOUTS, PARTLY_RESIDENT

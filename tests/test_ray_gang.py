@@ -10,7 +10,8 @@ import pytest
 
 from crossdock.launch.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
-from crossdock.runtime.errors import CompositionError, RankError
+from crossdock.runtime.contract.verdict import CompositionError
+from crossdock.runtime.errors import RankError
 from crossdock.runtime.gang import Gang
 
 

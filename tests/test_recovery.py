@@ -16,14 +16,8 @@ from rich.console import Console
 from crossdock.launch.engine import Engine
 from crossdock.launch.generate import summary, survived
 from crossdock.runtime.config.schema import RunConfig
-from crossdock.runtime.errors import (
-    CompositionError,
-    ConfigError,
-    CrossdockError,
-    RankError,
-    RequestCancelled,
-    RequestTimeout,
-)
+from crossdock.runtime.contract.verdict import CompositionError
+from crossdock.runtime.errors import ConfigError, CrossdockError, RankError, RequestCancelled, RequestTimeout
 from crossdock.runtime.faults import rank_error
 from crossdock.runtime.gang import Notice
 from crossdock.runtime.worker import RankWorker

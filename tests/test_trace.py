@@ -14,7 +14,7 @@ import torch
 
 from crossdock.offload.trace import BlockTimes, EventKind, TraceEvent, block_times, intervals, step_times
 from crossdock.runtime.config.schema import RunConfig
-from crossdock.runtime.coordinator import Coordinator
+from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.reports.records import RankTrace, Span
 from crossdock.runtime.reports.trace_file import TRACKS, chrome_trace

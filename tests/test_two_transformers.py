@@ -19,9 +19,10 @@ from torch import Tensor
 from crossdock.launch.engine import Engine
 from crossdock.offload.residency import Costs
 from crossdock.runtime.config.schema import RunConfig
+from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.contract.numbers import same_numbers
-from crossdock.runtime.coordinator import Coordinator
-from crossdock.runtime.errors import CompositionError, ConfigError
+from crossdock.runtime.contract.verdict import CompositionError
+from crossdock.runtime.errors import ConfigError
 from crossdock.runtime.pipeline.denoise_loop import DenoiseLoop
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan

@@ -19,10 +19,10 @@ from torch import nn
 from crossdock.launch.engine import Engine
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.config.yaml_file import load_config
+from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.contract.schedule import trace_in_order
+from crossdock.runtime.contract.verdict import CompositionError
 from crossdock.runtime.contract.verify import CHECKS, verify_composition
-from crossdock.runtime.coordinator import Coordinator
-from crossdock.runtime.errors import CompositionError
 from crossdock.runtime.gang import Gang
 from crossdock.runtime.inspection import checksum, foreign_hooks
 from crossdock.runtime.plan.plan import RunPlan

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from crossdock.runtime.contract.verdict import Violation
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.reports.records import REPORT_IT, MemorySpan, RankReport, TensorRecord, Violation
+from crossdock.runtime.reports.records import REPORT_IT, MemorySpan, RankReport, TensorRecord
 
 _CHECK = "no-alias"
 _OUTSIDE_REMEDY = "give it memory of its own: what is loaded there for a block would change it"

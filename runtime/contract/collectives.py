@@ -8,8 +8,8 @@ from typing import Protocol
 
 from crossdock.offload.trace import TraceEvent
 from crossdock.parallel.group import GroupRecord
+from crossdock.runtime.contract.verdict import Violation
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.reports.records import Violation
 
 _CHECK = "same-collectives"
 _REMEDY = "a hook or a branch runs on some ranks only: remove it, or let it run on all"

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from crossdock.parallel.hsdp import shard_range
 from crossdock.parallel.tensor import TensorSlice, part_shape
+from crossdock.runtime.contract.verdict import Violation
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.reports.records import REPORT_IT, RankReport, Violation
+from crossdock.runtime.reports.records import REPORT_IT, RankReport
 
 _WRONG_BYTES = "what is at rest or the way to the device is wrong: load the model again; if it stays, report it"
 _RELOAD = "load the model again; if it stays, the checkpoint differs between nodes"

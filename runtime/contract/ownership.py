@@ -10,8 +10,9 @@ from crossdock.offload.block import Home
 from crossdock.offload.layout import ALIGNMENT
 from crossdock.offload.schedule import slot_sizes
 from crossdock.parallel.tensor import part_shape
+from crossdock.runtime.contract.verdict import Violation
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.reports.records import REPORT_IT, HomeRecord, MemorySpan, RankReport, TensorRecord, Violation
+from crossdock.runtime.reports.records import REPORT_IT, HomeRecord, MemorySpan, RankReport, TensorRecord
 
 NOT_WEIGHTS = 2 * 2**20
 """Bytes that setup may leave allocated on the device besides weights: a few small tensors of the communication."""

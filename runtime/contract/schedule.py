@@ -8,8 +8,9 @@ from itertools import zip_longest
 from crossdock.offload.block import Home
 from crossdock.offload.schedule import slot_sizes
 from crossdock.offload.trace import TraceEvent
+from crossdock.runtime.contract.verdict import Violation
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.reports.records import REPORT_IT, RankReport, Violation
+from crossdock.runtime.reports.records import REPORT_IT, RankReport
 
 
 def same_schedule(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:

@@ -14,8 +14,9 @@ from crossdock.runtime.contract.collectives import Issued, same_collectives
 from crossdock.runtime.contract.coverage import all_compared, all_equal, covers
 from crossdock.runtime.contract.ownership import all_read, owned_once, read_at_rest
 from crossdock.runtime.contract.schedule import all_rehearsed, in_order, same_schedule, trace_in_order
+from crossdock.runtime.contract.verdict import Violation
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.reports.records import MemorySpan, RankReport, Violation
+from crossdock.runtime.reports.records import MemorySpan, RankReport
 
 CHECKS: dict[str, Callable[[RunPlan, Sequence[RankReport]], Iterable[Violation]]] = {
     "same-schedule": same_schedule,

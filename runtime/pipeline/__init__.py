@@ -1,1 +1,1 @@
-"""The diffusers pipeline around the sharded transformer, on one rank: its components, its denoise loop, its snapshots."""
+"""The diffusers pipeline around the sharded transformer, as one rank runs it."""

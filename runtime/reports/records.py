@@ -204,36 +204,3 @@ class ProbeReport:
     rank: int
     on: tuple[tuple[str, int], ...]
     off: tuple[tuple[str, int], ...]
-
-
-@dataclass(frozen=True)
-class Violation:
-    """A broken rule of the composition contract: which check, who, what was expected, what was found, what to do."""
-
-    check: str
-    rank: int
-    where: str
-    expected: str
-    found: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return (
-            f"{self.check}: rank {self.rank}: {self.where}: expected {self.expected}, found {self.found}; {self.remedy}"
-        )
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the coordinator found.
-
-    Attributes:
-        composition: per check its status ("holds", "violated", "not probed") and a detail, for `report.json`.
-        violations: every one.
-        reports: what was judged.
-    """
-
-    layout: str
-    composition: tuple[dict[str, str], ...]
-    violations: tuple[Violation, ...]
-    reports: tuple[RankReport, ...]

@@ -36,10 +36,10 @@ from rich.console import Console
 from rich.table import Table
 
 import crossdock.launch.ray_gang as ray_gang
-import crossdock.runtime.coordinator as judging
+import crossdock.runtime.contract.coordinator as judging
 from crossdock.launch.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
-from crossdock.runtime.coordinator import Coordinator
+from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.models.tiny.checkpoint import make_checkpoint
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import RankReport

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from crossdock.runtime.contract.numbers import SAME_NUMBERS, same_numbers
+from crossdock.runtime.contract.verdict import CompositionError, Verdict, Violation
 from crossdock.runtime.contract.verify import CHECKS, verify_arrivals, verify_composition, verify_request
-from crossdock.runtime.errors import CompositionError
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.rank_result import RankResult
-from crossdock.runtime.reports.records import ProbeReport, RankReport, Verdict, Violation
+from crossdock.runtime.reports.records import ProbeReport, RankReport
 
 SHOWN = 5
 """How many violations an error lists; the rest is counted."""

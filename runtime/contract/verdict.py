@@ -1,0 +1,56 @@
+"""What the coordinator found: a verdict with every violation, and the error that carries it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from crossdock.runtime.errors import CrossdockError
+from crossdock.runtime.reports.records import RankReport
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A broken rule of the composition contract: which check, who, what was expected, what was found, what to do."""
+
+    check: str
+    rank: int
+    where: str
+    expected: str
+    found: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.check}: rank {self.rank}: {self.where}: expected {self.expected}, found {self.found}; {self.remedy}"
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the coordinator found.
+
+    Attributes:
+        composition: per check its status ("holds", "violated", "not probed") and a detail, for `report.json`.
+        violations: every one.
+        reports: what was judged.
+    """
+
+    layout: str
+    composition: tuple[dict[str, str], ...]
+    violations: tuple[Violation, ...]
+    reports: tuple[RankReport, ...]
+
+
+class CompositionError(CrossdockError):
+    """The composition contract does not hold; the run is stopped before (or right after) a step.
+
+    `verdict` has everything that was found; the message shows a few of the violations.
+    """
+
+    def __init__(self, message: str, verdict: Verdict | None = None) -> None:
+        super().__init__(message)
+        self.verdict = verdict
+
+    @property
+    def violations(self) -> tuple[Violation, ...]:
+        return self.verdict.violations if self.verdict else ()
