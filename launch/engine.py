@@ -21,7 +21,6 @@ from crossdock.runtime.config.schema import LaunchConfig, RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.contract.verdict import Verdict
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled, RequestTimeout
-from crossdock.runtime.gang import Gang, Notice
 from crossdock.runtime.models.latents import number_of_chunks
 from crossdock.runtime.pipeline.snapshot import Snapshot
 from crossdock.runtime.plan.make_plan import make_plan
@@ -31,6 +30,7 @@ from crossdock.runtime.probe import probe_numbers, probe_request
 from crossdock.runtime.reports.rank_result import RankResult
 from crossdock.runtime.reports.status import RankStatus
 from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.watch.gang import Gang, Notice
 from crossdock.runtime.worker import RankWorker
 
 CANCEL_S = 10.0

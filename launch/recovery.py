@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from crossdock.runtime.errors import CrossdockError, RankError
-from crossdock.runtime.gang import Gang
 from crossdock.runtime.pipeline.snapshot import Snapshot, common_start
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.status import RankStatus
+from crossdock.runtime.watch.gang import Gang
 from crossdock.runtime.worker import RankWorker
 
 ASIDE_S = 1.0

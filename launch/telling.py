@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from crossdock.runtime.reports.status import RankStatus
-from crossdock.runtime.watch import Watch
+from crossdock.runtime.watch.watch import Watch
 
 Progress = Callable[[int, int], None]
 """Called with (finished steps, all steps)."""

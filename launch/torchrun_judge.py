@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from crossdock.launch.process_state import ProcessState
 from crossdock.runtime.errors import CrossdockError, RankError
-from crossdock.runtime.faults import first_cause, is_conclusive
 from crossdock.runtime.reports.status import RankStatus
-from crossdock.runtime.watch import Watch, different_collective
+from crossdock.runtime.watch.faults import first_cause, is_conclusive
+from crossdock.runtime.watch.watch import Watch, different_collective
 
 _QUIET_S = 0.6
 """A rank that was not heard for so long is looked at: is its process gone?"""

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from crossdock.runtime.config.schema import RunConfig
-from crossdock.runtime.gang import Gang
+from crossdock.runtime.watch.gang import Gang
 
 STARTS_RANKS = {
     "test_check",

@@ -26,7 +26,6 @@ from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.contract.verdict import CompositionError, Violation
 from crossdock.runtime.contract.verify import verify_composition
-from crossdock.runtime.gang import Gang
 from crossdock.runtime.models import transformers as transformers_module
 from crossdock.runtime.models.checkpoint import stored_tensors
 from crossdock.runtime.plan import make_plan as plan_module
@@ -34,6 +33,7 @@ from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import RankReport
 from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.watch.gang import Gang
 from crossdock.runtime.weights import WeightLoader
 from crossdock.runtime.worker import RankWorker
 from layouts import FAMILIES

@@ -18,9 +18,9 @@ from one_rank import admitted
 from crossdock.launch.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import CrossdockError, RankError, RequestCancelled, RequestError, RequestTimeout
-from crossdock.runtime.gang import Gang
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.watch.gang import Gang
 from crossdock.runtime.worker import RankWorker
 from layouts import FAMILIES
 from reference import ODD_SIZE, PROMPT

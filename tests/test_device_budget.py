@@ -25,7 +25,6 @@ from crossdock.offload.residency import Costs, steady_step_s
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.errors import ConfigError, LaunchError
-from crossdock.runtime.gang import Gang
 from crossdock.runtime.models.checkpoint import read_model_index
 from crossdock.runtime.pipeline.pipeline import RankPipeline
 from crossdock.runtime.pipeline.presence import Stage
@@ -34,6 +33,7 @@ from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.reschedule import RankObservation, improve
 from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.watch.gang import Gang
 from crossdock.runtime.weights import HostPart
 from crossdock.runtime.worker import RankWorker
 from layouts import FAMILIES

@@ -23,8 +23,8 @@ from crossdock.launch.models import why_refused
 from crossdock.runtime.config.schema import OffloadConfig, RunConfig
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.errors import UserError
-from crossdock.runtime.gang import Gang
 from crossdock.runtime.models.families import spec_for
+from crossdock.runtime.watch.gang import Gang
 from layouts import ALL, COMBINED, FAMILIES, LAYOUTS, PARTLY_RESIDENT, ROWS, Layout, Row
 from reference import (
     EVEN_SIZE,

@@ -19,13 +19,13 @@ from crossdock.runtime.contract.coordinator import SHOWN, Coordinator
 from crossdock.runtime.contract.numbers import FINAL_LATENTS, same_numbers
 from crossdock.runtime.contract.verdict import CompositionError, Violation
 from crossdock.runtime.contract.verify import verify_composition
-from crossdock.runtime.gang import Gang
 from crossdock.runtime.inspection import checksum
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.probe import probe_numbers, probe_request
 from crossdock.runtime.reports.records import ProbeReport
 from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.watch.gang import Gang
 from crossdock.runtime.weights import WeightLoader
 from crossdock.runtime.worker import RankWorker
 from layouts import FAMILIES

@@ -12,7 +12,7 @@ from crossdock.launch.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.verdict import CompositionError
 from crossdock.runtime.errors import RankError
-from crossdock.runtime.gang import Gang
+from crossdock.runtime.watch.gang import Gang
 
 
 def test_a_rank_that_raises_names_itself(gang_of: Callable[[int], Gang]) -> None:

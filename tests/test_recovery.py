@@ -18,8 +18,8 @@ from crossdock.launch.generate import summary, survived
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.verdict import CompositionError
 from crossdock.runtime.errors import ConfigError, CrossdockError, RankError, RequestCancelled, RequestTimeout
-from crossdock.runtime.faults import rank_error
-from crossdock.runtime.gang import Notice
+from crossdock.runtime.watch.faults import rank_error
+from crossdock.runtime.watch.gang import Notice
 from crossdock.runtime.worker import RankWorker
 from reference import PROMPT
 

@@ -12,7 +12,7 @@ import torch
 from crossdock.launch.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.config.yaml_file import load_config
-from crossdock.runtime.gang import Gang
+from crossdock.runtime.watch.gang import Gang
 from layouts import FAMILIES, LAYOUTS
 from reference import ODD_SIZE, PROMPT
 

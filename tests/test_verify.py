@@ -23,10 +23,10 @@ from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.contract.schedule import trace_in_order
 from crossdock.runtime.contract.verdict import CompositionError
 from crossdock.runtime.contract.verify import CHECKS, verify_composition
-from crossdock.runtime.gang import Gang
 from crossdock.runtime.inspection import checksum, foreign_hooks
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import HomeRecord, MemorySpan, RankReport, TensorRecord
+from crossdock.runtime.watch.gang import Gang
 from crossdock.runtime.worker import RankWorker
 from layouts import FAMILIES, LAYOUTS
 

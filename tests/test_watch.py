@@ -13,9 +13,9 @@ import torch
 from crossdock.parallel.group import KEPT, Collective, GroupRecord
 from crossdock.parallel.mesh import MeshShape
 from crossdock.runtime.errors import CheckpointError, FaultKind, RankError, RequestCancelled, RequestTimeout
-from crossdock.runtime.faults import first_cause, is_conclusive, rank_error
 from crossdock.runtime.reports.status import RankStatus, ranks_text
-from crossdock.runtime.watch import PATIENCE_S, Watch, different_collective
+from crossdock.runtime.watch.faults import first_cause, is_conclusive, rank_error
+from crossdock.runtime.watch.watch import PATIENCE_S, Watch, different_collective
 
 LONG = PATIENCE_S + 1.0
 
