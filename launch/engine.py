@@ -26,12 +26,12 @@ from crossdock.runtime.pipeline.snapshot import Snapshot
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.request_checks import check_amounts, check_request
-from crossdock.runtime.probe import probe_numbers, probe_request
+from crossdock.runtime.rank.probe import probe_numbers, probe_request
+from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.rank_result import RankResult
 from crossdock.runtime.reports.status import RankStatus
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.watch.gang import Gang, Notice
-from crossdock.runtime.worker import RankWorker
 
 CANCEL_S = 10.0
 """The longest wait for a rank to take note of a cancel."""

@@ -26,11 +26,11 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from crossdock.launch.process_state import process_state
 from crossdock.runtime.config.schema import LaunchConfig
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled
+from crossdock.runtime.rank.worker import RankWorker, compute_threads
 from crossdock.runtime.reports.status import RankStatus
 from crossdock.runtime.watch.faults import first_cause, is_conclusive, rank_error
 from crossdock.runtime.watch.gang import Notice
 from crossdock.runtime.watch.watch import Watch, different_collective
-from crossdock.runtime.worker import RankWorker, compute_threads
 
 T = TypeVar("T")
 

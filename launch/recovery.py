@@ -10,9 +10,9 @@ from crossdock.runtime.errors import CrossdockError, RankError
 from crossdock.runtime.pipeline.snapshot import Snapshot, common_start
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.status import RankStatus
 from crossdock.runtime.watch.gang import Gang
-from crossdock.runtime.worker import RankWorker
 
 ASIDE_S = 1.0
 """The longest wait for a rank's answer beside a call: the watch waits with it."""

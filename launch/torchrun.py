@@ -22,10 +22,10 @@ from crossdock.launch.arguments import Amounts, Outputs, add_check, build_app, c
 from crossdock.launch.torchrun_watch import REPORTED, RankWatch, exit_now
 from crossdock.runtime.config.schema import LaunchConfig
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled
+from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.watch.faults import rank_error
 from crossdock.runtime.watch.gang import Notice
-from crossdock.runtime.worker import RankWorker
 
 T = TypeVar("T")
 

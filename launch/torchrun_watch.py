@@ -31,8 +31,8 @@ from crossdock.launch.arguments import INTERRUPTED, complain_on_stderr
 from crossdock.launch.process_state import process_state
 from crossdock.launch.torchrun_judge import EXPLAIN_S, SUSPECT_S, Beat, Judge, Verdict
 from crossdock.runtime.errors import CrossdockError, RankError
+from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.status import RankStatus
-from crossdock.runtime.worker import RankWorker
 
 REPORTED = "reported"
 """Counts who wanted to say what went wrong: the first one does."""

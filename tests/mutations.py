@@ -19,15 +19,15 @@ from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.copy_engine import CpuCopyEngine
 from crossdock.offload.layout import ALIGNMENT, aligned_bytes
 from crossdock.offload.loader import BlockLoader
-from crossdock.runtime import arrival as arrival_module
-from crossdock.runtime import probe as probe_module
-from crossdock.runtime import worker as worker_module
-from crossdock.runtime.arrival import Arrivals
 from crossdock.runtime.models.checkpoint import TensorReader
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.weights import WeightLoader
-from crossdock.runtime.worker import RankWorker
+from crossdock.runtime.rank import probe as probe_module
+from crossdock.runtime.rank import worker as worker_module
+from crossdock.runtime.rank.weights import compare as arrival_module
+from crossdock.runtime.rank.weights.compare import Arrivals
+from crossdock.runtime.rank.weights.load import WeightLoader
+from crossdock.runtime.rank.worker import RankWorker
 
 BLOCK = "layers.2"
 NEXT = "layers.3"

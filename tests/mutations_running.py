@@ -22,8 +22,8 @@ from crossdock.parallel import attention as attention_module
 from crossdock.parallel import tensor as tensor_module
 from crossdock.parallel.mesh import MeshShape
 from crossdock.parallel.tensor import RowParallelLinear
+from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.worker import RankWorker
 from mutations import BLOCK, LATE_S, TOO_LATE_S, VERY_LATE_S, block_of, index_of, when_attached
 
 

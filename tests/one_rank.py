@@ -9,7 +9,7 @@ import torch
 
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.worker import RankWorker
+from crossdock.runtime.rank.worker import RankWorker
 
 
 @contextmanager

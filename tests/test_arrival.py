@@ -15,13 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import crossdock.offload.loader as loader_module
-import crossdock.runtime.worker as worker_module
+import crossdock.runtime.rank.worker as worker_module
 from crossdock.offload.block import Home, StreamedBlock
 from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.layout import ALIGNMENT, BlockLayout, aligned_bytes
 from crossdock.parallel.tensor import TensorSlice
-from crossdock.runtime import arrival
-from crossdock.runtime.arrival import WHOLE_BYTES, Arrivals, sampled_rows
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.contract.verdict import CompositionError, Violation
@@ -31,11 +29,13 @@ from crossdock.runtime.models.checkpoint import stored_tensors
 from crossdock.runtime.plan import make_plan as plan_module
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.rank.weights import compare as arrival
+from crossdock.runtime.rank.weights.compare import WHOLE_BYTES, Arrivals, sampled_rows
+from crossdock.runtime.rank.weights.load import WeightLoader
+from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.records import RankReport
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.watch.gang import Gang
-from crossdock.runtime.weights import WeightLoader
-from crossdock.runtime.worker import RankWorker
 from layouts import FAMILIES
 from reference import ODD_SIZE, PROMPT
 from toy_blocks import build
@@ -396,7 +396,7 @@ def test_the_slice_of_another_rank_is_caught(
     """The rank says that it holds its slice, of the right shape; the bytes are those of the other rank."""
 
     def crossed(worker: Any, plan: Any) -> Any:
-        import crossdock.runtime.worker as worker_module
+        import crossdock.runtime.rank.worker as worker_module
 
         class Crossed(worker_module.WeightLoader):  # type: ignore[name-defined, misc]
             def load_blocks(self) -> Any:

@@ -19,9 +19,9 @@ from crossdock.launch.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import CrossdockError, RankError, RequestCancelled, RequestError, RequestTimeout
 from crossdock.runtime.plan.make_plan import make_plan
+from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.watch.gang import Gang
-from crossdock.runtime.worker import RankWorker
 from layouts import FAMILIES
 from reference import ODD_SIZE, PROMPT
 

@@ -24,9 +24,9 @@ from crossdock.runtime.contract.coordinator import SHOWN
 from crossdock.runtime.contract.numbers import SAME_NUMBERS
 from crossdock.runtime.contract.verify import CHECKS
 from crossdock.runtime.errors import LaunchError, RankError
-from crossdock.runtime.probe import probe_numbers
+from crossdock.runtime.rank.probe import probe_numbers
+from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.records import RankReport
-from crossdock.runtime.worker import RankWorker
 from layouts import CONFIGS
 
 Checkpoints = dict[str, Path]

@@ -28,14 +28,14 @@ from crossdock.offload.block import Home
 from crossdock.parallel.group import Group
 from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.tensor import TensorParallelism, TensorSlice
-from crossdock.runtime import weights
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.models import checkpoint
 from crossdock.runtime.models.checkpoint import TensorReader, stored_tensors
 from crossdock.runtime.models.meta import build_config_on_meta, build_on_meta, non_persistent_buffers
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.weights import RankWeights, WeightLoader
+from crossdock.runtime.rank.weights import load as weights
+from crossdock.runtime.rank.weights.load import RankWeights, WeightLoader
 
 # -- the reader ----------------------------------------------------------------------------------------------------
 

@@ -32,10 +32,10 @@ from crossdock.runtime.plan.component_needs import component_needs
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.reschedule import RankObservation, improve
+from crossdock.runtime.rank.weights.load import HostPart
+from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.watch.gang import Gang
-from crossdock.runtime.weights import HostPart
-from crossdock.runtime.worker import RankWorker
 from layouts import FAMILIES
 from reference import ODD_SIZE, PROMPT, TOLERANCE, max_error, reference_latents
 from toy_blocks import build
@@ -216,7 +216,7 @@ def test_a_schedule_is_changed_only_where_it_pays(flux2_dir: Path, monkeypatch: 
 
 def test_improving_changes_no_bit(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of a request other blocks become resident; the coordinator judges the new state as the first."""
-    import crossdock.runtime.worker as worker_module
+    import crossdock.runtime.rank.worker as worker_module
 
     budget = _minimum(flux2_dir) + 2**20
     plan = _plan(flux2_dir, device_budget=f"{budget}B")
@@ -283,7 +283,7 @@ def test_the_next_request_is_right(where: str, error: type[BaseException], check
 def test_too_little_host_memory_is_refused_before_loading(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pitfall 30: the cgroup's limit, not the machine's memory; with the figures, and before a byte is read."""
     from crossdock.offload.host_memory import HostMemory
-    from crossdock.runtime import weights
+    from crossdock.runtime.rank.weights import load as weights
 
     monkeypatch.setattr(weights, "host_memory", lambda: HostMemory(2**20, 2**33, "/sys/fs/cgroup/job"))
     plan = _plan(flux2_dir)
@@ -313,7 +313,7 @@ def test_host_memory_that_has_become_too_little(flux2_dir: Path, monkeypatch: py
 def test_components_count_as_host_memory(host: str, flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pitfall 30: text encoder and VAE come after the blocks; what is too little for them must show before, too."""
     from crossdock.offload.host_memory import HostMemory
-    from crossdock.runtime import weights
+    from crossdock.runtime.rank.weights import load as weights
 
     plan = _plan(flux2_dir, host=host)
     with admitted(_plan(flux2_dir)) as worker:
@@ -364,7 +364,7 @@ def test_bytes_of_another_kind_have_another_key(flux2_dir: Path, tmp_path: Path)
 
 def test_a_crashed_gang_starts_again_without_reading(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the ranks had in host memory is kept for a while; a changed file is not taken for the old one."""
-    from crossdock.runtime import weights
+    from crossdock.runtime.rank.weights import load as weights
 
     plan = _plan(flux2_dir)
     worker = RankWorker(0, 1, torch.device("cpu"))

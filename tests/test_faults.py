@@ -22,7 +22,7 @@ from crossdock.launch.engine import Engine, Generation
 from crossdock.runtime.config.schema import LaunchConfig, RunConfig
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.errors import FaultKind, RankError
-from crossdock.runtime.worker import RankWorker
+from crossdock.runtime.rank.worker import RankWorker
 from layouts import CONFIGS
 from reference import PROMPT
 
@@ -108,7 +108,7 @@ def _faulty_setup(planted: Planted, end: Callable[[], None]) -> Callable[..., An
 
     def setup(worker: RankWorker, *args: Any) -> Any:
         from crossdock.offload.block_stream import BlockStream
-        from crossdock.runtime.weights import WeightLoader
+        from crossdock.runtime.rank.weights.load import WeightLoader
 
         if worker.rank == rank:
             owner, name = (WeightLoader, "load_outside") if moment == "load" else (BlockStream, "watch_arrivals")

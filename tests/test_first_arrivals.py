@@ -24,9 +24,9 @@ from crossdock.runtime.contract.verdict import CompositionError
 from crossdock.runtime.errors import RequestCancelled
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.watch.gang import Gang
-from crossdock.runtime.worker import RankWorker
 from reference import ODD_SIZE, PROMPT
 from toy_blocks import build
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.plan.make_plan import make_plan
+from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.worker import RankWorker
 from layouts import CONFIGS, ROWS, Row
 from reference import PROMPT, TOLERANCE, audio_error, max_error, max_levels, reference
 

@@ -30,11 +30,11 @@ from crossdock.runtime.errors import RankError
 from crossdock.runtime.plan import make_plan as plan_module
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.probe import probe_numbers, probe_request
+from crossdock.runtime.rank.probe import probe_numbers, probe_request
+from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.rank_result import RankResult
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.watch.gang import Gang
-from crossdock.runtime.worker import RankWorker
 from layouts import ALL, COMBINED, FAMILIES, LAYOUTS, PARTLY_RESIDENT
 from mutations import BLOCK, NEXT, OUTSIDE, PACKED, TABLE, TO_Q, Mutation, Plant, Stage
 from reference import PROMPT, TOLERANCE, max_error, reference_latents

@@ -19,10 +19,10 @@ from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import ConfigError
 from crossdock.runtime.models.checkpoint import stored_tensors
-from crossdock.runtime.page_cache import CheckpointPages
 from crossdock.runtime.plan.checks import check_pages
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import PlannedBlock
+from crossdock.runtime.rank.weights.mmap_pages import CheckpointPages
 from crossdock.runtime.watch.gang import Gang
 from layouts import FAMILIES
 from reference import ODD_SIZE, PROMPT, TOLERANCE, max_error, reference_latents

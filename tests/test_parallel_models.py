@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from crossdock.parallel.attention import SequenceParallelAttention
 from crossdock.parallel.regions import SequenceParallelism
 from crossdock.parallel.tensor import TensorParallelism
-from crossdock.runtime.attention import AttentionBinding
+from crossdock.runtime.rank.attention_backend import AttentionBinding
 
 LAYOUTS = {
     "tp 2": (2, 1, 1),

@@ -19,15 +19,15 @@ from crossdock.runtime.contract.coordinator import SHOWN, Coordinator
 from crossdock.runtime.contract.numbers import FINAL_LATENTS, same_numbers
 from crossdock.runtime.contract.verdict import CompositionError, Violation
 from crossdock.runtime.contract.verify import verify_composition
-from crossdock.runtime.inspection import checksum
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.probe import probe_numbers, probe_request
+from crossdock.runtime.rank.inspection import checksum
+from crossdock.runtime.rank.probe import probe_numbers, probe_request
+from crossdock.runtime.rank.weights.load import WeightLoader
+from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.records import ProbeReport
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.watch.gang import Gang
-from crossdock.runtime.weights import WeightLoader
-from crossdock.runtime.worker import RankWorker
 from layouts import FAMILIES
 from reference import ODD_SIZE, PROMPT
 
@@ -271,7 +271,7 @@ def test_the_part_of_another_rank_is_found(fault: str, gang_of: GangOf, checkpoi
 
     def plant(worker: Any) -> str:
         from crossdock.runtime.models.meta import build_on_meta
-        from crossdock.runtime.weights import WeightLoader
+        from crossdock.runtime.rank.weights.load import WeightLoader
 
         plan, block = worker.plan, worker.weights.blocks[3]
         if worker.rank == 1:

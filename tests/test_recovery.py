@@ -18,9 +18,9 @@ from crossdock.launch.generate import summary, survived
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.verdict import CompositionError
 from crossdock.runtime.errors import ConfigError, CrossdockError, RankError, RequestCancelled, RequestTimeout
+from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.watch.faults import rank_error
 from crossdock.runtime.watch.gang import Notice
-from crossdock.runtime.worker import RankWorker
 from reference import PROMPT
 
 SIZE = 64

@@ -19,7 +19,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from crossdock.parallel.regions import Follow, Join, SequenceParallelism, SequenceRegion
 from crossdock.parallel.sequence import SequenceLayout, take_shard
-from crossdock.runtime.attention import AttentionBinding
+from crossdock.runtime.rank.attention_backend import AttentionBinding
 
 PARTS = 3
 

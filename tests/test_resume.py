@@ -22,10 +22,10 @@ from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import RequestError
 from crossdock.runtime.pipeline.snapshot import Snapshot, common_start
 from crossdock.runtime.plan.make_plan import make_plan
+from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.rank_result import RankResult
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.watch.gang import Gang
-from crossdock.runtime.worker import RankWorker
 from layouts import FAMILIES
 from reference import ODD_SIZE, OTHER_PROMPT, PROMPT
 

@@ -16,10 +16,10 @@ from crossdock.offload.trace import BlockTimes, EventKind, TraceEvent, block_tim
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.plan.make_plan import make_plan
+from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.records import RankTrace, Span
 from crossdock.runtime.reports.trace_file import TRACKS, chrome_trace
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.worker import RankWorker
 from toy_blocks import STREAMED, BlockError, build
 
 Json = dict[str, Any]

@@ -27,10 +27,10 @@ from crossdock.runtime.pipeline.denoise_loop import DenoiseLoop
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.reschedule import RankObservation, improve
-from crossdock.runtime.probe import probe_numbers, probe_request
+from crossdock.runtime.rank.probe import probe_numbers, probe_request
+from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.rank_result import RankResult
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.worker import RankWorker
 from reference import PROMPT, TOLERANCE, max_error, reference
 
 FIRST, SECOND = "transformer", "transformer_2"
@@ -230,7 +230,7 @@ def test_the_probe_runs_both(directory: Path) -> None:
 
 def test_one_that_never_has_a_turn_is_told(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = _plan(directory)
-    monkeypatch.setattr("crossdock.runtime.probe._MOST_STEPS", 4)
+    monkeypatch.setattr("crossdock.runtime.rank.probe._MOST_STEPS", 4)
     with admitted(plan) as worker:
         worker.pipeline.pipe.register_to_config(boundary_ratio=None)
         report = probe_numbers(worker, probe_request(plan))
@@ -280,7 +280,7 @@ def test_an_improved_schedule_serves_both(budget: str, directory: Path, monkeypa
     budget = _budget(directory, 0.7) if budget == "half" else budget
     config = RunConfig.parse({"offload": {"layerwise": True, "device_budget": budget}})
     plan = make_plan(config, directory, "cpu", device_bytes=2**33)
-    monkeypatch.setattr("crossdock.runtime.worker.observe", lambda plan, *_: _observed(plan, 0, 2**16))
+    monkeypatch.setattr("crossdock.runtime.rank.worker.observe", lambda plan, *_: _observed(plan, 0, 2**16))
     with admitted(plan) as worker:
         coordinator = Coordinator(plan)
         coordinator.admit([worker.report()], rehearsed=False)

@@ -23,11 +23,11 @@ from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.contract.schedule import trace_in_order
 from crossdock.runtime.contract.verdict import CompositionError
 from crossdock.runtime.contract.verify import CHECKS, verify_composition
-from crossdock.runtime.inspection import checksum, foreign_hooks
 from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.rank.inspection import checksum, foreign_hooks
+from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.records import HomeRecord, MemorySpan, RankReport, TensorRecord
 from crossdock.runtime.watch.gang import Gang
-from crossdock.runtime.worker import RankWorker
 from layouts import FAMILIES, LAYOUTS
 
 Healthy = tuple[RunPlan, tuple[RankReport, ...]]

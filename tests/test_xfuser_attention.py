@@ -24,14 +24,14 @@ from processes import run_ranks
 from torch import Tensor, nn
 
 import crossdock.parallel.xfuser_attention as xfuser_attention
-import crossdock.runtime.model_parallelism as model_parallelism
+import crossdock.runtime.rank.parallelize as model_parallelism
 from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.sequence import SequenceLayout
 from crossdock.parallel.xfuser_attention import XFuserAttention, xfuser_installed, xfuser_limits
 from crossdock.runtime.config.schema import RunConfig
-from crossdock.runtime.model_parallelism import ModelParallelism
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.rank.parallelize import ModelParallelism
 
 RANKS = 4
 TIME_LIMIT_S = 120

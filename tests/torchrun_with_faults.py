@@ -16,7 +16,7 @@ from typing import Any
 
 from crossdock.launch.torchrun import main
 from crossdock.offload.host_store import HostStore
-from crossdock.runtime.worker import RankWorker
+from crossdock.runtime.rank.worker import RankWorker
 
 STEP_S = 0.4
 """Added to every step of a try with a fault, so that each is seen."""

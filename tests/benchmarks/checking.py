@@ -42,8 +42,8 @@ from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.models.tiny.checkpoint import make_checkpoint
 from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.records import RankReport
-from crossdock.runtime.worker import RankWorker
 
 SHAPE = {"num_layers": 3, "num_single_layers": 9, "attention_head_dim": 128, "axes_dims_rope": (32, 32, 32, 32)}
 LOAD_AIM = 0.03
@@ -147,7 +147,7 @@ _ONE_AFTER_THE_OTHER = ("comparing what stays, asking for spoiling", "report", "
 def _timed_setup(worker: RankWorker, plan: RunPlan, checked: bool) -> RankReport | None:
     """On a rank: `setup`, with all that is checked in it or without; `took` has what it and the first step spend."""
     import crossdock.offload.slot_loads as loading
-    from crossdock.runtime.arrival import Arrivals
+    from crossdock.runtime.rank.weights.compare import Arrivals
 
     start, report, arriving = _ONE_AFTER_THE_OTHER
     took = worker.took = dict.fromkeys((*_ONE_AFTER_THE_OTHER, "spoiling, on the copy lane"), 0.0)  # type: ignore[attr-defined]
@@ -243,7 +243,7 @@ def _parts(engine: Engine, steps: int, size: int) -> dict[str, float]:
 def _time_checks(worker: RankWorker) -> None:
     from crossdock.offload.loader import EventLog
     from crossdock.parallel.group import Group
-    from crossdock.runtime.stopping import Stopping
+    from crossdock.runtime.rank.stop import Stopping
 
     parts = (
         ("the record of collectives", Group, "_begin"),
@@ -274,7 +274,7 @@ def _unchecked(engine: Engine) -> Iterator[None]:
 def _switch_off(worker: RankWorker) -> None:
     from crossdock.offload.loader import EventLog
     from crossdock.parallel.group import Group
-    from crossdock.runtime.stopping import Stopping
+    from crossdock.runtime.rank.stop import Stopping
 
     worker.switched: Any = ExitStack()  # type: ignore[misc, attr-defined]
     for owner, name in ((Group, "_begin"), (Stopping, "agree"), (EventLog, "note")):

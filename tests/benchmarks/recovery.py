@@ -32,7 +32,7 @@ from rich.table import Table
 from crossdock.launch.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.config.yaml_file import load_config
-from crossdock.runtime.worker import RankWorker
+from crossdock.runtime.rank.worker import RankWorker
 
 TESTS = Path(__file__).resolve().parents[1]
 CONFIG = TESTS.parent / "launch" / "configs" / "layerwise_ulysses2_ring2.yaml"

@@ -15,9 +15,9 @@ from crossdock.offload.block import Home
 from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.host_store import mapped_share_bytes
 from crossdock.offload.trace import TraceEvent, block_times, step_times
-from crossdock.runtime.inspection import device_weight_bytes
+from crossdock.runtime.rank.inspection import device_weight_bytes
+from crossdock.runtime.rank.weights.load import RankWeights
 from crossdock.runtime.reports.records import Measurements, Span
-from crossdock.runtime.weights import RankWeights
 
 _EVENTS_PER_BLOCK = 7
 """At most, in one pass."""

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from crossdock.offload.block import StreamedBlock
 from crossdock.runtime.contract.numbers import FINAL_LATENTS, not_called
-from crossdock.runtime.inspection import checksum, digest
 from crossdock.runtime.models.transformers import build_transformers
 from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.rank.inspection import checksum, digest
+from crossdock.runtime.rank.weights.load import WeightLoader
+from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.records import ProbeReport
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.weights import WeightLoader
-from crossdock.runtime.worker import RankWorker
 
 _PROMPT = "a small wooden boat on a calm lake"
 _SIDE = 4

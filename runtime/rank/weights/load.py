@@ -23,8 +23,8 @@ from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.errors import LaunchError
 from crossdock.runtime.models.checkpoint import TensorReader
 from crossdock.runtime.models.meta import non_persistent_buffers
-from crossdock.runtime.page_cache import CheckpointPages
 from crossdock.runtime.plan.plan import PlannedBlock, RunPlan
+from crossdock.runtime.rank.weights.mmap_pages import CheckpointPages
 
 
 def node_id() -> str:

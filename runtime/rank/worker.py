@@ -27,9 +27,14 @@ from crossdock.parallel.hsdp import all_gather_bytes
 from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.sequence import shard_lengths
 from crossdock.parallel.tensor import EXCHANGING
-from crossdock.runtime.arrival import Arrivals
 from crossdock.runtime.errors import RequestCancelled
-from crossdock.runtime.inspection import (
+from crossdock.runtime.models.transformers import build_transformers, transformers_in
+from crossdock.runtime.pipeline.denoise_loop import StepEnd
+from crossdock.runtime.pipeline.pipeline import Denoised, RankPipeline
+from crossdock.runtime.pipeline.snapshot import Snapshot, of_replica
+from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.plan.reschedule import MEASURED_STEPS, improve, observe
+from crossdock.runtime.rank.inspection import (
     checksum,
     foreign_hooks,
     measure_device,
@@ -40,20 +45,15 @@ from crossdock.runtime.inspection import (
     record_tensors,
     sampled_checksum,
 )
-from crossdock.runtime.model_parallelism import ModelParallelism
-from crossdock.runtime.models.transformers import build_transformers, transformers_in
-from crossdock.runtime.pipeline.denoise_loop import StepEnd
-from crossdock.runtime.pipeline.pipeline import Denoised, RankPipeline
-from crossdock.runtime.pipeline.snapshot import Snapshot, of_replica
-from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.plan.reschedule import MEASURED_STEPS, improve, observe
+from crossdock.runtime.rank.parallelize import ModelParallelism
+from crossdock.runtime.rank.request_log import RequestLog
+from crossdock.runtime.rank.stop import ArrivalsDifferError, Stopping
+from crossdock.runtime.rank.weights.compare import Arrivals
+from crossdock.runtime.rank.weights.load import RankWeights, WeightLoader
 from crossdock.runtime.reports.rank_result import RankResult
 from crossdock.runtime.reports.records import RankReport, RankTrace
 from crossdock.runtime.reports.status import RankStatus
 from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.request_log import RequestLog
-from crossdock.runtime.stopping import ArrivalsDifferError, Stopping
-from crossdock.runtime.weights import RankWeights, WeightLoader
 
 
 def compute_threads(world_size: int) -> int:

@@ -12,9 +12,9 @@ from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.regions import Attend, SequenceParallelism
 from crossdock.parallel.tensor import TensorParallelism
 from crossdock.parallel.xfuser_attention import XFuserAttention
-from crossdock.runtime.attention import AttentionBinding
 from crossdock.runtime.models.transformers import transformers_in
 from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.rank.attention_backend import AttentionBinding
 
 
 class ModelParallelism:

@@ -1,0 +1,1 @@
+"""One rank: what it loads, cuts, streams, runs and reports."""
