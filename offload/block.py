@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from torch import Tensor, nn
 
-from crossdock.offload.layout import BlockLayout
+from crossdock.offload.memory.layout import BlockLayout
 
 
 class Home(StrEnum):

@@ -17,12 +17,12 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from crossdock.offload.arena import Arena, Slot
 from crossdock.offload.arrivals import FirstArrivals, Look
 from crossdock.offload.block import StreamedBlock
-from crossdock.offload.copy_engine import CopyEngine
 from crossdock.offload.hooks import BlockHooks
 from crossdock.offload.loader import BlockLoader, EventLog, Gather, fill_nan
+from crossdock.offload.memory.arena import Arena, Slot
+from crossdock.offload.memory.copy_engine import CopyEngine
 from crossdock.offload.run_order import RunOrder
 from crossdock.offload.schedule import SlotSchedule, slot_sizes
 from crossdock.offload.slot_loads import SlotLoads

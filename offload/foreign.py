@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from crossdock.offload.layout import local_part
+from crossdock.offload.memory.layout import local_part
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 _LISTED = 3

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from crossdock.offload.block import Home, StreamedBlock
-from crossdock.offload.copy_engine import CopyEngine, Event, Lane, Mark
-from crossdock.offload.layout import ALIGNMENT, round_up
+from crossdock.offload.memory.copy_engine import CopyEngine, Event, Lane, Mark
+from crossdock.offload.memory.layout import ALIGNMENT, round_up
 from crossdock.offload.trace import EventKind, StreamCounters, TraceEvent
 
 

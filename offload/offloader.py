@@ -21,16 +21,23 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-from crossdock.offload.arena import Arena
 from crossdock.offload.block import Home, StreamedBlock
 from crossdock.offload.block_stream import BlockStream
-from crossdock.offload.copy_engine import CopyEngine, make_copy_engine
 from crossdock.offload.discovery import FoundBlock, PlainTensor, discover_blocks, move_plain_tensors, shared_storage
 from crossdock.offload.foreign import refuse_foreign
-from crossdock.offload.host_memory import host_memory, require
-from crossdock.offload.host_store import HostStore
-from crossdock.offload.layout import ALIGNMENT, BlockLayout, TensorEntry, aligned_bytes, local_part, set_local_part
 from crossdock.offload.measured_costs import measured_costs
+from crossdock.offload.memory.arena import Arena
+from crossdock.offload.memory.copy_engine import CopyEngine, make_copy_engine
+from crossdock.offload.memory.host_memory import host_memory, require
+from crossdock.offload.memory.host_store import HostStore
+from crossdock.offload.memory.layout import (
+    ALIGNMENT,
+    BlockLayout,
+    TensorEntry,
+    aligned_bytes,
+    local_part,
+    set_local_part,
+)
 from crossdock.offload.residency import (
     WORTHWHILE,
     Residency,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from crossdock.offload.block import StreamedBlock
-from crossdock.offload.layout import Distribution, aligned_bytes, local_part
 from crossdock.offload.loader import BlockLoader
+from crossdock.offload.memory.layout import Distribution, aligned_bytes, local_part
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from crossdock.offload.block import StreamedBlock
 from crossdock.offload.block_stream import BlockStream
-from crossdock.offload.copy_engine import CpuCopyEngine
-from crossdock.offload.layout import ALIGNMENT, aligned_bytes
 from crossdock.offload.loader import BlockLoader
+from crossdock.offload.memory.copy_engine import CpuCopyEngine
+from crossdock.offload.memory.layout import ALIGNMENT, aligned_bytes
 from crossdock.runtime.models.checkpoint import TensorReader
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan

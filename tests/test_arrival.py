@@ -18,7 +18,7 @@ import crossdock.offload.loader as loader_module
 import crossdock.runtime.rank.worker as worker_module
 from crossdock.offload.block import Home, StreamedBlock
 from crossdock.offload.block_stream import BlockStream
-from crossdock.offload.layout import ALIGNMENT, BlockLayout, aligned_bytes
+from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout, aligned_bytes
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator

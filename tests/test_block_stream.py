@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from crossdock.offload.block import Home, StreamedBlock
 from crossdock.offload.block_stream import BlockStream
-from crossdock.offload.copy_engine import CopyEngine, CpuCopyEngine, Event
-from crossdock.offload.layout import ALIGNMENT, BlockLayout, aligned_bytes
+from crossdock.offload.memory.copy_engine import CopyEngine, CpuCopyEngine, Event
+from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout, aligned_bytes
 from crossdock.offload.residency import assumed_costs, minimum_bytes, plan_residency
 from crossdock.offload.schedule import assign_slots
 from layouts import ALL

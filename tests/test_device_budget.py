@@ -282,7 +282,7 @@ def test_the_next_request_is_right(where: str, error: type[BaseException], check
 
 def test_too_little_host_memory_is_refused_before_loading(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pitfall 30: the cgroup's limit, not the machine's memory; with the figures, and before a byte is read."""
-    from crossdock.offload.host_memory import HostMemory
+    from crossdock.offload.memory.host_memory import HostMemory
     from crossdock.runtime.rank.weights import load as weights
 
     monkeypatch.setattr(weights, "host_memory", lambda: HostMemory(2**20, 2**33, "/sys/fs/cgroup/job"))
@@ -300,7 +300,7 @@ def test_too_little_host_memory_is_refused_before_loading(flux2_dir: Path, monke
 def test_host_memory_that_has_become_too_little(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process took it while the blocks were read: a traceback instead of a message."""
     from crossdock.offload import offloader
-    from crossdock.offload.host_memory import HostMemory
+    from crossdock.offload.memory.host_memory import HostMemory
 
     monkeypatch.setattr(offloader, "host_memory", lambda: HostMemory(2**10, 2**33, "/sys/fs/cgroup/job"))
     worker = RankWorker(0, 1, torch.device("cpu"))
@@ -312,7 +312,7 @@ def test_host_memory_that_has_become_too_little(flux2_dir: Path, monkeypatch: py
 @pytest.mark.parametrize("host", ["shared", "mmap"])
 def test_components_count_as_host_memory(host: str, flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pitfall 30: text encoder and VAE come after the blocks; what is too little for them must show before, too."""
-    from crossdock.offload.host_memory import HostMemory
+    from crossdock.offload.memory.host_memory import HostMemory
     from crossdock.runtime.rank.weights import load as weights
 
     plan = _plan(flux2_dir, host=host)

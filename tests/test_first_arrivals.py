@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from crossdock.launch.engine import Engine
 from crossdock.offload.block import Home, StreamedBlock
-from crossdock.offload.copy_engine import CpuCopyEngine
-from crossdock.offload.layout import ALIGNMENT
+from crossdock.offload.memory.copy_engine import CpuCopyEngine
+from crossdock.offload.memory.layout import ALIGNMENT
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.contract.verdict import CompositionError

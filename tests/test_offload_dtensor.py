@@ -36,7 +36,7 @@ from torch.distributed.tensor.parallel import (
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from crossdock.offload.foreign import ForeignMechanismError, foreign_mechanisms
-from crossdock.offload.layout import BlockLayout
+from crossdock.offload.memory.layout import BlockLayout
 from crossdock.offload.offloader import OUTSIDE, LayerwiseOffloader
 
 CPU = torch.device("cpu")

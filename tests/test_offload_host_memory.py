@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from crossdock.offload.host_memory import GIB, HostMemory, HostMemoryError, host_memory, require
+from crossdock.offload.memory.host_memory import GIB, HostMemory, HostMemoryError, host_memory, require
 
 TOTAL, AVAILABLE = 64 * GIB, 40 * GIB
 

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from crossdock.offload import store_keeper
-from crossdock.offload.host_store import PREFIX, HostStore, HostStoreHandle, mapped_share_bytes
+from crossdock.offload.memory import store_keeper
+from crossdock.offload.memory.host_store import PREFIX, HostStore, HostStoreHandle, mapped_share_bytes
 
 MIB = 2**20
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 OWNER = """
 import sys
-from crossdock.offload.host_store import HostStore, mapped_share_bytes
+from crossdock.offload.memory.host_store import HostStore, mapped_share_bytes
 store = HostStore.create(int(sys.argv[1]))
 store.bytes.fill_(7)
 print(store.handle.pid, store.handle.fd, flush=True)
@@ -32,14 +32,14 @@ for line in sys.stdin:
 """
 ATTACHER = """
 import sys
-from crossdock.offload.host_store import HostStore, HostStoreHandle, mapped_share_bytes
+from crossdock.offload.memory.host_store import HostStore, HostStoreHandle, mapped_share_bytes
 store = HostStore.attach(HostStoreHandle(*map(int, sys.argv[1:])))
 print("mapped", flush=True)
 """
 
 KEYED = """
 import sys
-from crossdock.offload.host_store import HostStore
+from crossdock.offload.memory.host_store import HostStore
 print("ready", flush=True)
 """
 

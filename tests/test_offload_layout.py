@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from crossdock.offload.layout import ALIGNMENT, BlockLayout, aligned_bytes, round_up
+from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout, aligned_bytes, round_up
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int8, torch.bool)
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from crossdock.launch.engine import Engine
 from crossdock.offload.block import Home
-from crossdock.offload.layout import BlockLayout, TensorEntry
+from crossdock.offload.memory.layout import BlockLayout, TensorEntry
 from crossdock.parallel.hsdp import shard_range
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.config.schema import RunConfig

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from crossdock.offload import store_keeper
+from crossdock.offload.memory import store_keeper
 
 MIB = 2**20
 SIZE = 3 * MIB + 123
@@ -25,7 +25,7 @@ NOBODY = 65534
 
 RANK = """
 import mmap, os, signal, sys
-from crossdock.offload import store_keeper
+from crossdock.offload.memory import store_keeper
 
 def create(key, nbytes, value, **options):
     global memory

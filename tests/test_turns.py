@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from crossdock.offload.block import Home
-from crossdock.offload.copy_engine import CopyEngine, CpuCopyEngine
+from crossdock.offload.memory.copy_engine import CopyEngine, CpuCopyEngine
 from crossdock.offload.residency import assumed_costs, minimum_bytes, plan_residency
 from crossdock.offload.run_order import RunOrder
 from crossdock.offload.schedule import slot_sizes

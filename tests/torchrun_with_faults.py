@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from crossdock.launch.torchrun import main
-from crossdock.offload.host_store import HostStore
+from crossdock.offload.memory.host_store import HostStore
 from crossdock.runtime.rank.worker import RankWorker
 
 STEP_S = 0.4

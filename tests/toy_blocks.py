@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from crossdock.offload.arena import Arena
 from crossdock.offload.block import Home, StreamedBlock
 from crossdock.offload.block_stream import BlockStream
-from crossdock.offload.copy_engine import CopyEngine, CpuCopyEngine, Event
-from crossdock.offload.layout import BlockLayout, aligned_bytes
 from crossdock.offload.loader import Gather
+from crossdock.offload.memory.arena import Arena
+from crossdock.offload.memory.copy_engine import CopyEngine, CpuCopyEngine, Event
+from crossdock.offload.memory.layout import BlockLayout, aligned_bytes
 from crossdock.offload.residency import assumed_costs, minimum_bytes, plan_residency
 from crossdock.offload.schedule import SlotSchedule, assign_slots
 from crossdock.offload.turns import place_sizes, slots_in_turn

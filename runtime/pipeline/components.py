@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from crossdock.offload.arena import Arena
-from crossdock.offload.copy_engine import CopyEngine
-from crossdock.offload.host_memory import HostMemoryError
+from crossdock.offload.memory.arena import Arena
+from crossdock.offload.memory.copy_engine import CopyEngine
+from crossdock.offload.memory.host_memory import HostMemoryError
 from crossdock.offload.offloader import LayerwiseOffloader
 from crossdock.runtime.errors import LaunchError
 from crossdock.runtime.plan.component_needs import component_blocks, vae_parts

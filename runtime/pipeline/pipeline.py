@@ -15,8 +15,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from crossdock.offload.arena import Arena
-from crossdock.offload.copy_engine import CopyEngine
+from crossdock.offload.memory.arena import Arena
+from crossdock.offload.memory.copy_engine import CopyEngine
 from crossdock.parallel.guidance import GuidanceParallelism
 from crossdock.parallel.mesh import Mesh
 from crossdock.runtime.errors import CheckpointError, LaunchError

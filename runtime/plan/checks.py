@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from crossdock.offload.layout import BlockLayout
+from crossdock.offload.memory.layout import BlockLayout
 from crossdock.parallel.tensor import tensor_slices
 from crossdock.parallel.xfuser_attention import xfuser_installed, xfuser_limits
 from crossdock.runtime.config.schema import RunConfig

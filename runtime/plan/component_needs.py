@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from crossdock.offload.discovery import DiscoveryError, FoundBlock, discover_blocks
-from crossdock.offload.layout import ALIGNMENT, BlockLayout
+from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout
 from crossdock.offload.offloader import component_layouts
 from crossdock.offload.schedule import device_bytes
 from crossdock.runtime.errors import CheckpointError

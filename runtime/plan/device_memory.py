@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from crossdock.offload.layout import ALIGNMENT
+from crossdock.offload.memory.layout import ALIGNMENT
 from crossdock.offload.residency import Residency, assumed_costs, minimum_bytes, plan_residency
 from crossdock.offload.turns import place_sizes, usable_bytes
 from crossdock.runtime.config.schema import OffloadConfig

@@ -15,7 +15,7 @@ from torch import nn
 
 from crossdock.offload.block import Home
 from crossdock.offload.discovery import DiscoveryError, FoundBlock, discover_blocks
-from crossdock.offload.layout import ALIGNMENT, BlockLayout
+from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout
 from crossdock.offload.offloader import shared_tensors
 from crossdock.parallel.mesh import MeshShape
 from crossdock.parallel.tensor import TensorParallelism, TensorSlice

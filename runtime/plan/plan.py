@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from crossdock.offload.block import Home
-from crossdock.offload.layout import ALIGNMENT, BlockLayout
+from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout
 from crossdock.offload.residency import Residency, minimum_bytes
 from crossdock.offload.schedule import SlotSchedule
 from crossdock.offload.turns import place_sizes, slots_in_turn

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from crossdock.offload.layout import ALIGNMENT
 from crossdock.offload.measured_costs import measured_costs, slowest
+from crossdock.offload.memory.layout import ALIGNMENT
 from crossdock.offload.residency import WORTHWHILE, Costs, plan_residency, steady_step_s
 from crossdock.offload.trace import TraceEvent
 from crossdock.offload.turns import usable_bytes

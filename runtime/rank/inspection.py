@@ -11,7 +11,7 @@ from crossdock.offload.block import Home
 from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.discovery import named_plain_tensors
 from crossdock.offload.foreign import foreign_mechanisms
-from crossdock.offload.layout import local_part
+from crossdock.offload.memory.layout import local_part
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import DeviceBytes, HomeRecord, MemorySpan, TensorRecord

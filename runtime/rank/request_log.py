@@ -13,7 +13,7 @@ from torch import nn
 
 from crossdock.offload.block import Home
 from crossdock.offload.block_stream import BlockStream
-from crossdock.offload.host_store import mapped_share_bytes
+from crossdock.offload.memory.host_store import mapped_share_bytes
 from crossdock.offload.trace import TraceEvent, block_times, step_times
 from crossdock.runtime.rank.inspection import device_weight_bytes
 from crossdock.runtime.rank.weights.load import RankWeights

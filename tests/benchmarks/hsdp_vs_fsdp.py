@@ -48,9 +48,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 
 from crossdock.offload.block import Home, StreamedBlock
 from crossdock.offload.block_stream import BlockStream
-from crossdock.offload.copy_engine import make_copy_engine
-from crossdock.offload.layout import BlockLayout, aligned_bytes
 from crossdock.offload.loader import Gather
+from crossdock.offload.memory.copy_engine import make_copy_engine
+from crossdock.offload.memory.layout import BlockLayout, aligned_bytes
 from crossdock.offload.schedule import assign_slots
 from crossdock.parallel.group import Group
 from crossdock.parallel.hsdp import all_gather_bytes, shard_range

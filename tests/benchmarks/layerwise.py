@@ -44,10 +44,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from crossdock.offload.copy_engine import make_copy_engine
 from crossdock.offload.discovery import discover_blocks
-from crossdock.offload.host_store import HostStore
-from crossdock.offload.layout import ALIGNMENT
+from crossdock.offload.memory.copy_engine import make_copy_engine
+from crossdock.offload.memory.host_store import HostStore
+from crossdock.offload.memory.layout import ALIGNMENT
 from crossdock.offload.offloader import LayerwiseOffloader, component_layouts
 from crossdock.offload.residency import minimum_bytes
 

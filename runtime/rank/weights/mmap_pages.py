@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from crossdock.offload.block import Piece
-from crossdock.offload.layout import TensorEntry
+from crossdock.offload.memory.layout import TensorEntry
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.models.checkpoint import StoredTensor
 from crossdock.runtime.plan.plan import PlannedBlock

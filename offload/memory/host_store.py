@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crossdock.offload import store_keeper
+from crossdock.offload.memory import store_keeper
 
 PREFIX = "crossdock-blocks"
 """How a store is called in /proc/<pid>/maps, for whoever measures its share."""

@@ -16,8 +16,8 @@ from typing import Protocol
 
 import torch
 
-from crossdock.offload.copy_engine import Event
-from crossdock.offload.layout import aligned_bytes
+from crossdock.offload.memory.copy_engine import Event
+from crossdock.offload.memory.layout import aligned_bytes
 
 
 class Tenant(Protocol):

@@ -56,7 +56,7 @@ def keep(key: str, fd: int, nbytes: int, *, grace_s: float = GRACE_S, launcher: 
     try:
         with _pidfd(os.getpid()) as owner, _pidfd(launcher) as lifeline:
             started = subprocess.run(
-                # -I: a folder with files called `trace.py` and `block.py` must not shadow the standard library
+                # -I: no file beside this one, whatever it is called, must shadow the standard library
                 [sys.executable, "-I", "-S", os.path.abspath(__file__), address]
                 + [str(value) for value in (nbytes, grace_s, os.getpid(), fd, owner, lifeline)],
                 stdin=subprocess.DEVNULL,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from crossdock.offload.host_memory import host_memory
+from crossdock.offload.memory.host_memory import host_memory
 
 MARGIN = 0.05
 """Share of the device that is never counted as spare: allocations differ a little from step to step."""
