@@ -24,7 +24,7 @@ from crossdock.offload.loader import BlockLoader, EventLog, Gather, fill_nan
 from crossdock.offload.memory.arena import Arena, Slot
 from crossdock.offload.memory.copy_engine import CopyEngine
 from crossdock.offload.run_order import RunOrder
-from crossdock.offload.schedule import SlotSchedule, slot_sizes
+from crossdock.offload.schedule.slots import SlotSchedule, slot_sizes
 from crossdock.offload.slot_loads import SlotLoads
 from crossdock.offload.trace import EventKind, StreamCounters, TraceEvent
 from crossdock.offload.true_weights import TrueWeights

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from crossdock.offload.residency import Costs
+from crossdock.offload.schedule.residency import Costs
 from crossdock.offload.trace import TraceEvent
 
 

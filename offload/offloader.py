@@ -38,7 +38,7 @@ from crossdock.offload.memory.layout import (
     local_part,
     set_local_part,
 )
-from crossdock.offload.residency import (
+from crossdock.offload.schedule.residency import (
     WORTHWHILE,
     Residency,
     assumed_costs,

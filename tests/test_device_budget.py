@@ -21,7 +21,7 @@ import crossdock.runtime.plan.reschedule as improvement
 from crossdock.launch.engine import Engine
 from crossdock.offload.block import Home
 from crossdock.offload.measured_costs import slowest
-from crossdock.offload.residency import Costs, steady_step_s
+from crossdock.offload.schedule.residency import Costs, steady_step_s
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.errors import ConfigError, LaunchError

@@ -18,7 +18,7 @@ from crossdock.offload.memory.copy_engine import make_copy_engine
 from crossdock.offload.memory.host_store import HostStore
 from crossdock.offload.memory.layout import BlockLayout, aligned_bytes
 from crossdock.offload.offloader import LayerwiseOffloader
-from crossdock.offload.schedule import assign_slots
+from crossdock.offload.schedule.slots import assign_slots
 from crossdock.parallel.kernels import attention_with_lse, merge
 
 pytestmark = [

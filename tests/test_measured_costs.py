@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from crossdock.offload.measured_costs import measured_costs, slowest
-from crossdock.offload.residency import Costs
-from crossdock.offload.schedule import slot_sizes
+from crossdock.offload.schedule.residency import Costs
+from crossdock.offload.schedule.slots import slot_sizes
 from crossdock.offload.trace import EventKind, TraceEvent
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.plan.make_plan import make_plan

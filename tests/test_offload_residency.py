@@ -8,8 +8,9 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from crossdock.offload import residency, schedule
-from crossdock.offload.residency import (
+from crossdock.offload.schedule import residency
+from crossdock.offload.schedule import slots as schedule
+from crossdock.offload.schedule.residency import (
     Costs,
     Residency,
     assumed_costs,
@@ -17,7 +18,7 @@ from crossdock.offload.residency import (
     plan_residency,
     steady_step_s,
 )
-from crossdock.offload.schedule import assign_slots, device_bytes
+from crossdock.offload.schedule.slots import assign_slots, device_bytes
 
 MIB = 1 << 20
 MOST_TIMED = 1_000_000  # events: about half a second

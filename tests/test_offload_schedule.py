@@ -10,7 +10,7 @@ from itertools import combinations
 
 import pytest
 
-from crossdock.offload.schedule import (
+from crossdock.offload.schedule.slots import (
     SlotSchedule,
     assign_slots,
     device_bytes,

@@ -17,7 +17,7 @@ from test_recovery import LocalGang
 from torch import Tensor
 
 from crossdock.launch.engine import Engine
-from crossdock.offload.residency import Costs
+from crossdock.offload.schedule.residency import Costs
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.contract.numbers import same_numbers

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
 from crossdock.offload.block import Home
-from crossdock.offload.schedule import slot_sizes
+from crossdock.offload.schedule.slots import slot_sizes
 from crossdock.offload.trace import TraceEvent
 from crossdock.runtime.contract.verdict import Violation
 from crossdock.runtime.plan.plan import RunPlan

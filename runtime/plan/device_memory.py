@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from crossdock.offload.memory.layout import ALIGNMENT
-from crossdock.offload.residency import Residency, assumed_costs, minimum_bytes, plan_residency
-from crossdock.offload.turns import place_sizes, usable_bytes
+from crossdock.offload.schedule.residency import Residency, assumed_costs, minimum_bytes, plan_residency
+from crossdock.offload.schedule.shared_slots import place_sizes, usable_bytes
 from crossdock.runtime.config.schema import OffloadConfig
 from crossdock.runtime.errors import ConfigError
 from crossdock.runtime.plan.component_needs import ComponentNeed

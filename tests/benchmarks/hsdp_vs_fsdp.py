@@ -51,7 +51,7 @@ from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.loader import Gather
 from crossdock.offload.memory.copy_engine import make_copy_engine
 from crossdock.offload.memory.layout import BlockLayout, aligned_bytes
-from crossdock.offload.schedule import assign_slots
+from crossdock.offload.schedule.slots import assign_slots
 from crossdock.parallel.group import Group
 from crossdock.parallel.hsdp import all_gather_bytes, shard_range
 

@@ -49,7 +49,7 @@ from crossdock.offload.memory.copy_engine import make_copy_engine
 from crossdock.offload.memory.host_store import HostStore
 from crossdock.offload.memory.layout import ALIGNMENT
 from crossdock.offload.offloader import LayerwiseOffloader, component_layouts
-from crossdock.offload.residency import minimum_bytes
+from crossdock.offload.schedule.residency import minimum_bytes
 
 STACKS = ("transformer_blocks", "single_transformer_blocks")
 MIB = 2**20

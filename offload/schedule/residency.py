@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, product
 
-from crossdock.offload.schedule import SlotSchedule, assign_slots, device_bytes, least_memory, step_ticks
+from crossdock.offload.schedule.slots import SlotSchedule, assign_slots, device_bytes, least_memory, step_ticks
 
 WORTHWHILE = 0.02
 """Another schedule is taken when it promises to save this share of a step."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import zip_longest
 
-from crossdock.offload.residency import Residency
+from crossdock.offload.schedule.residency import Residency
 
 
 def place_sizes(rings: Sequence[Sequence[int]]) -> list[int]:
