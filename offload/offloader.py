@@ -21,11 +21,8 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-from crossdock.offload.block import Home, StreamedBlock
-from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.discovery import FoundBlock, PlainTensor, discover_blocks, move_plain_tensors, shared_storage
 from crossdock.offload.foreign import refuse_foreign
-from crossdock.offload.measured_costs import measured_costs
 from crossdock.offload.memory.arena import Arena
 from crossdock.offload.memory.copy_engine import CopyEngine, make_copy_engine
 from crossdock.offload.memory.host_memory import host_memory, require
@@ -46,6 +43,9 @@ from crossdock.offload.schedule.residency import (
     plan_residency,
     steady_step_s,
 )
+from crossdock.offload.stream.block import Home, StreamedBlock
+from crossdock.offload.stream.block_stream import BlockStream
+from crossdock.offload.stream.measured_costs import measured_costs
 
 _WAY_OUT = "load the model in a smaller dtype, or end what else takes host memory"
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from crossdock.offload.block import StreamedBlock
-from crossdock.offload.block_stream import BlockStream
-from crossdock.offload.loader import BlockLoader
 from crossdock.offload.memory.copy_engine import CpuCopyEngine
 from crossdock.offload.memory.layout import ALIGNMENT, aligned_bytes
+from crossdock.offload.stream.block import StreamedBlock
+from crossdock.offload.stream.block_stream import BlockStream
+from crossdock.offload.stream.loader import BlockLoader
 from crossdock.runtime.models.checkpoint import TensorReader
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan

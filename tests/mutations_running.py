@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from crossdock.offload.block import Piece, StreamedBlock
-from crossdock.offload.block_stream import BlockStream
-from crossdock.offload.loader import BlockLoader
 from crossdock.offload.memory.arena import Arena, Slot
+from crossdock.offload.stream.block import Piece, StreamedBlock
+from crossdock.offload.stream.block_stream import BlockStream
+from crossdock.offload.stream.loader import BlockLoader
 from crossdock.parallel import attention as attention_module
 from crossdock.parallel import tensor as tensor_module
 from crossdock.parallel.mesh import MeshShape

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import crossdock.offload.loader as loader_module
+import crossdock.offload.stream.loader as loader_module
 import crossdock.runtime.rank.worker as worker_module
-from crossdock.offload.block import Home, StreamedBlock
-from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout, aligned_bytes
+from crossdock.offload.stream.block import Home, StreamedBlock
+from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator

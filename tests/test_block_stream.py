@@ -18,12 +18,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from crossdock.offload.block import Home, StreamedBlock
-from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.memory.copy_engine import CopyEngine, CpuCopyEngine, Event
 from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout, aligned_bytes
 from crossdock.offload.schedule.residency import assumed_costs, minimum_bytes, plan_residency
 from crossdock.offload.schedule.slots import assign_slots
+from crossdock.offload.stream.block import Home, StreamedBlock
+from crossdock.offload.stream.block_stream import BlockStream
 from layouts import ALL
 from toy_blocks import (
     STREAMED,

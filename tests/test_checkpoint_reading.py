@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from crossdock.offload.block import Home
+from crossdock.offload.stream.block import Home
 from crossdock.parallel.group import Group
 from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.tensor import TensorParallelism, TensorSlice

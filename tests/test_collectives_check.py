@@ -10,7 +10,7 @@ from typing import cast
 
 import pytest
 
-from crossdock.offload.trace import TraceEvent
+from crossdock.offload.stream.trace import TraceEvent
 from crossdock.parallel.group import KEPT, Collective, GroupRecord
 from crossdock.parallel.mesh import MeshShape
 from crossdock.runtime.contract.collectives import same_collectives

@@ -19,9 +19,9 @@ from torch import Tensor
 
 import crossdock.runtime.plan.reschedule as improvement
 from crossdock.launch.engine import Engine
-from crossdock.offload.block import Home
-from crossdock.offload.measured_costs import slowest
 from crossdock.offload.schedule.residency import Costs, steady_step_s
+from crossdock.offload.stream.block import Home
+from crossdock.offload.stream.measured_costs import slowest
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.errors import ConfigError, LaunchError

@@ -107,7 +107,7 @@ def _faulty_setup(planted: Planted, end: Callable[[], None]) -> Callable[..., An
     rank, moment = planted.rank, planted.moment
 
     def setup(worker: RankWorker, *args: Any) -> Any:
-        from crossdock.offload.block_stream import BlockStream
+        from crossdock.offload.stream.block_stream import BlockStream
         from crossdock.runtime.rank.weights.load import WeightLoader
 
         if worker.rank == rank:

@@ -15,9 +15,9 @@ from test_recovery import LocalGang
 from torch import Tensor, nn
 
 from crossdock.launch.engine import Engine
-from crossdock.offload.block import Home, StreamedBlock
 from crossdock.offload.memory.copy_engine import CpuCopyEngine
 from crossdock.offload.memory.layout import ALIGNMENT
+from crossdock.offload.stream.block import Home, StreamedBlock
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.contract.verdict import CompositionError

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from crossdock.offload.block import Home, StreamedBlock
-from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.memory.copy_engine import make_copy_engine
 from crossdock.offload.memory.host_store import HostStore
 from crossdock.offload.memory.layout import BlockLayout, aligned_bytes
 from crossdock.offload.offloader import LayerwiseOffloader
 from crossdock.offload.schedule.slots import assign_slots
+from crossdock.offload.stream.block import Home, StreamedBlock
+from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.parallel.kernels import attention_with_lse, merge
 
 pytestmark = [

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from crossdock.offload.measured_costs import measured_costs, slowest
 from crossdock.offload.schedule.residency import Costs
 from crossdock.offload.schedule.slots import slot_sizes
-from crossdock.offload.trace import EventKind, TraceEvent
+from crossdock.offload.stream.measured_costs import measured_costs, slowest
+from crossdock.offload.stream.trace import EventKind, TraceEvent
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan

@@ -12,9 +12,9 @@ from typing import cast
 import pytest
 import torch
 
-from crossdock.offload.block import Home
 from crossdock.offload.memory.arena import Arena
 from crossdock.offload.memory.copy_engine import CopyEngine, CpuCopyEngine
+from crossdock.offload.stream.block import Home
 from toy_blocks import WIDTH, Case, FailingEngine, QueuedEngine, Toy, build, nothing, run, stalls
 
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from crossdock.launch.engine import Engine
-from crossdock.offload.block import Home
 from crossdock.offload.memory.layout import BlockLayout, TensorEntry
+from crossdock.offload.stream.block import Home
 from crossdock.parallel.hsdp import shard_range
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.config.schema import RunConfig

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from crossdock.offload.block import Home
-from crossdock.offload.loader import BlockLoader, EventLog
 from crossdock.offload.memory.copy_engine import CpuCopyEngine, Event
 from crossdock.offload.memory.layout import ALIGNMENT, aligned_bytes, round_up
 from crossdock.offload.schedule.slots import assign_slots
-from crossdock.offload.trace import block_times, step_times
+from crossdock.offload.stream.block import Home
+from crossdock.offload.stream.loader import BlockLoader, EventLog
+from crossdock.offload.stream.trace import block_times, step_times
 from toy_blocks import STREAMED, BlockError, FailingEngine, build, nothing
 
 

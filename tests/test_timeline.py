@@ -11,7 +11,7 @@ import pytest
 
 from crossdock.launch import cli, timeline
 from crossdock.launch.arguments import Outputs, run_app
-from crossdock.offload.trace import TraceEvent
+from crossdock.offload.stream.trace import TraceEvent
 from crossdock.runtime.errors import LaunchError, RequestError
 from crossdock.runtime.reports.records import RankTrace, Span
 from crossdock.runtime.reports.trace_file import chrome_trace

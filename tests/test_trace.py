@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from crossdock.offload.trace import BlockTimes, EventKind, TraceEvent, block_times, intervals, step_times
+from crossdock.offload.stream.trace import BlockTimes, EventKind, TraceEvent, block_times, intervals, step_times
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.plan.make_plan import make_plan

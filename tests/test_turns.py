@@ -7,12 +7,12 @@ from typing import Any, cast
 
 import pytest
 
-from crossdock.offload.block import Home
 from crossdock.offload.memory.copy_engine import CopyEngine, CpuCopyEngine
-from crossdock.offload.run_order import RunOrder
 from crossdock.offload.schedule.residency import assumed_costs, minimum_bytes, plan_residency
 from crossdock.offload.schedule.shared_slots import place_sizes, slots_in_turn, usable_bytes
 from crossdock.offload.schedule.slots import slot_sizes
+from crossdock.offload.stream.block import Home
+from crossdock.offload.stream.run_order import RunOrder
 from toy_blocks import Case, QueuedEngine, build, stalls
 
 MIB = 2**20

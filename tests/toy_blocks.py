@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from crossdock.offload.block import Home, StreamedBlock
-from crossdock.offload.block_stream import BlockStream
-from crossdock.offload.loader import Gather
 from crossdock.offload.memory.arena import Arena
 from crossdock.offload.memory.copy_engine import CopyEngine, CpuCopyEngine, Event
 from crossdock.offload.memory.layout import BlockLayout, aligned_bytes
 from crossdock.offload.schedule.residency import assumed_costs, minimum_bytes, plan_residency
 from crossdock.offload.schedule.shared_slots import place_sizes, slots_in_turn
 from crossdock.offload.schedule.slots import SlotSchedule, assign_slots
+from crossdock.offload.stream.block import Home, StreamedBlock
+from crossdock.offload.stream.block_stream import BlockStream
+from crossdock.offload.stream.loader import Gather
 from crossdock.runtime.contract.schedule import trace_in_order
 from crossdock.runtime.plan.plan import RunPlan
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from crossdock.offload.trace import TraceEvent
+from crossdock.offload.stream.trace import TraceEvent
 from crossdock.parallel.group import GroupRecord
 from crossdock.runtime.contract.verdict import Violation
 from crossdock.runtime.plan.plan import RunPlan

@@ -6,9 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from crossdock.offload.block import Home
 from crossdock.offload.memory.layout import ALIGNMENT
 from crossdock.offload.schedule.slots import slot_sizes
+from crossdock.offload.stream.block import Home
 from crossdock.parallel.tensor import part_shape
 from crossdock.runtime.contract.verdict import Violation
 from crossdock.runtime.plan.plan import RunPlan

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
-from crossdock.offload.block import Home
 from crossdock.offload.schedule.slots import slot_sizes
-from crossdock.offload.trace import TraceEvent
+from crossdock.offload.stream.block import Home
+from crossdock.offload.stream.trace import TraceEvent
 from crossdock.runtime.contract.verdict import Violation
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import REPORT_IT, RankReport

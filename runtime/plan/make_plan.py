@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from crossdock.offload.block import Home
 from crossdock.offload.discovery import DiscoveryError, FoundBlock, discover_blocks
 from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout
 from crossdock.offload.offloader import shared_tensors
+from crossdock.offload.stream.block import Home
 from crossdock.parallel.mesh import MeshShape
 from crossdock.parallel.tensor import TensorParallelism, TensorSlice
 from crossdock.runtime.config.schema import RunConfig

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from crossdock.offload.block import Home
 from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout
 from crossdock.offload.schedule.residency import Residency, minimum_bytes
 from crossdock.offload.schedule.shared_slots import place_sizes, slots_in_turn
 from crossdock.offload.schedule.slots import SlotSchedule
+from crossdock.offload.stream.block import Home
 from crossdock.parallel.mesh import MeshShape, describe
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.config.schema import RunConfig

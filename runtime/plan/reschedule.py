@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from crossdock.offload.measured_costs import measured_costs, slowest
 from crossdock.offload.memory.layout import ALIGNMENT
 from crossdock.offload.schedule.residency import WORTHWHILE, Costs, plan_residency, steady_step_s
 from crossdock.offload.schedule.shared_slots import usable_bytes
-from crossdock.offload.trace import TraceEvent
+from crossdock.offload.stream.measured_costs import measured_costs, slowest
+from crossdock.offload.stream.trace import TraceEvent
 from crossdock.runtime.plan.plan import RunPlan
 
 MEASURED_STEPS = 2

@@ -7,11 +7,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from crossdock.offload.block import Home
-from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.discovery import named_plain_tensors
 from crossdock.offload.foreign import foreign_mechanisms
 from crossdock.offload.memory.layout import local_part
+from crossdock.offload.stream.block import Home
+from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import DeviceBytes, HomeRecord, MemorySpan, TensorRecord

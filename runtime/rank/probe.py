@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crossdock.offload.block import StreamedBlock
+from crossdock.offload.stream.block import StreamedBlock
 from crossdock.runtime.contract.numbers import FINAL_LATENTS, not_called
 from crossdock.runtime.models.transformers import build_transformers
 from crossdock.runtime.plan.plan import RunPlan

@@ -11,10 +11,10 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from crossdock.offload.block import Home
-from crossdock.offload.block_stream import BlockStream
 from crossdock.offload.memory.host_store import mapped_share_bytes
-from crossdock.offload.trace import TraceEvent, block_times, step_times
+from crossdock.offload.stream.block import Home
+from crossdock.offload.stream.block_stream import BlockStream
+from crossdock.offload.stream.trace import TraceEvent, block_times, step_times
 from crossdock.runtime.rank.inspection import device_weight_bytes
 from crossdock.runtime.rank.weights.load import RankWeights
 from crossdock.runtime.reports.records import Measurements, Span

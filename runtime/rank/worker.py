@@ -16,12 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from crossdock.offload.block import Home
-from crossdock.offload.block_stream import BlockStream
-from crossdock.offload.loader import Gather
 from crossdock.offload.memory.arena import Arena
 from crossdock.offload.memory.copy_engine import make_copy_engine
 from crossdock.offload.memory.device_memory import allocated_bytes, spare_bytes, total_bytes
+from crossdock.offload.stream.block import Home
+from crossdock.offload.stream.block_stream import BlockStream
+from crossdock.offload.stream.loader import Gather
 from crossdock.parallel.group import Group, GroupRecord, exchange
 from crossdock.parallel.hsdp import all_gather_bytes
 from crossdock.parallel.mesh import Mesh

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from crossdock.offload.trace import TraceEvent
+from crossdock.offload.stream.trace import TraceEvent
 from crossdock.parallel.group import GroupRecord
 from crossdock.runtime.media import Media
 from crossdock.runtime.plan.plan import RunPlan

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from crossdock.offload.block import Home
-from crossdock.offload.trace import BlockTimes, TraceEvent
+from crossdock.offload.stream.block import Home
+from crossdock.offload.stream.trace import BlockTimes, TraceEvent
 from crossdock.parallel.group import GroupRecord
 from crossdock.parallel.tensor import TensorSlice
 

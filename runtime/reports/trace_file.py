@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from crossdock.offload.trace import Interval, intervals
+from crossdock.offload.stream.trace import Interval, intervals
 from crossdock.runtime.reports.records import RankTrace
 
 TRACKS = ("phases", "compute", "copy", "gather")

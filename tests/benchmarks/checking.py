@@ -146,7 +146,7 @@ _ONE_AFTER_THE_OTHER = ("comparing what stays, asking for spoiling", "report", "
 
 def _timed_setup(worker: RankWorker, plan: RunPlan, checked: bool) -> RankReport | None:
     """On a rank: `setup`, with all that is checked in it or without; `took` has what it and the first step spend."""
-    import crossdock.offload.slot_loads as loading
+    import crossdock.offload.stream.slot_loads as loading
     from crossdock.runtime.rank.weights.compare import Arrivals
 
     start, report, arriving = _ONE_AFTER_THE_OTHER
@@ -241,7 +241,7 @@ def _parts(engine: Engine, steps: int, size: int) -> dict[str, float]:
 
 
 def _time_checks(worker: RankWorker) -> None:
-    from crossdock.offload.loader import EventLog
+    from crossdock.offload.stream.loader import EventLog
     from crossdock.parallel.group import Group
     from crossdock.runtime.rank.stop import Stopping
 
@@ -272,7 +272,7 @@ def _unchecked(engine: Engine) -> Iterator[None]:
 
 
 def _switch_off(worker: RankWorker) -> None:
-    from crossdock.offload.loader import EventLog
+    from crossdock.offload.stream.loader import EventLog
     from crossdock.parallel.group import Group
     from crossdock.runtime.rank.stop import Stopping
 

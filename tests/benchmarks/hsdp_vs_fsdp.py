@@ -46,12 +46,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
-from crossdock.offload.block import Home, StreamedBlock
-from crossdock.offload.block_stream import BlockStream
-from crossdock.offload.loader import Gather
 from crossdock.offload.memory.copy_engine import make_copy_engine
 from crossdock.offload.memory.layout import BlockLayout, aligned_bytes
 from crossdock.offload.schedule.slots import assign_slots
+from crossdock.offload.stream.block import Home, StreamedBlock
+from crossdock.offload.stream.block_stream import BlockStream
+from crossdock.offload.stream.loader import Gather
 from crossdock.parallel.group import Group
 from crossdock.parallel.hsdp import all_gather_bytes, shard_range
 

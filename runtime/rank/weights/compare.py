@@ -19,8 +19,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from crossdock.offload.block import StreamedBlock
-from crossdock.offload.block_stream import BlockStream
+from crossdock.offload.stream.block import StreamedBlock
+from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.parallel.tensor import TensorSlice, part_shape
 from crossdock.runtime.models.meta import non_persistent_buffers
 from crossdock.runtime.models.transformers import build_transformers

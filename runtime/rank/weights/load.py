@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from crossdock.offload.block import Home, Piece, StreamedBlock
 from crossdock.offload.discovery import move_plain_tensors
 from crossdock.offload.memory.host_memory import FOR_A_RUN, GIB, HostMemoryError, host_memory, require
 from crossdock.offload.memory.host_store import HostStore
 from crossdock.offload.memory.layout import aligned_bytes
+from crossdock.offload.stream.block import Home, Piece, StreamedBlock
 from crossdock.parallel.group import exchange
 from crossdock.parallel.hsdp import shard_range
 from crossdock.parallel.mesh import Mesh

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from crossdock.offload.block import Piece
 from crossdock.offload.memory.layout import TensorEntry
+from crossdock.offload.stream.block import Piece
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.models.checkpoint import StoredTensor
 from crossdock.runtime.plan.plan import PlannedBlock

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from crossdock.offload.block import Bound, StreamedBlock, put_back
+from crossdock.offload.stream.block import Bound, StreamedBlock, put_back
 
 Act = Callable[[int, FrameType | None], None]
 """Gets the block's index and the call of its module that is about to run, or has run."""

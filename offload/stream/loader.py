@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from crossdock.offload.block import Home, StreamedBlock
 from crossdock.offload.memory.copy_engine import CopyEngine, Event, Lane, Mark
 from crossdock.offload.memory.layout import ALIGNMENT, round_up
-from crossdock.offload.trace import EventKind, StreamCounters, TraceEvent
+from crossdock.offload.stream.block import Home, StreamedBlock
+from crossdock.offload.stream.trace import EventKind, StreamCounters, TraceEvent
 
 
 @dataclass(frozen=True)

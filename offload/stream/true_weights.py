@@ -13,9 +13,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from crossdock.offload.block import StreamedBlock
-from crossdock.offload.loader import BlockLoader
 from crossdock.offload.memory.layout import Distribution, aligned_bytes, local_part
+from crossdock.offload.stream.block import StreamedBlock
+from crossdock.offload.stream.loader import BlockLoader
 
 
 @dataclass(frozen=True)

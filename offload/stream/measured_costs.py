@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from crossdock.offload.schedule.residency import Costs
-from crossdock.offload.trace import TraceEvent
+from crossdock.offload.stream.trace import TraceEvent
 
 
 def measured_costs(trace: Sequence[TraceEvent], order: Sequence[str], sizes: Sequence[int]) -> Costs | None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from crossdock.offload.block import StreamedBlock
+from crossdock.offload.stream.block import StreamedBlock
 
 Look = Callable[[StreamedBlock, Tensor], None]
 """Gets a block and its memory: uint8, all its bytes, on the device; they have come, for the compute stream."""

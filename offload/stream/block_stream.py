@@ -17,17 +17,17 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from crossdock.offload.arrivals import FirstArrivals, Look
-from crossdock.offload.block import StreamedBlock
-from crossdock.offload.hooks import BlockHooks
-from crossdock.offload.loader import BlockLoader, EventLog, Gather, fill_nan
 from crossdock.offload.memory.arena import Arena, Slot
 from crossdock.offload.memory.copy_engine import CopyEngine
-from crossdock.offload.run_order import RunOrder
 from crossdock.offload.schedule.slots import SlotSchedule, slot_sizes
-from crossdock.offload.slot_loads import SlotLoads
-from crossdock.offload.trace import EventKind, StreamCounters, TraceEvent
-from crossdock.offload.true_weights import TrueWeights
+from crossdock.offload.stream.arrivals import FirstArrivals, Look
+from crossdock.offload.stream.block import StreamedBlock
+from crossdock.offload.stream.hooks import BlockHooks
+from crossdock.offload.stream.loader import BlockLoader, EventLog, Gather, fill_nan
+from crossdock.offload.stream.run_order import RunOrder
+from crossdock.offload.stream.slot_loads import SlotLoads
+from crossdock.offload.stream.trace import EventKind, StreamCounters, TraceEvent
+from crossdock.offload.stream.true_weights import TrueWeights
 
 
 class BlockStream:

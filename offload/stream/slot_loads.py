@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from crossdock.offload.block import StreamedBlock
-from crossdock.offload.loader import BlockLoader, spoil
 from crossdock.offload.memory.arena import Slot
 from crossdock.offload.memory.copy_engine import CopyEngine, Event
+from crossdock.offload.stream.block import StreamedBlock
+from crossdock.offload.stream.loader import BlockLoader, spoil
 
 
 class SlotLoads:

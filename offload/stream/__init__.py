@@ -1,0 +1,1 @@
+"""Blocks that pass through slots while a model runs."""
