@@ -299,7 +299,7 @@ def test_too_little_host_memory_is_refused_before_loading(flux2_dir: Path, monke
 
 def test_host_memory_that_has_become_too_little(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process took it while the blocks were read: a traceback instead of a message."""
-    from crossdock.offload import offloader
+    from crossdock.offload.live import offloader
     from crossdock.offload.memory.host_memory import HostMemory
 
     monkeypatch.setattr(offloader, "host_memory", lambda: HostMemory(2**10, 2**33, "/sys/fs/cgroup/job"))

@@ -19,8 +19,8 @@ import torch
 from diffusers.models import transformers as diffusers_transformers
 from torch import Tensor, nn
 
-from crossdock.offload.discovery import discover_blocks
-from crossdock.offload.offloader import LayerwiseOffloader
+from crossdock.offload.live.discovery import discover_blocks
+from crossdock.offload.live.offloader import LayerwiseOffloader
 from crossdock.parallel.group import Group
 from crossdock.parallel.tensor import COLUMN, ROW, LinearStyle, TensorParallelism, TensorPlan
 from crossdock.runtime.models.families import SPECS

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from crossdock.offload.live.offloader import LayerwiseOffloader
 from crossdock.offload.memory.copy_engine import make_copy_engine
 from crossdock.offload.memory.host_store import HostStore
 from crossdock.offload.memory.layout import BlockLayout, aligned_bytes
-from crossdock.offload.offloader import LayerwiseOffloader
 from crossdock.offload.schedule.slots import assign_slots
 from crossdock.offload.stream.block import Home, StreamedBlock
 from crossdock.offload.stream.block_stream import BlockStream

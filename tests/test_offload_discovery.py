@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from crossdock.offload.discovery import (
+from crossdock.offload.live.discovery import (
     CURRENT,
     DEPRECATED,
     DiscoveryError,

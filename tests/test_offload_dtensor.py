@@ -35,9 +35,9 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from crossdock.offload.foreign import ForeignMechanismError, foreign_mechanisms
+from crossdock.offload.live.foreign import ForeignMechanismError, foreign_mechanisms
+from crossdock.offload.live.offloader import OUTSIDE, LayerwiseOffloader
 from crossdock.offload.memory.layout import BlockLayout
-from crossdock.offload.offloader import OUTSIDE, LayerwiseOffloader
 
 CPU = torch.device("cpu")
 RANKS = 2

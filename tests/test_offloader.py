@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3Model
 
-import crossdock.offload.offloader as offloader_module
-from crossdock.offload.discovery import DiscoveryError, discover_blocks
+import crossdock.offload.live.offloader as offloader_module
+from crossdock.offload.live.discovery import DiscoveryError, discover_blocks
+from crossdock.offload.live.offloader import OUTSIDE, LayerwiseOffloader, component_layouts
 from crossdock.offload.memory.arena import Arena
 from crossdock.offload.memory.copy_engine import CpuCopyEngine
 from crossdock.offload.memory.host_memory import HostMemory, HostMemoryError
-from crossdock.offload.offloader import OUTSIDE, LayerwiseOffloader, component_layouts
 from crossdock.offload.stream.block import StreamedBlock
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from crossdock.offload.discovery import infer_stacks
-from crossdock.offload.source_order import SourceOrder, source_order
+from crossdock.offload.live.discovery import infer_stacks
+from crossdock.offload.live.source_order import SourceOrder, source_order
 
 STACKS = ("a", "b", "c")
 

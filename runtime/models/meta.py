@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from crossdock.offload.discovery import plain_tensors
+from crossdock.offload.live.discovery import plain_tensors
 from crossdock.runtime.errors import CheckpointError
 from crossdock.runtime.models.checkpoint import component_class, read_json
 

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from crossdock.offload.live.offloader import LayerwiseOffloader
 from crossdock.offload.memory.arena import Arena
 from crossdock.offload.memory.copy_engine import CopyEngine
 from crossdock.offload.memory.host_memory import HostMemoryError
-from crossdock.offload.offloader import LayerwiseOffloader
 from crossdock.runtime.errors import LaunchError
 from crossdock.runtime.plan.component_needs import component_blocks, vae_parts
 

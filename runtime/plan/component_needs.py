@@ -11,9 +11,9 @@ import torch
 import transformers
 from torch import nn
 
-from crossdock.offload.discovery import DiscoveryError, FoundBlock, discover_blocks
+from crossdock.offload.live.discovery import DiscoveryError, FoundBlock, discover_blocks
+from crossdock.offload.live.offloader import component_layouts
 from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout
-from crossdock.offload.offloader import component_layouts
 from crossdock.offload.schedule.slots import device_bytes
 from crossdock.runtime.errors import CheckpointError
 from crossdock.runtime.models.meta import build_on_meta, non_persistent_buffers

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from crossdock.offload.discovery import DiscoveryError, FoundBlock, discover_blocks
+from crossdock.offload.live.discovery import DiscoveryError, FoundBlock, discover_blocks
+from crossdock.offload.live.offloader import shared_tensors
 from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout
-from crossdock.offload.offloader import shared_tensors
 from crossdock.offload.stream.block import Home
 from crossdock.parallel.mesh import MeshShape
 from crossdock.parallel.tensor import TensorParallelism, TensorSlice

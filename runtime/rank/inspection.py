@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from crossdock.offload.discovery import named_plain_tensors
-from crossdock.offload.foreign import foreign_mechanisms
+from crossdock.offload.live.discovery import named_plain_tensors
+from crossdock.offload.live.foreign import foreign_mechanisms
 from crossdock.offload.memory.layout import local_part
 from crossdock.offload.stream.block import Home
 from crossdock.offload.stream.block_stream import BlockStream

@@ -44,11 +44,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from crossdock.offload.discovery import discover_blocks
+from crossdock.offload.live.discovery import discover_blocks
+from crossdock.offload.live.offloader import LayerwiseOffloader, component_layouts
 from crossdock.offload.memory.copy_engine import make_copy_engine
 from crossdock.offload.memory.host_store import HostStore
 from crossdock.offload.memory.layout import ALIGNMENT
-from crossdock.offload.offloader import LayerwiseOffloader, component_layouts
 from crossdock.offload.schedule.residency import minimum_bytes
 
 STACKS = ("transformer_blocks", "single_transformer_blocks")

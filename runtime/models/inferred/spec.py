@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from crossdock.offload.discovery import DiscoveryError, FoundBlock, discover_blocks, stack_paths
-from crossdock.offload.source_order import source_order
+from crossdock.offload.live.discovery import DiscoveryError, FoundBlock, discover_blocks, stack_paths
+from crossdock.offload.live.source_order import source_order
 from crossdock.runtime.models.inferred.regions import infer_regions
 from crossdock.runtime.models.inferred.tensor_plan import infer_tensor_plan
 from crossdock.runtime.models.spec import ModelSpec

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from crossdock.offload.discovery import move_plain_tensors
+from crossdock.offload.live.discovery import move_plain_tensors
 from crossdock.offload.memory.host_memory import FOR_A_RUN, GIB, HostMemoryError, host_memory, require
 from crossdock.offload.memory.host_store import HostStore
 from crossdock.offload.memory.layout import aligned_bytes

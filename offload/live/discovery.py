@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crossdock.offload.source_order import source_order
+from crossdock.offload.live.source_order import source_order
 
 CURRENT, DEPRECATED = "_layerwise_offload_blocks_attrs", "_layerwise_offload_blocks_attr"
 

@@ -21,8 +21,14 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-from crossdock.offload.discovery import FoundBlock, PlainTensor, discover_blocks, move_plain_tensors, shared_storage
-from crossdock.offload.foreign import refuse_foreign
+from crossdock.offload.live.discovery import (
+    FoundBlock,
+    PlainTensor,
+    discover_blocks,
+    move_plain_tensors,
+    shared_storage,
+)
+from crossdock.offload.live.foreign import refuse_foreign
 from crossdock.offload.memory.arena import Arena
 from crossdock.offload.memory.copy_engine import CopyEngine, make_copy_engine
 from crossdock.offload.memory.host_memory import host_memory, require

@@ -1,0 +1,1 @@
+"""A live model of anybody's: finding its blocks, refusing what others already move, streaming it."""
