@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,16 +10,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from crossdock.launch.console import INTERRUPTED, complain_on_stderr
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.errors import CheckpointError, CrossdockError, RequestError
 from crossdock.runtime.request import GenerateRequest
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4",)
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
 
 
 @dataclass(frozen=True)
@@ -178,12 +175,6 @@ def run_app(app: typer.Typer, arguments: list[str] | None = None, complain: Call
         traceback.print_exc()
         return 1
     return 0
-
-
-def complain_on_stderr(message: str) -> None:
-    console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
-    console.print("crossdock:", style="bold red", end=" ")
-    console.print(message, markup=False)
 
 
 def _check_inputs(config: Path, model_dir: Path) -> None:

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from crossdock.launch.console import end
 from crossdock.launch.engine import Engine
-from crossdock.launch.generate import Launcher, choose_gang, end, locating
+from crossdock.launch.generate import Launcher, choose_gang, locating
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.contract.verdict import CompositionError, Verdict

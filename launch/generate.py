@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 from rich.console import Console
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from crossdock.launch.arguments import Amounts, Outputs
+from crossdock.launch.console import end
 from crossdock.launch.engine import Engine, MakeGang
 from crossdock.launch.generation import Generation
 from crossdock.launch.outputs import write_outputs
@@ -143,8 +143,3 @@ def summary(report: dict[str, Any]) -> Table:
             f"{statistics.median(row['step_ms']):.1f}" if row["step_ms"] else "-",  # resumed after its last step
         )
     return table
-
-
-def end(number: int, frame: FrameType | None) -> None:
-    """SIGTERM ends the run like Ctrl-C: the gang is closed on the way out."""
-    raise KeyboardInterrupt

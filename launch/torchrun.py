@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 import torch
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from crossdock.launch.arguments import Amounts, Outputs, add_check, build_app, complain_on_stderr, run_app
+from crossdock.launch.arguments import Amounts, Outputs, add_check, build_app, run_app
+from crossdock.launch.console import complain_on_stderr
 from crossdock.launch.torchrun_watch import REPORTED, RankWatch, exit_now
 from crossdock.runtime.config.schema import LaunchConfig
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled

@@ -27,7 +27,7 @@ from typing import Any
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from crossdock.launch.arguments import INTERRUPTED, complain_on_stderr
+from crossdock.launch.console import INTERRUPTED, complain_on_stderr
 from crossdock.launch.process_state import process_state
 from crossdock.launch.torchrun_judge import EXPLAIN_S, SUSPECT_S, Beat, Judge, Verdict
 from crossdock.runtime.errors import CrossdockError, RankError
