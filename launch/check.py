@@ -17,7 +17,8 @@ from rich.text import Text
 
 from crossdock.launch.console import end
 from crossdock.launch.engine import Engine
-from crossdock.launch.generate import Launcher, choose_gang, locating
+from crossdock.launch.gangs.choose import Launcher, choose_gang
+from crossdock.launch.generate import locating
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.contract.verdict import CompositionError, Verdict

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import torch
 
+from crossdock.launch.gangs.choose import MakeGang
 from crossdock.launch.generation import Generation
 from crossdock.launch.recovery import Fault, Snapshots, advice, brief, budget_text, restart, with_less_memory
 from crossdock.launch.telling import Delays, Progress, Steps, Tell
@@ -35,9 +36,6 @@ from crossdock.runtime.watch.gang import Gang, Notice
 
 CANCEL_S = 10.0
 """The longest wait for a rank to take note of a cancel."""
-
-MakeGang = Callable[[LaunchConfig, int, str], Gang]
-"""Makes a gang from (launch section, number of ranks, "cpu" or "cuda")."""
 
 
 class Engine:
@@ -365,7 +363,7 @@ class Engine:
 
 def _ray_gang(config: LaunchConfig, world_size: int, device: str) -> Gang:
     try:
-        from crossdock.launch.ray_gang import RayGang
+        from crossdock.launch.gangs.ray_gang import RayGang
     except ImportError:
         raise LaunchError("ray is not installed; run: pip install 'crossdock[ray]', or start with torchrun") from None
     return RayGang(config, world_size, device)

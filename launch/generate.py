@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -16,17 +16,15 @@ from rich.table import Table
 
 from crossdock.launch.arguments import Amounts, Outputs
 from crossdock.launch.console import end
-from crossdock.launch.engine import Engine, MakeGang
+from crossdock.launch.engine import Engine
+from crossdock.launch.gangs.choose import Launcher, choose_gang
 from crossdock.launch.generation import Generation
 from crossdock.launch.outputs import write_outputs
 from crossdock.launch.recovery import brief
-from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.config.yaml_file import load_config, locate
-from crossdock.runtime.errors import ConfigError, UserError
+from crossdock.runtime.errors import UserError
 from crossdock.runtime.models.families import spec_for
 from crossdock.runtime.request import GenerateRequest
-
-Launcher = Literal["ray", "torchrun"]
 
 
 def run_generate(
@@ -72,23 +70,6 @@ def locating(config_path: Path) -> Iterator[None]:
         if error.key is None:
             raise
         raise type(error)(f"{locate(config_path, error.key)}: {error}") from None
-
-
-def choose_gang(config: RunConfig, launcher: Launcher, command: str) -> MakeGang | None:
-    """None: the engine's own choice, Ray. `command`: for the message, when the config wants another launcher."""
-    wanted = config.launch.launcher
-    if wanted not in ("auto", launcher):
-        way = (
-            f"torchrun --nproc-per-node {config.world_size} -m crossdock.launch.torchrun {command} ..."
-            if wanted == "torchrun"
-            else f"crossdock {command} ..."
-        )
-        raise ConfigError(f"found {wanted}, but this is {launcher}; start it with: {way}", "launch.launcher")
-    if launcher == "ray":
-        return None
-    from crossdock.launch.torchrun import TorchrunGang
-
-    return TorchrunGang
 
 
 def _generate(engine: Engine, request: GenerateRequest, amounts: Amounts, console: Console) -> Generation:

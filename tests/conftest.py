@@ -89,7 +89,7 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[st
 def gang_of() -> Iterator[Callable[[int], Gang]]:
     """World size -> a running gang of Ray actors, started on first use and shared by all tests."""
     ray = pytest.importorskip("ray", reason="ray is not installed: the torchrun tests cover the same layouts")
-    from crossdock.launch.ray_gang import RayGang
+    from crossdock.launch.gangs.ray_gang import RayGang
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     gangs: dict[int, RayGang] = {}

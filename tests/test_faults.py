@@ -28,7 +28,7 @@ from reference import PROMPT
 
 pytest.importorskip("ray", reason="ray is not installed: faults under torchrun have tests of their own")
 
-from crossdock.launch.ray_gang import RayGang
+from crossdock.launch.gangs.ray_gang import RayGang
 
 Kind = Literal["kill", "stop", "raise"]
 Moment = Literal["launch", "load", "verify", "first step", "middle step", "last step", "decode"]

@@ -43,7 +43,7 @@ cloudpickle = pytest.importorskip("ray.cloudpickle", reason="ray is not installe
 for module in (mutations, running):  # the ranks cannot import the tests
     cloudpickle.register_pickle_by_value(module)
 
-from crossdock.launch.ray_gang import RayGang  # noqa: E402 - only where there is a ray
+from crossdock.launch.gangs.ray_gang import RayGang  # noqa: E402 - only where there is a ray
 
 GangOf = Callable[[int], Gang]
 Checkpoints = dict[str, Path]

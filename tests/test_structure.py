@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "parallel": {"parallel"},
     "offload": {"offload"},
 }
-EXCEPTIONS = {("launch/ray_gang.py", "ray")}
+EXCEPTIONS = {("launch/gangs/ray_gang.py", "ray")}
 TORCH_ONLY = {"torch", "numpy", "crossdock"} | set(sys.stdlib_module_names)
 
 
@@ -57,7 +57,7 @@ def test_ray_is_imported_in_one_module() -> None:
         for path in _modules(room)
         if any(name.split(".")[0] == "ray" for name in _imports(path))
     }
-    assert users == {"launch/ray_gang.py"}
+    assert users == {"launch/gangs/ray_gang.py"}
 
 
 def test_torchrun_and_the_engine_work_without_ray() -> None:

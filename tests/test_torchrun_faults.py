@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from crossdock.launch.torchrun_judge import Beat, Judge, ProcessState
+from crossdock.launch.gangs.torchrun_judge import Beat, Judge, ProcessState
 from crossdock.parallel.group import Collective, GroupRecord
 from crossdock.runtime.errors import LaunchError, RankError
 from crossdock.runtime.reports.status import RankStatus

@@ -35,7 +35,7 @@ from figures import median_interval, verdict
 from rich.console import Console
 from rich.table import Table
 
-import crossdock.launch.ray_gang as ray_gang
+import crossdock.launch.gangs.ray_gang as ray_gang
 import crossdock.runtime.contract.coordinator as judging
 from crossdock.launch.engine import Engine
 from crossdock.runtime.config.schema import RunConfig

@@ -23,7 +23,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from crossdock.launch.process_state import process_state
+from crossdock.launch.gangs.process_state import process_state
 from crossdock.runtime.config.schema import LaunchConfig
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled
 from crossdock.runtime.rank.worker import RankWorker, compute_threads

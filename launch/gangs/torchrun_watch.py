@@ -28,8 +28,8 @@ from typing import Any
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from crossdock.launch.console import INTERRUPTED, complain_on_stderr
-from crossdock.launch.process_state import process_state
-from crossdock.launch.torchrun_judge import EXPLAIN_S, SUSPECT_S, Beat, Judge, Verdict
+from crossdock.launch.gangs.process_state import process_state
+from crossdock.launch.gangs.torchrun_judge import EXPLAIN_S, SUSPECT_S, Beat, Judge, Verdict
 from crossdock.runtime.errors import CrossdockError, RankError
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.status import RankStatus

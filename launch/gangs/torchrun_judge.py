@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from crossdock.launch.process_state import ProcessState
+from crossdock.launch.gangs.process_state import ProcessState
 from crossdock.runtime.errors import CrossdockError, RankError
 from crossdock.runtime.reports.status import RankStatus
 from crossdock.runtime.watch.faults import first_cause, is_conclusive
