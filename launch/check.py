@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from crossdock.launch.console import end
-from crossdock.launch.engine import Engine
+from crossdock.launch.engine.engine import Engine
 from crossdock.launch.gangs.choose import Launcher, choose_gang
 from crossdock.launch.generate import locating
 from crossdock.runtime.config.schema import RunConfig

@@ -15,7 +15,7 @@ import pytest
 import torch
 from one_rank import admitted
 
-from crossdock.launch.engine import Engine
+from crossdock.launch.engine.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import CrossdockError, RankError, RequestCancelled, RequestError, RequestTimeout
 from crossdock.runtime.plan.make_plan import make_plan

@@ -18,7 +18,7 @@ from one_rank import admitted
 from torch import Tensor
 
 import crossdock.runtime.plan.reschedule as improvement
-from crossdock.launch.engine import Engine
+from crossdock.launch.engine.engine import Engine
 from crossdock.offload.schedule.residency import Costs, steady_step_s
 from crossdock.offload.stream.block import Home
 from crossdock.offload.stream.measured_costs import slowest

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from crossdock.launch.engine import Engine, Generation
+from crossdock.launch.engine.engine import Engine, Generation
 from crossdock.runtime.config.schema import LaunchConfig, RunConfig
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.errors import FaultKind, RankError

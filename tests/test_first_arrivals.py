@@ -14,7 +14,7 @@ from one_rank import admitted
 from test_recovery import LocalGang
 from torch import Tensor, nn
 
-from crossdock.launch.engine import Engine
+from crossdock.launch.engine.engine import Engine
 from crossdock.offload.memory.copy_engine import CpuCopyEngine
 from crossdock.offload.memory.layout import ALIGNMENT
 from crossdock.offload.stream.block import Home, StreamedBlock

@@ -17,7 +17,7 @@ _DRIVER = """
 import json, os, signal, sys, threading, time
 import psutil, ray, torch
 from ray.cluster_utils import Cluster
-from crossdock.launch.engine import Engine
+from crossdock.launch import Engine
 from crossdock.runtime import RunConfig
 
 checkpoint, prompt = sys.argv[1:]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from crossdock.launch.engine import Engine
+from crossdock.launch.engine.engine import Engine
 from crossdock.offload.memory.layout import BlockLayout, TensorEntry
 from crossdock.offload.stream.block import Home
 from crossdock.parallel.hsdp import shard_range

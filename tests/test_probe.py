@@ -13,7 +13,7 @@ import pytest
 import torch
 from one_rank import admitted
 
-from crossdock.launch.engine import Engine
+from crossdock.launch.engine.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import SHOWN, Coordinator
 from crossdock.runtime.contract.numbers import FINAL_LATENTS, same_numbers

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from crossdock.launch.engine import Engine
+from crossdock.launch.engine.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.verdict import CompositionError
 from crossdock.runtime.errors import RankError

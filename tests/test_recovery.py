@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from crossdock.launch.engine import Engine
+from crossdock.launch.engine.engine import Engine
 from crossdock.launch.generate import summary, survived
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.verdict import CompositionError

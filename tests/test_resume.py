@@ -17,7 +17,7 @@ import torch
 from one_rank import admitted
 from torch import Tensor
 
-from crossdock.launch.engine import Engine
+from crossdock.launch.engine.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import RequestError
 from crossdock.runtime.pipeline.snapshot import Snapshot, common_start

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from crossdock.launch.engine import Engine
+from crossdock.launch.engine.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.watch.gang import Gang

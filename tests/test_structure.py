@@ -62,7 +62,7 @@ def test_ray_is_imported_in_one_module() -> None:
 
 def test_torchrun_and_the_engine_work_without_ray() -> None:
     """Also: neither ray nor a model library is needed for the command line's own errors."""
-    code = "import sys; sys.modules['ray'] = None; import crossdock.launch.torchrun, crossdock.launch.engine"
+    code = "import sys; sys.modules['ray'] = None; import crossdock.launch.torchrun, crossdock.launch.engine.engine"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 

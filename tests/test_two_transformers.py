@@ -16,7 +16,7 @@ from one_rank import admitted
 from test_recovery import LocalGang
 from torch import Tensor
 
-from crossdock.launch.engine import Engine
+from crossdock.launch.engine.engine import Engine
 from crossdock.offload.schedule.residency import Costs
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from crossdock.launch.engine import Engine
+from crossdock.launch.engine.engine import Engine
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.contract.coordinator import Coordinator

@@ -37,7 +37,7 @@ from rich.table import Table
 
 import crossdock.launch.gangs.ray_gang as ray_gang
 import crossdock.runtime.contract.coordinator as judging
-from crossdock.launch.engine import Engine
+from crossdock.launch.engine.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.models.tiny.checkpoint import make_checkpoint

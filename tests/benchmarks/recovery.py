@@ -29,7 +29,7 @@ from figures import spread
 from rich.console import Console
 from rich.table import Table
 
-from crossdock.launch.engine import Engine
+from crossdock.launch.engine.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.rank.worker import RankWorker

@@ -14,10 +14,10 @@ from typing import Any, Self
 
 import torch
 
+from crossdock.launch.engine.generation import Generation
+from crossdock.launch.engine.progress import Delays, Progress, Steps, Tell
+from crossdock.launch.engine.recovery import Fault, Snapshots, advice, brief, budget_text, restart, with_less_memory
 from crossdock.launch.gangs.choose import MakeGang
-from crossdock.launch.generation import Generation
-from crossdock.launch.recovery import Fault, Snapshots, advice, brief, budget_text, restart, with_less_memory
-from crossdock.launch.telling import Delays, Progress, Steps, Tell
 from crossdock.runtime.config.schema import LaunchConfig, RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.contract.verdict import Verdict
