@@ -13,18 +13,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from crossdock.launch.arguments import Amounts, Outputs, add_check, build_app, run_app
+from crossdock.launch.commands.arguments import Amounts, Outputs, add_check, build_app, run_app
 from crossdock.runtime.request import GenerateRequest
 
 
 def _run_on_ray(config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs, amounts: Amounts) -> None:
-    from crossdock.launch.generate import run_generate
+    from crossdock.launch.commands.generate import run_generate
 
     run_generate(config, model_dir, request, outputs, amounts, launcher="ray")
 
 
 def _check_on_ray(config: Path, model_dir: Path, probe: bool, as_json: bool) -> None:
-    from crossdock.launch.check import run_check
+    from crossdock.launch.commands.check import run_check
 
     run_check(config, model_dir, "ray", probe=probe, as_json=as_json)
 
@@ -51,7 +51,7 @@ def models_command(
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False,
 ) -> None:
     """List the model families, their checkpoints, and the layouts that tests hold them in."""
-    from crossdock.launch.models import model_rows, models_json, models_markdown, models_table
+    from crossdock.launch.commands.models import model_rows, models_json, models_markdown, models_table
 
     rows = list(model_rows())
     if as_json:
@@ -69,7 +69,7 @@ def timeline_command(
     last_steps: Annotated[int | None, typer.Option(help="Only the last denoise steps.", min=1)] = None,
 ) -> None:
     """Draw a trace: one row per rank and stream."""
-    from crossdock.launch import timeline
+    from crossdock.launch.commands import timeline
 
     timeline.check_out(out)
     slices = timeline.read_slices(trace)

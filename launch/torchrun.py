@@ -12,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-from crossdock.launch.arguments import Amounts, Outputs, add_check, build_app, run_app
+from crossdock.launch.commands.arguments import Amounts, Outputs, add_check, build_app, run_app
 from crossdock.launch.console import complain_on_stderr
 from crossdock.launch.gangs.torchrun_gang import connect_store
 from crossdock.launch.gangs.torchrun_watch import REPORTED, exit_now
@@ -26,13 +26,13 @@ _REPORT_WAIT_S = 5.0
 def _run_on_torchrun(
     config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs, amounts: Amounts
 ) -> None:
-    from crossdock.launch.generate import run_generate
+    from crossdock.launch.commands.generate import run_generate
 
     run_generate(config, model_dir, request, outputs, amounts, "torchrun", quiet=os.environ["RANK"] != "0")
 
 
 def _check_on_torchrun(config: Path, model_dir: Path, probe: bool, as_json: bool) -> None:
-    from crossdock.launch.check import run_check
+    from crossdock.launch.commands.check import run_check
 
     run_check(config, model_dir, "torchrun", probe=probe, as_json=as_json, quiet=os.environ["RANK"] != "0")
 

@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from crossdock.launch.commands.models import why_refused
 from crossdock.launch.engine.engine import Engine
-from crossdock.launch.models import why_refused
 from crossdock.runtime.config.schema import OffloadConfig, RunConfig
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.errors import UserError

@@ -12,8 +12,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from crossdock.launch.cli import app
-from crossdock.launch.models import HEADINGS, held_layouts, model_rows, models_markdown
-from crossdock.launch.shipped import shipped_layouts
+from crossdock.launch.commands.models import HEADINGS, held_layouts, model_rows, models_markdown
+from crossdock.launch.commands.shipped import shipped_layouts
 from crossdock.parallel.regions import SequenceParallelism
 from crossdock.parallel.tensor import TensorParallelism, tensor_slices
 from crossdock.runtime.models.families import SPECS

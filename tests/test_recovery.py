@@ -13,8 +13,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from crossdock.launch.commands.generate import summary, survived
 from crossdock.launch.engine.engine import Engine
-from crossdock.launch.generate import summary, survived
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.verdict import CompositionError
 from crossdock.runtime.errors import ConfigError, CrossdockError, RankError, RequestCancelled, RequestTimeout

@@ -35,7 +35,7 @@ class InferredSpec(ModelSpec):
 def infer_spec(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> InferredSpec:
     """What `model` says of itself.
 
-    Stacks are those that the model declares, else those that its structure shows (`offload.discovery`), in the order
+    Stacks are those that the model declares, else those that its structure shows (`live.discovery`), in the order
     in which its source names them. A run on `inputs` decides over both, tries a tensor plan that no class declares,
     and shows what a `_cp_plan` leaves open.
 

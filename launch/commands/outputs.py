@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from crossdock.launch.arguments import Outputs
+from crossdock.launch.commands.arguments import Outputs
+from crossdock.launch.commands.video_file import write_video
 from crossdock.launch.engine.generation import Generation
-from crossdock.launch.video_file import write_video
 from crossdock.runtime.media import Video
 from crossdock.runtime.reports.trace_file import chrome_trace
 

@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from crossdock.launch.commands.generate import locating
 from crossdock.launch.console import end
 from crossdock.launch.engine.engine import Engine
 from crossdock.launch.gangs.choose import Launcher, choose_gang
-from crossdock.launch.generate import locating
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.contract.verdict import CompositionError, Verdict

@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from crossdock.launch.arguments import Amounts, Outputs
+from crossdock.launch.commands.arguments import Amounts, Outputs
+from crossdock.launch.commands.outputs import write_outputs
 from crossdock.launch.console import end
 from crossdock.launch.engine.engine import Engine
 from crossdock.launch.engine.generation import Generation
 from crossdock.launch.engine.recovery import brief
 from crossdock.launch.gangs.choose import Launcher, choose_gang
-from crossdock.launch.outputs import write_outputs
 from crossdock.runtime.config.yaml_file import load_config, locate
 from crossdock.runtime.errors import UserError
 from crossdock.runtime.models.families import spec_for

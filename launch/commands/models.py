@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from rich.table import Table
 
-from crossdock.launch.shipped import shipped_layouts
+from crossdock.launch.commands.shipped import shipped_layouts
 from crossdock.runtime.models.families import SPECS
 from crossdock.runtime.models.published import real_shape
 from crossdock.runtime.models.spec import ModelSpec
