@@ -1,1 +1,1 @@
-"""Block layout, host store, block stream, residency schedule, copy engines."""
+"""Blocks that come to the device when they are needed: memory, schedule, stream, live models."""

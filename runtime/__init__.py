@@ -1,4 +1,4 @@
-"""Config, plan, model specs, rank worker, reports, coordinator and verifier."""
+"""A run: config and models make a plan, the rank runs the pipeline, reports go to the contract, the watch blames."""
 
 from crossdock.runtime.config.schema import RunConfig
 

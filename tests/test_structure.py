@@ -1,4 +1,6 @@
-"""The rooms and who may import whom: launch -> runtime -> parallel, offload; ray in one module; small files."""
+"""The halls and the rooms in them, and who may import whom: launch -> runtime -> parallel, offload, and one way between
+the rooms of each; ray in one module; small rooms, small files.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,48 @@ MAY_IMPORT = {
     "parallel": {"parallel"},
     "offload": {"offload"},
 }
-EXCEPTIONS = {("launch/gangs/ray_gang.py", "ray")}
+ROOMS: dict[str, dict[str, set[str]]] = {
+    "runtime": {
+        "errors": set(),
+        "media": set(),
+        "request": {"errors"},
+        "config": {"errors"},
+        "models": {"errors"},
+        "models/families": {"errors", "models"},
+        "models/inferred": {"errors", "models"},
+        "models/tiny": {"errors", "models", "models/families"},
+        "plan": {"errors", "request", "config", "models", "models/families"},
+        "reports": {"media", "plan"},
+        "contract": {"errors", "models", "plan", "reports"},
+        "watch": {"errors", "reports"},
+        "pipeline": {"errors", "request", "media", "models", "plan", "reports"},
+        "rank/weights": {"errors", "models", "plan", "reports"},
+        "rank": {"errors", "request", "models", "plan", "reports", "contract", "pipeline", "rank/weights"},
+    },
+    "launch": {
+        "console": set(),
+        "gangs": {"console"},
+        "engine": {"gangs"},
+        "commands": {"console", "gangs", "engine"},
+        "cli": {"console", "commands"},
+        "torchrun": {"console", "gangs", "commands"},
+    },
+    "offload": {
+        "memory": set(),
+        "schedule": set(),
+        "stream": {"memory", "schedule"},
+        "live": {"memory", "schedule", "stream"},
+    },
+}
+"""Hall -> room -> the rooms of that hall that it may import. A file that stands in the hall is a room of its own; a
+hall's `__init__.py` is its door, which hands out what is in the rooms.
+"""
+CALLED_LATE = {("runtime/models/spec.py", "models/inferred")}
+"""`ModelSpec.from_model` is how a spec is asked for, also one that is inferred: it imports that when it is called."""
+MOST_THINGS = 11
+"""Files and folders in a room: about ten can be seen at once."""
+LISTS = {"runtime/models/families", "runtime/models/tiny"}
+"""Here the modules are alike, one for each family: whoever looks for one knows its name."""
 TORCH_ONLY = {"torch", "numpy", "crossdock"} | set(sys.stdlib_module_names)
 
 
@@ -40,6 +84,67 @@ def test_nothing_is_imported_upward_or_sideways(room: str) -> None:
     for path in _modules(room):
         rooms = {name.split(".")[1] for name in _imports(path) if name.startswith("crossdock.")}
         assert rooms <= MAY_IMPORT[room], f"{path.name} imports {rooms - MAY_IMPORT[room]}"
+
+
+def _room(hall: str, path: Path) -> str:
+    """The room of a file or of a folder; empty: the hall's door."""
+    folder = path if path.is_dir() else path.parent
+    if folder != ROOT / hall:
+        return folder.relative_to(ROOT / hall).as_posix()
+    return "" if path.is_dir() or path.stem == "__init__" else path.stem
+
+
+def _rooms_imported(hall: str, path: Path) -> Iterator[str]:
+    """Of the same hall; late imports, and those for type checkers, count."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]  # a module, or what is in one
+        for name in names:
+            if name.startswith(f"crossdock.{hall}."):
+                yield _room(hall, _found(ROOT.joinpath(*name.split(".")[1:])))
+
+
+def _found(path: Path) -> Path:
+    """The folder or the module that `path` names, or that it names something in."""
+    module = path.with_suffix(".py")
+    return path if path.is_dir() else module if module.is_file() else _found(path.parent)
+
+
+@pytest.mark.parametrize("hall", ROOMS)
+def test_rooms_import_one_way(hall: str) -> None:
+    for path in _modules(hall):
+        room, name = _room(hall, path), path.relative_to(ROOT).as_posix()
+        if room:
+            late = {other for module, other in CALLED_LATE if module == name}
+            others = {other or "the door" for other in _rooms_imported(hall, path)} - {room} - late
+            assert room in ROOMS[hall], f"{name}: which rooms may it import?"
+            assert others <= ROOMS[hall][room], f"{name} imports {others - ROOMS[hall][room]}"
+
+
+@pytest.mark.parametrize("hall", ROOMS)
+def test_no_circle_is_allowed(hall: str) -> None:
+    order = list(TopologicalSorter(ROOMS[hall]).static_order())  # raises CycleError
+    assert set(order) == ROOMS[hall].keys(), "rooms that nobody knows"
+    assert all((ROOT / hall / room).is_dir() or (ROOT / hall / f"{room}.py").is_file() for room in order)
+
+
+@pytest.mark.parametrize("hall", MAY_IMPORT)
+def test_rooms_are_small(hall: str) -> None:
+    for init in (ROOT / hall).rglob("__init__.py"):
+        folder = init.parent
+        aside = {"__init__.py", "py.typed", "README.md", "__pycache__"}
+        things = {thing.name for thing in folder.iterdir()} - aside
+        name = folder.relative_to(ROOT).as_posix()
+        assert name in LISTS or len(things) <= MOST_THINGS, f"{name} has {len(things)} things: is it still one room?"
+
+
+def test_every_room_says_what_it_is() -> None:
+    for hall in MAY_IMPORT:
+        for init in (ROOT / hall).rglob("__init__.py"):
+            assert ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))), f"{init.relative_to(ROOT)}"
 
 
 @pytest.mark.parametrize("room", ["parallel", "offload"])
