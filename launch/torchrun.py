@@ -19,7 +19,9 @@ import torch
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from crossdock.launch.arguments import Amounts, Outputs, add_check, build_app, complain_on_stderr, run_app
-from crossdock.launch.torchrun_watch import REPORTED, RankWatch, exit_now
+from crossdock.launch.rank_messages import MessageStore
+from crossdock.launch.run_secret import forget_run_secret, on_one_node, run_secret
+from crossdock.launch.torchrun_watch import REPORTED, RankWatch, exit_now, is_reporter
 from crossdock.runtime.config import LaunchConfig
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled
 from crossdock.runtime.faults import rank_error
@@ -60,10 +62,12 @@ class TorchrunGang:
                 "parallel",
             )
         launch_s = self._config.timeouts.launch_s
-        self._watch = RankWatch(self._worker, connect_store(launch_s, _STORE_S))
+        self._watch = RankWatch(self._worker, connect_store(launch_s, _STORE_S), run_secret(), _try_name())
         self._watch.start()
         with self._cut_off():
-            self._worker.join(connect_store(launch_s), self._config.timeouts.collective_s)
+            store = connect_store(launch_s)
+            self._worker.join(store, self._config.timeouts.collective_s, one_machine=on_one_node())
+        forget_run_secret()  # every rank has read it before it joined
 
     def restart(self) -> None:
         raise RankError(self._worker.rank, "only torchrun itself can start its ranks again: --max-restarts")
@@ -139,8 +143,12 @@ def connect_store(timeout_s: float, answer_s: float | None = None) -> Store:
         wait_for_workers=False,
     )
     store.set_timeout(timedelta(seconds=answer_s or timeout_s))
+    return PrefixStore(_try_name(), store)
+
+
+def _try_name() -> str:
     run, number = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RUN_ID", "RESTART_COUNT"))
-    return PrefixStore(f"crossdock/{run}/{number}", store)
+    return f"crossdock/{run}/{number}"
 
 
 def _run_on_torchrun(
@@ -181,7 +189,7 @@ def _complain(message: str) -> None:
         if rank != "0":
             with contextlib.suppress(RuntimeError):  # rank 0 said nothing in time
                 store.wait([REPORTED])
-        if store.add(REPORTED, 1) > 1:
+        if not is_reporter(MessageStore(store, run_secret(), _try_name()), int(rank)):
             return
     complain_on_stderr(message if rank == "0" else f"rank {rank}: {message}")
 
