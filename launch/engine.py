@@ -26,8 +26,8 @@ from crossdock.runtime.plan import RunPlan, make_plan
 from crossdock.runtime.probe import probe_numbers, probe_request
 from crossdock.runtime.rank_result import RankResult
 from crossdock.runtime.reports import Verdict
-from crossdock.runtime.request import GenerateRequest
-from crossdock.runtime.request_checks import check_amounts, check_request
+from crossdock.runtime.request import GenerateRequest, as_prompts, check_whole
+from crossdock.runtime.request_checks import MAX_PICTURES, check_amounts, check_request
 from crossdock.runtime.resume import Snapshot
 from crossdock.runtime.status import RankStatus
 from crossdock.runtime.worker import RankWorker
@@ -144,7 +144,8 @@ class Engine:
             CompositionError, RankError: the run failed; the engine is closed.
         """
         check_amounts(self.plan.spec, images_per_prompt, batch_size)
-        given = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+        given = as_prompts(prompt)
+        check_whole("prompts x images_per_prompt", len(given) * images_per_prompt, 1, MAX_PICTURES)
         prompts = tuple(each for each in given for _ in range(images_per_prompt))
         launch = self.plan.config.launch
         request = GenerateRequest(
