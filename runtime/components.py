@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -19,8 +20,11 @@ from crossdock.offload.host_memory import HostMemoryError
 from crossdock.offload.layout import ALIGNMENT, BlockLayout
 from crossdock.offload.offloader import LayerwiseOffloader, component_layouts
 from crossdock.offload.schedule import device_bytes
-from crossdock.runtime.errors import CheckpointError, LaunchError
-from crossdock.runtime.meta_model import build_on_meta, non_persistent_buffers
+from crossdock.runtime.build_limits import bounded
+from crossdock.runtime.checkpoint import read_json
+from crossdock.runtime.errors import LaunchError
+from crossdock.runtime.foreign_code import unasked
+from crossdock.runtime.meta_model import build_on_meta, described, non_persistent_buffers
 
 CACHE_LINE = 64
 VAE_PARTS = ("decoder", "encoder")
@@ -181,15 +185,22 @@ def component_blocks(module: nn.Module) -> list[FoundBlock]:
 def _on_meta(folder: Path, library: str, class_name: str, dtype: torch.dtype) -> nn.Module:
     """The module as it will be loaded, in `dtype` but for what its class keeps in fp32."""
     if library != "transformers":
-        module = build_on_meta(class_name, folder, library)
-    else:
-        try:
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-            with torch.device("meta"):
-                module = getattr(transformers, class_name)(config)
-        except (AttributeError, OSError, TypeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{folder / 'config.json'}: {class_name} cannot be built: {error}") from None
-    return _cast(module, library, dtype)
+        return _cast(build_on_meta(class_name, folder, library), library, dtype)
+    path = folder / "config.json"
+    config = read_json(path)
+
+    def build(changed: Mapping[str, Any]) -> nn.Module:
+        return _text_model(class_name, transformers.AutoConfig.for_model(**copy.deepcopy(dict(changed))))
+
+    with described(path, class_name, config, build), unasked():
+        loaded = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return _cast(_text_model(class_name, loaded), library, dtype)
+
+
+def _text_model(class_name: str, config: Any) -> nn.Module:
+    with torch.device("meta"), bounded():
+        module: nn.Module = getattr(transformers, class_name)(config)
+    return module
 
 
 def _cast(module: nn.Module, library: str, dtype: torch.dtype) -> nn.Module:

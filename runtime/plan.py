@@ -23,12 +23,19 @@ from crossdock.offload.schedule import SlotSchedule
 from crossdock.offload.turns import place_sizes, slots_in_turn
 from crossdock.parallel.mesh import MeshShape, describe
 from crossdock.parallel.tensor import TensorParallelism, TensorSlice
-from crossdock.runtime.checkpoint import StoredTensor, check_components, component_names, read_json, read_model_index
+from crossdock.runtime.checkpoint import (
+    StoredTensor,
+    check_components,
+    component_names,
+    index_file,
+    read_model_index,
+)
 from crossdock.runtime.components import component_needs, host_peak_bytes
 from crossdock.runtime.config import RunConfig
 from crossdock.runtime.device_space import divide_device
 from crossdock.runtime.errors import CheckpointError
 from crossdock.runtime.families import SPECS, spec_of_pipeline
+from crossdock.runtime.foreign_code import refuse_foreign_code
 from crossdock.runtime.meta_model import non_persistent_buffers
 from crossdock.runtime.plan_checks import check_attention, check_degree, check_guidance, check_pages
 from crossdock.runtime.reports import ScheduleReport
@@ -40,7 +47,7 @@ from crossdock.runtime.streamed_model import (
     transformer_names,
     transformers_in,
 )
-from crossdock.runtime.vae_scale import latent_frames, latent_pixels
+from crossdock.runtime.vae_scale import vae_scale
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,7 @@ class RunPlan:
         pipeline_dtype: dtype of the other components.
         pixel_multiple: picture sizes are multiples of this.
         frame_multiple: videos have a multiple of this, and one more, frames.
+        decoder_features: features that the decoder has of each pixel, at least.
     """
 
     config: RunConfig
@@ -102,6 +110,7 @@ class RunPlan:
     pipeline_dtype: torch.dtype
     pixel_multiple: int
     frame_multiple: int
+    decoder_features: int
 
     @cached_property
     def _outside(self) -> frozenset[str]:
@@ -209,6 +218,7 @@ def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int
     encoders, decoders = (tuple(n for n in known if n in names) for known in (spec.encoders, spec.decoders))
     transformers = transformer_names(spec.transformers, names)
     check_components(model_dir, index, (*transformers, *encoders, *decoders))
+    refuse_foreign_code(model_dir, index)
     model = build_transformers(spec.transformer, model_dir, transformers)
     stored = stored_of(model, model_dir, transformers)
     for transformer in transformers_in(model).values():
@@ -232,7 +242,7 @@ def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int
     outside = tuple(fqn for fqn in _all_tensors(model) if fqn not in placed)
     pipeline_dtype = _pipeline_dtype(stored, config)
     depth = config.offload.depths[0]
-    vae_config = read_json(model_dir / spec.decoders[0] / "config.json")
+    scale = vae_scale(model_dir / spec.decoders[0] / "config.json")
     others = (
         component_needs(model_dir, index, encoders, decoders, pipeline_dtype, depth) if config.offload.layerwise else ()
     )
@@ -268,8 +278,9 @@ def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int
         dtypes,
         slices,
         pipeline_dtype,
-        spec.patch * latent_pixels(vae_config),
-        latent_frames(vae_config),
+        spec.patch * scale.pixels,
+        scale.frames,
+        scale.features,
     )
 
 
@@ -320,7 +331,7 @@ def spec_for(model_dir: Path) -> ModelSpec:
     if spec is None:
         known = ", ".join(f"{spec.pipeline} ({family})" for family, spec in SPECS.items())
         raise CheckpointError(
-            f"{model_dir / 'model_index.json'}: unknown model class {pipeline!r}; crossdock knows {known}"
+            f"{index_file(model_dir)}: unknown model class {str(pipeline)[:100]!r}; crossdock knows {known}"
         )
     return spec
 
