@@ -113,10 +113,10 @@ class Lead:
 
 @dataclass(frozen=True)
 class Reporter:
-    """The rank that says what went wrong."""
+    """The rank that says what went wrong; `once`: different each time that a rank wants to."""
 
     rank: int
-    pid: int
+    once: str
 
 
 class MessageStore:

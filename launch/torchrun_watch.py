@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import select
 import signal
 import socket
@@ -281,8 +282,8 @@ class RankWatch:
 
 
 def is_reporter(messages: MessageStore, rank: int) -> bool:
-    """Whether this rank is the one that says what went wrong."""
-    own = Reporter(rank, os.getpid())
+    """Whether this rank, now, is the one that says what went wrong."""
+    own = Reporter(rank, secrets.token_hex(8))
     return messages.put_first(REPORTED, own) == own
 
 

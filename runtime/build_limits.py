@@ -109,16 +109,15 @@ def check_table(result: object) -> None:
 
 
 def blame(config: Mapping[str, Any], builds: Callable[[Mapping[str, Any]], bool]) -> str | None:
-    """The dotted key without which `builds` says yes; None: there is no such key.
+    """The dotted key without which, or with 1 in whose place, `builds` says yes; None: there is no such key.
 
     Args:
         builds: whether a model can be made of a config.
     """
     for key, value in config.items():
         rest = {other: config[other] for other in config if other != key}
-        if builds(rest):
-            within = partial(_builds_with, rest, key, builds)
-            inner = blame(value, within) if isinstance(value, dict) else None
+        if builds(rest) or (isinstance(value, int) and builds({**rest, key: 1})):
+            inner = blame(value, partial(_builds_with, rest, key, builds)) if isinstance(value, dict) else None
             return f"{key}.{inner}" if inner else key
     return None
 

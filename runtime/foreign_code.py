@@ -23,6 +23,8 @@ from crossdock.runtime.errors import CheckpointError
 
 CODE_KEYS = ("auto_map", "custom_pipeline", "custom_pipelines", "custom_generate")
 KERNEL_KEYS = ("attn_implementation", "experts_implementation")
+_STRAY = "None.py"
+"""The code of the custom pipeline that is called what diffusers was given: None."""
 _ADAPTER = "adapter_config.json"
 _DATA = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
 """Words, read by the tokenizers library; no class is chosen by them."""
@@ -45,6 +47,8 @@ def refuse_foreign_code(model_dir: Path, index: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: something in the checkpoint would have a library run code that is not its own.
     """
+    if (stray := model_dir / _STRAY).exists():
+        raise CheckpointError(f"{stray}: diffusers takes it for a pipeline's code, which is never run; remove it")
     _check_keys(index_file(model_dir), index)
     for name in component_names(index):
         folder = model_dir / name

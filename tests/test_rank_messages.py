@@ -130,7 +130,7 @@ def test_nothing_is_there_yet(post: Post) -> None:
 
 
 def test_the_first_one_stays(post: Post) -> None:
-    first, second = Reporter(1, 10), Reporter(0, 20)
+    first, second = Reporter(1, "a"), Reporter(1, "b")
     assert post.messages.put_first("reported", first) == first
     assert post.messages.put_first("reported", second) == first
     post.messages.clear(["reported", "other"])
@@ -186,7 +186,7 @@ def test_a_signed_message_counts_in_its_place_only(post: Post) -> None:
 
 
 TEXTS = {
-    "another type": '{"rank": 0, "pid": 7}',
+    "another type": '{"rank": 0, "once": "a"}',
     "a string for a number": '{"rank": "0", "beat": 1, "suspects": []}',
     "a number is missing": '{"rank": 0, "suspects": []}',
     "a float": '{"rank": 0.5, "beat": 1, "suspects": []}',
