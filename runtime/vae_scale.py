@@ -65,5 +65,5 @@ def latent_frames(config: Mapping[str, Any]) -> int:
 
 def decoder_features(config: Mapping[str, Any]) -> int:
     """Features of each pixel when it is decoded, at least: the last layer makes three colours of them."""
-    whole = not config.get("patch_size")  # else the last layer makes several pixels at once
+    whole = not isinstance(config.get("patch_size"), int)  # else the last layer makes several pixels at once
     return max(int(config.get("block_out_channels", (3,))[0]), 3) if whole else 3
