@@ -14,8 +14,10 @@ from pathlib import Path
 
 from crossdock.launch.commands.arguments import Amounts, Outputs, add_check, build_app, run_app
 from crossdock.launch.console import complain_on_stderr
-from crossdock.launch.gangs.torchrun_gang import connect_store
-from crossdock.launch.gangs.torchrun_watch import REPORTED, exit_now
+from crossdock.launch.gangs.rank_messages import MessageStore
+from crossdock.launch.gangs.run_secret import run_secret
+from crossdock.launch.gangs.torchrun_gang import connect_store, try_name
+from crossdock.launch.gangs.torchrun_watch import REPORTED, exit_now, is_reporter
 from crossdock.runtime.errors import LaunchError
 from crossdock.runtime.request import GenerateRequest
 
@@ -61,7 +63,7 @@ def _complain(message: str) -> None:
         if rank != "0":
             with contextlib.suppress(RuntimeError):  # rank 0 said nothing in time
                 store.wait([REPORTED])
-        if store.add(REPORTED, 1) > 1:
+        if not is_reporter(MessageStore(store, run_secret(), try_name()), int(rank)):
             return
     complain_on_stderr(message if rank == "0" else f"rank {rank}: {message}")
 

@@ -2,6 +2,10 @@
 
 Every collective of the ranks goes through one of these, so that two ranks can be compared: which ones they issued, in
 which order, with which sizes; and which one a rank is waiting in.
+
+Objects travel pickled, and what is unpickled can run code. They come over the connections of the process group, from
+ranks of this very run, which run the same program: whoever speaks there was let in by the rendezvous, which is where
+strangers are kept out (loopback, or a network that is trusted). Nothing is unpickled that was read from a store.
 """
 
 from __future__ import annotations

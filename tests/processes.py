@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 
 def run_ranks(program: str, folder: Path, ranks: int, limit_s: float) -> list[Any]:
     """Run `program FOLDER RANK` once for every rank; what each wrote to `rankN.json` in `folder`."""
@@ -28,3 +30,20 @@ def run_ranks(program: str, folder: Path, ranks: int, limit_s: float) -> list[An
     tails = [f"rank {rank}: {(folder / f'log{rank}').read_text()[-2000:]}" for rank in range(ranks)]
     assert codes == [0] * ranks, "\n".join(tails)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def listening(pid: int) -> list[tuple[str, int]]:
+    """(address, port) of every TCP socket on which a process takes connections; none, where it is gone."""
+    try:
+        connections = psutil.Process(pid).net_connections("tcp")
+    except psutil.Error:
+        return []
+    return [(each.laddr.ip, each.laddr.port) for each in connections if each.status == psutil.CONN_LISTEN]
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    """The processes that a process has started, and those that these have; none, where it is gone."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return []

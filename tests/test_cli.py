@@ -101,7 +101,7 @@ def test_an_unforeseen_error_shows_its_traceback(arguments: list[str], capsys: p
 
 
 BAD_OPTIONS = {
-    "steps": (["--steps=0"], "steps: found 0; allowed: an integer >= 1"),
+    "steps": (["--steps=0"], "steps: found 0; allowed: an integer from 1 to 10000"),
     "height": (["--height=-8"], "height: found -8; allowed: an integer >= 1"),
     "width": (["--width=0"], "width: found 0; allowed: an integer >= 1"),
     "seed": (["--seed=-1"], "seed: found -1; allowed: an integer from 0 to 9223372036854775807"),

@@ -17,7 +17,7 @@ from crossdock.launch.commands.shipped import shipped_layouts
 from crossdock.parallel.regions import SequenceParallelism
 from crossdock.parallel.tensor import TensorParallelism, tensor_slices
 from crossdock.runtime.models.families import SPECS
-from crossdock.runtime.models.published import real_model, real_shape
+from crossdock.runtime.models.families.published import real_model, real_shape
 from crossdock.runtime.models.spec import ModelSpec, Published
 from crossdock.runtime.models.tiny.recipes import TINY
 from layouts import LAYOUTS, ROWS

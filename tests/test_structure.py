@@ -27,7 +27,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "media": set(),
         "request": {"errors"},
         "config": {"errors"},
-        "models": {"errors"},
+        "models": {"errors", "config"},
         "models/families": {"errors", "models"},
         "models/inferred": {"errors", "models"},
         "models/tiny": {"errors", "models", "models/families"},

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from crossdock.launch.commands.shipped import shipped_layouts
 from crossdock.runtime.models.families import SPECS
-from crossdock.runtime.models.published import real_shape
+from crossdock.runtime.models.families.published import real_shape
 from crossdock.runtime.models.spec import ModelSpec
 
 HEADINGS = ("family", "checkpoint", "class", "block stacks", "parameters", "GB in bf16", "layouts")

@@ -26,12 +26,12 @@ from crossdock.runtime.models.latents import number_of_chunks
 from crossdock.runtime.pipeline.snapshot import Snapshot
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.plan.request_checks import check_amounts, check_request
+from crossdock.runtime.plan.request_checks import MAX_PICTURES, check_amounts, check_request
 from crossdock.runtime.rank.probe import probe_numbers, probe_request
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.rank_result import RankResult
 from crossdock.runtime.reports.status import RankStatus
-from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.request import GenerateRequest, as_prompts, check_whole
 from crossdock.runtime.watch.gang import Gang, Notice
 
 CANCEL_S = 10.0
@@ -143,7 +143,8 @@ class Engine:
             CompositionError, RankError: the run failed; the engine is closed.
         """
         check_amounts(self.plan.spec, images_per_prompt, batch_size)
-        given = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+        given = as_prompts(prompt)
+        check_whole("prompts x images_per_prompt", len(given) * images_per_prompt, 1, MAX_PICTURES)
         prompts = tuple(each for each in given for _ in range(images_per_prompt))
         launch = self.plan.config.launch
         request = GenerateRequest(

@@ -15,7 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import ray
 import torch
@@ -24,8 +25,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from crossdock.launch.gangs.process_state import process_state
+from crossdock.launch.gangs.reachable import check_reachable, not_reached, within
+from crossdock.launch.gangs.rendezvous import LOOPBACK, open_store
 from crossdock.runtime.config.schema import LaunchConfig
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled
+from crossdock.runtime.rank.weights.load import node_id
 from crossdock.runtime.rank.worker import RankWorker, compute_threads
 from crossdock.runtime.reports.status import RankStatus
 from crossdock.runtime.watch.faults import first_cause, is_conclusive, rank_error
@@ -56,6 +60,14 @@ _OBJECT_STORE_BYTES = 256 * 2**20
 """Results and plans only travel through Ray; weights never do."""
 
 
+class Place(NamedTuple):
+    """Where a rank runs; ranks of one `node` are on one machine."""
+
+    host: str
+    pid: int
+    node: str
+
+
 class _RankActor:
     """Hosts one `RankWorker`; `watch` methods answer while a call is running."""
 
@@ -65,30 +77,23 @@ class _RankActor:
         self._worker = RankWorker(rank, world_size, torch.device("cuda:0" if device == "cuda" else "cpu"))
         self._store: TCPStore | None = None
 
-    def open_store(self, port: int) -> tuple[str, int]:
+    def open_store(self, port: int, one_machine: bool) -> tuple[str, int]:
         """Rank 0: the rendezvous, on `port`, or on a free one that the system picks."""
-        host = ray.util.get_node_ip_address()
-        try:
-            self._store = TCPStore(host, port, self._worker.world_size, is_master=True, wait_for_workers=False)
-        except (RuntimeError, OSError) as error:
-            raise LaunchError(
-                f"port {port} on {host} cannot be used for the rendezvous ({error}); free it, or use port: 0",
-                "launch.port",
-            ) from None
+        host = LOOPBACK if one_machine else ray.util.get_node_ip_address()
+        self._store = open_store(host, port, self._worker.world_size)
         return host, self._store.port
 
-    def where(self) -> tuple[str, int]:
-        """(host, pid)"""
-        return socket.gethostname(), os.getpid()
+    def where(self) -> Place:
+        return Place(socket.gethostname(), os.getpid(), node_id())
 
-    def join(self, host: str, port: int, timeout_s: float, collective_s: float) -> None:
+    def join(self, host: str, port: int, timeout_s: float, collective_s: float, one_machine: bool) -> None:
         """Meet the others."""
         worker = self._worker
         try:
             store = self._store or TCPStore(
                 host, port, worker.world_size, is_master=False, timeout=timedelta(seconds=timeout_s)
             )
-            worker.join(store, collective_s)
+            worker.join(store, collective_s, one_machine)
         except (RuntimeError, OSError) as error:
             raise RankError(worker.rank, f"could not meet the others: {error}", "cut off") from None
 
@@ -118,7 +123,7 @@ class RayGang:
         self._owns_ray = False
         self._group: PlacementGroup | None = None
         self._actors: list[Any] = []
-        self._places: list[tuple[str, int]] = []  # (host, pid) of every rank
+        self._places: list[Place] = []  # of every rank
 
     @property
     def can_restart(self) -> bool:
@@ -167,10 +172,8 @@ class RayGang:
         for actor in self._actors:
             with contextlib.suppress(Exception):
                 ray.kill(actor, no_restart=True)
-        for host, pid in self._places:
-            if (
-                host == socket.gethostname() and process_state(pid) == "stopped"
-            ):  # it does not hear Ray's request to end
+        for host, pid, _ in self._places:
+            if host == socket.gethostname() and process_state(pid) == "stopped":  # it does not hear Ray's request
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
         self._actors, self._places = [], []
@@ -193,14 +196,15 @@ class RayGang:
         self._owns_ray = True
 
     def _init_ray(self, quiet: dict[str, Any]) -> None:
-        if self._config.ray_address is not None:
+        if (address := self._config.ray_address) is not None:
+            deadline = time.monotonic() + self._config.timeouts.launch_s
+            check_reachable(address, self._config.timeouts.launch_s)
             try:
-                ray.init(address=self._config.ray_address, **quiet)
-            except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-                raise LaunchError(
-                    f"no Ray cluster answers at {self._config.ray_address} ({error}); start one, or leave the key out",
-                    "launch.ray_address",
-                ) from None
+                within(deadline - time.monotonic(), partial(ray.init, address=address, **quiet))
+            except KeyboardInterrupt:
+                raise
+            except (Exception, SystemExit) as error:  # Ray exits when its own patience is over
+                raise not_reached(address, str(error) if isinstance(error, Exception) else "no answer") from None
         else:
             cpus = max(os.cpu_count() or 1, int(self.world_size * self._config.cpus_per_rank + 1))
             ray.init(
@@ -235,10 +239,11 @@ class RayGang:
 
     def _meet(self, deadline: float) -> None:
         """Let the ranks find each other; they are watched from here on."""
-        opened = [self._actors[0].open_store.remote(self._config.port)]
+        one_machine = len({place.node for place in self._places}) == 1
+        opened = [self._actors[0].open_store.remote(self._config.port, one_machine)]
         host, port = self._await(opened, deadline, _Watcher(self._actors, self._places, None))[0]
         limits = (self._config.timeouts.launch_s, self._config.timeouts.collective_s)
-        met = [actor.join.remote(host, port, *limits) for actor in self._actors]
+        met = [actor.join.remote(host, port, *limits, one_machine) for actor in self._actors]
         self._await(met, deadline, _Watcher(self._actors, self._places, None))
 
     def _check_resources(self, need: dict[str, float]) -> None:
@@ -298,7 +303,7 @@ def _own_signal_handlers() -> Iterator[None]:
 class _Watcher:
     """Asks every rank what it is doing, one question at a time each."""
 
-    def __init__(self, actors: Sequence[Any], places: Sequence[tuple[str, int]], notice: Notice | None) -> None:
+    def __init__(self, actors: Sequence[Any], places: Sequence[Place], notice: Notice | None) -> None:
         self.watch = Watch()
         self._actors = actors
         self._places = places
@@ -348,11 +353,11 @@ class _Watcher:
 
     def _is_stopped(self, rank: int) -> bool:
         """Looked up here, or by another rank of the same machine."""
-        host, pid = self._places[rank]
+        host, pid, _ = self._places[rank]
         if host == socket.gethostname():
             return process_state(pid) == "stopped"
         silent = set(self._questions.values())
-        peers = [peer for peer, (there, _) in enumerate(self._places) if there == host and peer not in silent]
+        peers = [peer for peer, place in enumerate(self._places) if place.host == host and peer not in silent]
         try:
             return any(ray.get([self._actors[peer].sees_stopped.remote(pid) for peer in peers[:1]], timeout=1))
         except ray.exceptions.RayError:

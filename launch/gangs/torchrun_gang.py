@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from crossdock.launch.gangs.run_secret import forget_run_secret, on_one_node, run_secret
 from crossdock.launch.gangs.torchrun_watch import RankWatch
 from crossdock.runtime.config.schema import LaunchConfig
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled
@@ -49,10 +50,12 @@ class TorchrunGang:
                 "parallel",
             )
         launch_s = self._config.timeouts.launch_s
-        self._watch = RankWatch(self._worker, connect_store(launch_s, _STORE_S))
+        self._watch = RankWatch(self._worker, connect_store(launch_s, _STORE_S), run_secret(), try_name())
         self._watch.start()
         with self._cut_off():
-            self._worker.join(connect_store(launch_s), self._config.timeouts.collective_s)
+            store = connect_store(launch_s)
+            self._worker.join(store, self._config.timeouts.collective_s, one_machine=on_one_node())
+        forget_run_secret()  # every rank has read it before it joined
 
     def restart(self) -> None:
         raise RankError(self._worker.rank, "only torchrun itself can start its ranks again: --max-restarts")
@@ -128,5 +131,10 @@ def connect_store(timeout_s: float, answer_s: float | None = None) -> Store:
         wait_for_workers=False,
     )
     store.set_timeout(timedelta(seconds=answer_s or timeout_s))
+    return PrefixStore(try_name(), store)
+
+
+def try_name() -> str:
+    """Which try of which run this is."""
     run, number = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RUN_ID", "RESTART_COUNT"))
-    return PrefixStore(f"crossdock/{run}/{number}", store)
+    return f"crossdock/{run}/{number}"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from crossdock.launch.gangs.process_state import ProcessState
+from crossdock.launch.gangs.rank_messages import CarriedError
 from crossdock.runtime.errors import CrossdockError, RankError
 from crossdock.runtime.reports.status import RankStatus
 from crossdock.runtime.watch.faults import first_cause, is_conclusive
@@ -43,7 +44,7 @@ class Beat:
     agent: tuple[str, str]
     call: int = 0
     ended: bool = False
-    error: CrossdockError | None = None
+    error: CarriedError | None = None
     left: bool = False
 
 
@@ -55,7 +56,7 @@ class Verdict:
     """
 
     judge: int
-    error: CrossdockError
+    error: CarriedError
     stopped: tuple[tuple[str, str], int] | None = None
 
 

@@ -13,29 +13,31 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
+import secrets
 import select
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from types import FrameType
 from typing import Any
 
+import psutil
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from crossdock.launch.console import INTERRUPTED, complain_on_stderr
 from crossdock.launch.gangs.process_state import process_state
+from crossdock.launch.gangs.rank_messages import Lead, MessageStore, Reporter
+from crossdock.launch.gangs.run_secret import VARIABLE
 from crossdock.launch.gangs.torchrun_judge import EXPLAIN_S, SUSPECT_S, Beat, Judge, Verdict
 from crossdock.runtime.errors import CrossdockError, RankError
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.status import RankStatus
 
 REPORTED = "reported"
-"""Counts who wanted to say what went wrong: the first one does."""
+"""Who says what went wrong: the first one that wanted to."""
 
 _TICK_S = 0.25
 _HURRIED_TICK_S = 0.05
@@ -54,43 +56,20 @@ _VERDICT, _LEAD = "verdict", "lead"
 _ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
-class _Shelf:
-    """Python values in a store, which has text only and waits for a key that does not exist: nothing is `-`."""
-
-    _EMPTY = "-"
-
-    def __init__(self, store: Any) -> None:
-        self._store = store
-
-    def clear(self, keys: Sequence[str]) -> None:
-        """What is there already stays."""
-        for key in keys:
-            self._store.compare_set(key, "", self._EMPTY)
-
-    def put(self, key: str, value: object) -> None:
-        self._store.set(key, pickle.dumps(value))
-
-    def put_first(self, key: str, value: object) -> Any:
-        """The value of whoever came first."""
-        return pickle.loads(self._store.compare_set(key, self._EMPTY, pickle.dumps(value)))
-
-    def get(self, keys: Sequence[str]) -> list[Any]:
-        values = self._store.multi_get(list(keys))
-        return [None if value == self._EMPTY.encode() else pickle.loads(value) for value in values]
-
-
 class RankWatch:
     """One rank's thread. `start`, `settle` and `stop` are for the main thread.
 
     Args:
         store: a connection of its own, for this try of the run; all its waits are short.
+        secret: what the ranks sign with; None: they share none.
+        try_name: which try of which run this is.
     """
 
-    def __init__(self, worker: RankWorker, store: Store) -> None:
+    def __init__(self, worker: RankWorker, store: Store, secret: bytes | None, try_name: str) -> None:
         self._worker = worker
         self._rank = worker.rank
-        self._store = store
-        self._shelf = _Shelf(store)
+        self._messages = MessageStore(store, secret, try_name, self._tell_refused)
+        self._refused = False  # a message, and that was said
         self._agent = (socket.gethostname(), os.environ.get("GROUP_RANK", "0"))
         self._parent = os.getppid()
         self._judge = Judge(self._rank, worker.world_size, self._agent, process_state)
@@ -106,7 +85,7 @@ class RankWatch:
         self._settled = threading.Event()
         self._verdict: Verdict | None = None
         self._exit_at_s: float | None = None
-        self._lead: tuple[int, int] | None = None  # of a rank with a smaller number
+        self._lead: Lead | None = None  # of a rank with a smaller number
         self._lead_s = self._now_s = 0.0
         self._looked_at_s = time.monotonic()
         self._missed = 0
@@ -122,7 +101,7 @@ class RankWatch:
         if threading.current_thread() is threading.main_thread():
             handlers: dict[int, Any] = {number: signal.signal(number, self._on_signal) for number in _ENDING}
             self._before = signal.set_wakeup_fd(self._ringer.fileno(), warn_on_full_buffer=False), handlers
-        self._shelf.clear([_VERDICT, _LEAD])
+        self._messages.clear([_VERDICT, _LEAD])
         self._thread.start()
 
     def begin(self) -> None:
@@ -145,7 +124,7 @@ class RankWatch:
             KeyboardInterrupt: somebody wants it to end.
         """
         if error is not None:
-            self._error = _portable(error, self._rank)
+            self._error = error
             self._ring()
         self._settled.wait(EXPLAIN_S + _CLOSE_S)
         if self._verdict is not None:
@@ -208,7 +187,7 @@ class RankWatch:
         self._publish()
         if self._verdict is not None:
             return
-        verdict, lead = self._shelf.get([_VERDICT, _LEAD])
+        (verdict,), (lead,) = self._messages.get([_VERDICT], Verdict), self._messages.get([_LEAD], Lead)
         suspects = self._follow(lead)
         silent_s = self._now_s - self._lead_s
         if verdict is not None:
@@ -229,29 +208,30 @@ class RankWatch:
             self._status = _brief(self._worker.status())
         left = self._closing or self.interrupted
         beat = Beat(self._beats, self._status, self._agent, self._call, ended, self._error, left)
-        self._shelf.put(_beat_key(self._rank), beat)
+        self._messages.put(_beat_key(self._rank), beat)
 
-    def _follow(self, lead: tuple[int, int, list[int]] | None) -> list[int]:
+    def _follow(self, lead: Lead | None) -> tuple[int, ...]:
         """Note that a rank with a smaller number judges; the ranks it cannot hear."""
         if lead is None:
-            return []
-        if lead[0] < self._rank and lead[:2] != self._lead:
-            self._lead, self._lead_s = lead[:2], self._now_s
-        return lead[2]
+            return ()
+        known = None if self._lead is None else (self._lead.rank, self._lead.beat)
+        if lead.rank < self._rank and (lead.rank, lead.beat) != known:
+            self._lead, self._lead_s = lead, self._now_s
+        return lead.suspects
 
     def _judge_all(self) -> None:
         keys = [_beat_key(rank) for rank in range(self._worker.world_size)]
         if not self._judges:
-            self._shelf.clear(keys)
+            self._messages.clear(keys)
             self._judges = True
-        for beat in self._shelf.get(keys):
-            if beat is not None:
+        for rank, beat in enumerate(self._messages.get(keys, Beat)):
+            if beat is not None and beat.status.rank == rank:
                 self._judge.hear(beat, self._now_s)
         verdict = self._judge.verdict(self._now_s, self.interrupted)
         if verdict is not None:
-            self._act(self._shelf.put_first(_VERDICT, verdict))
+            self._act(self._messages.put_first(_VERDICT, verdict))
         suspects = self._judge.suspects(self._now_s)
-        self._shelf.put(_LEAD, (self._rank, self._beats, suspects))
+        self._messages.put(_LEAD, Lead(self._rank, self._beats, tuple(suspects)))
 
     def _act(self, verdict: Verdict) -> None:
         """Say it, if nobody did; where the user has to act, the main thread knows more, and has time to say it."""
@@ -263,15 +243,30 @@ class RankWatch:
         self._settled.set()
         if verdict.stopped is not None:
             agent, pid = verdict.stopped
-            if agent == self._agent and process_state(pid) == "stopped":  # torchrun's SIGTERM does not reach it
-                with contextlib.suppress(OSError):
+            if agent == self._agent and self._is_sibling(pid) and process_state(pid) == "stopped":
+                with contextlib.suppress(OSError):  # torchrun's SIGTERM does not reach it
                     os.kill(pid, signal.SIGKILL)
 
+    def _is_sibling(self, pid: int) -> bool:
+        """Only a rank of the same torchrun is ended, whatever pid was read."""
+        with contextlib.suppress(psutil.Error, ValueError, OverflowError):
+            return psutil.Process(pid).ppid() == self._parent
+        return False
+
     def _say(self, message: str) -> None:
-        with contextlib.suppress(Exception):
-            if self._store.add(REPORTED, 1) > 1:
+        with contextlib.suppress(RuntimeError):
+            if not is_reporter(self._messages, self._rank):
                 return
         complain_on_stderr(message)
+
+    def _tell_refused(self, key: str, reason: str) -> None:
+        """A rank that has another secret would be taken for silent; a stranger may write as often as he likes."""
+        if not self._refused:
+            self._refused = True
+            complain_on_stderr(
+                f"rank {self._rank}: a message in torchrun's store ({key}) is not taken: {reason}. If no stranger "
+                f"reaches {os.environ.get('MASTER_ADDR', 'it')}, is {VARIABLE} the same on all nodes?"
+            )
 
     def _leave_in_time(self) -> None:
         if os.getppid() != self._parent:
@@ -286,6 +281,12 @@ class RankWatch:
         exit_now(INTERRUPTED)
 
 
+def is_reporter(messages: MessageStore, rank: int) -> bool:
+    """Whether this rank, now, is the one that says what went wrong."""
+    own = Reporter(rank, secrets.token_hex(8))
+    return messages.put_first(REPORTED, own) == own
+
+
 def exit_now(code: int) -> None:
     """End this process without Python's own way out, which waits for collectives that nobody will finish."""
     for stream in (sys.stdout, sys.stderr):
@@ -297,15 +298,6 @@ def exit_now(code: int) -> None:
 def _brief(status: RankStatus) -> RankStatus:
     """Without collectives of long ago: the judge reads this from all ranks, all the time."""
     return replace(status, groups=tuple(replace(group, last=group.last[-_LATEST:]) for group in status.groups))
-
-
-def _portable(error: CrossdockError, rank: int) -> CrossdockError:
-    """`error`, or what it says, where it cannot be pickled."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RankError(rank, f"{type(error).__name__}: {error}")
-    return error
 
 
 def _beat_key(rank: int) -> str:

@@ -9,10 +9,14 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from crossdock.runtime.config.bounded_files import read_bounded
 from crossdock.runtime.config.problems import KeyPath, Problem, problems_of
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import ConfigError
 
+MAX_YAML_BYTES = 2**16
+"""A configuration has a few hundred."""
+_MAX_PROBLEMS = 12
 _MAP_TAG = "tag:yaml.org,2002:map"
 _NULL_TAG = "tag:yaml.org,2002:null"
 _SEQUENCE_TAG = "tag:yaml.org,2002:seq"
@@ -58,6 +62,7 @@ class _Document:
         self.lines: dict[KeyPath, int] = {}
         self.problems: list[Problem] = []
         self._loader = yaml.SafeLoader("")
+        self._nodes_left = 0  # each node that is written takes a character; an alias can stand for any number
 
     def read(self) -> dict[str, Any]:
         """The top-level mapping; `{}` for an empty file."""
@@ -81,11 +86,15 @@ class _Document:
     def error(self, problems: list[Problem]) -> ConfigError:
         """All problems, by line."""
         located = sorted(((self.line_of(p.path), p) for p in problems), key=lambda pair: pair[0])
-        return ConfigError("\n".join(f"{self.path}:{line}: {'.'.join(p.path)}: {p.text}" for line, p in located))
+        lines = [f"{self.path}:{line}: {'.'.join(p.path)}: {p.text}" for line, p in located]
+        more = len(lines) - _MAX_PROBLEMS
+        return ConfigError("\n".join(lines[:_MAX_PROBLEMS] + [f"{self.path}: and {more} more problems"] * (more > 0)))
 
     def _text(self) -> str:
         try:
-            return self.path.read_bytes().decode("utf-8")
+            text = read_bounded(self.path, MAX_YAML_BYTES).decode("utf-8")
+            self._nodes_left = len(text) + 1
+            return text
         except FileNotFoundError:
             raise ConfigError(f"{self.path}: no such file") from None
         except IsADirectoryError:
@@ -95,6 +104,8 @@ class _Document:
         except UnicodeDecodeError as error:
             line = error.object[: error.start].count(b"\n") + 1
             raise ConfigError(f"{self.path}:{line}: not UTF-8: {error.reason}") from None
+        except ValueError as error:
+            raise ConfigError(f"{self.path}: {error}") from None
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         data: dict[str, Any] = {}
@@ -114,13 +125,18 @@ class _Document:
         return node.value if isinstance(node, yaml.ScalarNode) else f"<{_kind(node)}>"
 
     def _value(self, node: yaml.Node, path: KeyPath) -> Any:
+        self._nodes_left -= 1
+        if self._nodes_left < 0:
+            raise ConfigError(f"{self.path}: its aliases (*name) stand for more than the file has; write it out")
         if isinstance(node, yaml.MappingNode) and node.tag == _MAP_TAG:
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode) and node.tag == _SEQUENCE_TAG:
             return [self._value(item, path) for item in node.value]
         try:
             value: Hashable = self._loader.construct_object(node)
-        except ValueError as error:  # a timestamp such as 2026-13-45
+        except yaml.YAMLError:
+            raise
+        except Exception as error:  # a timestamp such as 2026-13-45, an empty !!bool
             self.problems.append(Problem(path, f"not a value: {error}"))
             return None
         return value

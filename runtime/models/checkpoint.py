@@ -6,7 +6,6 @@ Format: https://github.com/huggingface/safetensors#format; sharded files with an
 from __future__ import annotations
 
 import importlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from crossdock.parallel.tensor import TensorSlice
+from crossdock.runtime.config.bounded_files import parse_json, read_bounded
 from crossdock.runtime.errors import CheckpointError
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -36,7 +36,9 @@ _DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 
-
+MAX_JSON_BYTES = 64 * 2**20
+"""The largest JSON files of published checkpoints are indices of weights with 10 MB."""
+_MAX_NAME = 200
 MODULAR_INDEX = "modular_model_index.json"
 """What a pipeline that is made of blocks has in place of model_index.json."""
 
@@ -51,17 +53,17 @@ class StoredTensor:
     shape: tuple[int, ...]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, limit_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON object from `path`.
 
     Raises:
-        CheckpointError: missing, unreadable, not JSON, or not an object.
+        CheckpointError: missing, unreadable, too large, not JSON, or not an object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_bounded(path, limit_bytes).decode("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; a diffusers model directory has one") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a JSON object")
@@ -76,13 +78,24 @@ def read_model_index(model_dir: Path) -> dict[str, Any]:
     """
     if not model_dir.is_dir():
         raise CheckpointError(f"{model_dir}: no such directory; give a diffusers model directory")
-    modular = model_dir / MODULAR_INDEX
-    if modular.is_file():
-        return _own_components(read_json(modular), model_dir)
-    index = read_json(model_dir / "model_index.json")
+    file = index_file(model_dir)
+    index = read_json(file)
     if not isinstance(index.get("_class_name"), str):
-        raise CheckpointError(f"{model_dir / 'model_index.json'}: has no _class_name; is this a diffusers pipeline?")
+        raise CheckpointError(f"{file}: has no _class_name that is a string; is this a diffusers pipeline?")
+    if file.name == MODULAR_INDEX:
+        index = _own_components(index, model_dir)
+    for name in component_names(index):
+        if not name.isidentifier():
+            raise CheckpointError(f"{file}: {name!r} is no name of a component")
+        if not all(isinstance(part, str) for part in index[name]):
+            raise CheckpointError(f"{file}: {name}: found {str(index[name])[:100]}; expected a library and a class")
     return index
+
+
+def index_file(model_dir: Path) -> Path:
+    """The file that lists the components."""
+    modular = model_dir / MODULAR_INDEX
+    return modular if modular.exists() else model_dir / "model_index.json"
 
 
 def _own_components(index: Mapping[str, Any], model_dir: Path) -> dict[str, Any]:
@@ -123,6 +136,12 @@ def check_components(model_dir: Path, index: Mapping[str, Any], placed: Sequence
             raise CheckpointError(f"{folder}: no such folder, but model_index.json lists the component {name!r}")
         for file in sorted(folder.glob("*.safetensors")):
             _header(file)
+        for file in folder.glob("*.index.json"):
+            _files_of_index(file)
+        if name in placed and not list(folder.glob("*.safetensors")):
+            raise CheckpointError(
+                f"{folder}: holds no safetensors files, and pickled ones are never read; convert them"
+            )
 
 
 def component_class(library: object, class_name: object) -> type | None:
@@ -131,12 +150,14 @@ def component_class(library: object, class_name: object) -> type | None:
     Args:
         library: diffusers, transformers, or the part of diffusers' pipelines that has components of its own.
     """
-    homes = [str(library)] if library in ("diffusers", "transformers") else [f"diffusers.pipelines.{library}"]
-    for home in homes:
-        with suppress(ImportError):
-            found = getattr(importlib.import_module(home), str(class_name), None)
-            if isinstance(found, type):
-                return found
+    own = library in ("diffusers", "transformers")
+    if not (own or str(library).isidentifier()) or not str(class_name).isidentifier():
+        return None
+    with suppress(ImportError):
+        found = getattr(
+            importlib.import_module(str(library) if own else f"diffusers.pipelines.{library}"), str(class_name), None
+        )
+        return found if isinstance(found, type) else None
     return None
 
 
@@ -155,15 +176,29 @@ def stored_tensors(component_dir: Path) -> dict[str, StoredTensor]:
         CheckpointError: no safetensors files, a file of the index is missing or truncated, or an unknown dtype.
     """
     files = sorted(component_dir.glob("*.safetensors"))
-    for index_file in component_dir.glob("*.safetensors.index.json"):
-        weight_map = read_json(index_file).get("weight_map", {})
-        files = [component_dir / name for name in sorted(set(weight_map.values()))]
+    for index in component_dir.glob("*.safetensors.index.json"):
+        files = _files_of_index(index)
     if not files:
         raise CheckpointError(f"{component_dir}: holds no safetensors files")
     found: dict[str, StoredTensor] = {}
     for file in files:
         found |= _header(file)
     return found
+
+
+def _files_of_index(file: Path) -> list[Path]:
+    """The files that an index of weights names, which lie beside it.
+
+    Raises:
+        CheckpointError: it names none, or something else.
+    """
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{file}: weight_map: found a {type(weight_map).__name__}; expected names of files")
+    for fqn, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name or "\0" in name or len(name) > _MAX_NAME:
+            raise CheckpointError(f"{file}: weight_map: {fqn}: found {str(name)[:100]!r}; expected a file beside it")
+    return [file.parent / name for name in sorted(set(weight_map.values()))]
 
 
 def _header(file: Path) -> dict[str, StoredTensor]:

@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from crossdock.offload.live.discovery import plain_tensors
 from crossdock.runtime.errors import CheckpointError
+from crossdock.runtime.models.build_limits import (
+    TooLargeError,
+    blame,
+    bounded,
+    check_table,
+    check_values,
+    largest_number,
+)
 from crossdock.runtime.models.checkpoint import component_class, read_json
+
+_BLAME_S = 1.5
+_MAX_REASON = 500
+
+
+class _BoundedTables(TorchFunctionMode):
+    """For a model on meta: what its constructor computes is sized, and costs nothing."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is not torch.empty:
+            check_table(result)
+        return result
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -32,7 +63,22 @@ class _EmptyOnMeta(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.empty and kwargs.get("device") is None:
             kwargs["device"] = "meta"
+        else:
+            check_table(_outline(func, args, kwargs))
         return func(*args, **kwargs)
+
+
+def _outline(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `func` would return, without its numbers; nothing where that costs nothing, or where it cannot say."""
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if tensors and all(tensor.is_meta for tensor in tensors):
+        return None
+    args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+    try:
+        with torch.no_grad():
+            return func(*args, **(kwargs if tensors else {**kwargs, "device": "meta"}))
+    except Exception:  # it is called in earnest next, and may raise what it likes
+        return None
 
 
 def build_on_meta(class_name: str, component_dir: Path, library: str = "diffusers") -> nn.Module:
@@ -44,17 +90,57 @@ def build_on_meta(class_name: str, component_dir: Path, library: str = "diffuser
     Raises:
         CheckpointError: the config is missing, names another class, or does not fit the class.
     """
-    config = read_json(component_dir / "config.json")
+    path = component_dir / "config.json"
+    config = read_json(path)
     if config.get("_class_name") != class_name:
         raise CheckpointError(
-            f"{component_dir / 'config.json'}: _class_name is {config.get('_class_name')!r}, expected {class_name!r}"
+            f"{path}: _class_name is {config.get('_class_name')!r}, expected {class_name!r}, as in model_index.json"
         )
     if component_class(library, class_name) is None:
-        raise CheckpointError(f"{component_dir / 'config.json'}: {library} has no class {class_name}; is it too old?")
-    try:
+        raise CheckpointError(f"{path}: {library} has no class {class_name}; is it too old?")
+    with described(path, class_name, config, lambda changed: _shape_of(class_name, changed, library)):
         return build_config_on_meta(class_name, config, library)
-    except (TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{component_dir / 'config.json'}: {class_name} cannot be built: {error}") from None
+
+
+@contextmanager
+def described(
+    path: Path, class_name: str, config: Mapping[str, Any], build: Callable[[Mapping[str, Any]], object]
+) -> Iterator[None]:
+    """Whatever a library raises while it makes a model of `config` says which key of which file it is about.
+
+    Args:
+        build: makes the same of another config, or raises; with it the key is looked for.
+
+    Raises:
+        CheckpointError: so, or the model would be larger than any there is.
+    """
+    try:
+        check_values(config)
+        yield
+    except TooLargeError as error:
+        key, value = largest_number(config)
+        reason = f"{error.key}: {error}" if error.key else f"{key}: found {value}: {class_name} {error}"
+        raise CheckpointError(f"{path}: {reason}; is the file damaged?") from None
+    except Exception as error:
+        blamed = _key_to_blame(config, build)
+        where = f"{path}: {blamed}: " if blamed else f"{path}: "
+        what = " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
+        raise CheckpointError(f"{where}{class_name} cannot be built: {what}") from None
+
+
+def _key_to_blame(config: Mapping[str, Any], build: Callable[[Mapping[str, Any]], object]) -> str | None:
+    """Found by leaving out one after the other, for a short while: then nothing builds any more."""
+    deadline = time.monotonic() + _BLAME_S
+
+    def builds(changed: Mapping[str, Any]) -> bool:
+        try:
+            with bounded(deadline):
+                build(changed)
+        except Exception:
+            return False
+        return time.monotonic() < deadline
+
+    return blame(config, builds)
 
 
 def build_config_on_meta(class_name: str, config: Mapping[str, Any], library: str = "diffusers") -> nn.Module:
@@ -66,21 +152,32 @@ def build_config_on_meta(class_name: str, config: Mapping[str, Any], library: st
     shape = build_shape(class_name, config, library)
     if shape is not None and len(list(shape.buffers())) and not (non_persistent_buffers(shape) or plain_tensors(shape)):
         return shape
-    model_class: Any = component_class(library, class_name)
     with _EmptyOnMeta():
-        model: nn.Module = model_class.from_config(dict(config))
+        model = _made(class_name, config, library)
     return _parameters_to_meta(model).eval()
 
 
 def build_shape(class_name: str, config: Mapping[str, Any], library: str = "diffusers") -> nn.Module | None:
     """The same, with everything on meta; None where a constructor needs values."""
-    model_class: Any = component_class(library, class_name)
     try:
-        with torch.device("meta"):
-            model: nn.Module = model_class.from_config(dict(config))
+        return _shape_of(class_name, config, library)
+    except TooLargeError:
+        raise
     except (NotImplementedError, RuntimeError, TypeError, ValueError):
         return None
+
+
+def _shape_of(class_name: str, config: Mapping[str, Any], library: str) -> nn.Module:
+    with torch.device("meta"), _BoundedTables():
+        model = _made(class_name, config, library)
     return _parameters_to_meta(model).eval()
+
+
+def _made(class_name: str, config: Mapping[str, Any], library: str) -> nn.Module:
+    model_class: Any = component_class(library, class_name)
+    with bounded():
+        model: nn.Module = model_class.from_config(copy.deepcopy(dict(config)))
+    return model
 
 
 def _parameters_to_meta(model: nn.Module) -> nn.Module:

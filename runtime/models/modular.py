@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from crossdock.runtime.models.checkpoint import MODULAR_INDEX
+from crossdock.runtime.models.foreign_code import is_component
 
 Share = Callable[[Callable[..., Any]], Callable[..., Any]]
 """Makes of a function one that runs on one rank, with what it returns on all."""
@@ -61,9 +62,22 @@ def _loaded(pipeline: Any, model_dir: Path, dtype: torch.dtype, given: Mapping[s
         if not wanted <= here:
             pipe._blocks.sub_blocks.pop(name)
     for name in sorted(here - given.keys()):
-        pipe.register_components(**{name: pipe.get_component_spec(name).load(dtype=dtype, **options)})
+        pipe.register_components(**{name: _load_component(pipe.get_component_spec(name), model_dir, dtype, options)})
     pipe.register_components(**{name: module for name, module in given.items() if isinstance(module, nn.Module)})
     return pipe
+
+
+def _load_component(spec: Any, model_dir: Path, dtype: torch.dtype, options: Mapping[str, Any]) -> Any:
+    """The component as it lies in `model_dir`, whatever place and class its entry in the index names."""
+    kind = spec.type_hint
+    if (spec.pretrained_model_name_or_path, spec.subfolder) != (str(model_dir), spec.name):
+        raise ValueError(f"{MODULAR_INDEX}: {spec.name}: names another place than {model_dir / spec.name}")
+    if not is_component(kind):
+        raise ValueError(f"{MODULAR_INDEX}: {spec.name}: {kind} is no class of a component")
+    more: dict[str, Any] = {"use_safetensors": True} if issubclass(kind, nn.Module) else {}
+    if not issubclass(kind, diffusers.ConfigMixin):  # transformers'
+        more["trust_remote_code"] = False
+    return spec.load(dtype=dtype, **options, **more)
 
 
 def share_block(pipe: Any, name: str, share: Share) -> None:

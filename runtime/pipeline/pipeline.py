@@ -21,6 +21,8 @@ from crossdock.parallel.guidance import GuidanceParallelism
 from crossdock.parallel.mesh import Mesh
 from crossdock.runtime.errors import CheckpointError, LaunchError
 from crossdock.runtime.media import Media, media_of
+from crossdock.runtime.models.checkpoint import index_file
+from crossdock.runtime.models.foreign_code import component_to_blame, unasked
 from crossdock.runtime.models.latents import number_of_chunks
 from crossdock.runtime.models.modular import as_pipeline, is_modular, share_block
 from crossdock.runtime.models.spec import ModelSpec
@@ -33,6 +35,8 @@ from crossdock.runtime.pipeline.snapshot import Snapshot, beginning_at
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import Span
 from crossdock.runtime.request import GenerateRequest
+
+_MAX_REASON = 1000
 
 
 @dataclass
@@ -281,14 +285,20 @@ def _check_turn(name: str, component: Component, plan: RunPlan) -> None:
 def _load_pipeline(plan: RunPlan, device: torch.device, given: dict[str, nn.Module | None]) -> Any:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
     try:
-        return _on_device(_pipeline_class(plan.spec), device).from_pretrained(
-            plan.model_dir, dtype=plan.pipeline_dtype, local_files_only=True, **given
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{plan.model_dir}: {plan.spec.pipeline} cannot be loaded: {error}") from error
-    except ImportError as error:  # a processor of images, which is loaded also where only texts are given
-        raise LaunchError(f"{plan.model_dir}: {plan.spec.pipeline} lacks a package: {str(error).strip()}") from error
+        with unasked():
+            return _on_device(_pipeline_class(plan.spec), device).from_pretrained(
+                plan.model_dir, dtype=plan.pipeline_dtype, **options, **given
+            )
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        what = " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
+        where = component_to_blame(plan.model_dir, without=given) or index_file(plan.model_dir)
+        if isinstance(error, ImportError):  # a processor of images, which is loaded also where only texts are given
+            raise LaunchError(f"{where}: {plan.spec.pipeline} lacks a package: {what}") from error
+        raise CheckpointError(f"{where}: {plan.spec.pipeline} cannot be loaded: {what}") from error
 
 
 def _pipeline_class(spec: ModelSpec) -> type:

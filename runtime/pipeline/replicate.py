@@ -2,6 +2,9 @@
 
 The pipeline does not notice: it calls its own methods that encode (`encode_prompt`), or the encoders, on every rank,
 and they return the same everywhere. So no rank but the first holds the weights of the text encoders.
+
+What they return is pickled, for it can be anything; it comes from a rank of this run, over its process group
+(`parallel.group` says why that may be unpickled).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ from crossdock.offload.live.discovery import DiscoveryError, FoundBlock, discove
 from crossdock.offload.live.offloader import component_layouts
 from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout
 from crossdock.offload.schedule.slots import device_bytes
-from crossdock.runtime.errors import CheckpointError
-from crossdock.runtime.models.meta import build_on_meta, non_persistent_buffers
+from crossdock.runtime.models.build_limits import bounded
+from crossdock.runtime.models.checkpoint import read_json
+from crossdock.runtime.models.foreign_code import unasked
+from crossdock.runtime.models.meta import build_on_meta, described, non_persistent_buffers
 
 VAE_PARTS = ("decoder", "encoder")
 """Each is one block. The rest of a VAE is small, and pipelines read it outside of decoding (statistics of latents)."""
@@ -101,15 +104,22 @@ def component_blocks(module: nn.Module) -> list[FoundBlock]:
 def _on_meta(folder: Path, library: str, class_name: str, dtype: torch.dtype) -> nn.Module:
     """The module as it will be loaded, in `dtype` but for what its class keeps in fp32."""
     if library != "transformers":
-        module = build_on_meta(class_name, folder, library)
-    else:
-        try:
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-            with torch.device("meta"):
-                module = getattr(transformers, class_name)(config)
-        except (AttributeError, OSError, TypeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{folder / 'config.json'}: {class_name} cannot be built: {error}") from None
-    return _cast(module, library, dtype)
+        return _cast(build_on_meta(class_name, folder, library), library, dtype)
+    path = folder / "config.json"
+    config = read_json(path)
+
+    def build(changed: Mapping[str, Any]) -> nn.Module:
+        return _text_model(class_name, transformers.AutoConfig.for_model(**copy.deepcopy(dict(changed))))
+
+    with described(path, class_name, config, build), unasked():
+        loaded = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return _cast(_text_model(class_name, loaded), library, dtype)
+
+
+def _text_model(class_name: str, config: Any) -> nn.Module:
+    with torch.device("meta"), bounded():
+        module: nn.Module = getattr(transformers, class_name)(config)
+    return module
 
 
 def _cast(module: nn.Module, library: str, dtype: torch.dtype) -> nn.Module:

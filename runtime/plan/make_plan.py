@@ -25,11 +25,11 @@ from crossdock.runtime.models.checkpoint import (
     StoredTensor,
     check_components,
     component_names,
-    read_json,
     read_model_index,
 )
 from crossdock.runtime.models.families import spec_for
-from crossdock.runtime.models.latents import latent_frames, latent_pixels
+from crossdock.runtime.models.foreign_code import refuse_foreign_code
+from crossdock.runtime.models.latents import vae_scale
 from crossdock.runtime.models.meta import non_persistent_buffers
 from crossdock.runtime.models.spec import ModelSpec
 from crossdock.runtime.models.transformers import build_transformers, stored_of, transformer_names, transformers_in
@@ -56,6 +56,7 @@ def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int
     encoders, decoders = (tuple(n for n in known if n in names) for known in (spec.encoders, spec.decoders))
     transformers = transformer_names(spec.transformers, names)
     check_components(model_dir, index, (*transformers, *encoders, *decoders))
+    refuse_foreign_code(model_dir, index)
     model = build_transformers(spec.transformer, model_dir, transformers)
     stored = stored_of(model, model_dir, transformers)
     for transformer in transformers_in(model).values():
@@ -79,7 +80,7 @@ def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int
     outside = tuple(fqn for fqn in _all_tensors(model) if fqn not in placed)
     pipeline_dtype = _pipeline_dtype(stored, config)
     depth = config.offload.depths[0]
-    vae_config = read_json(model_dir / spec.decoders[0] / "config.json")
+    scale = vae_scale(model_dir / spec.decoders[0] / "config.json")
     others = (
         component_needs(model_dir, index, encoders, decoders, pipeline_dtype, depth) if config.offload.layerwise else ()
     )
@@ -115,8 +116,9 @@ def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int
         dtypes,
         slices,
         pipeline_dtype,
-        spec.patch * latent_pixels(vae_config),
-        latent_frames(vae_config),
+        spec.patch * scale.pixels,
+        scale.frames,
+        scale.features,
     )
 
 

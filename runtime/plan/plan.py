@@ -79,6 +79,7 @@ class RunPlan:
         pipeline_dtype: dtype of the other components.
         pixel_multiple: picture sizes are multiples of this.
         frame_multiple: videos have a multiple of this, and one more, frames.
+        decoder_features: features that the decoder has of each pixel, at least.
     """
 
     config: RunConfig
@@ -104,6 +105,7 @@ class RunPlan:
     pipeline_dtype: torch.dtype
     pixel_multiple: int
     frame_multiple: int
+    decoder_features: int
 
     @cached_property
     def _outside(self) -> frozenset[str]:

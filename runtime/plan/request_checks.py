@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import torch
+
+from crossdock.offload.memory.device_memory import total_bytes
 from crossdock.runtime.errors import RequestError
 from crossdock.runtime.models.spec import ModelSpec
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.request import GenerateRequest, check_whole
+
+MOST_DEVICE_BYTES = 2**40
+"""No device has more."""
+MAX_PICTURES = 100_000
+"""Of one call."""
 
 
 def check_request(plan: RunPlan, request: GenerateRequest) -> None:
     """
     Raises:
-        RequestError: no pipeline, or not this one, can do what is asked for.
+        RequestError: no pipeline, or not this one, can do what is asked for, or no such device can hold it.
     """
     request.validate()
     for name in ("height", "width"):
@@ -32,6 +40,29 @@ def check_request(plan: RunPlan, request: GenerateRequest) -> None:
         )
     if request.frames is not None:
         _check_frames(plan, request.frames)
+    _check_size(plan, request)
+
+
+def _check_size(plan: RunPlan, request: GenerateRequest) -> None:
+    """What the decoder makes has to be on one device at once: the whole result, and one frame's last features."""
+    device_bytes = _device_bytes(plan)
+    itemsize, frames = plan.pipeline_dtype.itemsize, request.frames or 1
+    pixel_bytes = max(3 * frames, plan.decoder_features) * itemsize
+    needed = request.height * request.width * pixel_bytes
+    if needed > device_bytes:
+        what = f"{3 * frames} values" if 3 * frames >= plan.decoder_features else f"{plan.decoder_features} features"
+        raise RequestError(
+            f"height x width: {request.height} x {request.width} pixels with {what} of {itemsize} bytes each take "
+            f"{needed / 2**30:.4g} GiB to decode, and a device has {device_bytes / 2**30:.4g} GiB; ask for less"
+        )
+
+
+def _device_bytes(plan: RunPlan) -> int:
+    """Memory of a rank's device, where the ranks run on this machine."""
+    there = plan.device == "cpu" or torch.cuda.is_available()
+    if plan.config.launch.ray_address is not None or not there:
+        return MOST_DEVICE_BYTES
+    return total_bytes(torch.device("cuda:0" if plan.device == "cuda" else "cpu"))
 
 
 def _check_frames(plan: RunPlan, frames: int) -> None:
@@ -56,8 +87,7 @@ def check_amounts(spec: ModelSpec, images_per_prompt: int, batch_size: int) -> N
     Raises:
         RequestError: nothing is to be made, or more at once than the pipeline does.
     """
-    for name, count in (("images_per_prompt", images_per_prompt), ("batch_size", batch_size)):
-        if count < 1:
-            raise RequestError(f"{name}: found {count}; allowed: an integer >= 1")
+    check_whole("images_per_prompt", images_per_prompt, 1, MAX_PICTURES)
+    check_whole("batch_size", batch_size, 1, MAX_PICTURES)
     if batch_size > 1 and not spec.batches:
         raise RequestError(f"batch_size: found {batch_size}; {spec.family} takes one prompt at a time: leave it out")

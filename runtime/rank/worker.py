@@ -55,6 +55,9 @@ from crossdock.runtime.reports.records import RankReport, RankTrace
 from crossdock.runtime.reports.status import RankStatus
 from crossdock.runtime.request import GenerateRequest
 
+_INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""Where gloo and NCCL listen; by default at the address of the machine's name. Whoever sets them knows better."""
+
 
 def compute_threads(world_size: int) -> int:
     """Threads per rank on the CPU: an even share of the cores, less the one on which blocks are copied."""
@@ -80,8 +83,15 @@ class RankWorker:
         else:
             torch.set_num_threads(compute_threads(world_size))
 
-    def join(self, store: Store, timeout_s: float) -> None:
-        """Meet the other ranks. Collective; `timeout_s` then bounds every collective."""
+    def join(self, store: Store, timeout_s: float, one_machine: bool = False) -> None:
+        """Meet the other ranks. Collective; `timeout_s` then bounds every collective.
+
+        Args:
+            one_machine: all of them are on this one, so that they listen for each other on loopback alone.
+        """
+        if one_machine:
+            for name in _INTERFACE_VARIABLES:
+                os.environ.setdefault(name, "lo")
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timedelta(seconds=timeout_s)

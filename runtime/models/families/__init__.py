@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from crossdock.runtime.errors import CheckpointError
-from crossdock.runtime.models.checkpoint import read_model_index
+from crossdock.runtime.models.checkpoint import index_file, read_model_index
 from crossdock.runtime.models.families import (
     flux1,
     flux2,
@@ -71,6 +71,6 @@ def spec_for(model_dir: Path) -> ModelSpec:
     if spec is None:
         known = ", ".join(f"{spec.pipeline} ({family})" for family, spec in SPECS.items())
         raise CheckpointError(
-            f"{model_dir / 'model_index.json'}: unknown model class {pipeline!r}; crossdock knows {known}"
+            f"{index_file(model_dir)}: unknown model class {str(pipeline)[:100]!r}; crossdock knows {known}"
         )
     return spec

@@ -1,0 +1,133 @@
+"""A checkpoint brings weights and settings, never code: whatever could make a library run some is refused, by file.
+
+Ways that a checkpoint has: `auto_map` in any config makes transformers ask on standard input whether to import the
+checkpoint's modules, and take a `y` that happens to be there; a component may name a module of the checkpoint or of
+another package, or a pipeline with components of its own; an attention implementation may name a repository of
+kernels; an adapter names another model. Templates of chats are rendered in transformers' sandbox.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import transformers
+from torch import nn
+
+from crossdock.runtime.config.bounded_files import check_regular, walk
+from crossdock.runtime.errors import CheckpointError
+from crossdock.runtime.models.checkpoint import (
+    component_class,
+    component_names,
+    index_file,
+    read_json,
+    read_model_index,
+)
+
+CODE_KEYS = ("auto_map", "custom_pipeline", "custom_pipelines", "custom_generate")
+KERNEL_KEYS = ("attn_implementation", "experts_implementation")
+_STRAY = "None.py"
+"""The code of the custom pipeline that is called what diffusers was given: None."""
+_ADAPTER = "adapter_config.json"
+_DATA = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
+"""Words, read by the tokenizers library; no class is chosen by them."""
+_KINDS: tuple[Callable[[], type], ...] = (
+    lambda: diffusers.SchedulerMixin,
+    lambda: diffusers.ModelMixin,
+    lambda: transformers.PreTrainedTokenizerBase,
+    lambda: transformers.PreTrainedModel,
+    lambda: transformers.ProcessorMixin,
+    lambda: transformers.FeatureExtractionMixin,
+    lambda: transformers.image_processing_base.ImageProcessingMixin,
+    lambda: diffusers.guiders.guider_utils.BaseGuidance,
+)
+"""What a component is; imported when it is asked for. None of them chooses another class to load by what a file says,
+but for a processor's parts."""
+
+
+def refuse_foreign_code(model_dir: Path, index: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        CheckpointError: something in the checkpoint would have a library run code that is not its own.
+    """
+    if (stray := model_dir / _STRAY).exists():
+        raise CheckpointError(f"{stray}: diffusers takes it for a pipeline's code, which is never run; remove it")
+    _check_keys(index_file(model_dir), index)
+    for name in component_names(index):
+        folder = model_dir / name
+        library, class_name = index[name]
+        _check_class(name, library, class_name, model_dir)
+        for file in sorted(folder.rglob("*")) if folder.is_dir() else ():
+            _check_file(file)
+
+
+@contextmanager
+def unasked() -> Iterator[None]:
+    """transformers has no time to ask meanwhile whether it may run code: it raises a ValueError instead."""
+    asking: Any = transformers.dynamic_module_utils
+    patience_s, asking.TIME_OUT_REMOTE_CODE = asking.TIME_OUT_REMOTE_CODE, 0
+    try:
+        yield
+    finally:
+        asking.TIME_OUT_REMOTE_CODE = patience_s
+
+
+def is_component(kind: object) -> bool:
+    """Whether it is a class of diffusers or transformers for a part of a pipeline."""
+    return isinstance(kind, type) and any(issubclass(kind, base()) for base in _KINDS)
+
+
+def _check_class(name: str, library: object, class_name: object, model_dir: Path) -> None:
+    found = component_class(library, class_name)
+    if not is_component(found):
+        what = "there is no such class" if found is None else "it is no model, scheduler, tokenizer or processor"
+        entry = f"{str(library)[:100]}, {str(class_name)[:100]}"
+        raise CheckpointError(
+            f"{index_file(model_dir)}: {name}: found {entry}: {what}; only components of diffusers and transformers "
+            "are loaded, and no code of the checkpoint's is run"
+        )
+
+
+def _check_file(file: Path) -> None:
+    try:
+        check_regular(file)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: {error}; remove it") from None
+    if file.name == _ADAPTER:
+        raise CheckpointError(f"{file}: an adapter names another model to load; merge it, or remove the file")
+    if file.suffix == ".json" and file.is_file() and file.name not in _DATA and not file.name.endswith(".index.json"):
+        _check_keys(file, read_json(file))
+
+
+def _check_keys(file: Path, content: Mapping[str, Any]) -> None:
+    for _, path, value in walk(dict(content)):
+        key = path.rpartition(".")[2]
+        if key in CODE_KEYS and value:
+            raise CheckpointError(
+                f"{file}: {path} asks for code of the checkpoint's, which is never run; give a checkpoint of a class "
+                "that transformers has, without it"
+            )
+        if key.lstrip("_") in KERNEL_KEYS and isinstance(value, str) and "/" in value:
+            raise CheckpointError(f"{file}: {path} is {value!r}: code is not downloaded; remove the key")
+
+
+def component_to_blame(model_dir: Path, without: Collection[str]) -> Path | None:
+    """The folder of the first component that cannot be loaded alone; None: each can.
+
+    Args:
+        without: components that are not loaded.
+    """
+    index = read_model_index(model_dir)
+    for name in component_names(index):
+        kind: Any = component_class(*index[name])
+        if name in without or not is_component(kind):
+            continue
+        more = {"use_safetensors": True} if issubclass(kind, nn.Module) else {}
+        try:
+            kind.from_pretrained(model_dir / name, local_files_only=True, **more)
+        except Exception:
+            return model_dir / name
+    return None

@@ -1,0 +1,91 @@
+"""The address of a Ray cluster at which nobody answers: one message, in the time that a launch may take."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from crossdock.launch.gangs.reachable import check_reachable, within
+from crossdock.runtime.errors import LaunchError
+
+LAUNCH_S = 4
+START_S = 40
+"""Imports and the plan, on a busy machine."""
+
+
+@contextmanager
+def _listener() -> Iterator[str]:
+    """Takes connections, and says nothing."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def _closed_port() -> str:
+    with _listener() as address:
+        return address
+
+
+def test_somebody_answers() -> None:
+    with _listener() as address:
+        check_reachable(address, 5)
+        check_reachable(f"ray://{address}", 5)
+
+
+@pytest.mark.parametrize("address", ["auto", "local", "ray://", "host-without-a-port"])
+def test_what_is_no_address_is_rays_to_understand(address: str) -> None:
+    check_reachable(address, 5)
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_nobody_answers(scheme: str) -> None:
+    address = scheme + _closed_port()
+    with pytest.raises(LaunchError, match=f"launch.ray_address: no Ray cluster answers at {address} .*refused"):
+        check_reachable(address, 5)
+
+
+@pytest.mark.parametrize("address", ["nobody.invalid:6379", "127.0.0.1:99999", "[::1:6379", "a" * 80 + ".b:1"])
+def test_an_address_that_cannot_be(address: str) -> None:
+    with pytest.raises(LaunchError, match=r"launch\.ray_address: no Ray cluster answers at"):
+        check_reachable(address, 5)
+
+
+def test_the_time_is_up() -> None:
+    ends = threading.Event()
+    with pytest.raises(TimeoutError, match=r"no answer within 0\.2 s"):
+        within(0.2, ends.wait)
+    ends.set()
+
+
+def test_in_time() -> None:
+    assert within(30, lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        within(30, lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_the_command_ends_in_time(answers: bool, flux2_dir: Path, tmp_path: Path) -> None:
+    """Ray itself tries for two minutes where nobody listens, and the same where somebody does who is no Ray."""
+    pytest.importorskip("ray")
+    with _listener() as address:
+        config = tmp_path / "run.yaml"
+        config.write_text(
+            f"launch: {{ray_address: '{address if answers else _closed_port()}', timeouts: {{launch_s: {LAUNCH_S}}}}}"
+        )
+        command = [sys.executable, "-m", "crossdock.launch.cli", "generate", str(flux2_dir), "--config", str(config)]
+        began = time.monotonic()
+        run = subprocess.run([*command, "--prompt", "a fox"], capture_output=True, text=True, timeout=100, cwd=tmp_path)
+        took_s = time.monotonic() - began
+    assert run.returncode == 2, run.stderr
+    assert "run.yaml:1: launch.ray_address: no Ray cluster answers at 127.0.0.1:" in run.stderr
+    assert ("no answer within" if answers else "refused") in run.stderr
+    assert "Traceback" not in run.stderr
+    print(f"told after {took_s:.1f} s, of which {LAUNCH_S if answers else 0} s were Ray's")
+    assert took_s < START_S + LAUNCH_S

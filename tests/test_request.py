@@ -1,0 +1,160 @@
+"""Requests of the wrong types, with text that is none, or larger than any device: one message says what was found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from crossdock.launch.engine.engine import Engine
+from crossdock.runtime.config.schema import RunConfig
+from crossdock.runtime.errors import RequestError
+from crossdock.runtime.plan.make_plan import make_plan
+from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.plan.request_checks import MAX_PICTURES, MOST_DEVICE_BYTES, check_amounts, check_request
+from crossdock.runtime.request import MAX_CHARACTERS, MAX_SEED, GenerateRequest, as_prompts
+
+GOOD = GenerateRequest(("a fox",))
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no prompt": ({"prompts": ()}, "prompts: found none; give at least one"),
+    "a string for prompts": ({"prompts": "a fox"}, "prompts: found 'a fox' (str); allowed: texts"),
+    "None for prompts": ({"prompts": None}, "prompts: found None (NoneType); allowed: texts"),
+    "int as a prompt": ({"prompts": ("a", 3)}, "prompts: prompt 1: found 3 (int); allowed: a text"),
+    "bytes as a prompt": ({"prompts": (b"a",)}, "prompts: prompt 0: found b'a' (bytes); allowed: a text"),
+    "None as a prompt": ({"prompts": (None,)}, "prompts: prompt 0: found None (NoneType); allowed: a text"),
+    "an empty prompt": ({"prompts": (" \n",)}, "prompts: prompt 0 is empty; describe the picture"),
+    "half a pair": ({"prompts": ("fox \ud83d",)}, "prompts: prompt 0: character 4 is half of a pair (U+D83D)"),
+    "not UTF-8 on a command line": ({"prompts": ("\udcff",)}, "prompts: prompt 0: character 0 is half of a pair"),
+    "NUL": ({"prompts": ("a\0b",)}, "prompts: prompt 0: character 1 is NUL"),
+    "a book": (
+        {"prompts": ("x" * (MAX_CHARACTERS + 1),)},
+        "prompts: prompt 0: has 100001 characters; allowed: at most",
+    ),
+    "negative prompt of bytes": ({"negative_prompt": b"x"}, "negative_prompt: found b'x' (bytes); allowed: a text"),
+    "NUL in a negative prompt": ({"negative_prompt": "\0"}, "negative_prompt: character 0 is NUL"),
+    "a string for a size": ({"height": "256"}, "height: found '256' (str); allowed: an integer >= 1"),
+    "None for a size": ({"width": None}, "width: found None (NoneType); allowed: an integer >= 1"),
+    "a float for a size": ({"width": 256.0}, "width: found 256.0 (float); allowed: an integer >= 1"),
+    "a boolean for a size": ({"height": True}, "height: found True (bool); allowed: an integer >= 1"),
+    "a list for a size": ({"height": [256]}, "height: found [256] (list); allowed: an integer >= 1"),
+    "steps": ({"steps": 10_001}, "steps: found 10001; allowed: an integer from 1 to 10000"),
+    "steps of a Decimal": ({"steps": Decimal("NaN")}, "steps: found Decimal('NaN') (Decimal); allowed: an integer"),
+    "a boolean as a seed": ({"seed": True}, "seed: found True (bool); allowed: an integer from 0"),
+    "a string as a seed": ({"seed": "0"}, "seed: found '0' (str); allowed: an integer from 0"),
+    "None as a seed": ({"seed": None}, "seed: found None (NoneType); allowed: an integer from 0"),
+    "the last seed is too large": (
+        {"prompts": ("a", "b"), "seed": MAX_SEED},
+        f"seed: found {MAX_SEED}; allowed: an integer from 0 to {MAX_SEED - 1}",
+    ),
+    "frames of a float": ({"frames": 9.5}, "frames: found 9.5 (float); allowed: an integer >= 1"),
+    "guidance of a string": ({"guidance_scale": "4"}, "guidance_scale: found '4' (str); allowed: a finite number >= 0"),
+    "guidance of a boolean": ({"guidance_scale": False}, "guidance_scale: found False (bool)"),
+    "guidance of a complex number": ({"guidance_scale": 1j}, "guidance_scale: found 1j (complex)"),
+    "guidance beyond floats": ({"guidance_scale": 10**400}, "guidance_scale: found inf; allowed: a finite number >= 0"),
+    "a time limit of a list": ({"time_limit_s": []}, "time_limit_s: found [] (list); allowed: a finite number > 0"),
+    "no time": ({"time_limit_s": 0}, "time_limit_s: found 0.0; allowed: a finite number > 0"),
+    "a number of a dict": ({"number": {}}, "number: found {} (dict); allowed: an integer from 0"),
+    "a long value": ({"height": "x" * 5000}, f"height: found '{'x' * 59}... (str); allowed: an integer >= 1"),
+}
+
+
+@pytest.mark.parametrize(("changes", "text"), WRONG.values(), ids=WRONG)
+def test_what_no_pipeline_takes(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        replace(GOOD, **changes).validate()
+    assert str(caught.value).startswith(text)
+    assert len(str(caught.value)) < 300
+    str(caught.value).encode()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": MAX_SEED},
+        {"height": np.int64(256), "seed": np.uint32(7)},
+        {"guidance_scale": Fraction(7, 2)},
+        {"guidance_scale": np.float32(3.5)},
+        {"negative_prompt": ""},
+        {"prompts": ("猫 🦊 ñ\ttab\nline",)},
+    ],
+)
+def test_what_only_looks_odd(changes: dict[str, Any]) -> None:
+    replace(GOOD, **changes).validate()
+
+
+@pytest.mark.parametrize(("given", "prompts"), [("a", ("a",)), (["a", "b"], ("a", "b")), (3, (3,)), (None, (None,))])
+def test_one_text_or_several(given: Any, prompts: tuple[Any, ...]) -> None:
+    assert as_prompts(given) == prompts
+
+
+@pytest.fixture(scope="module")
+def plan(flux2_dir: Path) -> RunPlan:
+    return make_plan(RunConfig(), flux2_dir, "cpu")
+
+
+def test_a_picture_that_no_device_could_hold(plan: RunPlan) -> None:
+    """12 features of 4 bytes for each pixel, in the tiny decoder's last layer; the device is this machine's memory."""
+    check_request(plan, replace(GOOD, height=1024, width=1024))
+    with pytest.raises(RequestError) as caught:
+        check_request(plan, replace(GOOD, height=16 * 10**6, width=16 * 10**6))
+    assert str(caught.value).startswith(
+        "height x width: 16000000 x 16000000 pixels with 12 features of 4 bytes each take 1.144e+07 GiB to decode, "
+        "and a device has "
+    )
+
+
+def test_ranks_elsewhere_may_have_more(plan: RunPlan) -> None:
+    """This machine's memory says nothing of a cluster's devices."""
+    there = replace(plan, config=RunConfig.parse({"launch": {"ray_address": "head:6379"}}))
+    side = 96 * 1024
+    assert 12 * 4 * side * side < MOST_DEVICE_BYTES
+    check_request(there, replace(GOOD, height=side, width=side))
+    with pytest.raises(RequestError, match="and a device has 1024 GiB; ask for less"):
+        check_request(there, replace(GOOD, height=2 * side, width=2 * side))
+
+
+def test_the_frames_of_a_video_count(plan: RunPlan) -> None:
+    video = replace(plan, spec=replace(plan.spec, fps=16), frame_multiple=4)
+    check_request(video, replace(GOOD, frames=81))
+    with pytest.raises(RequestError, match="pixels with 12000000003 values of 4 bytes each take"):
+        check_request(video, replace(GOOD, frames=4 * 10**9 + 1))
+
+
+@pytest.mark.parametrize("value", [True, "2", 2.0, None, 0, MAX_PICTURES + 1])
+@pytest.mark.parametrize("name", ["images_per_prompt", "batch_size"])
+def test_amounts(name: str, value: Any, plan: RunPlan) -> None:
+    amounts = {"images_per_prompt": 1, "batch_size": 1} | {name: value}
+    with pytest.raises(RequestError, match=f"{name}: found .*; allowed: an integer from 1 to {MAX_PICTURES}"):
+        check_amounts(plan.spec, **amounts)
+
+
+class NoGang:
+    """Ranks that nobody may ask for anything."""
+
+    world_size = 1
+    can_restart = False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"prompt": 7}, "prompts: prompt 0: found 7 (int)"),
+        ({"prompt": None}, "prompts: prompt 0: found None (NoneType)"),
+        ({"prompt": ["a", b"b"]}, "prompts: prompt 1: found b'b' (bytes)"),
+        ({"prompt": []}, "prompts x images_per_prompt: found 0; allowed: an integer from 1 to 100000"),
+        ({"prompt": ["a"] * 1000, "images_per_prompt": 101}, "prompts x images_per_prompt: found 101000; allowed"),
+        ({"prompt": "a", "seed": True}, "seed: found True (bool)"),
+        ({"prompt": "a", "height": "64"}, "height: found '64' (str)"),
+    ],
+)
+def test_an_engine_refuses_before_it_asks_its_ranks(arguments: dict[str, Any], text: str, plan: RunPlan) -> None:
+    engine = Engine(plan, NoGang(), owns_gang=False)  # type: ignore[arg-type]
+    with pytest.raises(RequestError) as caught:
+        engine.generate(**arguments)
+    assert str(caught.value).startswith(text)
