@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def vae_scale(path: Path) -> VaeScale:
     config = read_json(path)
     try:
         scale = VaeScale(latent_pixels(config), latent_frames(config), decoder_features(config))
-        if all(1 <= each <= _MOST for each in astuple(scale)):
+        if 1 <= scale.pixels <= _MOST and 1 <= scale.frames <= _MOST:
             return scale
         reason = f"found {scale}"
     except Exception as error:  # a config can hold anything
