@@ -12,6 +12,8 @@ from crossdock.runtime.errors import RequestError
 MAX_SEED = 2**63 - 1
 MAX_NUMBER = 2**63 - 1
 MAX_STEPS = 10_000
+MAX_SIDE = 2**31 - 1
+"""Of a picture, and frames of a video: what fits is a question of memory (`request_checks`)."""
 MAX_CHARACTERS = 100_000
 """Of a prompt; the longest that a text encoder reads has some thousand tokens."""
 _MAX_SHOWN = 60
@@ -58,9 +60,9 @@ class GenerateRequest:
             _check_text("negative_prompt", self.negative_prompt)
         check_whole("steps", self.steps, 1, MAX_STEPS)
         for name in ("height", "width"):
-            check_whole(name, getattr(self, name), 1)
+            check_whole(name, getattr(self, name), 1, MAX_SIDE)
         if self.frames is not None:
-            check_whole("frames", self.frames, 1)
+            check_whole("frames", self.frames, 1, MAX_SIDE)
         check_whole("seed", self.seed, 0, MAX_SEED - len(self.prompts) + 1)  # number i is drawn with seed + i
         check_whole("keep_every", self.keep_every, 0)
         check_whole("number", self.number, 0, MAX_NUMBER)

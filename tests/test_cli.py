@@ -102,8 +102,8 @@ def test_an_unforeseen_error_shows_its_traceback(arguments: list[str], capsys: p
 
 BAD_OPTIONS = {
     "steps": (["--steps=0"], "steps: found 0; allowed: an integer from 1 to 10000"),
-    "height": (["--height=-8"], "height: found -8; allowed: an integer >= 1"),
-    "width": (["--width=0"], "width: found 0; allowed: an integer >= 1"),
+    "height": (["--height=-8"], "height: found -8; allowed: an integer from 1 to 2147483647"),
+    "width": (["--width=0"], "width: found 0; allowed: an integer from 1 to 2147483647"),
     "seed": (["--seed=-1"], "seed: found -1; allowed: an integer from 0 to 9223372036854775807"),
     "big seed": (
         ["--seed=9223372036854775808"],
@@ -111,7 +111,7 @@ BAD_OPTIONS = {
     ),
     "nan": (["--guidance-scale=nan"], "guidance_scale: found nan; allowed: a finite number >= 0"),
     "negative": (["--guidance-scale=-1"], "guidance_scale: found -1.0; allowed: a finite number >= 0"),
-    "frames": (["--frames=0"], "frames: found 0; allowed: an integer >= 1"),
+    "frames": (["--frames=0"], "frames: found 0; allowed: an integer from 1 to 2147483647"),
     "prompt": (["--prompt= "], "prompts: prompt 1 is empty; describe the picture"),
     "folder": (["--out={tmp}/no/out.png"], "--out {tmp}/no/out.png: the folder {tmp}/no does not exist"),
     "latents folder": (["--latents={tmp}/no/l"], "--latents {tmp}/no/l: the folder {tmp}/no does not exist"),

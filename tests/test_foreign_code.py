@@ -211,10 +211,14 @@ def test_an_entry_of_blocks_that_points_elsewhere(name: str, text: str, modular:
     modular.refuses(MODULAR_INDEX, text)
 
 
-@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
-def test_kernels_of_a_repository(key: str, checkpoint: Checkpoint) -> None:
-    checkpoint.edit("text_encoder/config.json", lambda config: config.update({key: "somebody/kernels"}))
-    checkpoint.refuses(f"text_encoder/config.json: {key} is 'somebody/kernels': code is not downloaded")
+@pytest.mark.parametrize("part", ["", ".text_config"])
+@pytest.mark.parametrize(
+    "key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation"]
+)
+def test_kernels_of_a_repository(key: str, part: str, checkpoint: Checkpoint) -> None:
+    value: Any = {"text_config": "somebody/kernels"} if part else "somebody/kernels"
+    checkpoint.edit("text_encoder/config.json", lambda config: config.update({key: value}))
+    checkpoint.refuses(f"text_encoder/config.json: {key}{part} is 'somebody/kernels': code is not downloaded")
 
 
 def test_an_adapter(checkpoint: Checkpoint) -> None:

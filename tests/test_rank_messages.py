@@ -116,6 +116,13 @@ def test_an_unknown_error_arrives_as_what_it_says() -> None:
     assert len(ErrorNote.of(ConfigError("x" * 2_000_000)).message) < MAX_BYTES
 
 
+def test_an_error_that_quotes_what_is_no_text(post: Post) -> None:
+    post.messages.put("verdict", Verdict(0, RankError(1, "found '\ud83d'")))
+    (arrived,) = post.messages.get(["verdict"], Verdict)
+    assert arrived is not None
+    assert str(arrived.error) == "rank 1: found '\\ud83d'"
+
+
 def test_a_beat_arrives_as_it_was(post: Post) -> None:
     beat = Beat(9, STATUS, ("host", "0"), 4, True, None, False)
     post.messages.put("beat/1", beat)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crossdock.runtime.bounded_files import read_bounded
 from crossdock.runtime.errors import LaunchError, RequestError
 
 COLOURS = {"phase": "#b8c4d6", "compute": "#4c9f70", "wait": "#d64550", "copy": "#3b7dd8", "gather": "#e0a030"}
@@ -18,6 +19,7 @@ _LETTER_PX = 6.0
 _MAX_INCHES = 500.0
 """Of height: no renderer takes more than 2**16 pixels."""
 _MAX_US = 1e18
+_MAX_BYTES = 2**30
 _WAY_OUT = "write one with generate --trace"
 
 
@@ -39,7 +41,7 @@ def read_slices(path: Path) -> list[Slice]:
         RequestError: no such file, not JSON, or nothing in it that could be drawn.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_bounded(path, _MAX_BYTES).decode("utf-8"))
     except OSError as error:
         raise RequestError(f"{path}: cannot be read: {error.strerror}; {_WAY_OUT}") from None
     except (ValueError, RecursionError) as error:

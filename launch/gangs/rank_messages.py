@@ -69,15 +69,14 @@ class ErrorNote:
         name: Any = type(error).__name__
         match error:
             case UserError() if type(error) in _USER_ERRORS:
-                return cls(name, error.message[:_MAX_TEXT], key=error.key)
+                return cls(name, _readable(error.message), key=error.key)
             case RequestCancelled() if type(error) in _ENDS:
-                return cls(name, error.reason[:_MAX_TEXT], finished_steps=error.finished_steps)
+                return cls(name, _readable(error.reason), finished_steps=error.finished_steps)
             case RankError() if type(error) is RankError:
-                return cls(name, error.message[:_MAX_TEXT], rank=error.rank, kind=error.kind)
+                return cls(name, _readable(error.message), rank=error.rank, kind=error.kind)
             case CompositionError():
-                return cls("CompositionError", str(error)[:_MAX_TEXT])
-        text = str(error) if type(error) is CrossdockError else f"{name}: {error}"
-        return cls("CrossdockError", text[:_MAX_TEXT])
+                return cls("CompositionError", _readable(str(error)))
+        return cls("CrossdockError", _readable(str(error) if type(error) is CrossdockError else f"{name}: {error}"))
 
     def error(self) -> CrossdockError:
         if self.name == "RankError":
@@ -90,6 +89,11 @@ class ErrorNote:
         more = self.finished_steps if issubclass(known, RequestCancelled) else self.key
         error: CrossdockError = known(self.message, more)
         return error
+
+
+def _readable(text: str) -> str:
+    """Not too long, and without what UTF-8 cannot say: an error may quote anything."""
+    return text[:_MAX_TEXT].encode("utf-8", "backslashreplace").decode()
 
 
 _NOTE = TypeAdapter(ErrorNote)
@@ -140,6 +144,7 @@ class MessageStore:
         self._secret = secret
         self._try_name = try_name
         self._on_refused = on_refused
+        self._adapters: dict[type[Any], TypeAdapter[Any]] = {}  # making one takes milliseconds
 
     def clear(self, keys: Sequence[str]) -> None:
         """What is there already stays."""
@@ -166,7 +171,7 @@ class MessageStore:
         return [self._unpacked(key, bytes(value), kind) for key, value in zip(keys, values, strict=True)]
 
     def _packed(self, key: str, message: object) -> str:
-        text = TypeAdapter(type(message)).dump_json(message).decode()
+        text = self._adapter(type(message)).dump_json(message).decode()
         return f"{self._signature(key, text.encode())}\n{text}"
 
     def _unpacked(self, key: str, value: bytes, kind: type[T]) -> T | None:
@@ -180,12 +185,17 @@ class MessageStore:
             reason = "it is not signed with this run's secret"
         else:
             try:
-                message: T = TypeAdapter(kind).validate_json(text, strict=True)
+                message: T = self._adapter(kind).validate_json(text, strict=True)
                 return message
             except (ValidationError, RecursionError):
                 reason = f"it is no {kind.__name__}"
         self._on_refused(key, reason)
         return None
+
+    def _adapter(self, kind: type[Any]) -> TypeAdapter[Any]:
+        if kind not in self._adapters:
+            self._adapters[kind] = TypeAdapter(kind)
+        return self._adapters[kind]
 
     def _signature(self, key: str, text: bytes) -> str:
         if self._secret is None:

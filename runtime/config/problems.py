@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 KeyPath = tuple[str, ...]
 """Keys from the top of the file, such as `("parallel", "tp_degree")`."""
 
+_MAX_SHOWN = 100
 _TYPE_NAMES = {
     bool: "a boolean",
     int: "an integer",
@@ -59,6 +60,7 @@ def found(value: object) -> str:
     if isinstance(value, dict | list) or value is None:
         return _TYPE_NAMES[type(value)]
     shown = json.dumps(value) if isinstance(value, str | bool) else str(value)
+    shown = shown if len(shown) <= _MAX_SHOWN else f"{shown[:_MAX_SHOWN]}..."
     return f"{shown} ({_TYPE_NAMES.get(type(value), 'a ' + type(value).__name__)})"
 
 

@@ -16,7 +16,7 @@ from crossdock.runtime.errors import ConfigError
 
 MAX_YAML_BYTES = 2**16
 """A configuration has a few hundred."""
-_MAX_PROBLEMS = 12
+_MAX_PROBLEMS, _MAX_KEY, _MAX_LINE = 12, 100, 500
 _MAP_TAG = "tag:yaml.org,2002:map"
 _NULL_TAG = "tag:yaml.org,2002:null"
 _SEQUENCE_TAG = "tag:yaml.org,2002:seq"
@@ -86,7 +86,7 @@ class _Document:
     def error(self, problems: list[Problem]) -> ConfigError:
         """All problems, by line."""
         located = sorted(((self.line_of(p.path), p) for p in problems), key=lambda pair: pair[0])
-        lines = [f"{self.path}:{line}: {'.'.join(p.path)}: {p.text}" for line, p in located]
+        lines = [f"{self.path}:{line}: {'.'.join(p.path)[:_MAX_KEY]}: {p.text[:_MAX_LINE]}" for line, p in located]
         more = len(lines) - _MAX_PROBLEMS
         return ConfigError("\n".join(lines[:_MAX_PROBLEMS] + [f"{self.path}: and {more} more problems"] * (more > 0)))
 

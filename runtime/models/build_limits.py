@@ -28,7 +28,9 @@ MAX_NUMBER = 2**39
 """The largest whole number in a config. The largest that is published is the base of rotary frequencies: 10^11."""
 MAX_TEXT = 2**12
 """Characters of a text in a config; they are names."""
-MAX_PARTS = 2**15
+MAX_ITEMS = 2**11
+"""Of a list in a config."""
+MAX_PARTS = 20_000
 """Modules, parameters and buffers of a model; LTX-2's transformer, which has the most, has 7,200."""
 MAX_ELEMENTS = 10**13
 """Of all parameters together: a thousand times FLUX.1-dev's."""
@@ -61,6 +63,8 @@ def check_values(config: Mapping[str, Any]) -> None:
     for _, path, item in walk(dict(config)):
         if isinstance(item, str) and len(item) > MAX_TEXT:
             raise TooLargeError(f"has {len(item)} characters; no model has a name of more than {MAX_TEXT}", path)
+        if isinstance(item, list) and len(item) > MAX_ITEMS:
+            raise TooLargeError(f"has {len(item)} items; no model has a list of more than {MAX_ITEMS}", path)
 
 
 @contextmanager

@@ -85,8 +85,8 @@ def read_model_index(model_dir: Path) -> dict[str, Any]:
     if file.name == MODULAR_INDEX:
         index = _own_components(index, model_dir)
     for name in component_names(index):
-        if not name.isidentifier():
-            raise CheckpointError(f"{file}: {name!r} is no name of a component")
+        if not name.isidentifier() or len(name) > _MAX_NAME:
+            raise CheckpointError(f"{file}: {name[:100]!r} is no name of a component")
         if not all(isinstance(part, str) for part in index[name]):
             raise CheckpointError(f"{file}: {name}: found {str(index[name])[:100]}; expected a library and a class")
     return index
@@ -123,6 +123,7 @@ def check_components(model_dir: Path, index: Mapping[str, Any], placed: Sequence
     Raises:
         CheckpointError: names the folder or the file, or a component that has weights and no place on the device.
     """
+    listed = index_file(model_dir).name
     for name in component_names(index):
         folder = model_dir / name
         library, class_name = index[name]
@@ -130,10 +131,10 @@ def check_components(model_dir: Path, index: Mapping[str, Any], placed: Sequence
             raise CheckpointError(
                 f"{folder}: the component {name!r} ({class_name}) has weights, and crossdock places only "
                 f"{', '.join(placed)}: it would lie whole on the device, outside the budget; if the pipeline runs "
-                f"without it, set it to [null, null] in model_index.json"
+                f"without it, set it to [null, null] in {listed}"
             )
         if not folder.is_dir():
-            raise CheckpointError(f"{folder}: no such folder, but model_index.json lists the component {name!r}")
+            raise CheckpointError(f"{folder}: no such folder, but {listed} lists the component {name!r}")
         for file in sorted(folder.glob("*.safetensors")):
             _header(file)
         for file in folder.glob("*.index.json"):
@@ -214,13 +215,13 @@ def _header(file: Path) -> dict[str, StoredTensor]:
     except (SafetensorError, OSError) as error:
         size = file.stat().st_size
         raise CheckpointError(
-            f"{file}: not a whole safetensors file ({size} bytes): {error}; download the file again"
+            f"{file}: not a whole safetensors file ({size} bytes): {str(error)[:500]}; download the file again"
         ) from None
 
 
 def _dtype(file: Path, name: str, code: str) -> torch.dtype:
     if code not in _DTYPES:
-        raise CheckpointError(f"{file}: {name} is stored as {code}, which is not supported: {', '.join(_DTYPES)}")
+        raise CheckpointError(f"{file}: {name[:100]} is stored as {code}, which is not supported: {', '.join(_DTYPES)}")
     return _DTYPES[code]
 
 

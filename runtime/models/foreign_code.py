@@ -28,7 +28,7 @@ from crossdock.runtime.models.checkpoint import (
 )
 
 CODE_KEYS = ("auto_map", "custom_pipeline", "custom_pipelines", "custom_generate")
-KERNEL_KEYS = ("attn_implementation", "experts_implementation")
+KERNEL_WORDS = ("attn_implementation", "experts_implementation", "kernel_config")
 _STRAY = "None.py"
 """The code of the custom pipeline that is called what diffusers was given: None."""
 _ADAPTER = "adapter_config.json"
@@ -110,7 +110,7 @@ def _check_keys(file: Path, content: Mapping[str, Any]) -> None:
                 f"{file}: {path} asks for code of the checkpoint's, which is never run; give a checkpoint of a class "
                 "that transformers has, without it"
             )
-        if key.lstrip("_") in KERNEL_KEYS and isinstance(value, str) and "/" in value:
+        if any(word in path for word in KERNEL_WORDS) and isinstance(value, str) and "/" in value:
             raise CheckpointError(f"{file}: {path} is {value!r}: code is not downloaded; remove the key")
 
 

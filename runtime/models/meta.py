@@ -40,10 +40,20 @@ class _BoundedTables(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if (drawn := _drawn(func, args, kwargs)) is not None:
+            return drawn
         result = func(*args, **(kwargs or {}))
         if func is not torch.empty:
             check_table(result)
         return result
+
+
+def _drawn(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Tensor | None:
+    """The weight that `func` only fills with numbers, where it has none: that takes a third of the time."""
+    if getattr(func, "__module__", None) != nn.init.__name__:
+        return None
+    weight = args[0] if args else (kwargs or {}).get("tensor")
+    return weight if isinstance(weight, Tensor) and weight.is_meta else None
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -60,6 +70,8 @@ class _EmptyOnMeta(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if (drawn := _drawn(func, args, kwargs)) is not None:
+            return drawn
         kwargs = dict(kwargs or {})
         if func is torch.empty and kwargs.get("device") is None:
             kwargs["device"] = "meta"
