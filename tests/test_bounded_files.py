@@ -20,13 +20,14 @@ from crossdock.runtime.models.checkpoint import read_json
 from crossdock.runtime.plan.make_plan import make_plan
 
 AT_ONCE_S = 5.0
+"""Of this process's own time: the machine may be busy."""
 
 
 @pytest.fixture(autouse=True)
 def at_once() -> object:
-    began = time.monotonic()
+    began = time.process_time()
     yield
-    assert time.monotonic() - began < AT_ONCE_S
+    assert time.process_time() - began < AT_ONCE_S
 
 
 def _fifo(path: Path) -> Path:

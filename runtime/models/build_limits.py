@@ -72,7 +72,7 @@ def bounded(until_s: float = math.inf) -> Iterator[None]:
     """Models that this thread builds inside have at most so many parts and elements; raises `TooLargeError`.
 
     Args:
-        until_s: of `time.monotonic`; a model that is not done by then is too large as well.
+        until_s: of `time.thread_time`; a model that is not done by then is too large as well.
     """
     thread, parts, elements = threading.get_ident(), 0, 0
 
@@ -82,7 +82,7 @@ def bounded(until_s: float = math.inf) -> Iterator[None]:
             return
         parts += 1
         elements += part.numel() if isinstance(part, nn.Parameter) else 0
-        if time.monotonic() > until_s:
+        if time.thread_time() > until_s:
             raise TooLargeError("takes too long to build")
         if parts > MAX_PARTS:
             raise TooLargeError(f"asks for more than {MAX_PARTS} modules and parameters")

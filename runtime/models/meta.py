@@ -142,7 +142,7 @@ def described(
 
 def _key_to_blame(config: Mapping[str, Any], build: Callable[[Mapping[str, Any]], object]) -> str | None:
     """Found by leaving out one after the other, for a short while: then nothing builds any more."""
-    deadline = time.monotonic() + _BLAME_S
+    deadline = time.thread_time() + _BLAME_S
 
     def builds(changed: Mapping[str, Any]) -> bool:
         try:
@@ -150,7 +150,7 @@ def _key_to_blame(config: Mapping[str, Any], build: Callable[[Mapping[str, Any]]
                 build(changed)
         except Exception:
             return False
-        return time.monotonic() < deadline
+        return time.thread_time() < deadline
 
     return blame(config, builds)
 
