@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from crossdock.offload.live.discovery import plain_tensors
+from crossdock.runtime.config.bounded_files import walk
 from crossdock.runtime.errors import CheckpointError
 from crossdock.runtime.models.build_limits import (
     TooLargeError,
@@ -134,14 +135,18 @@ def described(
         reason = f"{error.key}: {error}" if error.key else f"{key}: found {value}: {class_name} {error}"
         raise CheckpointError(f"{path}: {reason}; is the file damaged?") from None
     except Exception as error:
-        blamed = _key_to_blame(config, build)
+        blamed = _key_to_blame(config, build, str(error))
         where = f"{path}: {blamed}: " if blamed else f"{path}: "
         what = " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
         raise CheckpointError(f"{where}{class_name} cannot be built: {what}") from None
 
 
-def _key_to_blame(config: Mapping[str, Any], build: Callable[[Mapping[str, Any]], object]) -> str | None:
-    """Found by leaving out one after the other, for a short while: then nothing builds any more."""
+def _key_to_blame(config: Mapping[str, Any], build: Callable[[Mapping[str, Any]], object], message: str) -> str | None:
+    """Found by leaving out one after the other, for a short while: then nothing builds any more.
+
+    Args:
+        message: of the error; the keys and texts that it quotes are tried first.
+    """
     deadline = time.thread_time() + _BLAME_S
 
     def builds(changed: Mapping[str, Any]) -> bool:
@@ -152,7 +157,10 @@ def _key_to_blame(config: Mapping[str, Any], build: Callable[[Mapping[str, Any]]
             return False
         return time.thread_time() < deadline
 
-    return blame(config, builds)
+    def is_quoted(key: str) -> bool:
+        return key in message or any(repr(part) in message for _, _, part in walk(config[key]) if isinstance(part, str))
+
+    return blame({key: config[key] for key in sorted(config, key=is_quoted, reverse=True)}, builds)
 
 
 def build_config_on_meta(class_name: str, config: Mapping[str, Any], library: str = "diffusers") -> nn.Module:
