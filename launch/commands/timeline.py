@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crossdock.runtime.bounded_files import read_bounded
+from crossdock.runtime.config.bounded_files import read_bounded
 from crossdock.runtime.errors import LaunchError, RequestError
 
 COLOURS = {"phase": "#b8c4d6", "compute": "#4c9f70", "wait": "#d64550", "copy": "#3b7dd8", "gather": "#e0a030"}
