@@ -27,7 +27,7 @@ from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.errors import ConfigError, LaunchError
 from crossdock.runtime.models.checkpoint import read_model_index
 from crossdock.runtime.pipeline.pipeline import RankPipeline
-from crossdock.runtime.pipeline.presence import Stage
+from crossdock.runtime.pipeline.presence import ActiveComponent
 from crossdock.runtime.plan.component_needs import component_needs
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
@@ -152,7 +152,7 @@ def test_a_rank_without_a_component_evicts_for_it() -> None:
     case = build([Home.HOST] * 4, 1, resident=range(4))
     size = case.stream.blocks[0].layout.nbytes
     pipeline = object.__new__(RankPipeline)
-    pipeline._arena, pipeline._stage = case.stream.arena, Stage({}, torch.device("cpu"))
+    pipeline._arena, pipeline._active = case.stream.arena, ActiveComponent({}, torch.device("cpu"))
     pipeline._plan = cast(RunPlan, SimpleNamespace(turn_bytes={"vae": size + 1}))
     assert case.misses(range(4)) == 1
     assert case.misses(range(4)) == 0
