@@ -345,7 +345,7 @@ def test_what_happens_is_told_at_once(flux2_dir: Path) -> None:
     """A fault that is survived is only told when the picture is there."""
     with _engine(flux2_dir) as (engine, gang):
         told: list[str] = []
-        engine._tell = told.append
+        engine._notify = told.append
         seen_by_new_ranks: list[int] = []
         restart = gang.restart
 

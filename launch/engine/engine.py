@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 
 from crossdock.launch.engine.generation import Generation
-from crossdock.launch.engine.progress import Delays, Progress, Steps, Tell
+from crossdock.launch.engine.progress import Delays, Notify, Progress, Steps
 from crossdock.launch.engine.recovery import Fault, Snapshots, advice, brief, budget_text, restart, with_less_memory
 from crossdock.launch.gangs.choose import MakeGang
 from crossdock.runtime.config.schema import LaunchConfig, RunConfig
@@ -41,9 +41,9 @@ CANCEL_S = 10.0
 class Engine:
     """Use it as a context manager; `close` ends all ranks."""
 
-    def __init__(self, plan: RunPlan, gang: Gang, owns_gang: bool, tell: Tell | None = None) -> None:
+    def __init__(self, plan: RunPlan, gang: Gang, owns_gang: bool, notify: Notify | None = None) -> None:
         self.gang = gang
-        self._tell: Tell = tell or (lambda line: None)
+        self._notify: Notify = notify or (lambda line: None)
         self._owns_gang = owns_gang
         self._idle = False  # the ranks wait for work: nobody was interrupted in the middle of it
         self._coordinator = Coordinator(plan)
@@ -75,7 +75,7 @@ class Engine:
         first_request: GenerateRequest | None = None,
         probe: bool = False,
         rehearse: bool = False,
-        tell: Tell | None = None,
+        notify: Notify | None = None,
     ) -> Engine:
         """Plan, launch, load, verify.
 
@@ -85,7 +85,7 @@ class Engine:
             first_request: what is asked for first, where that is known; refused before anything is started.
             probe: compare every byte that arrives on the devices with the checkpoint, and `probe` the numbers.
             rehearse: stream every block once, to compare what arrives here and not in the first step; `probe` does.
-            tell: gets a line when a rank was lost and others are started, and when the ranks wait for one of them.
+            notify: gets a line when a rank was lost and others are started, and when the ranks wait for one of them.
 
         Raises:
             UserError: the config, the checkpoint or the machine does not do.
@@ -97,7 +97,7 @@ class Engine:
         if first_request is not None:
             check_request(plan, first_request)
         ranks = gang or (make_gang or _ray_gang)(config.launch, config.world_size, device)
-        engine = cls(plan, ranks, gang is None, tell)
+        engine = cls(plan, ranks, gang is None, notify)
         engine._thorough, engine._rehearses = probe, rehearse or probe
         try:
             try:
@@ -249,7 +249,7 @@ class Engine:
         snapshots = Snapshots(self.plan, self.gang)
         shown, delays = (
             Steps(progress, request.steps * number_of_chunks(self.plan.spec, request.frames)),
-            Delays(self._tell),
+            Delays(self._notify),
         )
         first = time.perf_counter()
 
@@ -324,7 +324,7 @@ class Engine:
                 remedy = self._save_memory(error)
             if attempts < 1 or error.kind == "late" or not self.gang.can_restart:
                 raise error
-            self._tell(f"{brief(error)}; remedy: {remedy}")
+            self._notify(f"{brief(error)}; remedy: {remedy}")
             restart(self.gang, self._load, attempts, lost_again)
         except BaseException:
             self.gang.close()

@@ -277,7 +277,7 @@ class RankWorker:
             self.stream.scheduled_at,
             issued,
             record_reads(self.stream),
-            self.arrivals.untold(),
+            self.arrivals.unreported(),
             self.verdict,
         )
         if self.changed is not None:

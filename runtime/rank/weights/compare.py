@@ -44,7 +44,7 @@ class Arrivals:
         """`full`: compare all bytes, not some rows."""
         self.records: list[ArrivalRecord] = []
         self.differ = False
-        self._told = 0
+        self._reported = 0
         self._plan = plan
         self._model = model
         self._full = full
@@ -65,17 +65,17 @@ class Arrivals:
             if not block.home.streamed and isinstance(block.source, Tensor):
                 self.block(block, block.source)
         self.outside()
-        self.untold()
+        self.unreported()
 
     def watch(self, stream: BlockStream) -> None:
         """Compare every streamed block when it comes for the first time; until then, slots are spoiled."""
         stream.watch_arrivals(self.block)
 
-    def untold(self) -> tuple[ArrivalRecord, ...]:
+    def unreported(self) -> tuple[ArrivalRecord, ...]:
         """The records that are new since the last call."""
         self._files.clear()
-        told, self._told = self._told, len(self.records)
-        return tuple(self.records[told:])
+        start, self._reported = self._reported, len(self.records)
+        return tuple(self.records[start:])
 
     def block(self, block: StreamedBlock, memory: Tensor) -> None:
         """`memory`: uint8, on the device: all of the block's bytes."""
