@@ -219,7 +219,7 @@ def test_an_empty_file_is_one_rank_with_the_defaults(tmp_path: Path, text: str) 
     assert config.world_size == 1
 
 
-def test_shipped_configs_load() -> None:
+def test_builtin_configs_load() -> None:
     assert {path.stem: load_config(path).world_size for path in SHIPPED.glob("*.yaml")} == WORLD_SIZES
     for name in WORLD_SIZES:
         assert load_config(SHIPPED / f"{name}.yaml").offload.layerwise == name.startswith("layerwise")

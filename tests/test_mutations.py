@@ -62,7 +62,7 @@ MORE: dict[str, dict[str, Any]] = {
     "mmap_tp2": {"parallel": {"tp_degree": 2}, "offload": _FROM_FILES},
     "mmap_hsdp": {"parallel": {"dp_degree": 4, "hsdp": {"replicate": 2, "shard": 2}}, "offload": _FROM_FILES},
 }
-"""Layouts beside the shipped ones."""
+"""Layouts beside the built-in ones."""
 
 TP = ("layerwise_tp2", "tp2")
 HSDP = ("hsdp", "layerwise_hsdp")
