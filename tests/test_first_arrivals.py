@@ -244,7 +244,7 @@ def test_a_cancelled_request_does_not_hide_what_came(flux2_dir: Path) -> None:
     with admitted(plan) as worker:
         damage(worker)
         worker.cancel("nobody wants it", REQUEST.number)
-        assert not worker.generate(REQUEST).media, "wrong bytes come before a wish"
+        assert not worker.generate(REQUEST).media, "wrong bytes come before a cancel"
 
 
 def test_a_review_without_arrivals_is_refused(flux2_dir: Path) -> None:

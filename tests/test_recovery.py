@@ -303,7 +303,7 @@ def test_cancelling(flux2_dir: Path) -> None:
 
 
 def test_cancelling_while_ranks_are_replaced(flux2_dir: Path) -> None:
-    """The wish is lost with the rank that it was told to, or it makes an error of its own."""
+    """The cancel is lost with the rank that it was told to, or it makes an error of its own."""
     with _engine(flux2_dir) as (engine, gang):
         expected = _generate(engine)
         restart = gang.restart

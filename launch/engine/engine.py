@@ -50,7 +50,7 @@ class Engine:
         self._phases = {"launch": 0.0, "load": 0.0, "verify": 0.0}
         self._number = 0  # of the last request
         self._lowered = False  # the budget, for this request
-        self._wish: str | None = None  # why the request under way is to be stopped
+        self._stop_reason: str | None = None  # why the request under way is to be stopped
         self._faults: list[Fault] = []  # survived since the last report
         self._thorough = False  # every byte that arrives is compared, not a sample
         self._rehearses = False  # what arrives is compared before the first step, not in it
@@ -161,7 +161,7 @@ class Engine:
         )
         check_request(self.plan, request)
         at_once = self.plan.mesh.dp * batch_size
-        self._wish, self._lowered = None, False
+        self._stop_reason, self._lowered = None, False
         done: list[RankResult] = []
         for first in range(0, len(prompts), at_once):
             self._number += 1
@@ -180,8 +180,8 @@ class Engine:
 
         While ranks are being replaced, it ends as soon as the new ones are there.
         """
-        self._wish = reason
-        with suppress(RankError):  # lost, or not there yet: the wish is looked at before the request goes on
+        self._stop_reason = reason
+        with suppress(RankError):  # lost, or not there yet: the stop reason is looked at before the request goes on
             self.gang.aside(0, RankWorker.cancel, reason, self._number, timeout_s=CANCEL_S)
 
     def probe(self) -> None:
@@ -278,8 +278,8 @@ class Engine:
 
     def _stop_if_asked(self, request: GenerateRequest, finished: int) -> None:
         """Between two attempts nobody else does."""
-        if self._wish is not None:
-            raise RequestCancelled(self._wish, finished)
+        if self._stop_reason is not None:
+            raise RequestCancelled(self._stop_reason, finished)
         if request.time_limit_s is not None and request.spent_s > request.time_limit_s:
             raise RequestTimeout(f"the time limit is {request.time_limit_s:g} s", finished)
 
