@@ -351,9 +351,9 @@ def test_a_conversion_that_cuts_off_is_caught(flux2_dir: Path, monkeypatch: pyte
 
 def _report_of(gang: Gang, plan: RunPlan, setup: Callable[..., RankReport]) -> list[RankReport]:
     try:
-        return gang.call(setup, plan, timeout_s=120)
+        return gang.collective_rpc(setup, plan, timeout_s=120)
     finally:
-        gang.call(RankWorker.teardown, timeout_s=60)
+        gang.collective_rpc(RankWorker.teardown, timeout_s=60)
 
 
 @pytest.mark.parametrize("offload", [{"layerwise": True}, {"layerwise": True, "host": "mmap"}, {}])

@@ -51,7 +51,7 @@ class HereGang:
     def start(self) -> None:
         pass
 
-    def call(self, work: Any, *args: Any, timeout_s: float, **_: Any) -> list[Any]:
+    def collective_rpc(self, work: Any, *args: Any, timeout_s: float, **_: Any) -> list[Any]:
         self.asked.append((work, *args))
         self._plant(self.worker, work)
         return [self._edit(work(self.worker, *args))]

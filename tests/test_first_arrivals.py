@@ -298,12 +298,12 @@ def test_all_ranks_stop_together(parallel: dict[str, Any], rank: int, gang_of: G
     with Engine.start(config, flux2_dir, gang) as engine:
         close, gang.close = gang.close, lambda: None  # type: ignore[method-assign]
         try:
-            gang.call(plant, timeout_s=60)
+            gang.collective_rpc(plant, timeout_s=60)
             with pytest.raises(CompositionError, match="do not compose") as caught:
                 engine.generate(PROMPT, steps=4, height=SIZE, width=SIZE)
         finally:
             gang.close = close  # type: ignore[method-assign]
-        assert gang.call(steps, timeout_s=60) == [[1], [1]]
+        assert gang.collective_rpc(steps, timeout_s=60) == [[1], [1]]
     found = caught.value.violations
     assert {violation.check for violation in found} == {"covers"}
     assert all(violation.where.startswith(f"{BLOCK}.") for violation in found)

@@ -413,7 +413,7 @@ def _run(
     try:
         for stage in stages:
             work = work_of(stage, rehearse)
-            told[stage] = gang.call(work, plan, request, probe_request(plan), timeout_s=TIMEOUT_S)
+            told[stage] = gang.collective_rpc(work, plan, request, probe_request(plan), timeout_s=TIMEOUT_S)
             found[stage] = []
             try:
                 judge[stage](told[stage])
@@ -421,8 +421,8 @@ def _run(
                 found[stage] = list(error.violations)
                 break
     finally:
-        gang.call(undo, timeout_s=TIMEOUT_S)
-        gang.call(RankWorker.teardown, timeout_s=TIMEOUT_S)
+        gang.collective_rpc(undo, timeout_s=TIMEOUT_S)
+        gang.collective_rpc(RankWorker.teardown, timeout_s=TIMEOUT_S)
     return found, told
 
 
@@ -544,9 +544,9 @@ def test_a_rank_out_of_step_is_named(stuck: Stuck, pair: RayGang, checkpoints: C
     what = plan, REQUEST, probe_request(plan)
     began = time.monotonic()
     try:
-        pair.call(work_of("load", True), *what, timeout_s=TIMEOUT_S)
+        pair.collective_rpc(work_of("load", True), *what, timeout_s=TIMEOUT_S)
         with pytest.raises(RankError, match=stuck.text) as caught:
-            pair.call(work_of("request", True), *what, timeout_s=TIMEOUT_S)
+            pair.collective_rpc(work_of("request", True), *what, timeout_s=TIMEOUT_S)
     finally:
         took_s = time.monotonic() - began
         pair.restart()

@@ -100,7 +100,7 @@ def test_the_same_numbers_on_two_ranks(
                 engine.probe()
                 assert engine.verdict.composition[-1]["status"] == "holds"
             latents.append(engine.generate(PROMPT, steps=2, height=ODD_SIZE[0], width=ODD_SIZE[1]).latents[0])
-            reports = engine.gang.call(RankWorker.report, timeout_s=60)
+            reports = engine.gang.collective_rpc(RankWorker.report, timeout_s=60)
             assert verify_composition(engine.plan, reports) == [], "a load that is told of nowhere filled a slot"
     assert torch.equal(*latents)
 
@@ -284,7 +284,7 @@ def test_the_part_of_another_rank_is_found(fault: str, gang_of: GangOf, checkpoi
 
     config = RunConfig.parse({"parallel": TWO_RANKS[fault], "offload": {"layerwise": True}})
     with Engine.start(config, checkpoints["flux2-klein"], gang_of(2)) as engine:
-        name = engine.gang.call(plant, timeout_s=60)[0]
+        name = engine.gang.collective_rpc(plant, timeout_s=60)[0]
         with pytest.raises(CompositionError, match="same-numbers: rank") as caught:
             engine.probe()
         assert engine.verdict.composition[-1]["status"] == "violated"

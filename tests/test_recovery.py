@@ -46,14 +46,16 @@ class LocalGang:
         self.closed = False
         self.worker = RankWorker(0, 1, torch.device("cpu"))
 
-    def call(self, work: Callable[..., Any], *args: Any, timeout_s: float, notice: Notice | None = None) -> list[Any]:
+    def collective_rpc(
+        self, work: Callable[..., Any], *args: Any, timeout_s: float, notice: Notice | None = None
+    ) -> list[Any]:
         self.worker.on_progress = (lambda _: notice({0: self.worker.status()})) if notice else None
         try:
             return [work(self.worker, *args)]
         except Exception as error:
             raise rank_error(self.worker.status(), error) from None
 
-    def aside(self, rank: int, work: Callable[..., Any], *args: Any, timeout_s: float) -> Any:
+    def rpc(self, rank: int, work: Callable[..., Any], *args: Any, timeout_s: float) -> Any:
         return work(self.worker, *args)
 
     def close(self) -> None:
@@ -309,9 +311,9 @@ def test_cancelling_while_ranks_are_replaced(flux2_dir: Path) -> None:
         restart = gang.restart
 
         def cancelled_meanwhile() -> None:
-            gang.aside = unreachable  # type: ignore[method-assign]
+            gang.rpc = unreachable  # type: ignore[method-assign]
             engine.cancel("too late for the old ranks")
-            del gang.aside
+            del gang.rpc
             restart()
 
         def unreachable(*_: Any, **__: Any) -> Any:

@@ -44,7 +44,7 @@ def healthy(gang_of: Callable[[int], Gang], checkpoints: dict[str, Path]) -> Cal
         if (name, family) not in known:
             config = load_config(next(layout for layout in LAYOUTS if layout.name == name).config)
             with Engine.start(config, checkpoints[family], gang_of(config.world_size), rehearse=True) as engine:
-                known[name, family] = engine.plan, tuple(engine.gang.call(RankWorker.report, timeout_s=60))
+                known[name, family] = engine.plan, tuple(engine.gang.collective_rpc(RankWorker.report, timeout_s=60))
         return known[name, family]
 
     return healthy

@@ -182,7 +182,7 @@ class Engine:
         """
         self._stop_reason = reason
         with suppress(RankError):  # lost, or not there yet: the stop reason is looked at before the request goes on
-            self.gang.aside(0, RankWorker.cancel, reason, self._number, timeout_s=CANCEL_S)
+            self.gang.rpc(0, RankWorker.cancel, reason, self._number, timeout_s=CANCEL_S)
 
     def probe(self) -> None:
         """Let every rank run one step with streaming and without it: the same bits, or it raises.
@@ -194,7 +194,7 @@ class Engine:
         request, timeout_s = probe_request(self.plan), self.plan.config.launch.timeouts.request_s
         self._idle = False
         try:
-            probes = self.gang.call(probe_numbers, request, timeout_s=timeout_s)
+            probes = self.gang.collective_rpc(probe_numbers, request, timeout_s=timeout_s)
         except CrossdockError:
             self.gang.close()
             raise
@@ -209,7 +209,7 @@ class Engine:
         """
         if self._idle or not self._owns_gang:
             try:
-                self.gang.call(RankWorker.teardown, timeout_s=self.plan.config.launch.timeouts.launch_s)
+                self.gang.collective_rpc(RankWorker.teardown, timeout_s=self.plan.config.launch.timeouts.launch_s)
             except CrossdockError:  # a rank hangs or is gone: the gang is of no use to its owner either
                 self.gang.close()
         if self._owns_gang:
@@ -234,11 +234,11 @@ class Engine:
         timeouts = self.plan.config.launch.timeouts
         began = time.perf_counter()
         if self.plan.config.offload.is_relative:
-            device_bytes = min(self.gang.call(RankWorker.device_bytes, timeout_s=timeouts.launch_s))
+            device_bytes = min(self.gang.collective_rpc(RankWorker.device_bytes, timeout_s=timeouts.launch_s))
             plan = make_plan(self.plan.config, self.plan.model_dir, self.plan.device, device_bytes)
             self._coordinator = Coordinator(plan)
         how = self._thorough, self._rehearses
-        reports = self.gang.call(RankWorker.setup, self.plan, *how, timeout_s=timeouts.load_s)
+        reports = self.gang.collective_rpc(RankWorker.setup, self.plan, *how, timeout_s=timeouts.load_s)
         loaded = time.perf_counter()
         self._idle = True
         self._coordinator.admit(reports, self._rehearses)
@@ -290,7 +290,7 @@ class Engine:
         timeout_s = (request.time_limit_s or timeouts.request_s) - request.spent_s + timeouts.collective_s
         self._idle = False
         try:
-            results = self.gang.call(RankWorker.generate, request, start, timeout_s=timeout_s, notice=notice)
+            results = self.gang.collective_rpc(RankWorker.generate, request, start, timeout_s=timeout_s, notice=notice)
             self._coordinator.review(results)
         except RequestCancelled:
             self._idle = True
