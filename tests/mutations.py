@@ -164,7 +164,7 @@ def planned_alone(**offload: Any) -> Plant:
     return plant
 
 
-# -- owned-once ------------------------------------------------------------------------------------------------------
+# -- single-owner ----------------------------------------------------------------------------------------------------
 
 
 def private_copy(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
@@ -234,7 +234,7 @@ def whole_blocks_read(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(WeightLoader, "_source", source)
 
 
-# -- covers ----------------------------------------------------------------------------------------------------------
+# -- complete --------------------------------------------------------------------------------------------------------
 
 
 def slice_of_another_rank(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:

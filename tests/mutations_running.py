@@ -334,7 +334,7 @@ def cut_as_one_part(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tensor_module, "_part_sizes", lambda linear, style, dim: [linear.weight.shape[dim]])
 
 
-# -- owned-once: what is read ----------------------------------------------------------------------------------------
+# -- single-owner: what is read --------------------------------------------------------------------------------------
 
 
 def host_copy_never_read(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:

@@ -170,10 +170,10 @@ def test_a_violated_composition_is_told_whole(
     content = json.loads(printed.out)
     assert content["holds"] is False
     status = {row["check"]: row["status"] for row in content["composition"]}
-    assert status["owned-once"] == "violated"
-    assert status["covers"] == "holds"
+    assert status["single-owner"] == "violated"
+    assert status["complete"] == "holds"
     assert status[SAME_NUMBERS] == "not probed"
-    found = [violation for violation in content["violations"] if violation["check"] == "owned-once"]
+    found = [violation for violation in content["violations"] if violation["check"] == "single-owner"]
     assert len(found) > 10 * SHOWN
     assert set(found[0]) == {"check", "rank", "where", "expected", "found", "remedy"}
     assert [rank["homes"] for rank in content["ranks"]] == [{"host": 9}]

@@ -80,7 +80,7 @@ def test_generate_defaults(arguments: list[str]) -> None:
     [
         (LaunchError("2 ranks, but 1 GPU"), 2, "crossdock: error: 2 ranks, but 1 GPU\n"),
         (RankError(3, "died"), 1, "crossdock: error: rank 3: died\n"),
-        (CompositionError("owned-once: [bold]x[/bold]"), 1, "crossdock: error: owned-once: [bold]x[/bold]\n"),
+        (CompositionError("single-owner: [bold]x[/bold]"), 1, "crossdock: error: single-owner: [bold]x[/bold]\n"),
         (KeyboardInterrupt(), 130, "crossdock: interrupted\n"),
         (SystemExit(3), 3, ""),
     ],

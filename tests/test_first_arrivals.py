@@ -154,10 +154,10 @@ def test_wrong_bytes_end_the_request_with_its_first_step(flux2_dir: Path) -> Non
         shown: list[int] = []
         decoded: list[Any] = []
         gang.worker.pipeline.pipe.vae.decoder.register_forward_pre_hook(lambda *given: decoded.append(given))
-        with pytest.raises(CompositionError, match=f"covers: rank 0: {WEIGHT}: expected the bytes of") as caught:
+        with pytest.raises(CompositionError, match=f"complete: rank 0: {WEIGHT}: expected the bytes of") as caught:
             _generate(engine, shown)
         assert {violation.where for violation in caught.value.violations} == {WEIGHT}
-        assert {row["check"]: row["status"] for row in engine.verdict.composition}["covers"] == "violated"
+        assert {row["check"]: row["status"] for row in engine.verdict.composition}["complete"] == "violated"
         assert (shown, decoded, gang.starts, gang.closed) == ([], [], 1, True)
 
 
@@ -184,7 +184,7 @@ def test_a_resumed_request_looks_again(flux2_dir: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(RankWorker, "setup", damaged)
             shown.clear()
-            with pytest.raises(CompositionError, match=f"covers: rank 0: {WEIGHT}"):
+            with pytest.raises(CompositionError, match=f"complete: rank 0: {WEIGHT}"):
                 _generate(engine, shown)
         assert len(first.images) == 1
         assert (shown, gang.starts, gang.closed) == ([1, 2], 2, True)
@@ -224,7 +224,7 @@ def test_a_block_that_was_skipped_is_compared_in_the_end(steps: int, damaged: bo
         modules[number] = block
         assert BLOCK not in {event.block for event in result.trace if event.kind == "compute_begin"}, "in no step"
         if damaged:
-            with pytest.raises(CompositionError, match=f"covers: rank 0: {WEIGHT}"):
+            with pytest.raises(CompositionError, match=f"complete: rank 0: {WEIGHT}"):
                 coordinator.review([result])
         else:
             coordinator.review([result])
@@ -254,7 +254,7 @@ def test_a_review_without_arrivals_is_refused(flux2_dir: Path) -> None:
         with pytest.raises(CompositionError) as caught:
             _generate(engine, [])
         texts = [str(violation) for violation in caught.value.violations]
-        assert any(text.startswith(f"covers: rank 0: {WEIGHT}: expected compared with") for text in texts)
+        assert any(text.startswith(f"complete: rank 0: {WEIGHT}: expected compared with") for text in texts)
 
 
 def test_a_probe_does_not_count_as_the_first_step(flux2_dir: Path) -> None:
@@ -305,6 +305,6 @@ def test_all_ranks_stop_together(parallel: dict[str, Any], rank: int, gang_of: G
             gang.close = close  # type: ignore[method-assign]
         assert gang.collective_rpc(steps, timeout_s=60) == [[1], [1]]
     found = caught.value.violations
-    assert {violation.check for violation in found} == {"covers"}
+    assert {violation.check for violation in found} == {"complete"}
     assert all(violation.where.startswith(f"{BLOCK}.") for violation in found)
     assert {violation.rank for violation in found} == ({rank} if "tp_degree" in parallel else {0, 1})

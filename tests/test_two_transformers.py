@@ -207,7 +207,7 @@ def test_wrong_bytes_end_the_request_at_their_first_step(name: str, directory: P
         assert isinstance(block.source, Tensor)
         block.layout.entries[0].view(block.source).view(-1)[0] += 1
         shown: list[int] = []
-        with pytest.raises(CompositionError, match=rf"covers: rank 0: {name}\.blocks\.3\."):
+        with pytest.raises(CompositionError, match=rf"complete: rank 0: {name}\.blocks\.3\."):
             engine.generate(
                 PROMPT, height=SIZE[0], width=SIZE[1], frames=FRAMES, steps=STEPS, progress=lambda n, _: shown.append(n)
             )

@@ -100,7 +100,7 @@ class Arrivals:
 
     def _compare(self, found: Iterable[tuple[str, Tensor, Sequence[int]]]) -> None:
         """(fqn, tensor on the device, bytes of it at which another shard begins). What cannot be compared gets no
-        record: other checks say why, and `covers` misses it.
+        record: other checks say why, and `complete` misses it.
         """
         expected, picked = [], []
         for fqn, tensor, cuts in found:
