@@ -130,9 +130,9 @@ def trusted_prediction(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     stream, running = worker.stream, list[int]()
     before, enqueue = stream._fetch_ahead, stream._enqueue
 
-    def only_ahead(index: int, portions: int = 1) -> None:
+    def only_ahead(index: int, chunks: int = 1) -> None:
         if running:
-            enqueue(index, portions)
+            enqueue(index, chunks)
 
     def fetch_ahead(index: int) -> None:
         running.append(index)

@@ -420,11 +420,11 @@ def _arm(engine: Any, case: Case, victim: int, where: float) -> None:
 
 @pytest.mark.parametrize("stops", [BlockError, KeyboardInterrupt])
 @pytest.mark.parametrize("nth", range(4))
-def test_a_portion_that_fails_to_be_enqueued_is_not_taken_for_loaded(nth: int, stops: type[BaseException]) -> None:
-    """Nobody learns that the last portion of a copy never came: the block would compute with half of its bytes."""
+def test_a_chunk_that_fails_to_be_enqueued_is_not_taken_for_loaded(nth: int, stops: type[BaseException]) -> None:
+    """Nobody learns that the last chunk of a copy never came: the block would compute with half of its bytes."""
     engine = ImmediateEngine()
     case = build([Home.HOST] * 4, 1, 2, cast(CopyEngine, engine), resident=[2])
-    case.stream._loader.yields_link = True
+    case.stream._loader.yield_to_collectives = True
     for module in case.modules:
         module.collectives = 3
     case.check(range(4))

@@ -380,11 +380,11 @@ def build(
         resident=resident,
         rings=rings,
         arena=arena,
-        yields_link=choice.random() < 0.5,
+        yield_to_collectives=choice.random() < 0.5,
         poison_freed=poison,
     )
     for module in modules:
-        module.collectives, module.on_collective = choice.choice((0, 0, 1, 2, 5)), stream.link_used
+        module.collectives, module.on_collective = choice.choice((0, 0, 1, 2, 5)), stream.collective_issued
     stream.attach()
     return Case(stream, modules, twins, wholes, group)
 

@@ -40,7 +40,7 @@ class BlockStream:
         resident: indices of blocks with a streamed home that get a slot of their own.
         rings: the blocks that run in a pass of their own, by index, of each such pass; empty: all run in one.
         arena: where the slots lie; by default memory of their own.
-        yields_link: copies use the link to the device only between collectives; tell them by `link_used`.
+        yield_to_collectives: copies use the link only between collectives; tell them by `collective_issued`.
         trace_limit: how many trace events are kept.
         poison_freed: overwrite a shared slot with NaN as soon as its block has computed; shows reads of freed memory.
 
@@ -59,7 +59,7 @@ class BlockStream:
         resident: Collection[int] = (),
         rings: Sequence[Collection[int]] = (),
         arena: Arena | None = None,
-        yields_link: bool = False,
+        yield_to_collectives: bool = False,
         trace_limit: int = 100_000,
         poison_freed: bool = False,
     ) -> None:
@@ -68,9 +68,9 @@ class BlockStream:
         self.poison_freed = poison_freed
         self._device = device
         self._log = EventLog(engine, trace_limit)
-        self._loader = BlockLoader(engine, gather, self._log, yields_link)
+        self._loader = BlockLoader(engine, gather, self._log, yield_to_collectives)
         self._loads = SlotLoads(engine, self._loader)
-        self._collectives, self._portions = 0, 1  # of the block that is running
+        self._collectives, self._chunks = 0, 1  # of the block that is running
         if gather is None and any(block.home.sharded for block in self.blocks):
             raise ValueError("a sharded home needs a shard group")
         self._index = {block.name: index for index, block in enumerate(self.blocks)}
@@ -235,9 +235,9 @@ class BlockStream:
             self._enqueue(first)
             self._fetch_ahead(first)
 
-    def link_used(self) -> None:
+    def collective_issued(self) -> None:
         """A collective was just given to the compute stream: what comes next of the copies may follow it."""
-        if self._loader.yields_link and not self._hooks.suspended:
+        if self._loader.yield_to_collectives and not self._hooks.suspended:
             self._collectives += 1
             self._loader.release()
 
@@ -318,7 +318,7 @@ class BlockStream:
         self.flush()
         if self._reading is None:
             return
-        self._portions, self._collectives = 1 + self._collectives, 0
+        self._chunks, self._collectives = 1 + self._collectives, 0
         index, self._reading = self._reading, None
         self._end(index)
         slot = self._slots[index]
@@ -334,12 +334,12 @@ class BlockStream:
             slot = self._slots[following]
             if slot not in taken:  # else it would push out a block that runs before it
                 taken.add(slot)
-                self._enqueue(following, self._portions)
+                self._enqueue(following, self._chunks)
 
-    def _enqueue(self, index: int, portions: int = 1) -> None:
+    def _enqueue(self, index: int, chunks: int = 1) -> None:
         """Load block `index` into its slot."""
         block = self.blocks[index]
-        self._loads.enqueue(self._slots[index], index, block, self.slot_of(block.name), portions)
+        self._loads.enqueue(self._slots[index], index, block, self.slot_of(block.name), chunks)
 
     # -- memory --------------------------------------------------------------------------------------------------
 

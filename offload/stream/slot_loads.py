@@ -18,7 +18,7 @@ class SlotLoads:
         self._loader = loader
         self._pending: set[Slot] = set()  # claimed for a load of which not all is enqueued
 
-    def enqueue(self, slot: Slot, holder: int, block: StreamedBlock, number: int | None, portions: int = 1) -> None:
+    def enqueue(self, slot: Slot, holder: int, block: StreamedBlock, number: int | None, chunks: int = 1) -> None:
         """Load `block` into `slot`, behind the slot's last reader and its last load; not if it is there.
 
         Args:
@@ -35,7 +35,7 @@ class SlotLoads:
         try:
             waits = slot.claim(holder)
             self._pending.add(slot)
-            self._loader.load(block, slot.memory, waits, number, done, portions=portions)
+            self._loader.load(block, slot.memory, waits, number, done, chunks=chunks)
         except BaseException:
             slot.holder = None  # half filled at best: whoever asks for the block loads it again
             raise

@@ -126,7 +126,7 @@ class RankWorker:
         self.mesh = Mesh.connect(plan.mesh, self.rank, timeout_s, self.world)
         self.phase = "load"
         self.model = build_transformers(plan.spec.transformer, plan.model_dir, plan.transformers)
-        self.parallelism = ModelParallelism.apply(self.model, plan, self.mesh, lambda: self.stream.link_used())
+        self.parallelism = ModelParallelism.apply(self.model, plan, self.mesh, lambda: self.stream.collective_issued())
         loader = WeightLoader(plan, self.mesh, self.model, self.device)
         self.weights: RankWeights = loader.load_blocks()
         loader.load_outside()
@@ -142,14 +142,14 @@ class RankWorker:
             resident=plan.resident,
             rings=plan.rings,
             arena=self.arena,
-            yields_link=self.device.type == "cuda" and self.world_size > 1,
+            yield_to_collectives=self.device.type == "cuda" and self.world_size > 1,
         )
         self.stream.attach()
         for ring, transformer in enumerate(transformers_in(self.model).values()):
             transformer.register_forward_pre_hook(partial(self._begin_forward, ring))
         for module in self.model.modules():
             if isinstance(module, EXCHANGING):
-                module.register_forward_hook(lambda *_: self.stream.link_used())
+                module.register_forward_hook(lambda *_: self.stream.collective_issued())
         self.pipeline = RankPipeline(plan, self.mesh, self.model, self.device, self.engine, self.arena)
         self.arrivals = Arrivals(plan, self.rank, self.model, full=probe)
         self.verdict = "assumed costs: nothing was measured yet"
