@@ -259,11 +259,11 @@ class RankPipeline:
     def _decoding(self, decode: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
         """`decode` of a component, where it is this rank's to do. The others go on if another chunk follows."""
         turn = partial(self.turn, self._plan.decoders)
-        outlined = replicated(decode, self._device, mesh, turn, outline=True)
+        shapes_only = replicated(decode, self._device, mesh, turn, shapes_only=True)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self._between_chunks():
-                return outlined(*args, **kwargs)
+                return shapes_only(*args, **kwargs)
             with turn():
                 if not self._on_decode():
                     raise _NotDecodedHereError
