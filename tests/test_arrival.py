@@ -525,7 +525,7 @@ def test_rows_are_fixed_by_the_name(tmp_path: Path) -> None:
     assert sampled_rows("a.bias", torch.empty(7), None, ()) is None, "small: whole"
 
 
-def _is_spoiled(memory: Tensor) -> bool:
+def _is_poisoned(memory: Tensor) -> bool:
     """Wherever a tensor can begin."""
     return bool((memory.view(-1, ALIGNMENT)[:, : ALIGNMENT // 4] == 0xFF).all())
 
@@ -542,11 +542,11 @@ def test_slots_hold_nothing_before_the_rehearsal(
     stream.watch_arrivals(lambda block, memory: seen.update({block.name: memory.clone()}))
     stream.rehearse()
     assert list(seen) == [block.name for block in stream.blocks]
-    assert not any(map(_is_spoiled, seen.values()))
+    assert not any(map(_is_poisoned, seen.values()))
     monkeypatch.setattr(loader_module.BlockLoader, "load", lambda self, block, memory, after, slot, done, **_: None)
     stream.watch_arrivals(lambda block, memory: seen.update({block.name: memory.clone()}))
     stream.rehearse()
-    assert all(map(_is_spoiled, seen.values()))
+    assert all(map(_is_poisoned, seen.values()))
     monkeypatch.undo()
     stream.watch_arrivals(lambda *_: None)
     stream.rehearse()
@@ -556,7 +556,7 @@ def test_slots_hold_nothing_before_the_rehearsal(
 
 
 def test_the_picture_after_comparing(flux2_dir: Path) -> None:
-    """What is spoiled and read, in a rehearsal or the first step, is loaded again where it must be: the same bits."""
+    """What is poisoned and read, in a rehearsal or the first step, is loaded again where it must be: the same bits."""
     found = []
     for way in ("shared", "some resident", "off"):
         for rehearse in (True, False):

@@ -404,7 +404,7 @@ def test_a_failing_load_is_raised_and_heals(kind: str, residents: str, home: Hom
 
 
 def _lose(stream: BlockStream) -> None:
-    """Another component takes all the memory and leaves it spoiled."""
+    """Another component takes all the memory and leaves it poisoned."""
     stream.arena.evict(stream.arena.nbytes)
     stream.arena.memory.fill_(0xFF)
 

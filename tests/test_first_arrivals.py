@@ -74,7 +74,7 @@ def test_each_block_is_seen_once_before_it_computes(home: Home, residents: tuple
         told.append(("seen", block.name))
         assert len(memory) == block.layout.nbytes
         assert torch.equal(block.layout.entries[0].view(memory), next(iter(block.tensors())))
-        assert not bool(memory[:4].eq(0xFF).all()), "spoiled: it has not come"
+        assert not bool(memory[:4].eq(0xFF).all()), "poisoned: it has not come"
 
     for block in case.stream.blocks:
         block.module.register_forward_pre_hook(lambda module, *_, name=block.name: told.append(("computes", name)))

@@ -106,7 +106,7 @@ class BlockStream:
 
     def watch_arrivals(self, look: Look) -> None:
         """`look` at every streamed block once: when its bytes have come for the first time, before it computes. Until
-        then every slot is spoiled, so that what was there before does not pass for what was brought.
+        then every slot is poisoned, so that what was there before does not pass for what was brought.
         """
         self._poison()
         self._arrivals.watch(look, self._run_order.order)
@@ -393,7 +393,7 @@ class BlockStream:
         """No slot holds anything but NaN from here on."""
         self.settle()
         for index, slot in {id(slot): (index, slot) for index, slot in self._slots.items()}.values():
-            self._loads.spoil(slot, index)
+            self._loads.poison(slot, index)
 
     def _note(self, kind: EventKind, index: int, missed: bool = False) -> None:
         name = self.blocks[index].name

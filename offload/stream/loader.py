@@ -224,6 +224,6 @@ def fill_nan(memory: Tensor) -> None:
     memory.fill_(0xFF)
 
 
-def spoil(memory: Tensor) -> None:
+def poison(memory: Tensor) -> None:
     """NaN wherever a tensor can begin, and further on at every multiple of `ALIGNMENT`: a quarter of filling it all."""
     memory[: len(memory) // ALIGNMENT * ALIGNMENT].view(-1, ALIGNMENT)[:, : ALIGNMENT // 4].fill_(0xFF)

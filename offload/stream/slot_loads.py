@@ -7,7 +7,7 @@ from functools import partial
 from crossdock.offload.memory.arena import Slot
 from crossdock.offload.memory.copy_engine import CopyEngine, Event
 from crossdock.offload.stream.block import StreamedBlock
-from crossdock.offload.stream.loader import BlockLoader, spoil
+from crossdock.offload.stream.loader import BlockLoader, poison
 
 
 class SlotLoads:
@@ -63,11 +63,11 @@ class SlotLoads:
         self._engine.wait(slot.ready)
         slot.holder = None
 
-    def spoil(self, slot: Slot, holder: int) -> None:
+    def poison(self, slot: Slot, holder: int) -> None:
         """NaN at the beginning of all that can lie in the slot, whose bytes are forgotten."""
         waits = slot.claim(holder)
         slot.holder = None
-        slot.ready = self._engine.submit("copy", partial(spoil, slot.memory), waits)
+        slot.ready = self._engine.submit("copy", partial(poison, slot.memory), waits)
 
 
 def _nothing() -> None:

@@ -161,7 +161,7 @@ class RankWorker:
         self.phase = "idle"
         report = self.report(None if allocated is None else (allocated_bytes(self.device) or 0) - allocated)
         if not (rehearse or probe):
-            self.arrivals.watch(self.stream)  # now, so that nobody waits while slots are being spoiled
+            self.arrivals.watch(self.stream)  # now, so that nobody waits while slots are being poisoned
         return report
 
     def report(self, grown_bytes: int | None = None) -> RankReport:

@@ -5,7 +5,7 @@
 Two Ray ranks on the CPU hold a FLUX.2-shaped pipeline (0.2B parameters in the transformer, 0.8B with 16 heads; fp32,
 random), layerwise with tp 2.
 
-A load: the model is set up and the first step run, with everything that is checked in both (slots are spoiled, what
+A load: the model is set up and the first step run, with everything that is checked in both (slots are poisoned, what
 stays is compared with the checkpoint, and in the step every block when it arrives; the ranks' reports; the verdict
 before the step, and that on what arrived) and without any of it. The cost is what the load and the first step take
 longer together; aim: 3% of the load. Both are long, and their difference is short: it is also put together from what
@@ -141,7 +141,7 @@ def _timed(took: dict[str, float], name: str, work: Callable[..., Any]) -> Calla
     return run
 
 
-_ONE_AFTER_THE_OTHER = ("comparing what stays, asking for spoiling", "report", "comparing blocks as they arrive")
+_ONE_AFTER_THE_OTHER = ("comparing what stays, asking for poisoning", "report", "comparing blocks as they arrive")
 
 
 def _timed_setup(worker: RankWorker, plan: RunPlan, checked: bool) -> RankReport | None:
@@ -150,13 +150,13 @@ def _timed_setup(worker: RankWorker, plan: RunPlan, checked: bool) -> RankReport
     from crossdock.runtime.rank.weights.compare import Arrivals
 
     start, report, arriving = _ONE_AFTER_THE_OTHER
-    took = worker.took = dict.fromkeys((*_ONE_AFTER_THE_OTHER, "spoiling, on the copy lane"), 0.0)  # type: ignore[attr-defined]
+    took = worker.took = dict.fromkeys((*_ONE_AFTER_THE_OTHER, "poisoning, on the copy lane"), 0.0)  # type: ignore[attr-defined]
     parts = (
         (start, Arrivals, "begin"),
         (start, Arrivals, "watch"),
         (report, RankWorker, "report"),
         (arriving, Arrivals, "block"),
-        ("spoiling, on the copy lane", loading, "spoil"),
+        ("poisoning, on the copy lane", loading, "poison"),
     )
     with ExitStack() as stack:
         for name, owner, work in parts:

@@ -1,6 +1,6 @@
 """Whether what arrives on the device is what the checkpoint has.
 
-Before the first step all slots are spoiled. When a block has come for the first time, and before it computes, rows of
+Before the first step all slots are poisoned. When a block has come for the first time, and before it computes, rows of
 each of its tensors are compared with the same rows of the file. These are read on a way of their own: neither the
 layout's byte ranges nor the host store have a part in it, only the file, the slice of tensor parallelism and the dtype.
 That happens in the first step, or in a rehearsal before it; what stays on the device is compared when it is loaded.
@@ -68,7 +68,7 @@ class Arrivals:
         self.unreported()
 
     def watch(self, stream: BlockStream) -> None:
-        """Compare every streamed block when it comes for the first time; until then, slots are spoiled."""
+        """Compare every streamed block when it comes for the first time; until then, slots are poisoned."""
         stream.watch_arrivals(self.block)
 
     def unreported(self) -> tuple[ArrivalRecord, ...]:
