@@ -136,7 +136,7 @@ def _random_residents(choice: random.Random, homes: Sequence[Home]) -> list[int]
 
 
 def _reschedule_at_random(choice: random.Random, stream: BlockStream, homes: Sequence[Home]) -> None:
-    """Other residents, another order, another depth: what the improvement between two steps may ask for."""
+    """Other residents, another order, another depth: what rescheduling between two steps may ask for."""
     order = [index for index, home in enumerate(homes) if home.streamed]
     choice.shuffle(order)
     budget = choice.randint(0, stream.arena.nbytes)

@@ -26,7 +26,7 @@ from crossdock.runtime.errors import ConfigError
 from crossdock.runtime.pipeline.denoise_loop import DenoiseLoop
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.plan.reschedule import RankObservation, improve
+from crossdock.runtime.plan.reschedule import RankObservation, reschedule
 from crossdock.runtime.rank.probe import probe_numbers, probe_request
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.rank_result import RankResult
@@ -250,7 +250,7 @@ def _observed(plan: RunPlan, ring: int, spare: int = 0) -> RankObservation:
 def test_what_one_has_shown_holds_for_both(ring: int, directory: Path) -> None:
     """The order, the residents and the slots, place by place, whichever of them was observed."""
     plan = _plan(directory, device_budget=_budget(directory, 0.7))
-    found = improve(plan, [_observed(plan, ring)], 2).plan
+    found = reschedule(plan, [_observed(plan, ring)], 2).plan
     assert found is not None
     places = [plan.rings[ring].index(index) for index in _observed(plan, ring).order]
     assert found.rings == tuple(tuple(own[place] for place in places) for own in plan.rings)
@@ -268,14 +268,14 @@ def test_auto_takes_the_memory_for_one_or_for_both(directory: Path) -> None:
     for room, taken in ((one - 1, one - 1), (both - 1, one), (both, both)):
         if room < arena:
             continue
-        found = improve(plan, [_observed(plan, 0, room - arena)], 2).plan
+        found = reschedule(plan, [_observed(plan, 0, room - arena)], 2).plan
         assert found is not None
         assert found.arena_bytes == max(arena, taken)
         assert (found.resident == frozenset(found.order)) == (taken == both)
 
 
 @pytest.mark.parametrize("budget", ["auto", "half"])
-def test_an_improved_schedule_serves_both(budget: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_schedule_serves_both(budget: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Changed between two steps of the first, with all checks, and the same numbers before and after."""
     budget = _budget(directory, 0.7) if budget == "half" else budget
     config = RunConfig.parse({"offload": {"layerwise": True, "device_budget": budget}})

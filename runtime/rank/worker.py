@@ -33,7 +33,7 @@ from crossdock.runtime.pipeline.denoise_loop import StepEnd
 from crossdock.runtime.pipeline.pipeline import Denoised, RankPipeline
 from crossdock.runtime.pipeline.snapshot import Snapshot, of_replica
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.plan.reschedule import MEASURED_STEPS, improve, observe
+from crossdock.runtime.plan.reschedule import MEASURED_STEPS, observe, reschedule
 from crossdock.runtime.rank.inspection import (
     checksum,
     foreign_hooks,
@@ -240,7 +240,7 @@ class RankWorker:
         self.log = log = RequestLog(self.stream, snapshot.step if snapshot is not None else 0)
         keeps = self.plan.spec.resumes and self.rank == self.mesh.ranks["replica"][0]
         self.keep_every = request.keep_every if keeps else 0
-        self.changed: RankReport | None = None  # what the rank holds since the schedule was improved
+        self.changed: RankReport | None = None  # what the rank holds since it was rescheduled
         prompts, seeds = [request.prompts[n] for n in numbers], [request.seed + n for n in numbers]
         decodes = counts[replica] > 0 and self.rank == self.mesh.ranks["replica"][0]
         try:
@@ -346,7 +346,7 @@ class RankWorker:
         if end.repeated:
             return
         if self.model_steps == MEASURED_STEPS and self.plan.order:
-            log.rehearsed = self._improve()
+            log.rehearsed = self._reschedule()
         if self.on_progress is not None:
             self.on_progress(end.finished)
 
@@ -355,17 +355,17 @@ class RankWorker:
         self.snapshots = ()
         self.phase = "idle"
 
-    def _improve(self) -> range:
+    def _reschedule(self) -> range:
         """Look at the schedule again, with what the first steps have shown. Collective; every rank decides alike.
 
         Returns the numbers of the events that belong to no step.
         """
         seen = observe(self.plan, self.stream.recorded_order, self.stream.trace(), spare_bytes(self.device))
-        improvement = improve(self.plan, self.exchange(seen), self.model_steps)
-        self.verdict = improvement.verdict
-        if improvement.plan is None:
+        found = reschedule(self.plan, self.exchange(seen), self.model_steps)
+        self.verdict = found.verdict
+        if found.plan is None:
             return range(0)
-        self.plan = improvement.plan
+        self.plan = found.plan
         if self.arena is not None and self.plan.arena_bytes != self.arena.nbytes:
             self.arena.resize(self.plan.arena_bytes or 0)
         self.stream.reschedule(self.plan.schedule, self.plan.resident, self.plan.order)
