@@ -233,7 +233,7 @@ def test_a_load_that_is_left_out_is_found(
         def forgetful(block: Any, memory: Any, after: Any, slot: Any, done: Any, **more: Any) -> None:
             if block.name == stale and not left_out:
                 left_out.append(stale)
-                done(worker.engine.record())
+                done(worker.copy_engine.record())
             else:
                 load(block, memory, after, slot, done, **more)
 
@@ -249,7 +249,7 @@ def test_a_wait_that_is_left_out_is_found(
     """Copies that come late, and one block that does not wait for its own: it computes with what was there before."""
     with _worker(checkpoints["z-image"], **STREAMED["shared"]) as worker:
         index = worker.plan.order[5]
-        wait, slots = worker.engine.wait, worker.stream._slots
+        wait, slots = worker.copy_engine.wait, worker.stream._slots
         left_out: list[int] = []
 
         def impatient(event: Any) -> None:
@@ -259,8 +259,8 @@ def test_a_wait_that_is_left_out_is_found(
                 wait(event)
 
         worker.stream.poison_freed = poison
-        monkeypatch.setattr(worker.engine, "_delay", lambda: time.sleep(0.02))
-        monkeypatch.setattr(worker.engine, "wait", impatient)
+        monkeypatch.setattr(worker.copy_engine, "_delay", lambda: time.sleep(0.02))
+        monkeypatch.setattr(worker.copy_engine, "wait", impatient)
         _expect_first(_found(worker), worker.plan.blocks[index].name)
         assert left_out == [index]
 

@@ -131,7 +131,7 @@ def test_freed_slots_are_not_read(layout: str, family: str, gang_of: GangOf, che
         worker.stream.rehearse()  # on the first rank, the VAE had the memory last
         free = [slot for slot in worker.stream._shared if slot.holder is None]
         for slot in free:
-            worker.engine.wait(slot.ready)
+            worker.copy_engine.wait(slot.ready)
         return bool(free) and all(bool((slot.memory == 0xFF).all()) for slot in free)
 
     config = _config(layout)

@@ -226,7 +226,7 @@ class LayerwiseOffloader:
         require(needed, f"{type(model).__name__}: a host copy of its weights", host_memory(), _WAY_OUT)
         blocks = [self._on_host(block.name, block.module, layout) for block, layout in zip(found, layouts, strict=True)]
         if self._held:
-            return [*blocks, self._on_host(OUTSIDE, model, rest, runs=False)]
+            return [*blocks, self._on_host(OUTSIDE, model, rest, is_called=False)]
         return [*blocks, _on_device(model, rest, self._device)]
 
     def _lend(self, blocks: Sequence[StreamedBlock]) -> None:
@@ -241,14 +241,14 @@ class LayerwiseOffloader:
             self._lent.append(tensor)
             set_local_part(tensor.tensor, tensor.at_rest())
 
-    def _on_host(self, name: str, module: nn.Module, layout: BlockLayout, runs: bool = True) -> StreamedBlock:
+    def _on_host(self, name: str, module: nn.Module, layout: BlockLayout, is_called: bool = True) -> StreamedBlock:
         """One store per block, so that `remove` never holds the model twice."""
         store = HostStore.create(layout.nbytes, name="crossdock-component")
         self._stores.append(store)
         layout.pack(module, store.bytes)
         if self._device.type == "cuda":
             store.register()
-        return StreamedBlock(name, module, layout, Home.HOST, store.bytes, runs)
+        return StreamedBlock(name, module, layout, Home.HOST, store.bytes, is_called)
 
 
 @dataclass(frozen=True)
@@ -297,7 +297,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 def _on_device(model: nn.Module, layout: BlockLayout, device: torch.device) -> StreamedBlock:
     memory = aligned_bytes(layout.nbytes, device)
     layout.pack(model, memory)
-    return StreamedBlock(OUTSIDE, model, layout, Home.RESIDENT, memory, runs=False)
+    return StreamedBlock(OUTSIDE, model, layout, Home.RESIDENT, memory, is_called=False)
 
 
 def _for_blocks(budget_bytes: int, rest_bytes: int, least_bytes: int) -> int:

@@ -74,8 +74,8 @@ class BlockStream:
         if gather is None and any(block.home.sharded for block in self.blocks):
             raise ValueError("a sharded home needs a shard group")
         self._index = {block.name: index for index, block in enumerate(self.blocks)}
-        self._run_order = RunOrder([i for i, b in enumerate(self.blocks) if b.home.streamed and b.runs], rings)
-        self._held = [i for i, block in enumerate(self.blocks) if block.home.streamed and not block.runs]
+        self._run_order = RunOrder([i for i, b in enumerate(self.blocks) if b.home.streamed and b.is_called], rings)
+        self._held = [i for i, block in enumerate(self.blocks) if block.home.streamed and not block.is_called]
         self._reading: int | None = None
         self._hooks = BlockHooks()
         self._arrivals = FirstArrivals()

@@ -131,13 +131,13 @@ class RankWorker:
         self.weights: RankWeights = loader.load_blocks()
         loader.load_outside()
         loader.close()
-        self.engine = make_copy_engine(self.device, timeout_s)
+        self.copy_engine = make_copy_engine(self.device, timeout_s)
         self.arena = None if plan.arena_bytes is None else Arena(plan.arena_bytes, self.device)
         self.stream = BlockStream(
             self.weights.blocks,
             plan.schedule,
             self.device,
-            self.engine,
+            self.copy_engine,
             self._gather(),
             resident=plan.resident,
             rings=plan.rings,
@@ -150,7 +150,7 @@ class RankWorker:
         for module in self.model.modules():
             if isinstance(module, EXCHANGING):
                 module.register_forward_hook(lambda *_: self.stream.collective_issued())
-        self.pipeline = RankPipeline(plan, self.mesh, self.model, self.device, self.engine, self.arena)
+        self.pipeline = RankPipeline(plan, self.mesh, self.model, self.device, self.copy_engine, self.arena)
         self.arrivals = Arrivals(plan, self.rank, self.model, full=probe)
         self.verdict = "assumed costs: nothing was measured yet"
         self.model_steps = 0  # of this model
@@ -227,7 +227,7 @@ class RankWorker:
             RankError: the ranks do not run the same steps.
         """
         self.phase = "encode"
-        self.engine.reset_clock()
+        self.copy_engine.reset_clock()
         replica = self.mesh.shape.coordinates(self.rank)["dp"]
         counts = shard_lengths(len(request.prompts), self.mesh.shape.dp)
         first = sum(counts[:replica]) if counts[replica] else 0
@@ -291,7 +291,7 @@ class RankWorker:
         self.ready = False
         self.pipeline.discard()
         self.stream.remove()
-        self.engine.close()
+        self.copy_engine.close()
         self.parallelism.remove()
         store = self.weights.store
         del self.pipeline, self.stream, self.arena, self.weights, self.arrivals, self.model
@@ -323,7 +323,7 @@ class RankWorker:
 
     def _issued(self) -> tuple[GroupRecord, ...]:
         """Of gathers that run ahead, too: all ranks are asked at the same place."""
-        self.engine.drain()
+        self.copy_engine.drain()
         return self.mesh.records()
 
     def _begin_forward(self, ring: int, *_: Any) -> None:
