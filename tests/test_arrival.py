@@ -22,7 +22,7 @@ from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
-from crossdock.runtime.contract.verdict import CompositionError, Violation
+from crossdock.runtime.contract.result import CompositionError, Violation
 from crossdock.runtime.contract.verify import verify_composition
 from crossdock.runtime.models import transformers as transformers_module
 from crossdock.runtime.models.checkpoint import stored_tensors

@@ -12,7 +12,7 @@ import typer
 
 from crossdock.launch import cli
 from crossdock.launch.commands.arguments import Amounts, Outputs, build_app, run_app
-from crossdock.runtime.contract.verdict import CompositionError
+from crossdock.runtime.contract.result import CompositionError
 from crossdock.runtime.errors import LaunchError, RankError, RequestError
 from crossdock.runtime.models.tiny.recipes import TINY
 from crossdock.runtime.request import GenerateRequest

@@ -20,7 +20,7 @@ from crossdock.offload.memory.layout import ALIGNMENT
 from crossdock.offload.stream.block import Home, StreamedBlock
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
-from crossdock.runtime.contract.verdict import CompositionError
+from crossdock.runtime.contract.result import CompositionError
 from crossdock.runtime.errors import RequestCancelled
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
@@ -157,7 +157,7 @@ def test_wrong_bytes_end_the_request_with_its_first_step(flux2_dir: Path) -> Non
         with pytest.raises(CompositionError, match=f"complete: rank 0: {WEIGHT}: expected the bytes of") as caught:
             _generate(engine, shown)
         assert {violation.where for violation in caught.value.violations} == {WEIGHT}
-        assert {row["check"]: row["status"] for row in engine.verdict.composition}["complete"] == "violated"
+        assert {row["check"]: row["status"] for row in engine.contract_result.composition}["complete"] == "violated"
         assert (shown, decoded, gang.starts, gang.closed) == ([], [], 1, True)
 
 

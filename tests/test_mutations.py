@@ -24,7 +24,7 @@ from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.contract.numbers import SAME_NUMBERS
-from crossdock.runtime.contract.verdict import CompositionError, Violation
+from crossdock.runtime.contract.result import CompositionError, Violation
 from crossdock.runtime.contract.verify import CHECKS
 from crossdock.runtime.errors import RankError
 from crossdock.runtime.plan import make_plan as plan_module

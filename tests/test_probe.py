@@ -17,7 +17,7 @@ from crossdock.launch.engine.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import SHOWN, Coordinator
 from crossdock.runtime.contract.numbers import FINAL_LATENTS, same_numbers
-from crossdock.runtime.contract.verdict import CompositionError, Violation
+from crossdock.runtime.contract.result import CompositionError, Violation
 from crossdock.runtime.contract.verify import verify_composition
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
@@ -95,10 +95,10 @@ def test_the_same_numbers_on_two_ranks(
     latents = []
     for probed in (False, True):
         with Engine.start(config, checkpoints["z-image"], gang_of(2)) as engine:
-            assert engine.verdict.composition[-1]["status"] == "not probed"
+            assert engine.contract_result.composition[-1]["status"] == "not probed"
             if probed:
                 engine.probe()
-                assert engine.verdict.composition[-1]["status"] == "holds"
+                assert engine.contract_result.composition[-1]["status"] == "holds"
             latents.append(engine.generate(PROMPT, steps=2, height=ODD_SIZE[0], width=ODD_SIZE[1]).latents[0])
             reports = engine.gang.collective_rpc(RankWorker.report, timeout_s=60)
             assert verify_composition(engine.plan, reports) == [], "a load that is told of nowhere filled a slot"
@@ -287,7 +287,7 @@ def test_the_part_of_another_rank_is_found(fault: str, gang_of: GangOf, checkpoi
         name = engine.gang.collective_rpc(plant, timeout_s=60)[0]
         with pytest.raises(CompositionError, match="same-numbers: rank") as caught:
             engine.probe()
-        assert engine.verdict.composition[-1]["status"] == "violated"
+        assert engine.contract_result.composition[-1]["status"] == "violated"
         assert {violation.rank for violation in caught.value.violations} == {0, 1}
         _expect_first(list(caught.value.violations), name)
 

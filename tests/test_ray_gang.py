@@ -10,7 +10,7 @@ import pytest
 
 from crossdock.launch.engine.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
-from crossdock.runtime.contract.verdict import CompositionError
+from crossdock.runtime.contract.result import CompositionError
 from crossdock.runtime.errors import RankError
 from crossdock.runtime.watch.gang import Gang
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from crossdock.launch.commands.generate import summary, survived
 from crossdock.launch.engine.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
-from crossdock.runtime.contract.verdict import CompositionError
+from crossdock.runtime.contract.result import CompositionError
 from crossdock.runtime.errors import ConfigError, CrossdockError, RankError, RequestCancelled, RequestTimeout
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.watch.faults import rank_error

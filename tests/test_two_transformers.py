@@ -21,7 +21,7 @@ from crossdock.offload.schedule.residency import Costs
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.contract.numbers import same_numbers
-from crossdock.runtime.contract.verdict import CompositionError
+from crossdock.runtime.contract.result import CompositionError
 from crossdock.runtime.errors import ConfigError
 from crossdock.runtime.pipeline.denoise_loop import DenoiseLoop
 from crossdock.runtime.plan.make_plan import make_plan

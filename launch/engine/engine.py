@@ -20,7 +20,7 @@ from crossdock.launch.engine.recovery import Fault, Snapshots, advice, brief, bu
 from crossdock.launch.gangs.choose import MakeGang
 from crossdock.runtime.config.schema import LaunchConfig, RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
-from crossdock.runtime.contract.verdict import Verdict
+from crossdock.runtime.contract.result import ContractResult
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled, RequestTimeout
 from crossdock.runtime.models.latents import number_of_chunks
 from crossdock.runtime.pipeline.snapshot import Snapshot
@@ -61,9 +61,9 @@ class Engine:
         return self._coordinator.plan
 
     @property
-    def verdict(self) -> Verdict:
+    def contract_result(self) -> ContractResult:
         """On the composition of what the ranks hold now."""
-        return self._coordinator.verdict
+        return self._coordinator.result
 
     @classmethod
     def start(

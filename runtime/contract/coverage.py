@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from crossdock.parallel.hsdp import shard_range
 from crossdock.parallel.tensor import TensorSlice, part_shape
-from crossdock.runtime.contract.verdict import Violation
+from crossdock.runtime.contract.result import Violation
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import REPORT_IT, RankReport
 

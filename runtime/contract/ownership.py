@@ -10,7 +10,7 @@ from crossdock.offload.memory.layout import ALIGNMENT
 from crossdock.offload.schedule.slots import slot_sizes
 from crossdock.offload.stream.block import Home
 from crossdock.parallel.tensor import part_shape
-from crossdock.runtime.contract.verdict import Violation
+from crossdock.runtime.contract.result import Violation
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import REPORT_IT, HomeRecord, MemorySpan, RankReport, TensorRecord
 
