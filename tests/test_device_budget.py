@@ -113,7 +113,7 @@ def test_budgets_of_several_ranks(config: dict[str, Any], gang_of: GangOf, check
         assert max(peaks) <= plan.budget_bytes
         assert (schedule["budget_bytes"], schedule["arena_bytes"]) == (plan.budget_bytes, plan.arena_bytes)
     assert all(torch.equal(found, results[0]) for found in results)
-    assert "improved" in schedule["verdict"], "auto takes what is free once it is known"
+    assert "improved" in schedule["schedule_note"], "auto takes what is free once it is known"
     assert len(schedule["resident"]) == len(plan.blocks)
 
 
@@ -211,7 +211,7 @@ def test_a_schedule_is_changed_only_where_it_pays(flux2_dir: Path, monkeypatch: 
         monkeypatch.setattr(rescheduling, "WORTHWHILE", wanted)
         found = reschedule(plan, seen, 2)
         assert (found.plan is not None) == pays
-        assert found.verdict.startswith("improved after step 2" if pays else "kept after step 2")
+        assert found.schedule_note.startswith("improved after step 2" if pays else "kept after step 2")
 
 
 def test_improving_changes_no_bit(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

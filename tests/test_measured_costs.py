@@ -134,7 +134,7 @@ def test_ranks_that_disagree_change_nothing(flux2_dir: Path) -> None:
         for ranks in ([seen, other], [other, seen]):
             found = reschedule(plan, ranks, 2)
             assert found.plan is None
-            assert "one order" in found.verdict
+            assert "one order" in found.schedule_note
 
 
 def test_slots_of_another_order_fit_its_blocks(flux2_dir: Path) -> None:

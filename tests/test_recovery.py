@@ -151,6 +151,8 @@ def test_memory_that_runs_out_lowers_the_budget_once(flux2_dir: Path) -> None:
     with _engine(flux2_dir, "6MiB") as (engine, gang):
         expected = _generate(engine)
         before = engine.plan.budget_bytes
+        schedule = expected.report["schedule"]
+        assert schedule["verdict"] == schedule["schedule_note"], "its former name, for one version"
         _fail(gang, torch.OutOfMemoryError("planted"))
         found = _generate(engine)
         assert before is not None

@@ -286,7 +286,7 @@ def test_a_changed_schedule_serves_both(budget: str, directory: Path, monkeypatc
         coordinator.admit([worker.report()], rehearsed=False)
         for number in (1, 2):
             result = worker.generate(dataclasses.replace(REQUEST, number=number))
-            assert result.verdict.startswith("improved after step 2"), result.verdict
+            assert result.schedule_note.startswith("improved after step 2"), result.schedule_note
             assert (result.plan is not None) == (number == 1)
             coordinator.review([result])
             assert result.latents is not None

@@ -344,7 +344,7 @@ class Engine:
         return remedy
 
     def _report(self, results: Sequence[RankResult]) -> dict[str, Any]:
-        rows, phases = [], dict(self._phases)
+        rows, phases, note = [], dict(self._phases), results[0].schedule_note
         faults, self._faults = self._faults, []
         for result in sorted(results, key=lambda result: result.rank):
             row = asdict(result.measurements)
@@ -355,7 +355,8 @@ class Engine:
         return {
             "layout": self.plan.layout_name,
             "ranks": rows,
-            "schedule": asdict(self.plan.schedule_report(results[0].verdict)),
+            # verdict: what schedule_note was called before, for one version
+            "schedule": {**asdict(self.plan.schedule_report(note)), "verdict": note},
             "composition": self._coordinator.composition,
             "faults": [asdict(fault) for fault in faults],
             "phases_s": {phase: round(seconds, 4) for phase, seconds in phases.items()},

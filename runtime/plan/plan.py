@@ -40,9 +40,9 @@ class ScheduleReport:
         resident: the blocks that stay on the device.
         budget_bytes: None: as little as possible.
         arena_bytes: what the components use in turn; None: they do not take turns.
-        step_ms: predicted time of the blocks of a step, from the costs named in `verdict`; `bound_ms` is proven to be
-            a lower bound for this budget.
-        verdict: what became of the schedule once the first steps were measured.
+        step_ms: predicted time of the blocks of a step, from the costs named in `schedule_note`; `bound_ms` is proven
+            to be a lower bound for this budget.
+        schedule_note: what became of the schedule once the first steps were measured.
     """
 
     resident: tuple[str, ...]
@@ -52,7 +52,7 @@ class ScheduleReport:
     arena_bytes: int | None
     step_ms: float
     bound_ms: float
-    verdict: str
+    schedule_note: str
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,8 @@ class RunPlan:
         turns = max(self.turn_bytes.values(), default=0)
         return self.outside_bytes + ALIGNMENT + max(minimum_bytes(sizes, self.config.offload.depths), turns)
 
-    def schedule_report(self, verdict: str) -> ScheduleReport:
-        """`verdict`: what became of the schedule when the first steps were measured."""
+    def schedule_report(self, schedule_note: str) -> ScheduleReport:
+        """`schedule_note`: what became of the schedule when the first steps were measured."""
         residency = self.residency
         return ScheduleReport(
             tuple(self.blocks[index].name for index in sorted(self.staying)),
@@ -154,7 +154,7 @@ class RunPlan:
             self.arena_bytes,
             round(residency.step_s * 1e3, 3),
             round(residency.bound_s * 1e3, 3),
-            verdict,
+            schedule_note,
         )
 
     @property

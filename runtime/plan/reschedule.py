@@ -37,7 +37,7 @@ class Rescheduling:
     """A better schedule, or the reason why there is none."""
 
     plan: RunPlan | None
-    verdict: str
+    schedule_note: str
 
 
 def observe(

@@ -152,7 +152,7 @@ class RankWorker:
                 module.register_forward_hook(lambda *_: self.stream.collective_issued())
         self.pipeline = RankPipeline(plan, self.mesh, self.model, self.device, self.copy_engine, self.arena)
         self.arrivals = Arrivals(plan, self.rank, self.model, full=probe)
-        self.verdict = "assumed costs: nothing was measured yet"
+        self.schedule_note = "assumed costs: nothing was measured yet"
         self.model_steps = 0  # of this model
         self.ready = True
         self.load_s = time.perf_counter() - began
@@ -278,7 +278,7 @@ class RankWorker:
             issued,
             record_reads(self.stream),
             self.arrivals.unreported(),
-            self.verdict,
+            self.schedule_note,
         )
         if self.changed is not None:
             result.plan, result.report = self.plan, self.changed
@@ -362,7 +362,7 @@ class RankWorker:
         """
         seen = observe(self.plan, self.stream.recorded_order, self.stream.trace(), spare_bytes(self.device))
         found = reschedule(self.plan, self.exchange(seen), self.model_steps)
-        self.verdict = found.verdict
+        self.schedule_note = found.schedule_note
         if found.plan is None:
             return range(0)
         self.plan = found.plan
