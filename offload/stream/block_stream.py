@@ -20,8 +20,8 @@ from torch import Tensor
 from crossdock.offload.memory.arena import Arena, Slot
 from crossdock.offload.memory.copy_engine import CopyEngine
 from crossdock.offload.schedule.slots import SlotSchedule, slot_sizes
-from crossdock.offload.stream.arrivals import FirstArrivals, Look
 from crossdock.offload.stream.block import StreamedBlock
+from crossdock.offload.stream.first_loads import FirstArrivals, Look
 from crossdock.offload.stream.hooks import BlockHooks
 from crossdock.offload.stream.loader import BlockLoader, EventLog, Gather, fill_nan
 from crossdock.offload.stream.run_order import RunOrder
