@@ -25,7 +25,7 @@ from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank import probe as probe_module
 from crossdock.runtime.rank import worker as worker_module
 from crossdock.runtime.rank.weights import compare as arrival_module
-from crossdock.runtime.rank.weights.compare import Arrivals
+from crossdock.runtime.rank.weights.compare import WeightCheck
 from crossdock.runtime.rank.weights.load import WeightLoader
 from crossdock.runtime.rank.worker import RankWorker
 
@@ -103,13 +103,13 @@ def when_attached(patch: pytest.MonkeyPatch, act: Callable[[BlockStream], None])
 
 def _when_loaded(patch: pytest.MonkeyPatch, act: Callable[[BlockStream], None]) -> None:
     """`act` when all that was loaded has been compared, or is watched for."""
-    begin = Arrivals.begin
+    begin = WeightCheck.begin
 
-    def begun(arrivals: Arrivals, stream: BlockStream, **options: Any) -> None:
-        begin(arrivals, stream, **options)
+    def begun(check: WeightCheck, stream: BlockStream, **options: Any) -> None:
+        begin(check, stream, **options)
         act(stream)
 
-    patch.setattr(Arrivals, "begin", begun)
+    patch.setattr(WeightCheck, "begin", begun)
 
 
 def block_of(stream: BlockStream, name: str = BLOCK) -> StreamedBlock:

@@ -111,7 +111,7 @@ def _faulty_setup(planted: Planted, end: Callable[[], None]) -> Callable[..., An
         from crossdock.runtime.rank.weights.load import WeightLoader
 
         if worker.rank == rank:
-            owner, name = (WeightLoader, "load_outside") if moment == "load" else (BlockStream, "watch_arrivals")
+            owner, name = (WeightLoader, "load_outside") if moment == "load" else (BlockStream, "observe_first_loads")
             setattr(owner, name, lambda *_, **__: end())
         return worker.setup(*args)
 

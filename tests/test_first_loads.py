@@ -78,7 +78,7 @@ def test_each_block_is_seen_once_before_it_computes(home: Home, residents: tuple
 
     for block in case.stream.blocks:
         block.module.register_forward_pre_hook(lambda module, *_, name=block.name: told.append(("computes", name)))
-    case.stream.watch_arrivals(look)
+    case.stream.observe_first_loads(look)
     for _ in range(2):
         case.check([0, 1, 3, 4])
     assert [name for what, name in told if what == "seen"] == [f"blocks.{index}" for index in (0, 1, 3, 4)]
@@ -104,7 +104,7 @@ def test_what_was_read_is_told_when_no_load_is_under_way() -> None:
             super().move(target, source)
 
     case = build([Home.HOST] * 5, 1, engine=Slow(60))
-    case.stream.watch_arrivals(lambda *_: None)
+    case.stream.observe_first_loads(lambda *_: None)
     case.check([0, 1, 3, 4])
     case.stream.rehearse(unseen=True)
     read = case.stream.read
@@ -117,7 +117,7 @@ def test_what_comes_unrecorded_does_not_count() -> None:
     """It would be there already when the first step begins, and pass for what that step brings."""
     case = build([Home.HOST] * 5, 1)
     seen: list[str] = []
-    case.stream.watch_arrivals(lambda block, memory: seen.append(block.name))
+    case.stream.observe_first_loads(lambda block, memory: seen.append(block.name))
     with case.stream.unrecorded():
         case.check(range(5))
     assert seen == []
@@ -136,10 +136,10 @@ def test_a_look_that_fails_leaves_the_stream_usable() -> None:
     def look(block: StreamedBlock, memory: Tensor) -> None:
         raise OSError("planted")
 
-    case.stream.watch_arrivals(look)
+    case.stream.observe_first_loads(look)
     with pytest.raises(OSError, match="planted"):
         case.check([0])
-    case.stream.watch_arrivals(lambda *_: None)
+    case.stream.observe_first_loads(lambda *_: None)
     case.check(range(4))
     case.finish()
 
@@ -250,7 +250,7 @@ def test_a_cancelled_request_does_not_hide_what_came(flux2_dir: Path) -> None:
 def test_a_review_without_arrivals_is_refused(flux2_dir: Path) -> None:
     """A rank on which nobody looks: all is missed by name, and no picture leaves."""
     with _engine(flux2_dir) as (engine, gang):
-        gang.worker.stream._arrivals.watch(lambda *_: None, range(len(engine.plan.blocks)))
+        gang.worker.stream._first_loads.observe(lambda *_: None, range(len(engine.plan.blocks)))
         with pytest.raises(CompositionError) as caught:
             _generate(engine, [])
         texts = [str(violation) for violation in caught.value.violations]

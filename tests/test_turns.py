@@ -138,7 +138,7 @@ def test_what_comes_first_in_a_later_turn_is_looked_at_then() -> None:
     rings = [[0, 1, 2], [3, 4, 5]]
     case = build([Home.HOST] * 6, 1, budget=0.0, rings=rings)
     seen: list[Any] = []
-    case.stream.watch_arrivals(lambda block, memory: seen.append(block.name))
+    case.stream.observe_first_loads(lambda block, memory: seen.append(block.name))
     case.check(rings[0])
     case.check(rings[0])
     assert seen == ["blocks.0", "blocks.1", "blocks.2"]

@@ -30,7 +30,7 @@ from crossdock.runtime.plan import make_plan as plan_module
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.weights import compare as arrival
-from crossdock.runtime.rank.weights.compare import WHOLE_BYTES, Arrivals, sampled_rows
+from crossdock.runtime.rank.weights.compare import WHOLE_BYTES, WeightCheck, sampled_rows
 from crossdock.runtime.rank.weights.load import WeightLoader
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.records import RankReport
@@ -472,13 +472,13 @@ class _Case:
         )
         home = Home.HOST if shards == 1 else Home.HOST_SHARD
         self._block = StreamedBlock("b", block, self.layout, home, ())
-        self._make = lambda: Arrivals(cast(RunPlan, plan), 0, model, full=full)
+        self._make = lambda: WeightCheck(cast(RunPlan, plan), 0, model, full=full)
 
     def wrong(self) -> set[str]:
-        arrivals = self._make()
-        arrivals.block(self._block, self.memory)
-        assert {record.fqn for record in arrivals.records} == set(TENSORS)
-        return {record.fqn for record in arrivals.records if record.found != record.expected}
+        check = self._make()
+        check.block(self._block, self.memory)
+        assert {record.fqn for record in check.records} == set(TENSORS)
+        return {record.fqn for record in check.records if record.found != record.expected}
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -539,16 +539,16 @@ def test_slots_hold_nothing_before_the_rehearsal(
     case = build([home] * 5, 1, resident=residents)
     stream = case.stream
     seen: dict[str, Tensor] = {}
-    stream.watch_arrivals(lambda block, memory: seen.update({block.name: memory.clone()}))
+    stream.observe_first_loads(lambda block, memory: seen.update({block.name: memory.clone()}))
     stream.rehearse()
     assert list(seen) == [block.name for block in stream.blocks]
     assert not any(map(_is_poisoned, seen.values()))
     monkeypatch.setattr(loader_module.BlockLoader, "load", lambda self, block, memory, after, slot, done, **_: None)
-    stream.watch_arrivals(lambda block, memory: seen.update({block.name: memory.clone()}))
+    stream.observe_first_loads(lambda block, memory: seen.update({block.name: memory.clone()}))
     stream.rehearse()
     assert all(map(_is_poisoned, seen.values()))
     monkeypatch.undo()
-    stream.watch_arrivals(lambda *_: None)
+    stream.observe_first_loads(lambda *_: None)
     stream.rehearse()
     case.check(range(5))
     stream.remove()

@@ -21,7 +21,7 @@ from crossdock.offload.memory.arena import Arena, Slot
 from crossdock.offload.memory.copy_engine import CopyEngine
 from crossdock.offload.schedule.slots import SlotSchedule, slot_sizes
 from crossdock.offload.stream.block import StreamedBlock
-from crossdock.offload.stream.first_loads import FirstArrivals, Look
+from crossdock.offload.stream.first_loads import FirstLoadCallback, FirstLoadObserver
 from crossdock.offload.stream.hooks import BlockHooks
 from crossdock.offload.stream.loader import BlockLoader, EventLog, Gather, fill_nan
 from crossdock.offload.stream.run_order import RunOrder
@@ -78,7 +78,7 @@ class BlockStream:
         self._held = [i for i, block in enumerate(self.blocks) if block.home.streamed and not block.is_called]
         self._reading: int | None = None
         self._hooks = BlockHooks()
-        self._arrivals = FirstArrivals()
+        self._first_loads = FirstLoadObserver()
         self._shared: list[Slot] = []
         self._own: dict[int, Slot] = {}
         self._slots: dict[int, Slot] = {}
@@ -104,21 +104,21 @@ class BlockStream:
         self.vacate()
         self.arena.leave(self)
 
-    def watch_arrivals(self, look: Look) -> None:
-        """`look` at every streamed block once: when its bytes have come for the first time, before it computes. Until
-        then every slot is poisoned, so that what was there before does not pass for what was brought.
+    def observe_first_loads(self, callback: FirstLoadCallback) -> None:
+        """`callback` gets every streamed block once: when its bytes have come for the first time, before it computes.
+        Until then every slot is poisoned, so that what was there before does not pass for what was brought.
         """
         self._poison()
-        self._arrivals.watch(look, self._run_order.order)
+        self._first_loads.observe(callback, self._run_order.order)
 
     def rehearse(self, unseen: bool = False) -> None:
         """Stream every block once without computing, so that ordering is proven. Collective when sharded.
 
         Args:
-            unseen: only those that have not come since `watch_arrivals`.
+            unseen: only those that have not come since `observe_first_loads`.
         """
         for index in self._run_order.rehearsal:
-            if not unseen or index in self._arrivals.unseen:
+            if not unseen or index in self._first_loads.unseen:
                 self._bring(index)
                 self._after(index)
 
@@ -146,7 +146,7 @@ class BlockStream:
         self.engine.drain()  # of a load that is under way, all events stay or none
         run_order, since, read = copy.deepcopy(self._run_order), self._log.upcoming, dict(self._loader.read)
         try:
-            with self._arrivals.paused():
+            with self._first_loads.paused():
                 yield
         finally:
             self._end_loads()
@@ -154,7 +154,7 @@ class BlockStream:
                 slot.holder = None
             self._run_order, self._loader.read = run_order, read
             self._look_ahead()
-            if self._arrivals.unseen:
+            if self._first_loads.unseen:
                 self._poison()
             self._log.drop(since)
 
@@ -306,7 +306,7 @@ class BlockStream:
         slot.begin_reading(call)
         self._reading = index
         self._begin(index)
-        self._arrivals.came(index, self.blocks[index], slot.memory)
+        self._first_loads.loaded(index, self.blocks[index], slot.memory)
 
     def _after(self, index: int, call: FrameType | None = None) -> None:
         if self._reading != index:

@@ -48,7 +48,7 @@ from crossdock.runtime.rank.inspection import (
 from crossdock.runtime.rank.parallelize import ModelParallelism
 from crossdock.runtime.rank.request_log import RequestLog
 from crossdock.runtime.rank.stop import ArrivalsDifferError, Stopping
-from crossdock.runtime.rank.weights.compare import Arrivals
+from crossdock.runtime.rank.weights.compare import WeightCheck
 from crossdock.runtime.rank.weights.load import RankWeights, WeightLoader
 from crossdock.runtime.reports.rank_result import RankResult
 from crossdock.runtime.reports.records import RankReport, RankTrace
@@ -151,17 +151,17 @@ class RankWorker:
             if isinstance(module, EXCHANGING):
                 module.register_forward_hook(lambda *_: self.stream.collective_issued())
         self.pipeline = RankPipeline(plan, self.mesh, self.model, self.device, self.copy_engine, self.arena)
-        self.arrivals = Arrivals(plan, self.rank, self.model, full=probe)
+        self.weight_check = WeightCheck(plan, self.rank, self.model, full=probe)
         self.schedule_note = "assumed costs: nothing was measured yet"
         self.model_steps = 0  # of this model
         self.ready = True
         self.load_s = time.perf_counter() - began
         self.phase = "rehearsal" if rehearse or probe else "verify"
-        self.arrivals.begin(self.stream, rehearse=rehearse or probe)
+        self.weight_check.begin(self.stream, rehearse=rehearse or probe)
         self.phase = "idle"
         report = self.report(None if allocated is None else (allocated_bytes(self.device) or 0) - allocated)
         if not (rehearse or probe):
-            self.arrivals.watch(self.stream)  # now, so that nobody waits while slots are being poisoned
+            self.weight_check.watch(self.stream)  # now, so that nobody waits while slots are being poisoned
         return report
 
     def report(self, grown_bytes: int | None = None) -> RankReport:
@@ -181,7 +181,7 @@ class RankWorker:
             order=self.stream.order,
             slot_bytes=tuple(memory.nbytes for memory in self.stream.slot_memory),
             slots=tuple(span for memory in self.stream.slot_memory if (span := memory_span(memory)) is not None),
-            arrivals=tuple(self.arrivals.records),
+            arrivals=tuple(self.weight_check.records),
             device_bytes=measure_device(self.model, self.pipeline.on_device, shards, self.device, grown_bytes),
             foreign_hooks=foreign_hooks(self.model),
             trace=tuple(e for e in self.stream.trace() if e.sequence >= self.stream.scheduled_at),
@@ -277,7 +277,7 @@ class RankWorker:
             self.stream.scheduled_at,
             issued,
             record_reads(self.stream),
-            self.arrivals.unreported(),
+            self.weight_check.unreported(),
             self.schedule_note,
         )
         if self.changed is not None:
@@ -294,7 +294,7 @@ class RankWorker:
         self.copy_engine.close()
         self.parallelism.remove()
         store = self.weights.store
-        del self.pipeline, self.stream, self.arena, self.weights, self.arrivals, self.model
+        del self.pipeline, self.stream, self.arena, self.weights, self.weight_check, self.model
         gc.collect()
         if store is not None:
             store.drop()
@@ -340,7 +340,7 @@ class RankWorker:
         else:
             log.end_step()
             self.model_steps += 1
-        self.stopping.agree(end.finished, end.total, self.arrivals.differ)
+        self.stopping.agree(end.finished, end.total, self.weight_check.differ)
         if self.keep_every and end.finished % self.keep_every == 0:
             self.snapshots = (*self.snapshots[-1:], end.snapshot())
         if end.repeated:

@@ -147,15 +147,15 @@ _ONE_AFTER_THE_OTHER = ("comparing what stays, asking for poisoning", "report", 
 def _timed_setup(worker: RankWorker, plan: RunPlan, checked: bool) -> RankReport | None:
     """On a rank: `setup`, with all that is checked in it or without; `took` has what it and the first step spend."""
     import crossdock.offload.stream.slot_loads as loading
-    from crossdock.runtime.rank.weights.compare import Arrivals
+    from crossdock.runtime.rank.weights.compare import WeightCheck
 
     start, report, arriving = _ONE_AFTER_THE_OTHER
     took = worker.took = dict.fromkeys((*_ONE_AFTER_THE_OTHER, "poisoning, on the copy lane"), 0.0)  # type: ignore[attr-defined]
     parts = (
-        (start, Arrivals, "begin"),
-        (start, Arrivals, "watch"),
+        (start, WeightCheck, "begin"),
+        (start, WeightCheck, "watch"),
         (report, RankWorker, "report"),
-        (arriving, Arrivals, "block"),
+        (arriving, WeightCheck, "block"),
         ("poisoning, on the copy lane", loading, "poison"),
     )
     with ExitStack() as stack:

@@ -33,7 +33,7 @@ BETWEEN = 3
 """How many rows between the first and the last are compared."""
 
 
-class Arrivals:
+class WeightCheck:
     """Compares tensors of one rank with the checkpoint; `records` has one record for each.
 
     Attributes:
@@ -69,7 +69,7 @@ class Arrivals:
 
     def watch(self, stream: BlockStream) -> None:
         """Compare every streamed block when it comes for the first time; until then, slots are poisoned."""
-        stream.watch_arrivals(self.block)
+        stream.observe_first_loads(self.block)
 
     def unreported(self) -> tuple[ArrivalRecord, ...]:
         """The records that are new since the last call."""
