@@ -130,8 +130,8 @@ def _rebind(module: nn.Module, fqn: str, tensor: Tensor) -> None:
 
 def order_swapped(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     def swap(stream: BlockStream) -> None:
-        ring, index = stream._run_order.rings[0].order, index_of(stream)
-        ring[index], ring[index + 1] = ring[index + 1], ring[index]
+        pass_, index = stream._run_order.passes[0].order, index_of(stream)
+        pass_[index], pass_[index + 1] = pass_[index + 1], pass_[index]
         stream._look_ahead()
 
     when_attached(patch, swap)

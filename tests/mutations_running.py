@@ -71,10 +71,10 @@ def stale_from_the_start(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     stream, index = worker.stream, index_of(worker.stream, "noise_refiner.1")
     prepare = stream.prepare
 
-    def prepared(ring: int) -> None:  # when the text encoder, which may have the memory before, is done
+    def prepared(pass_: int) -> None:  # when the text encoder, which may have the memory before, is done
         stream._slots[index].holder = index
         patch.setattr(stream, "prepare", prepare)
-        prepare(ring)
+        prepare(pass_)
 
     patch.setattr(stream, "prepare", prepared)
 

@@ -35,10 +35,10 @@ class BlockStream:
 
     Args:
         blocks: every block, in the order in which they are expected to run.
-        schedule: slots of the blocks that are streamed and not in `resident`, in the same order, ring after ring.
+        schedule: slots of the blocks that are streamed and not in `resident`, in the same order, pass after pass.
         gather: the shard group; needed where a home is sharded.
         resident: indices of blocks with a streamed home that get a slot of their own.
-        rings: the blocks that run in a pass of their own, by index, of each such pass; empty: all run in one.
+        passes: the blocks of each pass, by index; empty: all run in one.
         arena: where the slots lie; by default memory of their own.
         yield_to_collectives: copies use the link only between collectives; tell them by `collective_issued`.
         trace_limit: how many trace events are kept.
@@ -57,7 +57,7 @@ class BlockStream:
         gather: Gather | None = None,
         *,
         resident: Collection[int] = (),
-        rings: Sequence[Collection[int]] = (),
+        passes: Sequence[Collection[int]] = (),
         arena: Arena | None = None,
         yield_to_collectives: bool = False,
         trace_limit: int = 100_000,
@@ -74,7 +74,7 @@ class BlockStream:
         if gather is None and any(block.home.sharded for block in self.blocks):
             raise ValueError("a sharded home needs a shard group")
         self._index = {block.name: index for index, block in enumerate(self.blocks)}
-        self._run_order = RunOrder([i for i, b in enumerate(self.blocks) if b.home.streamed and b.is_called], rings)
+        self._run_order = RunOrder([i for i, b in enumerate(self.blocks) if b.home.streamed and b.is_called], passes)
         self._held = [i for i, block in enumerate(self.blocks) if block.home.streamed and not block.is_called]
         self._reading: int | None = None
         self._hooks = BlockHooks()
@@ -182,7 +182,7 @@ class BlockStream:
 
     @property
     def recorded_order(self) -> tuple[int, ...] | None:
-        """Indices of a ring's streamable blocks as its first pass ran them; None before it closed or if it skipped."""
+        """Indices of a pass's streamable blocks, as they ran first; None before that closed, or if it skipped some."""
         return self._run_order.recorded
 
     @property
@@ -226,11 +226,11 @@ class BlockStream:
 
     # -- one block -----------------------------------------------------------------------------------------------
 
-    def prepare(self, ring: int = 0) -> None:
-        """Begin to load the first blocks of a pass of `ring`: call it when this component's turn begins."""
+    def prepare(self, pass_: int = 0) -> None:
+        """Begin to load the first blocks of pass number `pass_`: call it when this component's turn begins."""
         if self._hooks.suspended:
             return
-        for first in self._run_order.rings[ring].order[:1]:
+        for first in self._run_order.passes[pass_].order[:1]:
             self.settle()
             self._enqueue(first)
             self._fetch_ahead(first)
@@ -351,7 +351,7 @@ class BlockStream:
         self.schedule = schedule
         self.scheduled_at = self._log.upcoming
         self._shared_slot = dict(zip(sharing, schedule.slots, strict=True))
-        self._staying = self._residents | self._run_order.stay_in_turn(self._shared_slot)
+        self._staying = self._residents | self._run_order.stay_in_pass(self._shared_slot)
         self._prefetch = max(schedule.prefetch, 1) if self._staying else schedule.prefetch
         self._look_ahead()
 

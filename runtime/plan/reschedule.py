@@ -57,16 +57,16 @@ def reschedule(plan: RunPlan, observations: Sequence[RankObservation | None], st
     if len(seen) < len(observations) or len({observation.order for observation in seen}) > 1:
         return Rescheduling(None, f"kept after step {step}: the blocks did not all run in one order")
     order, costs = seen[0].order, slowest([observation.costs for observation in seen])
-    ring = next(ring for ring in plan.rings if set(ring) == set(order))
-    if any(plan.sizes_of(other) != plan.sizes_of(ring) for other in plan.rings):
+    pass_ = next(pass_ for pass_ in plan.passes if set(pass_) == set(order))
+    if any(plan.sizes_of(other) != plan.sizes_of(pass_) for other in plan.passes):
         return Rescheduling(None, f"kept after step {step}: the transformers' blocks differ in size")
     wider = _with_spare(plan, min(observation.spare_bytes for observation in seen))
     sizes = plan.sizes_of(order)
-    places = [ring.index(index) for index in order]  # the transformers are of one class, and run alike
-    orders = chain.from_iterable([other[place] for place in places] for other in plan.rings)
+    places = [pass_.index(index) for index in order]  # the transformers are of one class, and run alike
+    orders = chain.from_iterable([other[place] for place in places] for other in plan.passes)
     better = plan_residency(sizes, costs, wider.blocks_budget_bytes, plan.config.offload.depths)
     changed = wider.rescheduled(better, tuple(orders))
-    if order != ring:
+    if order != pass_:
         return Rescheduling(changed, f"improved after step {step}: slots in the order of the run")
     current_s = steady_step_s(costs, plan.residency.resident, plan.residency.schedule)
     change = f"{current_s * 1e3:.1f} -> {better.step_s * 1e3:.1f} ms of blocks per step"
@@ -80,6 +80,6 @@ def _with_spare(plan: RunPlan, spare_bytes: int) -> RunPlan:
     """`auto`: the blocks may also take what the first steps left free."""
     if plan.config.offload.device_budget != "auto" or plan.arena_bytes is None or spare_bytes == 0:
         return plan
-    rings = [plan.sizes_of(ring) for ring in plan.rings]
-    arena = max(plan.arena_bytes, usable_bytes(rings, plan.arena_bytes + spare_bytes))
+    passes = [plan.sizes_of(pass_) for pass_ in plan.passes]
+    arena = max(plan.arena_bytes, usable_bytes(passes, plan.arena_bytes + spare_bytes))
     return replace(plan, arena_bytes=arena, budget_bytes=plan.outside_bytes + ALIGNMENT + arena)

@@ -140,13 +140,13 @@ class RankWorker:
             self.copy_engine,
             self._gather(),
             resident=plan.resident,
-            rings=plan.rings,
+            passes=plan.passes,
             arena=self.arena,
             yield_to_collectives=self.device.type == "cuda" and self.world_size > 1,
         )
         self.stream.attach()
-        for ring, transformer in enumerate(transformers_in(self.model).values()):
-            transformer.register_forward_pre_hook(partial(self._begin_forward, ring))
+        for pass_, transformer in enumerate(transformers_in(self.model).values()):
+            transformer.register_forward_pre_hook(partial(self._begin_forward, pass_))
         for module in self.model.modules():
             if isinstance(module, EXCHANGING):
                 module.register_forward_hook(lambda *_: self.stream.collective_issued())
@@ -326,9 +326,9 @@ class RankWorker:
         self.copy_engine.drain()
         return self.mesh.records()
 
-    def _begin_forward(self, ring: int, *_: Any) -> None:
+    def _begin_forward(self, pass_: int, *_: Any) -> None:
         self.phase = "denoise"
-        self.stream.prepare(ring)
+        self.stream.prepare(pass_)
 
     def _begin_decode(self, here: bool) -> bool:
         self.phase = "decode"
