@@ -20,7 +20,7 @@ from test_nothing_left_behind import CLI, Watched
 
 from crossdock.launch import cli
 from crossdock.launch.commands import check
-from crossdock.launch.commands.arguments import run_app
+from crossdock.launch.commands.options import run_app
 from crossdock.runtime.contract.coordinator import SHOWN
 from crossdock.runtime.contract.numbers import SAME_NUMBERS
 from crossdock.runtime.contract.verify import CHECKS

@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from crossdock.launch import cli
-from crossdock.launch.commands.arguments import Amounts, Outputs, build_app, run_app
+from crossdock.launch.commands.options import Amounts, Outputs, build_app, run_app
 from crossdock.runtime.contract.result import CompositionError
 from crossdock.runtime.errors import LaunchError, RankError, RequestError
 from crossdock.runtime.models.tiny.recipes import TINY
@@ -199,8 +199,8 @@ def test_the_command_starts_without_torch(arguments: list[str], tmp_path: Path) 
     """The config error of a fresh process: the message only, and no heavy import on the way."""
     (tmp_path / "run.yaml").write_text("dtype: int8\n")
     program = (
-        "import sys; from crossdock.launch import cli; from crossdock.launch.commands import arguments; "
-        "code = arguments.run_app(cli.app); "
+        "import sys; from crossdock.launch import cli; from crossdock.launch.commands import options; "
+        "code = options.run_app(cli.app); "
         "heavy = {'torch', 'diffusers', 'transformers', 'ray'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else code)"
     )

@@ -20,8 +20,8 @@ from crossdock.launch.engine.engine import Engine
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.contract.coordinator import Coordinator
+from crossdock.runtime.contract.ordering import trace_in_order
 from crossdock.runtime.contract.result import CompositionError
-from crossdock.runtime.contract.schedule import trace_in_order
 from crossdock.runtime.contract.verify import CHECKS, verify_composition
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.inspection import checksum, foreign_hooks

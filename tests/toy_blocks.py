@@ -25,7 +25,7 @@ from crossdock.offload.schedule.slots import SlotSchedule, assign_slots
 from crossdock.offload.stream.block import Home, StreamedBlock
 from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.offload.stream.loader import Gather
-from crossdock.runtime.contract.schedule import trace_in_order
+from crossdock.runtime.contract.ordering import trace_in_order
 from crossdock.runtime.plan.plan import RunPlan
 
 WIDTH = 8

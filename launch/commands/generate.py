@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from crossdock.launch.commands.arguments import Amounts, Outputs
+from crossdock.launch.commands.options import Amounts, Outputs
 from crossdock.launch.commands.outputs import write_outputs
 from crossdock.launch.console import end
 from crossdock.launch.engine.engine import Engine

@@ -12,9 +12,9 @@ from typing import Protocol
 from crossdock.runtime.contract.aliasing import no_alias
 from crossdock.runtime.contract.collectives import Issued, same_collectives
 from crossdock.runtime.contract.coverage import all_compared, all_equal, complete
+from crossdock.runtime.contract.ordering import all_rehearsed, in_order, same_schedule, trace_in_order
 from crossdock.runtime.contract.ownership import all_read, read_at_rest, single_owner
 from crossdock.runtime.contract.result import Violation
-from crossdock.runtime.contract.schedule import all_rehearsed, in_order, same_schedule, trace_in_order
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import MemorySpan, RankReport
 

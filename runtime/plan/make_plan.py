@@ -35,7 +35,7 @@ from crossdock.runtime.models.spec import ModelSpec
 from crossdock.runtime.models.transformers import build_transformers, stored_of, transformer_names, transformers_in
 from crossdock.runtime.plan.checks import check_attention, check_degree, check_guidance, check_pages
 from crossdock.runtime.plan.component_needs import component_needs, host_peak_bytes
-from crossdock.runtime.plan.device_memory import divide_device
+from crossdock.runtime.plan.device_budget import divide_device
 from crossdock.runtime.plan.plan import PlannedBlock, RunPlan, in_slots, passes_of
 
 

@@ -40,7 +40,7 @@ import crossdock.runtime.contract.coordinator as judging
 from crossdock.launch.engine.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
-from crossdock.runtime.models.tiny.checkpoint import make_checkpoint
+from crossdock.runtime.models.tiny.make_checkpoint import make_checkpoint
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.records import RankReport
