@@ -357,7 +357,7 @@ def test_causal_attention_with_a_cache() -> None:
             assert (part - whole).abs().max() < LIMIT * whole.abs().max()
 
 
-def test_heads_that_cannot_be_dealt_out_are_named() -> None:
+def test_heads_that_cannot_be_scattered_are_named() -> None:
     """Four heads to six ranks."""
     case = CASES["Qwen-Image 2.1"]
     sequence = Gang(1, 2, 3).sequence(0)
