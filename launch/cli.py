@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from crossdock.launch.commands.arguments import Amounts, Outputs, add_check, build_app, run_app
+from crossdock.launch.commands.options import Amounts, Outputs, add_check, build_app, run_app
 from crossdock.runtime.request import GenerateRequest
 
 
@@ -39,7 +39,7 @@ def make_checkpoint_command(
     seed: Annotated[int, typer.Option(help="Seed of the random weights.", min=0)] = 0,
 ) -> None:
     """Write a tiny random pipeline in the diffusers format, for tests and demos."""
-    from crossdock.runtime.models.tiny.checkpoint import make_checkpoint
+    from crossdock.runtime.models.tiny.make_checkpoint import make_checkpoint
 
     make_checkpoint(family, directory, seed)
     Console(highlight=False, soft_wrap=True).print(f"wrote a tiny {family} checkpoint to {directory}", markup=False)

@@ -12,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-from crossdock.launch.commands.arguments import Amounts, Outputs, add_check, build_app, run_app
+from crossdock.launch.commands.options import Amounts, Outputs, add_check, build_app, run_app
 from crossdock.launch.console import complain_on_stderr
 from crossdock.launch.gangs.rank_messages import MessageStore
 from crossdock.launch.gangs.run_secret import run_secret

@@ -147,16 +147,16 @@ class Ulysses:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`[batch, own tokens, all heads, head_dim]` -> `[batch, group's tokens, own heads, head_dim]`.
 
-        One all-to-all for all three where they are of one sequence. Key heads that cannot be dealt out evenly are
+        One all-to-all for all three where they are of one sequence. Key heads that cannot be scattered evenly are
         repeated first.
         """
         if key.shape[2] % self._degree and key.shape[2] != query.shape[2]:
             groups = query.shape[2] // key.shape[2]
             key, value = key.repeat_interleave(groups, dim=2), value.repeat_interleave(groups, dim=2)
         if tokens == key_tokens:
-            q, k, v = self.deal((query, key, value), tokens)
+            q, k, v = self.scatter_heads((query, key, value), tokens)
         else:
-            (q,), (k, v) = self.deal((query,), tokens), self.deal((key, value), key_tokens)
+            (q,), (k, v) = self.scatter_heads((query,), tokens), self.scatter_heads((key, value), key_tokens)
         return q, k, v
 
     def own_heads(self, bias: Tensor | None, heads: int) -> Tensor | None:
@@ -165,7 +165,7 @@ class Ulysses:
             return bias
         return bias.split_with_sizes(shard_lengths(heads, self._degree), dim=1)[self._rank]
 
-    def deal(self, tensors: tuple[Tensor, ...], tokens: tuple[int, ...]) -> tuple[Tensor, ...]:
+    def scatter_heads(self, tensors: tuple[Tensor, ...], tokens: tuple[int, ...]) -> tuple[Tensor, ...]:
         """`to_heads` of tensors of one sequence: one all-to-all."""
         counts = [shard_lengths(tensor.shape[2], self._degree) for tensor in tensors]
         together = [sum(of_rank) for of_rank in zip(*counts, strict=True)]
@@ -301,7 +301,7 @@ def score_bias(
     """A mask in the model's order -> what is added to the scores, in gathered order and the query's dtype.
 
     Args:
-        query: `[batch, any tokens, heads, head_dim]`, before heads are dealt out.
+        query: `[batch, any tokens, heads, head_dim]`, before heads are scattered.
         station: the parts whose queries meet the keys on this rank; a mask with rows keeps theirs.
 
     Returns:

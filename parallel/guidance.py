@@ -4,9 +4,9 @@ A pipeline calls its transformer once per branch, or once for all of them in one
 own code that runs, on every rank; what stands there for its transformer computes this rank's share and gets the rest.
 
 - A batch is cut along its first dim.
-- Of calls that follow one another, the ranks take turns. Every call returns at once, with promises; who first uses one
-  waits for all calls that are open. So branches run side by side as long as the pipeline makes its calls before it
-  uses what they return, and where it does not, they run one after the other: slower, and right.
+- Of calls that follow one another, the ranks take turns. Every call returns at once, with deferred tensors; who first
+  uses one waits for all calls that are open. So branches run side by side as long as the pipeline makes its calls
+  before it uses what they return, and where it does not, they run one after the other: slower, and right.
 
 Every rank makes as many passes through the model as the others, also where a pipeline makes one call only: what a pass
 has to do with other ranks (HSDP gathers) then comes in the same order everywhere.
@@ -40,7 +40,7 @@ class GuidanceParallelism:
         return BranchedModel(self, model, branches)
 
     def call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One call of several; what it returns are promises."""
+        """One call of several; what it returns is deferred."""
         call = _Call(model, args, kwargs)
         self._open.append(call)
         if (len(self._open) - 1) % self._group.size == self._group.index:
@@ -133,8 +133,8 @@ class BranchedModel(nn.Module):
             return getattr(self.__dict__["_held"][0], name)
 
 
-class Promise:
-    """A tensor that may be on its way. Slices and casts of it are promises, too; any other use of it waits."""
+class Deferred:
+    """A tensor that may be on its way. Slices and casts of it are deferred, too; any other use of it waits."""
 
     def __init__(self, make: Any) -> None:
         self._make = make
@@ -145,14 +145,14 @@ class Promise:
         self._make = lambda: made
         return made
 
-    def __getitem__(self, key: Any) -> Promise:
-        return Promise(lambda: self.value[key])
+    def __getitem__(self, key: Any) -> Deferred:
+        return Deferred(lambda: self.value[key])
 
-    def to(self, *args: Any, **kwargs: Any) -> Promise:
-        return Promise(lambda: self.value.to(*args, **kwargs))
+    def to(self, *args: Any, **kwargs: Any) -> Deferred:
+        return Deferred(lambda: self.value.to(*args, **kwargs))
 
-    def float(self) -> Promise:
-        return Promise(lambda: self.value.float())
+    def float(self) -> Deferred:
+        return Deferred(lambda: self.value.float())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.value, name)
@@ -161,12 +161,12 @@ class Promise:
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return function(*_kept(args), **_kept(kwargs or {}))
+        return function(*_resolved(args), **_resolved(kwargs or {}))
 
 
 def _operator(name: str) -> Any:
-    def operate(self: Promise, *others: Any) -> Any:
-        return getattr(self.value, name)(*_kept(others))
+    def operate(self: Deferred, *others: Any) -> Any:
+        return getattr(self.value, name)(*_resolved(others))
 
     return operate
 
@@ -186,7 +186,7 @@ for _name in (
     "iter",
     "matmul",
 ):
-    setattr(Promise, f"__{_name}__", _operator(f"__{_name}__"))
+    setattr(Deferred, f"__{_name}__", _operator(f"__{_name}__"))
 
 
 class _Call:
@@ -203,7 +203,7 @@ class _Call:
 
 
 class _Outputs:
-    """The tuple that a model returns, promised: however many tensors there are in it."""
+    """The tuple that a model returns, deferred: however many tensors there are in it."""
 
     def __init__(self, guidance: GuidanceParallelism, call: _Call) -> None:
         self._guidance, self._call = guidance, call
@@ -214,22 +214,22 @@ class _Outputs:
         assert self._call.arrived is not None
         return self._call.arrived[place]
 
-    def __getitem__(self, place: int) -> Promise:
-        return Promise(lambda: self._at(place))
+    def __getitem__(self, place: int) -> Deferred:
+        return Deferred(lambda: self._at(place))
 
     def __iter__(self) -> Iterator[Tensor]:
         self._at(0)
         return iter(self._call.arrived or ())
 
 
-def _kept(value: Any) -> Any:
-    """`value` with every promise in it kept."""
-    if isinstance(value, Promise):
+def _resolved(value: Any) -> Any:
+    """`value` with every deferred tensor in it resolved."""
+    if isinstance(value, Deferred):
         return value.value
     if isinstance(value, tuple | list):
-        return type(value)(_kept(item) for item in value)
+        return type(value)(_resolved(item) for item in value)
     if isinstance(value, dict):
-        return {name: _kept(item) for name, item in value.items()}
+        return {name: _resolved(item) for name, item in value.items()}
     return value
 
 

@@ -25,12 +25,12 @@ from crossdock.parallel.tensor import matching_modules
 
 TOKEN_DIM = 1
 """The token dim of a segment: `[batch, tokens, ...]`."""
-FOLLOW_DIM = -2
+SHARD_LIKE_DIM = -2
 """The token dim of most that follows: position ids `[..., tokens, axes]`, rotary tables `[..., tokens, dim]`."""
 
 
 @dataclass(frozen=True)
-class Follow:
+class ShardLike:
     """How an argument, or every tensor of a tuple, is cut along with segments.
 
     Attributes:
@@ -40,12 +40,12 @@ class Follow:
     """
 
     segments: str | tuple[str, ...]
-    dim: int = FOLLOW_DIM
+    dim: int = SHARD_LIKE_DIM
     ndim: int | None = None
 
 
 @dataclass(frozen=True)
-class Join:
+class AttentionScope:
     """What an attention module joins, where it is not all segments of the region.
 
     Attributes:
@@ -58,14 +58,14 @@ class Join:
 
 
 @dataclass(frozen=True)
-class Deal:
+class HeadScatter:
     """Attention that cannot be told of local tokens, as a causal one with a cache.
 
     It runs over all tokens, with some of the heads, as under tensor parallelism. What lies before and behind it trades
     one for the other (Ulysses), over the whole sequence group.
 
     Attributes:
-        before: paths below the attention module, of linears whose output is dealt out by heads.
+        before: paths below the attention module, of linears whose output is scattered by heads.
         behind: of linears whose input comes back.
         features, heads: attributes of the attention module whose quotient is head_dim.
     """
@@ -89,13 +89,13 @@ class SequenceRegion:
             their own; every module that matches `within` is given the number of those that are local.
         leave: path of the module whose output is put together; a number as the last component may be negative.
         gathers: the segment that comes out there; several are the elements of a tuple, or lie side by side in a tensor.
-        follow: argument -> what it is cut along with (the name of a segment: along `FOLLOW_DIM`), at each module that
-            matches `within`; a tuple: element by element of a tuple.
+        shard_like: argument -> what it is cut along with (the name of a segment: along `SHARD_LIKE_DIM`), at each
+            module that matches `within`; a tuple: element by element of a tuple.
         within: pattern of those modules; "" is the model itself.
         cross: patterns of attention modules whose keys are a sequence that every rank holds whole.
-        joins: pattern of attention modules -> what they join.
-        deals: pattern of attention modules that are not told of local tokens -> where theirs are traded for heads; what
-            they are given beside tokens stays whole. In regions of one segment.
+        scopes: pattern of attention modules -> what they join.
+        head_scatters: pattern of attention modules that are not told of local tokens -> where theirs are traded for
+            heads; what they are given beside tokens stays whole. In regions of one segment.
         padding: argument of the modules `within`, `[batch, tokens]`, -> the segment of which it says which tokens are
             real. Attention then takes its mask from here, not the one that a processor makes of local tokens.
     """
@@ -104,12 +104,12 @@ class SequenceRegion:
     segments: tuple[str, ...]
     leave: str
     gathers: str | tuple[str, ...]
-    follow: Mapping[str, str | Follow | tuple[Follow, ...]] = field(default_factory=dict)
+    shard_like: Mapping[str, str | ShardLike | tuple[ShardLike, ...]] = field(default_factory=dict)
     within: str = ""
     cross: tuple[str, ...] = ()
-    joins: Mapping[str, Join] = field(default_factory=dict)
+    scopes: Mapping[str, AttentionScope] = field(default_factory=dict)
     padding: Mapping[str, str] = field(default_factory=dict)
-    deals: Mapping[str, Deal] = field(default_factory=dict)
+    head_scatters: Mapping[str, HeadScatter] = field(default_factory=dict)
 
 
 class Attend(Protocol):
@@ -142,8 +142,8 @@ class SequenceParallelism:
         self._lengths: dict[str, int] = {}
         self._real: dict[str, Tensor] = {}
         self._cross: set[str] = set()
-        self._joins: dict[str, Join] = {}
-        self._dealt: set[str] = set()
+        self._scopes: dict[str, AttentionScope] = {}
+        self._head_scattered: set[str] = set()
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -173,28 +173,28 @@ class SequenceParallelism:
             handle.remove()
         self._handles.clear()
         self._cross.clear()
-        self._joins.clear()
-        self._dealt.clear()
+        self._scopes.clear()
+        self._head_scattered.clear()
         self._end()
 
     def is_cross(self, path: str) -> bool:
         """Whether the attention module at `path` needs no exchange."""
         return path in self._cross
 
-    def is_dealt(self, path: str) -> bool:
+    def scatters_heads(self, path: str) -> bool:
         """Whether the attention module at `path` runs over all tokens, with some of the heads."""
-        return path in self._dealt
+        return path in self._head_scattered
 
     def attention_of(self, path: str) -> ModuleAttention:
         """What the attention module at `path` does with its local tokens."""
-        return ModuleAttention(self, self._joins.get(path))
+        return ModuleAttention(self, self._scopes.get(path))
 
-    def attend(self, join: Join | None, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        """`Attend.attend` for what `join` says; None: all segments of the region that is being run."""
-        join = join or Join(tuple(self._lengths))
-        layout = self._layout(join.queries)
-        keys = join.queries if join.keys is None else join.keys
-        if join.keys is not None:
+    def attend(self, scope: AttentionScope | None, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """`Attend.attend` for what `scope` says; None: all segments of the region that is being run."""
+        scope = scope or AttentionScope(tuple(self._lengths))
+        layout = self._layout(scope.queries)
+        keys = scope.queries if scope.keys is None else scope.keys
+        if scope.keys is not None:
             options["key_layout"] = self._layout(keys)
         options["mask"] = self._padding_mask(keys, query) if self._real.keys() & set(keys) else options.get("mask")
         return self._attention.attend(query, key, value, layout=layout, **options)
@@ -202,30 +202,30 @@ class SequenceParallelism:
     def _hook_region(self, model: nn.Module, region: SequenceRegion) -> None:
         enter = model.get_submodule(region.enter)
         self._handles.append(hook_arguments(enter, region.segments, partial(self._enter, region)))
-        if region.follow or region.padding or region.within:
+        if region.shard_like or region.padding or region.within:
             for path in matching_modules(model, region.within):
-                names = (*region.follow, *region.padding)
+                names = (*region.shard_like, *region.padding)
                 act = partial(self._cut_along, region)
                 self._handles.append(hook_arguments(model.get_submodule(path), names, act, region.segments))
         leave = _submodule(model, region.leave)
         self._handles.append(leave.register_forward_hook(lambda _m, _a, output: self._leave(region, output)))
         for pattern in region.cross:
             self._cross.update(matching_modules(model, pattern))
-        for pattern, join in region.joins.items():
-            self._joins.update(dict.fromkeys(matching_modules(model, pattern), join))
-        for pattern, deal in region.deals.items():
+        for pattern, scope in region.scopes.items():
+            self._scopes.update(dict.fromkeys(matching_modules(model, pattern), scope))
+        for pattern, scatter in region.head_scatters.items():
             for path in matching_modules(model, pattern):
-                self._hook_deal(model.get_submodule(path), path, deal)
+                self._hook_head_scatter(model.get_submodule(path), path, scatter)
 
-    def _hook_deal(self, module: nn.Module, path: str, deal: Deal) -> None:
-        head_dim = getattr(module, deal.features) // getattr(module, deal.heads)
+    def _hook_head_scatter(self, module: nn.Module, path: str, scatter: HeadScatter) -> None:
+        head_dim = getattr(module, scatter.features) // getattr(module, scatter.heads)
         ulysses = Ulysses(self._group, self._index, self._parts)
 
         def begin(_: nn.Module, __: Any, output: Tensor) -> Tensor:
             if not self.running:
                 return output
             own = output.view(*output.shape[:2], -1, head_dim)
-            return ulysses.deal((own,), self._layout(tuple(self._lengths)).lengths)[0].flatten(2)
+            return ulysses.scatter_heads((own,), self._layout(tuple(self._lengths)).lengths)[0].flatten(2)
 
         def end(linear: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             if not self.running:
@@ -234,14 +234,14 @@ class SequenceParallelism:
             own = args[0].view(*args[0].shape[:2], -1, head_dim)
             return (ulysses.to_tokens(own, self._layout(tuple(self._lengths)).lengths, heads).flatten(2), *args[1:])
 
-        for name in deal.before:
+        for name in scatter.before:
             linear = module.get_submodule(name)
             heads = linear.get_parameter("weight").shape[0] // head_dim
             if heads < self._parts:
-                raise ValueError(f"{path}.{name}: {heads} heads cannot be dealt out to {self._parts} ranks")
+                raise ValueError(f"{path}.{name}: {heads} heads cannot be scattered over {self._parts} ranks")
             self._handles.append(linear.register_forward_hook(begin))
-        self._handles += [module.get_submodule(name).register_forward_pre_hook(end) for name in deal.behind]
-        self._dealt.add(path)
+        self._handles += [module.get_submodule(name).register_forward_pre_hook(end) for name in scatter.behind]
+        self._head_scattered.add(path)
 
     def _enter(self, region: SequenceRegion, arguments: Arguments) -> None:
         self._region, self._lengths, self._real = region, {}, {}
@@ -257,37 +257,37 @@ class SequenceParallelism:
                 self._lengths[name] = value
                 together[owner].append(name)
         for name, segments in together.items():
-            arguments.change(name, partial(self._cut, Follow(tuple(segments), TOKEN_DIM)))
+            arguments.change(name, partial(self._cut, ShardLike(tuple(segments), TOKEN_DIM)))
 
     def _cut_along(self, region: SequenceRegion, arguments: Arguments) -> None:
         if self._region is not region:
             return
-        for name, follow in region.follow.items():
-            arguments.change(name, partial(self._follow, follow))
+        for name, like in region.shard_like.items():
+            arguments.change(name, partial(self._cut_like, like))
         for name, segment in region.padding.items():
             self._note_padding(segment, arguments.get(name))
-            arguments.change(name, partial(map_tensors, partial(self._cut, Follow(segment, TOKEN_DIM))))
+            arguments.change(name, partial(map_tensors, partial(self._cut, ShardLike(segment, TOKEN_DIM))))
         for name in region.segments:
             if name in arguments.names and isinstance(arguments.get(name), int):
                 arguments.change(name, lambda count: shard_lengths(count, self._parts)[self._index])
 
-    def _follow(self, follow: str | Follow | tuple[Follow, ...], value: Any) -> Any:
-        if isinstance(follow, tuple):
-            return value and tuple(self._follow(each, part) for each, part in zip(follow, value, strict=True))
-        return map_tensors(partial(self._cut, Follow(follow) if isinstance(follow, str) else follow), value)
+    def _cut_like(self, like: str | ShardLike | tuple[ShardLike, ...], value: Any) -> Any:
+        if isinstance(like, tuple):
+            return value and tuple(self._cut_like(each, part) for each, part in zip(like, value, strict=True))
+        return map_tensors(partial(self._cut, ShardLike(like) if isinstance(like, str) else like), value)
 
-    def _cut(self, follow: Follow, tensor: Tensor) -> Tensor:
+    def _cut(self, like: ShardLike, tensor: Tensor) -> Tensor:
         """This rank's tokens of a tensor that counts those of one or several segments."""
-        segments = (follow.segments,) if isinstance(follow.segments, str) else follow.segments
+        segments = (like.segments,) if isinstance(like.segments, str) else like.segments
         lengths = {name: self._lengths[name] for name in segments if name in self._lengths}
-        if tensor.shape[follow.dim] == 1 or follow.ndim not in (None, tensor.ndim):
+        if tensor.shape[like.dim] == 1 or like.ndim not in (None, tensor.ndim):
             return tensor
-        if tensor.shape[follow.dim] != sum(lengths.values()):
+        if tensor.shape[like.dim] != sum(lengths.values()):
             tokens = " and ".join(f"{length} tokens of {name}" for name, length in lengths.items())
             raise ValueError(f"a tensor of shape {tuple(tensor.shape)} does not follow the {tokens or 'no tokens'}")
-        pieces = tensor.split_with_sizes(list(lengths.values()), follow.dim)
-        shares = [take_shard(piece, follow.dim, self._parts, self._index) for piece in pieces]
-        return shares[0] if len(shares) == 1 else torch.cat(shares, follow.dim)
+        pieces = tensor.split_with_sizes(list(lengths.values()), like.dim)
+        shares = [take_shard(piece, like.dim, self._parts, self._index) for piece in pieces]
+        return shares[0] if len(shares) == 1 else torch.cat(shares, like.dim)
 
     def _note_padding(self, segment: str, real: Tensor | None) -> None:
         self._real.pop(segment, None)
@@ -337,7 +337,7 @@ class ModuleAttention:
     """What one attention module does, where its calls are sent here."""
 
     sequence: SequenceParallelism
-    join: Join | None
+    scope: AttentionScope | None
 
     @property
     def running(self) -> bool:
@@ -346,7 +346,7 @@ class ModuleAttention:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Over this rank's tokens, `[batch, local tokens, heads, head_dim]`; only while a region is being run."""
-        return self.sequence.attend(self.join, query, key, value, **options)
+        return self.sequence.attend(self.scope, query, key, value, **options)
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module:

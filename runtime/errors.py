@@ -6,7 +6,7 @@
     │   ├── CheckpointError       the model directory
     │   ├── RequestError          the arguments of one generation
     │   └── LaunchError           what the machine lacks: GPUs, a free port, an optional package
-    ├── CompositionError          offloading and sharding do not compose; carries the violations (contract/verdict.py)
+    ├── CompositionError          offloading and sharding do not compose; carries the violations (contract/result.py)
     ├── RankError                 a rank raised, died or did not answer in time; carries the rank
     └── RequestCancelled          a request was stopped between two steps, as asked; the ranks take the next one
         └── RequestTimeout        its own time limit was up

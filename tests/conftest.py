@@ -117,7 +117,7 @@ def gang_of() -> Iterator[Callable[[int], Gang]]:
 
 def _checkpoint(factory: pytest.TempPathFactory, family: str) -> Path:
     folder = factory.mktemp("checkpoints") / family
-    from crossdock.runtime.models.tiny.checkpoint import make_checkpoint  # a GPU machine may lack diffusers
+    from crossdock.runtime.models.tiny.make_checkpoint import make_checkpoint  # a GPU machine may lack diffusers
 
     make_checkpoint(family, folder)
     return folder

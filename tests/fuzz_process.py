@@ -106,7 +106,7 @@ class CommandPath:
     def __init__(self, folder: Path, marker: Path) -> None:
         import torch
 
-        from crossdock.runtime.models.tiny.checkpoint import make_checkpoint
+        from crossdock.runtime.models.tiny.make_checkpoint import make_checkpoint
 
         torch.set_num_threads(1)
         self.checkpoints = folder / "checkpoints"

@@ -14,7 +14,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "launch" / "configs"
 
 @dataclass(frozen=True)
 class Layout:
-    """One shipped config. `through_torchrun`: also tested under torchrun."""
+    """One built-in config. `through_torchrun`: also tested under torchrun."""
 
     name: str
     through_torchrun: bool = False

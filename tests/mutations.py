@@ -25,7 +25,7 @@ from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank import probe as probe_module
 from crossdock.runtime.rank import worker as worker_module
 from crossdock.runtime.rank.weights import compare as arrival_module
-from crossdock.runtime.rank.weights.compare import Arrivals
+from crossdock.runtime.rank.weights.compare import WeightCheck
 from crossdock.runtime.rank.weights.load import WeightLoader
 from crossdock.runtime.rank.worker import RankWorker
 
@@ -103,13 +103,13 @@ def when_attached(patch: pytest.MonkeyPatch, act: Callable[[BlockStream], None])
 
 def _when_loaded(patch: pytest.MonkeyPatch, act: Callable[[BlockStream], None]) -> None:
     """`act` when all that was loaded has been compared, or is watched for."""
-    begin = Arrivals.begin
+    begin = WeightCheck.begin
 
-    def begun(arrivals: Arrivals, stream: BlockStream, **options: Any) -> None:
-        begin(arrivals, stream, **options)
+    def begun(check: WeightCheck, stream: BlockStream, **options: Any) -> None:
+        begin(check, stream, **options)
         act(stream)
 
-    patch.setattr(Arrivals, "begin", begun)
+    patch.setattr(WeightCheck, "begin", begun)
 
 
 def block_of(stream: BlockStream, name: str = BLOCK) -> StreamedBlock:
@@ -130,8 +130,8 @@ def _rebind(module: nn.Module, fqn: str, tensor: Tensor) -> None:
 
 def order_swapped(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     def swap(stream: BlockStream) -> None:
-        ring, index = stream._run_order.rings[0].order, index_of(stream)
-        ring[index], ring[index + 1] = ring[index + 1], ring[index]
+        pass_, index = stream._run_order.passes[0].order, index_of(stream)
+        pass_[index], pass_[index + 1] = pass_[index + 1], pass_[index]
         stream._look_ahead()
 
     when_attached(patch, swap)
@@ -164,7 +164,7 @@ def planned_alone(**offload: Any) -> Plant:
     return plant
 
 
-# -- owned-once ------------------------------------------------------------------------------------------------------
+# -- single-owner ----------------------------------------------------------------------------------------------------
 
 
 def private_copy(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
@@ -234,7 +234,7 @@ def whole_blocks_read(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(WeightLoader, "_source", source)
 
 
-# -- covers ----------------------------------------------------------------------------------------------------------
+# -- complete --------------------------------------------------------------------------------------------------------
 
 
 def slice_of_another_rank(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def first_load_left_out(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     def forgetful(block: Any, memory: Any, after: Any, slot: Any, done: Any, **options: Any) -> None:
         if block.name == BLOCK and not left_out:
             left_out.append(block.name)
-            done(worker.engine.record())
+            done(worker.copy_engine.record())
         else:
             load(block, memory, after, slot, done, **options)
 
@@ -71,17 +71,17 @@ def stale_from_the_start(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     stream, index = worker.stream, index_of(worker.stream, "noise_refiner.1")
     prepare = stream.prepare
 
-    def prepared(ring: int) -> None:  # when the text encoder, which may have the memory before, is done
+    def prepared(pass_: int) -> None:  # when the text encoder, which may have the memory before, is done
         stream._slots[index].holder = index
         patch.setattr(stream, "prepare", prepare)
-        prepare(ring)
+        prepare(pass_)
 
     patch.setattr(stream, "prepare", prepared)
 
 
 def wait_left_out(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     """A block does not wait for its copy, which comes when the block is done."""
-    stream, engine = worker.stream, worker.engine
+    stream, engine = worker.stream, worker.copy_engine
     wait, load, index, done_with_it = engine.wait, BlockLoader.load, index_of(stream), threading.Event()
     stream.blocks[index].module.register_forward_hook(lambda *_: done_with_it.set())
 
@@ -130,9 +130,9 @@ def trusted_prediction(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     stream, running = worker.stream, list[int]()
     before, enqueue = stream._fetch_ahead, stream._enqueue
 
-    def only_ahead(index: int, portions: int = 1) -> None:
+    def only_ahead(index: int, chunks: int = 1) -> None:
         if running:
-            enqueue(index, portions)
+            enqueue(index, chunks)
 
     def fetch_ahead(index: int) -> None:
         running.append(index)
@@ -151,7 +151,7 @@ class _Skipped(nn.Module):
 
 def error_swallowed(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     """A copy breaks off in the middle, and nobody is told: the slot stays half filled."""
-    stream, engine = worker.stream, worker.engine
+    stream, engine = worker.stream, worker.copy_engine
     move, submit, index = engine.move, engine.submit, index_of(stream)
 
     def breaking(target: Tensor, source: Tensor) -> None:
@@ -273,7 +273,7 @@ def hooks_missing(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     stream = worker.stream
     for handle in stream._hooks._handles[2 * index_of(stream) : 2 * index_of(stream) + 2]:
         handle.remove()
-    engine, move, index = worker.engine, worker.engine.move, index_of(stream)
+    engine, move, index = worker.copy_engine, worker.copy_engine.move, index_of(stream)
 
     def late(target: Tensor, source: Tensor) -> None:
         if holds(stream, index, target):
@@ -296,7 +296,7 @@ def turn_not_taken(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
 
 def copy_left_out(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     """As `load_left_out`, but noted as if it had been done."""
-    stream, engine = worker.stream, worker.engine
+    stream, engine = worker.stream, worker.copy_engine
     move, index = engine.move, index_of(stream)
 
     def forgetful(target: Tensor, source: Tensor) -> None:
@@ -334,7 +334,7 @@ def cut_as_one_part(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tensor_module, "_part_sizes", lambda linear, style, dim: [linear.weight.shape[dim]])
 
 
-# -- owned-once: what is read ----------------------------------------------------------------------------------------
+# -- single-owner: what is read --------------------------------------------------------------------------------------
 
 
 def host_copy_never_read(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import CheckpointError, ConfigError, LaunchError, RequestError, UserError
 from crossdock.runtime.models.checkpoint import MODULAR_INDEX, read_model_index
 from crossdock.runtime.models.families import SPECS
-from crossdock.runtime.models.tiny.checkpoint import make_checkpoint
+from crossdock.runtime.models.tiny.make_checkpoint import make_checkpoint
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.request_checks import check_amounts, check_request

@@ -136,7 +136,7 @@ def _random_residents(choice: random.Random, homes: Sequence[Home]) -> list[int]
 
 
 def _reschedule_at_random(choice: random.Random, stream: BlockStream, homes: Sequence[Home]) -> None:
-    """Other residents, another order, another depth: what the improvement between two steps may ask for."""
+    """Other residents, another order, another depth: what rescheduling between two steps may ask for."""
     order = [index for index, home in enumerate(homes) if home.streamed]
     choice.shuffle(order)
     budget = choice.randint(0, stream.arena.nbytes)
@@ -404,7 +404,7 @@ def test_a_failing_load_is_raised_and_heals(kind: str, residents: str, home: Hom
 
 
 def _lose(stream: BlockStream) -> None:
-    """Another component takes all the memory and leaves it spoiled."""
+    """Another component takes all the memory and leaves it poisoned."""
     stream.arena.evict(stream.arena.nbytes)
     stream.arena.memory.fill_(0xFF)
 
@@ -420,11 +420,11 @@ def _arm(engine: Any, case: Case, victim: int, where: float) -> None:
 
 @pytest.mark.parametrize("stops", [BlockError, KeyboardInterrupt])
 @pytest.mark.parametrize("nth", range(4))
-def test_a_portion_that_fails_to_be_enqueued_is_not_taken_for_loaded(nth: int, stops: type[BaseException]) -> None:
-    """Nobody learns that the last portion of a copy never came: the block would compute with half of its bytes."""
+def test_a_chunk_that_fails_to_be_enqueued_is_not_taken_for_loaded(nth: int, stops: type[BaseException]) -> None:
+    """Nobody learns that the last chunk of a copy never came: the block would compute with half of its bytes."""
     engine = ImmediateEngine()
     case = build([Home.HOST] * 4, 1, 2, cast(CopyEngine, engine), resident=[2])
-    case.stream._loader.yields_link = True
+    case.stream._loader.yield_to_collectives = True
     for module in case.modules:
         module.collectives = 3
     case.check(range(4))

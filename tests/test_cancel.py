@@ -198,7 +198,7 @@ def test_one_rank_is_asked_and_all_stop(rank: int, layout: str, gang_of: GangOf,
     with Engine.start(run, flux2_dir, gang_of(2)) as engine:
 
         def ask(requests: list[GenerateRequest], cancel: tuple[int, int] | None = None) -> list[Any]:
-            return engine.gang.call(_outcome(), requests, cancel, timeout_s=60)
+            return engine.gang.collective_rpc(_outcome(), requests, cancel, timeout_s=60)
 
         expected = ask([REQUEST] * 2)
         stopped = ask([REQUEST] * 2, (rank, 2))
@@ -219,11 +219,11 @@ def test_ranks_that_run_other_steps(change: dict[str, int], gang_of: GangOf, flu
     other = replace(REQUEST, **change)
     where = f"rank 0: step 1 of {STEPS} of request 7; rank 1: step 1 of {other.steps} of request {other.number}"
     with Engine.start(run, flux2_dir, gang_of(2)) as engine:
-        first = engine.gang.call(_outcome(), [REQUEST, other], None, timeout_s=60)
+        first = engine.gang.collective_rpc(_outcome(), [REQUEST, other], None, timeout_s=60)
         assert first[0] == first[1]
         assert first[0][0] is RankError
         assert where in first[0][1]
-        fine = engine.gang.call(_outcome(), [REQUEST] * 2, None, timeout_s=60)
+        fine = engine.gang.collective_rpc(_outcome(), [REQUEST] * 2, None, timeout_s=60)
         assert isinstance(fine[0], torch.Tensor), "all stopped at the same place: the next one works"
 
 
@@ -246,7 +246,7 @@ def test_a_rank_that_left_a_step_out(gang_of: GangOf, flux2_dir: Path) -> None:
 
     run = RunConfig.parse({"parallel": LAYOUTS["dp2"], "offload": {"layerwise": True}})
     with Engine.start(run, flux2_dir, gang_of(2)) as engine:
-        first, second = engine.gang.call(skip, timeout_s=60)
+        first, second = engine.gang.collective_rpc(skip, timeout_s=60)
     assert first == second
     assert first[0] is RankError
     assert "rank 0: step 3 of 4 of request 7; rank 1: step 4 of 4 of request 7" in first[1]

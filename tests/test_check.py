@@ -20,7 +20,7 @@ from test_nothing_left_behind import CLI, Watched
 
 from crossdock.launch import cli
 from crossdock.launch.commands import check
-from crossdock.launch.commands.arguments import run_app
+from crossdock.launch.commands.options import run_app
 from crossdock.runtime.contract.coordinator import SHOWN
 from crossdock.runtime.contract.numbers import SAME_NUMBERS
 from crossdock.runtime.contract.verify import CHECKS
@@ -51,7 +51,7 @@ class HereGang:
     def start(self) -> None:
         pass
 
-    def call(self, work: Any, *args: Any, timeout_s: float, **_: Any) -> list[Any]:
+    def collective_rpc(self, work: Any, *args: Any, timeout_s: float, **_: Any) -> list[Any]:
         self.asked.append((work, *args))
         self._plant(self.worker, work)
         return [self._edit(work(self.worker, *args))]
@@ -170,10 +170,10 @@ def test_a_violated_composition_is_told_whole(
     content = json.loads(printed.out)
     assert content["holds"] is False
     status = {row["check"]: row["status"] for row in content["composition"]}
-    assert status["owned-once"] == "violated"
-    assert status["covers"] == "holds"
+    assert status["single-owner"] == "violated"
+    assert status["complete"] == "holds"
     assert status[SAME_NUMBERS] == "not probed"
-    found = [violation for violation in content["violations"] if violation["check"] == "owned-once"]
+    found = [violation for violation in content["violations"] if violation["check"] == "single-owner"]
     assert len(found) > 10 * SHOWN
     assert set(found[0]) == {"check", "rank", "where", "expected", "found", "remedy"}
     assert [rank["homes"] for rank in content["ranks"]] == [{"host": 9}]

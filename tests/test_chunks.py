@@ -63,7 +63,7 @@ def test_decoding_between_chunks_is_no_part_of_a_step(monkeypatch: pytest.Monkey
     assert loop.step_ms() == [1000.0, 1000.0]
 
 
-def test_an_outline_has_shapes_and_no_values() -> None:
+def test_shapes_only_sends_no_values() -> None:
     """What the first rank returns, another one gets as zeros; nothing but shapes travels."""
     sent: list[Any] = []
 
@@ -81,7 +81,7 @@ def test_an_outline_has_shapes_and_no_values() -> None:
     def decode() -> tuple[torch.Tensor]:
         return (torch.ones(2, 3, dtype=torch.bfloat16),)
 
-    shared = [replicated(decode, torch.device("cpu"), mesh(rank), nullcontext, outline=True) for rank in (0, 1)]
+    shared = [replicated(decode, torch.device("cpu"), mesh(rank), nullcontext, shapes_only=True) for rank in (0, 1)]
     first, other = shared[0](), shared[1]()
     assert torch.equal(first[0], decode()[0])
     assert torch.equal(other[0], torch.zeros(2, 3, dtype=torch.bfloat16))

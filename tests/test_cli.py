@@ -11,8 +11,8 @@ import pytest
 import typer
 
 from crossdock.launch import cli
-from crossdock.launch.commands.arguments import Amounts, Outputs, build_app, run_app
-from crossdock.runtime.contract.verdict import CompositionError
+from crossdock.launch.commands.options import Amounts, Outputs, build_app, run_app
+from crossdock.runtime.contract.result import CompositionError
 from crossdock.runtime.errors import LaunchError, RankError, RequestError
 from crossdock.runtime.models.tiny.recipes import TINY
 from crossdock.runtime.request import GenerateRequest
@@ -80,7 +80,7 @@ def test_generate_defaults(arguments: list[str]) -> None:
     [
         (LaunchError("2 ranks, but 1 GPU"), 2, "crossdock: error: 2 ranks, but 1 GPU\n"),
         (RankError(3, "died"), 1, "crossdock: error: rank 3: died\n"),
-        (CompositionError("owned-once: [bold]x[/bold]"), 1, "crossdock: error: owned-once: [bold]x[/bold]\n"),
+        (CompositionError("single-owner: [bold]x[/bold]"), 1, "crossdock: error: single-owner: [bold]x[/bold]\n"),
         (KeyboardInterrupt(), 130, "crossdock: interrupted\n"),
         (SystemExit(3), 3, ""),
     ],
@@ -199,8 +199,8 @@ def test_the_command_starts_without_torch(arguments: list[str], tmp_path: Path) 
     """The config error of a fresh process: the message only, and no heavy import on the way."""
     (tmp_path / "run.yaml").write_text("dtype: int8\n")
     program = (
-        "import sys; from crossdock.launch import cli; from crossdock.launch.commands import arguments; "
-        "code = arguments.run_app(cli.app); "
+        "import sys; from crossdock.launch import cli; from crossdock.launch.commands import options; "
+        "code = options.run_app(cli.app); "
         "heavy = {'torch', 'diffusers', 'transformers', 'ray'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else code)"
     )

@@ -14,7 +14,7 @@ from crossdock.offload.stream.trace import TraceEvent
 from crossdock.parallel.group import KEPT, Collective, GroupRecord
 from crossdock.parallel.mesh import MeshShape
 from crossdock.runtime.contract.collectives import same_collectives
-from crossdock.runtime.contract.verdict import Violation
+from crossdock.runtime.contract.result import Violation
 from crossdock.runtime.plan.plan import RunPlan
 
 MESHES = {

@@ -12,7 +12,7 @@ from crossdock.runtime.config.schema import HsdpConfig, OffloadConfig, ParallelC
 from crossdock.runtime.config.yaml_file import config_schema, load_config
 from crossdock.runtime.errors import ConfigError
 
-SHIPPED = Path(__file__).parent.parent / "launch" / "configs"
+BUILTIN = Path(__file__).parent.parent / "launch" / "configs"
 WORLD_SIZES = {
     "single": 1,
     "layerwise": 1,
@@ -219,11 +219,11 @@ def test_an_empty_file_is_one_rank_with_the_defaults(tmp_path: Path, text: str) 
     assert config.world_size == 1
 
 
-def test_shipped_configs_load() -> None:
-    assert {path.stem: load_config(path).world_size for path in SHIPPED.glob("*.yaml")} == WORLD_SIZES
+def test_builtin_configs_load() -> None:
+    assert {path.stem: load_config(path).world_size for path in BUILTIN.glob("*.yaml")} == WORLD_SIZES
     for name in WORLD_SIZES:
-        assert load_config(SHIPPED / f"{name}.yaml").offload.layerwise == name.startswith("layerwise")
-    assert load_config(SHIPPED / "layerwise_hsdp.yaml").parallel.hsdp == HsdpConfig(replicate=2, shard=2)
+        assert load_config(BUILTIN / f"{name}.yaml").offload.layerwise == name.startswith("layerwise")
+    assert load_config(BUILTIN / "layerwise_hsdp.yaml").parallel.hsdp == HsdpConfig(replicate=2, shard=2)
 
 
 def test_degrees_are_in_mesh_order() -> None:

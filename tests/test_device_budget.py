@@ -17,7 +17,7 @@ import torch
 from one_rank import admitted
 from torch import Tensor
 
-import crossdock.runtime.plan.reschedule as improvement
+import crossdock.runtime.plan.reschedule as rescheduling
 from crossdock.launch.engine.engine import Engine
 from crossdock.offload.schedule.residency import Costs, steady_step_s
 from crossdock.offload.stream.block import Home
@@ -27,11 +27,11 @@ from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.errors import ConfigError, LaunchError
 from crossdock.runtime.models.checkpoint import read_model_index
 from crossdock.runtime.pipeline.pipeline import RankPipeline
-from crossdock.runtime.pipeline.presence import Stage
+from crossdock.runtime.pipeline.presence import ActiveComponent
 from crossdock.runtime.plan.component_needs import component_needs
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.plan.reschedule import RankObservation, improve
+from crossdock.runtime.plan.reschedule import RankObservation, reschedule
 from crossdock.runtime.rank.weights.load import HostPart
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.request import GenerateRequest
@@ -113,7 +113,7 @@ def test_budgets_of_several_ranks(config: dict[str, Any], gang_of: GangOf, check
         assert max(peaks) <= plan.budget_bytes
         assert (schedule["budget_bytes"], schedule["arena_bytes"]) == (plan.budget_bytes, plan.arena_bytes)
     assert all(torch.equal(found, results[0]) for found in results)
-    assert "improved" in schedule["verdict"], "auto takes what is free once it is known"
+    assert "improved" in schedule["schedule_note"], "auto takes what is free once it is known"
     assert len(schedule["resident"]) == len(plan.blocks)
 
 
@@ -152,7 +152,7 @@ def test_a_rank_without_a_component_evicts_for_it() -> None:
     case = build([Home.HOST] * 4, 1, resident=range(4))
     size = case.stream.blocks[0].layout.nbytes
     pipeline = object.__new__(RankPipeline)
-    pipeline._arena, pipeline._stage = case.stream.arena, Stage({}, torch.device("cpu"))
+    pipeline._arena, pipeline._active = case.stream.arena, ActiveComponent({}, torch.device("cpu"))
     pipeline._plan = cast(RunPlan, SimpleNamespace(turn_bytes={"vae": size + 1}))
     assert case.misses(range(4)) == 1
     assert case.misses(range(4)) == 0
@@ -165,7 +165,7 @@ def test_a_rank_without_a_component_evicts_for_it() -> None:
     case.finish()
 
 
-# -- the improvement ------------------------------------------------------------------------------------------------
+# -- rescheduling ---------------------------------------------------------------------------------------------------
 
 
 def _observation(plan: RunPlan, order: tuple[int, ...] | None = None, slow: int = 0, spare: int = 0) -> RankObservation:
@@ -179,7 +179,7 @@ def test_the_schedule_follows_the_slowest_rank(flux2_dir: Path) -> None:
     """Every rank takes the same decision, from the costs of all: whose compute is slow, whose copies are."""
     plan = _plan(flux2_dir, device_budget=f"{_minimum(flux2_dir) + 2**20}B")
     both = [_observation(plan, slow=0), _observation(plan, slow=5)]
-    found, swapped = improve(plan, both, 2), improve(plan, both[::-1], 2)
+    found, swapped = reschedule(plan, both, 2), reschedule(plan, both[::-1], 2)
     assert found == swapped
     assert found.plan is not None
     assert found.plan.resident != plan.resident
@@ -192,7 +192,7 @@ def test_an_order_that_was_not_foreseen_gets_its_own_slots(flux2_dir: Path) -> N
     """Interleaved stacks: blocks that follow each other must not share a slot."""
     plan = _plan(flux2_dir, prefetch=2)
     order = (*plan.order[::2], *plan.order[1::2])
-    found = improve(plan, [_observation(plan, order)], 2)
+    found = reschedule(plan, [_observation(plan, order)], 2)
     assert found.plan is not None
     assert [block.name for block in found.plan.streamed] == [plan.blocks[index].name for index in order]
     slots = [block.slot for block in found.plan.streamed]
@@ -203,15 +203,15 @@ def test_a_schedule_is_changed_only_where_it_pays(flux2_dir: Path, monkeypatch: 
     """Every change loads all resident blocks again: a gain within what a measurement errs by is left."""
     plan = _plan(flux2_dir, device_budget=f"{_minimum(flux2_dir) + 2**20}B")
     seen = [_observation(plan, slow=0), _observation(plan, slow=5)]
-    taken = improve(plan, seen, 2).plan
+    taken = reschedule(plan, seen, 2).plan
     assert taken is not None
     costs = slowest([one.costs for one in seen if one is not None])
     gain = 1 - taken.residency.step_s / steady_step_s(costs, plan.residency.resident, plan.schedule)
     for wanted, pays in [(gain * 0.99, True), (gain * 1.01, False)]:
-        monkeypatch.setattr(improvement, "WORTHWHILE", wanted)
-        found = improve(plan, seen, 2)
+        monkeypatch.setattr(rescheduling, "WORTHWHILE", wanted)
+        found = reschedule(plan, seen, 2)
         assert (found.plan is not None) == pays
-        assert found.verdict.startswith("improved after step 2" if pays else "kept after step 2")
+        assert found.schedule_note.startswith("improved after step 2" if pays else "kept after step 2")
 
 
 def test_improving_changes_no_bit(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,12 +87,12 @@ class FaultyGang(RayGang):
         with self._noticed():
             super()._meet(deadline)
 
-    def call(self, work: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
+    def collective_rpc(self, work: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
         if work is RankWorker.setup and self.planted:
             planted = self.planted.pop(0)
             work = _faulty_setup(planted, _end(planted.kind, planted.note))
         with self._noticed():
-            return super().call(work, *args, **options)
+            return super().collective_rpc(work, *args, **options)
 
     @contextmanager
     def _noticed(self) -> Iterator[None]:
@@ -111,7 +111,7 @@ def _faulty_setup(planted: Planted, end: Callable[[], None]) -> Callable[..., An
         from crossdock.runtime.rank.weights.load import WeightLoader
 
         if worker.rank == rank:
-            owner, name = (WeightLoader, "load_outside") if moment == "load" else (BlockStream, "watch_arrivals")
+            owner, name = (WeightLoader, "load_outside") if moment == "load" else (BlockStream, "observe_first_loads")
             setattr(owner, name, lambda *_, **__: end())
         return worker.setup(*args)
 
@@ -157,18 +157,18 @@ class Run:
         def slow(worker: RankWorker) -> None:
             worker.model.register_forward_pre_hook(lambda *_: time.sleep(seconds))
 
-        self.gang.call(slow, timeout_s=60)
+        self.gang.collective_rpc(slow, timeout_s=60)
         return self.engine.generate(PROMPT, steps=STEPS, height=SIZE, width=SIZE, **options)
 
     def pids(self) -> set[int]:
-        return set(self.gang.call(lambda worker: os.getpid(), timeout_s=60))
+        return set(self.gang.collective_rpc(lambda worker: os.getpid(), timeout_s=60))
 
     def survive(self, *faults: tuple[int, Kind, Moment]) -> dict[str, Any]:
         """One request with faults: the first in the request, the others while new ranks come up. Its row of the report,
         with the longest time until one was noticed.
         """
         planted = plant(self.folder, faults)
-        self.gang.call(_plant_in_request(planted[0]), timeout_s=60)
+        self.gang.collective_rpc(_plant_in_request(planted[0]), timeout_s=60)
         self.gang.planted = planted[1:]
         self.gang.errors.clear()
         generation = self.generate()

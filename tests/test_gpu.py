@@ -124,7 +124,7 @@ def test_a_live_model_is_streamed_and_given_back(budget_mib: int | None) -> None
         offloader = LayerwiseOffloader(model, device, stacks=[str(n) for n in range(9)], budget_bytes=budget)
         held = torch.cuda.memory_allocated() - before
         outputs = [model(x) for _ in range(3)]
-        offloader.improve()  # whatever the blocks cost: the same bits
+        offloader.reschedule()  # whatever the blocks cost: the same bits
         outputs += [model(x) for _ in range(3)]
         torch.cuda.synchronize()
         offloader.remove()

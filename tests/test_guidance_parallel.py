@@ -112,11 +112,11 @@ def test_calls_that_are_used_at_once_are_right() -> None:
     assert all(torch.equal(each, 2 * (2 * X + 1)) for each in found)
 
 
-def test_a_promise_is_what_torch_and_pipelines_take_for_a_tensor() -> None:
+def test_a_deferred_tensor_is_what_torch_and_pipelines_take_for_a_tensor() -> None:
     def program(model: BranchedModel) -> list[Any]:
-        promise = model(X, return_dict=False)[0]
+        deferred = model(X, return_dict=False)[0]
         dt = torch.tensor(0.5)
-        return [promise.shape, -promise, 1 - promise, X + dt * promise, promise.chunk(2)[1], torch.norm(promise)]
+        return [deferred.shape, -deferred, 1 - deferred, X + dt * deferred, deferred.chunk(2)[1], torch.norm(deferred)]
 
     for shape, *tensors in run(program, "calls")[0]:
         assert shape == X.shape

@@ -39,7 +39,7 @@ def test_ranks_of_ray_listen_on_loopback(gang_of: Callable[[int], Gang]) -> None
     """
     ray = pytest.importorskip("ray")
 
-    ranks = gang_of(4).call(_own(), timeout_s=60)
+    ranks = gang_of(4).collective_rpc(_own(), timeout_s=60)
     rays_own = len(ray.get(ray.remote(num_cpus=0)(_own()).remote(None), timeout=60)[1])
     for rank, (pid, sockets, environment) in enumerate(ranks):
         outside = [socket for socket in sockets if socket[0] not in LOOPBACK]
@@ -52,7 +52,9 @@ def test_ranks_of_ray_listen_on_loopback(gang_of: Callable[[int], Gang]) -> None
 
 def test_ray_asks_for_a_token(gang_of: Callable[[int], Gang]) -> None:
     """Whoever reaches Ray's ports could run code in it; one that is started here asks who he is, as by default."""
-    assert [environment["RAY_AUTH_MODE"] for *_, environment in gang_of(2).call(_own(), timeout_s=60)] == ["token"] * 2
+    assert [environment["RAY_AUTH_MODE"] for *_, environment in gang_of(2).collective_rpc(_own(), timeout_s=60)] == [
+        "token"
+    ] * 2
 
 
 def test_what_rays_processes_listen_on(gang_of: Callable[[int], Gang]) -> None:
@@ -68,8 +70,8 @@ def test_what_rays_processes_listen_on(gang_of: Callable[[int], Gang]) -> None:
 def test_a_run_with_one_rank_of_ray(gang_of: Callable[[int], Gang], flux2_dir: Path) -> None:
     """With a picture: nothing is opened while it is drawn."""
     gang = gang_of(1)
-    before = gang.call(_own(), timeout_s=60)[0][1]
+    before = gang.collective_rpc(_own(), timeout_s=60)[0][1]
     with Engine.start(RunConfig(), flux2_dir, gang) as engine:
         engine.generate(PROMPT, steps=1, height=64, width=64)
-        after = gang.call(_own(), timeout_s=60)[0][1]
+        after = gang.collective_rpc(_own(), timeout_s=60)[0][1]
     assert {socket for socket in after if socket[0] not in LOOPBACK} == {s for s in before if s[0] not in LOOPBACK}

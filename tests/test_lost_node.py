@@ -40,13 +40,17 @@ def lose(step, of):
         threading.Thread(target=cluster.remove_node, args=(node, False)).start()
 
 
+def node_of(worker):
+    return __import__("ray").get_runtime_context().get_node_id()
+
+
 with Engine.start(config, checkpoint) as engine:
     options = {"steps": 30, "height": 64, "width": 64}
     expected = engine.generate(prompt, **options).latents[0]
-    places = engine.gang.call(lambda worker: __import__("ray").get_runtime_context().get_node_id(), timeout_s=60)
+    places = engine.gang.collective_rpc(node_of, timeout_s=60)
     used = [{"NodeID": place} for place in places]
     found = engine.generate(prompt, progress=lose, **options)
-    after = engine.gang.call(lambda worker: __import__("ray").get_runtime_context().get_node_id(), timeout_s=60)
+    after = engine.gang.collective_rpc(node_of, timeout_s=60)
 print("RESULT " + json.dumps({
     "equal": torch.equal(found.latents[0], expected),
     "faults": found.report["faults"],

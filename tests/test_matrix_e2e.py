@@ -1,4 +1,4 @@
-"""The matrix: every shipped layout, for every family, against a plain single-process diffusers run.
+"""The matrix: every built-in layout, for every family, against a plain single-process diffusers run.
 
 Through Ray here, on gangs that are shared by all tests; the layouts named in the mission through torchrun as well.
 """

@@ -15,7 +15,7 @@ from crossdock.offload.stream.trace import EventKind, TraceEvent
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.plan.reschedule import RankObservation, improve, observe
+from crossdock.runtime.plan.reschedule import RankObservation, observe, reschedule
 
 Fact = tuple[float, EventKind, str, int]
 
@@ -110,8 +110,8 @@ def test_auto_takes_what_is_spare_on_every_rank(flux2_dir: Path) -> None:
     plan = _plan(flux2_dir, "auto")
     assert plan.arena_bytes is not None
     small, large = 2**20, 2**30
-    alone = improve(plan, [_seen(plan, small)], 2).plan
-    both = improve(plan, [_seen(plan, large), _seen(plan, small)], 2).plan
+    alone = reschedule(plan, [_seen(plan, small)], 2).plan
+    both = reschedule(plan, [_seen(plan, large), _seen(plan, small)], 2).plan
     assert alone is not None
     assert both is not None
     assert both == alone
@@ -119,7 +119,7 @@ def test_auto_takes_what_is_spare_on_every_rank(flux2_dir: Path) -> None:
     assert alone.residency.device_bytes <= alone.arena_bytes
     assert alone.budget_bytes is not None
     assert alone.blocks_budget_bytes == alone.arena_bytes
-    everything = improve(plan, [_seen(plan, large)], 2).plan
+    everything = reschedule(plan, [_seen(plan, large)], 2).plan
     assert everything is not None
     assert len(everything.resident) == len(everything.blocks), "and it takes no more than all blocks"
     assert everything.arena_bytes == max(plan.arena_bytes, sum(block.layout.nbytes for block in plan.blocks))
@@ -129,12 +129,12 @@ def test_ranks_that_disagree_change_nothing(flux2_dir: Path) -> None:
     """What would pay on one rank is left when another ran the blocks in another order, or could not tell."""
     plan = _plan(flux2_dir, "auto")
     seen = _seen(plan, 2**20)
-    assert improve(plan, [seen, seen], 2).plan is not None
+    assert reschedule(plan, [seen, seen], 2).plan is not None
     for other in (None, replace(seen, order=seen.order[::-1])):
         for ranks in ([seen, other], [other, seen]):
-            found = improve(plan, ranks, 2)
+            found = reschedule(plan, ranks, 2)
             assert found.plan is None
-            assert "one order" in found.verdict
+            assert "one order" in found.schedule_note
 
 
 def test_slots_of_another_order_fit_its_blocks(flux2_dir: Path) -> None:
@@ -148,7 +148,7 @@ def test_slots_of_another_order_fit_its_blocks(flux2_dir: Path) -> None:
     sharing = tuple(index for _, index in sorted(zip(by_slot, largest_first, strict=True)))  # large ones share slots
     assert sum(slot_sizes([sizes[index] for index in sharing], slots)) < sum(slot_sizes(sizes, slots))
     for order in (plan.order[::-1], sharing):
-        found = improve(plan, [replace(seen, order=order)], 2).plan
+        found = reschedule(plan, [replace(seen, order=order)], 2).plan
         assert found is not None
         assert found.order == order
         places = [block.slot for block in found.streamed if block.slot is not None]
@@ -161,7 +161,7 @@ def test_only_auto_takes_spare_memory(flux2_dir: Path) -> None:
     """A budget that somebody has set is a promise, however much the device has left."""
     for budget in (None, "100MiB", 0.5):
         plan = _plan(flux2_dir, budget)  # type: ignore[arg-type]
-        found = improve(plan, [_seen(plan, 2**40)], 2).plan
+        found = reschedule(plan, [_seen(plan, 2**40)], 2).plan
         for after in [found] if found is not None else []:
             assert (after.arena_bytes, after.budget_bytes) == (plan.arena_bytes, plan.budget_bytes)
 
@@ -169,10 +169,10 @@ def test_only_auto_takes_spare_memory(flux2_dir: Path) -> None:
 def test_auto_uses_spare_memory_even_where_nothing_is_exposed(flux2_dir: Path) -> None:
     """Copies that compute hides still load the link; memory that lies idle costs nothing."""
     plan = _plan(flux2_dir, "auto")
-    found = improve(plan, [_seen(plan, 2**20, copy_s=0.001)], 2)
+    found = reschedule(plan, [_seen(plan, 2**20, copy_s=0.001)], 2)
     assert found.plan is not None
     assert len(found.plan.resident) > len(plan.resident)
-    assert improve(plan, [_seen(plan, 0, copy_s=0.001)], 2).plan is None
+    assert reschedule(plan, [_seen(plan, 0, copy_s=0.001)], 2).plan is None
 
 
 def test_the_blocks_are_observed_in_the_order_of_the_run(flux2_dir: Path) -> None:

@@ -12,8 +12,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from crossdock.launch.cli import app
+from crossdock.launch.commands.builtin_configs import builtin_configs
 from crossdock.launch.commands.models import HEADINGS, held_layouts, model_rows, models_markdown
-from crossdock.launch.commands.shipped import shipped_layouts
 from crossdock.parallel.regions import SequenceParallelism
 from crossdock.parallel.tensor import TensorParallelism, tensor_slices
 from crossdock.runtime.models.families import SPECS
@@ -91,14 +91,14 @@ def test_steps_are_passes_through_the_transformer() -> None:
 def test_every_family_has_a_row_of_the_matrix() -> None:
     """And every recipe; so what the table says of layouts is what tests hold."""
     assert {row.recipe for row in ROWS} == set(TINY)
-    assert {layout.name for layout in LAYOUTS} == set(shipped_layouts())
+    assert {layout.name for layout in LAYOUTS} == set(builtin_configs())
     for row in ROWS:
-        assert set(row.quick) <= set(shipped_layouts())
+        assert set(row.quick) <= set(builtin_configs())
 
 
-def test_refusals_name_shipped_layouts() -> None:
+def test_refusals_name_builtin_configs() -> None:
     for spec in SPECS.values():
-        assert set(spec.refused) <= set(shipped_layouts())
+        assert set(spec.refused) <= set(builtin_configs())
         assert held_layouts(spec), "a family that no layout can run"
 
 

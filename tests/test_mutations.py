@@ -24,7 +24,7 @@ from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.contract.numbers import SAME_NUMBERS
-from crossdock.runtime.contract.verdict import CompositionError, Violation
+from crossdock.runtime.contract.result import CompositionError, Violation
 from crossdock.runtime.contract.verify import CHECKS
 from crossdock.runtime.errors import RankError
 from crossdock.runtime.plan import make_plan as plan_module
@@ -62,7 +62,7 @@ MORE: dict[str, dict[str, Any]] = {
     "mmap_tp2": {"parallel": {"tp_degree": 2}, "offload": _FROM_FILES},
     "mmap_hsdp": {"parallel": {"dp_degree": 4, "hsdp": {"replicate": 2, "shard": 2}}, "offload": _FROM_FILES},
 }
-"""Layouts beside the shipped ones."""
+"""Layouts beside the built-in ones."""
 
 TP = ("layerwise_tp2", "tp2")
 HSDP = ("hsdp", "layerwise_hsdp")
@@ -92,12 +92,18 @@ MUTATIONS = (
         needs="copied !sharded",
     ),
     Mutation(
-        "a private copy", (1,), "owned-once", TO_Q, ("layerwise_tp2", "hsdp"), mutations.private_copy, needs="streamed"
+        "a private copy",
+        (1,),
+        "single-owner",
+        TO_Q,
+        ("layerwise_tp2", "hsdp"),
+        mutations.private_copy,
+        needs="streamed",
     ),
     Mutation(
         "nothing is freed",
         (1,),
-        "owned-once",
+        "single-owner",
         BLOCK,
         ("layerwise", "hsdp"),
         mutations.nothing_is_freed,
@@ -106,7 +112,7 @@ MUTATIONS = (
     Mutation(
         "a host copy never read",
         (1,),
-        "owned-once",
+        "single-owner",
         BLOCK,
         ("layerwise_tp2", "layerwise_hsdp", "mmap_tp2"),
         running.host_copy_never_read,
@@ -115,62 +121,62 @@ MUTATIONS = (
     Mutation(
         "a copy read after the load",
         (1,),
-        "owned-once",
+        "single-owner",
         BLOCK,
         ("layerwise_tp2", "hsdp"),
         running.host_copy_never_read,
         "request",
         needs="streamed",
     ),
-    Mutation("left on meta", (9,), "owned-once", "x_pad_token", ("tp2", "layerwise_hsdp"), mutations.left_on_meta),
-    Mutation("accelerate hook", (4,), "owned-once", BLOCK, ("single", "layerwise_hsdp"), mutations.accelerate_hook),
+    Mutation("left on meta", (9,), "single-owner", "x_pad_token", ("tp2", "layerwise_hsdp"), mutations.left_on_meta),
+    Mutation("accelerate hook", (4,), "single-owner", BLOCK, ("single", "layerwise_hsdp"), mutations.accelerate_hook),
     Mutation(
         "fully_shard",
         (1, 2, 4),
-        "owned-once",
+        "single-owner",
         BLOCK,
         ("layerwise_tp2", "hsdp"),
         mutations.fully_sharded,
         rank=None,
         needs="ranks",
     ),
-    Mutation("adapter registered", (26,), "owned-once", "lora_a", ("ring4", "hsdp"), mutations.adapter_registered),
-    Mutation("another dtype", (), "owned-once", OUTSIDE, ("tp2", "layerwise"), mutations.another_dtype),
+    Mutation("adapter registered", (26,), "single-owner", "lora_a", ("ring4", "hsdp"), mutations.adapter_registered),
+    Mutation("another dtype", (), "single-owner", OUTSIDE, ("tp2", "layerwise"), mutations.another_dtype),
     Mutation(
         "whole blocks read",
         (6,),
-        "owned-once",
+        "single-owner",
         "device memory",
         ("hsdp",),
         mutations.whole_blocks_read,
         needs="sharded !copied",
     ),
-    Mutation("slice of another rank", (), "covers", TO_Q, TP, mutations.slice_of_another_rank, needs="tp"),
+    Mutation("slice of another rank", (), "complete", TO_Q, TP, mutations.slice_of_another_rank, needs="tp"),
     Mutation(
         "parts in another order",
         (),
-        "covers",
+        "complete",
         PACKED,
         TP,
         mutations.parts_in_another_order,
         family="flux2-klein",
         needs="tp",
     ),
-    Mutation("shard of the neighbour", (), "covers", BLOCK, HSDP, mutations.shard_of_the_neighbour, needs="sharded"),
+    Mutation("shard of the neighbour", (), "complete", BLOCK, HSDP, mutations.shard_of_the_neighbour, needs="sharded"),
     Mutation(
         "shard off by the alignment",
         (),
-        "covers",
+        "complete",
         BLOCK,
         HSDP,
         mutations.shard_off_by_the_alignment,
         needs="sharded",
-        sooner="covers",
+        sooner="complete",
     ),
     Mutation(
         "gathered without slicing",
         (3,),
-        "covers",
+        "complete",
         "context_refiner.0",
         HSDP,
         mutations.gathered_without_slicing,
@@ -180,23 +186,23 @@ MUTATIONS = (
     Mutation(
         "bytes of the next block",
         (),
-        "covers",
+        "complete",
         BLOCK,
         ("layerwise_tp2", "hsdp"),
         mutations.bytes_of_the_next_block,
         needs="streamed",
     ),
-    Mutation("tail left out", (), "covers", BLOCK, OFFLOAD, mutations.tail_left_out, needs="copied"),
-    Mutation("initialised at random", (), "covers", OUTSIDE, ("tp2", "ulysses4"), mutations.initialised_at_random),
+    Mutation("tail left out", (), "complete", BLOCK, OFFLOAD, mutations.tail_left_out, needs="copied"),
+    Mutation("initialised at random", (), "complete", OUTSIDE, ("tp2", "ulysses4"), mutations.initialised_at_random),
     Mutation(
         "table not rebuilt",
         (14,),
-        "covers",
+        "complete",
         TABLE,
         ("layerwise_tp2", "hsdp"),
         mutations.table_not_rebuilt,
         needs="!one_store",
-        sooner="covers",
+        sooner="complete",
     ),
     Mutation(
         "cached view",
@@ -413,7 +419,7 @@ def _run(
     try:
         for stage in stages:
             work = work_of(stage, rehearse)
-            told[stage] = gang.call(work, plan, request, probe_request(plan), timeout_s=TIMEOUT_S)
+            told[stage] = gang.collective_rpc(work, plan, request, probe_request(plan), timeout_s=TIMEOUT_S)
             found[stage] = []
             try:
                 judge[stage](told[stage])
@@ -421,8 +427,8 @@ def _run(
                 found[stage] = list(error.violations)
                 break
     finally:
-        gang.call(undo, timeout_s=TIMEOUT_S)
-        gang.call(RankWorker.teardown, timeout_s=TIMEOUT_S)
+        gang.collective_rpc(undo, timeout_s=TIMEOUT_S)
+        gang.collective_rpc(RankWorker.teardown, timeout_s=TIMEOUT_S)
     return found, told
 
 
@@ -477,7 +483,7 @@ def test_mutation_is_caught(
             assert mutation.sooner in {violation.check for violation in early}, early
         else:
             _expect(mutation, plan, early)
-        assert all(not result.media for result in told.get("request", ())) or mutation.check != "covers"
+        assert all(not result.media for result in told.get("request", ())) or mutation.check != "complete"
         if not mutation.sooner and "request" not in found:
             return  # a rehearsal is judged by that and more
         found, _ = _run(gang, plan, request, work_of, "load", rehearse=True)
@@ -544,9 +550,9 @@ def test_a_rank_out_of_step_is_named(stuck: Stuck, pair: RayGang, checkpoints: C
     what = plan, REQUEST, probe_request(plan)
     began = time.monotonic()
     try:
-        pair.call(work_of("load", True), *what, timeout_s=TIMEOUT_S)
+        pair.collective_rpc(work_of("load", True), *what, timeout_s=TIMEOUT_S)
         with pytest.raises(RankError, match=stuck.text) as caught:
-            pair.call(work_of("request", True), *what, timeout_s=TIMEOUT_S)
+            pair.collective_rpc(work_of("request", True), *what, timeout_s=TIMEOUT_S)
     finally:
         took_s = time.monotonic() - began
         pair.restart()

@@ -176,7 +176,7 @@ def test_a_prepared_turn_is_taken_by_another() -> None:
     homes = [[Home.HOST] * 5, [Home.HOST] * 5]
     cases = _tenants(homes, CpuCopyEngine(60), Arena(_space(homes), CPU))
     first, second = cases
-    first.stream._loader.yields_link = True
+    first.stream._loader.yield_to_collectives = True
     for module in first.modules:
         module.collectives = 3  # so that the next copies are cut into four
     first.check(range(5))

@@ -40,7 +40,7 @@ def test_blocks_present_together_never_share_a_slot(prefetch: int) -> None:
 
 @cache
 def _fewest_slots(count: int, window: int) -> int:
-    """By trying: the fewest slots for `count` blocks in a ring, any `window` neighbours of which differ."""
+    """By trying: the fewest slots for `count` blocks in a circle, any `window` neighbours of which differ."""
 
     def extends(slots: tuple[int, ...], available: int) -> bool:
         place = len(slots)
@@ -70,8 +70,8 @@ def test_slots_are_as_few_and_the_window_as_wide_as_can_be(prefetch: int) -> Non
 
 
 @pytest.mark.parametrize("prefetch", PREFETCHES)
-def test_long_rings_keep_the_full_prefetch(prefetch: int) -> None:
-    """Only rings too short for it may lose prefetch distance (pitfall 18: prefetch that starts too late)."""
+def test_long_passes_keep_the_full_prefetch(prefetch: int) -> None:
+    """Only passes too short for it may lose prefetch distance (pitfall 18: prefetch that starts too late)."""
     for count in range(prefetch * (prefetch + 1), 61):
         assert count == 0 or assign_slots(count, prefetch).prefetch == prefetch, count
 

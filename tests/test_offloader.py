@@ -259,12 +259,12 @@ def test_what_blocks_really_cost_decides_what_stays(outside: Any) -> None:
     with LayerwiseOffloader(model, CPU, budget_bytes=budget, outside=outside, engine=engine) as offloader:
         held = _device_bytes(offloader)
         assert held > budget - layouts[0].nbytes, "another choice may need all of it"
-        assert offloader.improve() is None, "nothing has run"
+        assert offloader.reschedule() is None, "nothing has run"
         for turn in range(5):
             with offloader.present():
                 assert torch.equal(model(X), expected)
             if turn == 1:
-                better = offloader.improve()
+                better = offloader.reschedule()
                 assert better is not None
                 assert better.exposed_s < 0.1 * better.step_s
                 streamed = [n for n in range(12) if n not in better.resident]
@@ -273,7 +273,7 @@ def test_what_blocks_really_cost_decides_what_stays(outside: Any) -> None:
                 assert _device_bytes(offloader) == held
                 misses = offloader.stream.counters.misses
             if turn == 3:
-                assert offloader.improve() is None, "there is nothing better than the best"
+                assert offloader.reschedule() is None, "there is nothing better than the best"
         assert offloader.stream.counters.misses == misses
     engine.close()
     for handle in handles:
@@ -287,6 +287,12 @@ def test_nothing_to_choose(model: Model) -> None:
     with LayerwiseOffloader(model, CPU) as offloader:
         for _ in range(3):
             model(X)
+        assert offloader.reschedule() is None
+
+
+def test_the_former_name_of_reschedule_warns(model: Model) -> None:
+    text = "LayerwiseOffloader.improve is deprecated; call reschedule"
+    with LayerwiseOffloader(model, CPU) as offloader, pytest.warns(DeprecationWarning, match=text):
         assert offloader.improve() is None
 
 

@@ -164,7 +164,7 @@ def test_nothing_is_copied_before_it_is_streamed(tmp_path: Path) -> None:
     (piece,) = pages.pieces(PlannedBlock("b", layout, Home.HOST, 0), {}, {}, 0, layout.nbytes)
     assert int(piece.source.sum(dtype=torch.int64)) == 2**24 * (0x80 + 0x3F)
     assert _anonymous_bytes() - before < 2**24
-    assert piece.source.shape == (2**26,), "a copy of one dimension can be cut into portions"
+    assert piece.source.shape == (2**26,), "a copy of one dimension can be cut into chunks"
 
 
 def _anonymous_bytes() -> int:

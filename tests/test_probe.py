@@ -17,7 +17,7 @@ from crossdock.launch.engine.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import SHOWN, Coordinator
 from crossdock.runtime.contract.numbers import FINAL_LATENTS, same_numbers
-from crossdock.runtime.contract.verdict import CompositionError, Violation
+from crossdock.runtime.contract.result import CompositionError, Violation
 from crossdock.runtime.contract.verify import verify_composition
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
@@ -95,12 +95,12 @@ def test_the_same_numbers_on_two_ranks(
     latents = []
     for probed in (False, True):
         with Engine.start(config, checkpoints["z-image"], gang_of(2)) as engine:
-            assert engine.verdict.composition[-1]["status"] == "not probed"
+            assert engine.contract_result.composition[-1]["status"] == "not probed"
             if probed:
                 engine.probe()
-                assert engine.verdict.composition[-1]["status"] == "holds"
+                assert engine.contract_result.composition[-1]["status"] == "holds"
             latents.append(engine.generate(PROMPT, steps=2, height=ODD_SIZE[0], width=ODD_SIZE[1]).latents[0])
-            reports = engine.gang.call(RankWorker.report, timeout_s=60)
+            reports = engine.gang.collective_rpc(RankWorker.report, timeout_s=60)
             assert verify_composition(engine.plan, reports) == [], "a load that is told of nowhere filled a slot"
     assert torch.equal(*latents)
 
@@ -233,7 +233,7 @@ def test_a_load_that_is_left_out_is_found(
         def forgetful(block: Any, memory: Any, after: Any, slot: Any, done: Any, **more: Any) -> None:
             if block.name == stale and not left_out:
                 left_out.append(stale)
-                done(worker.engine.record())
+                done(worker.copy_engine.record())
             else:
                 load(block, memory, after, slot, done, **more)
 
@@ -249,7 +249,7 @@ def test_a_wait_that_is_left_out_is_found(
     """Copies that come late, and one block that does not wait for its own: it computes with what was there before."""
     with _worker(checkpoints["z-image"], **STREAMED["shared"]) as worker:
         index = worker.plan.order[5]
-        wait, slots = worker.engine.wait, worker.stream._slots
+        wait, slots = worker.copy_engine.wait, worker.stream._slots
         left_out: list[int] = []
 
         def impatient(event: Any) -> None:
@@ -259,8 +259,8 @@ def test_a_wait_that_is_left_out_is_found(
                 wait(event)
 
         worker.stream.poison_freed = poison
-        monkeypatch.setattr(worker.engine, "_delay", lambda: time.sleep(0.02))
-        monkeypatch.setattr(worker.engine, "wait", impatient)
+        monkeypatch.setattr(worker.copy_engine, "_delay", lambda: time.sleep(0.02))
+        monkeypatch.setattr(worker.copy_engine, "wait", impatient)
         _expect_first(_found(worker), worker.plan.blocks[index].name)
         assert left_out == [index]
 
@@ -284,10 +284,10 @@ def test_the_part_of_another_rank_is_found(fault: str, gang_of: GangOf, checkpoi
 
     config = RunConfig.parse({"parallel": TWO_RANKS[fault], "offload": {"layerwise": True}})
     with Engine.start(config, checkpoints["flux2-klein"], gang_of(2)) as engine:
-        name = engine.gang.call(plant, timeout_s=60)[0]
+        name = engine.gang.collective_rpc(plant, timeout_s=60)[0]
         with pytest.raises(CompositionError, match="same-numbers: rank") as caught:
             engine.probe()
-        assert engine.verdict.composition[-1]["status"] == "violated"
+        assert engine.contract_result.composition[-1]["status"] == "violated"
         assert {violation.rank for violation in caught.value.violations} == {0, 1}
         _expect_first(list(caught.value.violations), name)
 

@@ -22,9 +22,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from crossdock.launch.gangs.rank_messages import MAX_BYTES, ErrorNote, Lead, MessageStore, Reporter
 from crossdock.launch.gangs.rendezvous import LOOPBACK, open_store
 from crossdock.launch.gangs.run_secret import VARIABLE, forget_run_secret, run_secret
-from crossdock.launch.gangs.torchrun_judge import Beat, Verdict
+from crossdock.launch.gangs.torchrun_judge import Beat, FaultVerdict
 from crossdock.parallel.group import Collective, GroupRecord
-from crossdock.runtime.contract.verdict import CompositionError
+from crossdock.runtime.contract.result import CompositionError
 from crossdock.runtime.errors import (
     CheckpointError,
     ConfigError,
@@ -99,8 +99,8 @@ ERRORS = (
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_an_error_arrives_as_it_was(error: CrossdockError, post: Post) -> None:
     """The exit code and the message are the error's own on every rank."""
-    post.messages.put("verdict", Verdict(0, error, (("host", "0"), 77)))
-    (arrived,) = post.messages.get(["verdict"], Verdict)
+    post.messages.put("verdict", FaultVerdict(0, error, (("host", "0"), 77)))
+    (arrived,) = post.messages.get(["verdict"], FaultVerdict)
     assert arrived is not None
     assert type(arrived.error) is type(error)
     assert str(arrived.error) == str(error)
@@ -132,7 +132,7 @@ def test_a_beat_arrives_as_it_was(post: Post) -> None:
 
 def test_nothing_is_there_yet(post: Post) -> None:
     post.messages.clear(["verdict"])
-    assert post.messages.get(["verdict"], Verdict) == [None]
+    assert post.messages.get(["verdict"], FaultVerdict) == [None]
     assert post.refused == []
 
 
@@ -156,7 +156,9 @@ class Bomb:
 
 def _forged(post: Post) -> bytes:
     """A well-formed verdict that somebody without the secret wrote."""
-    _post(post.store, b"another secret of the same length").messages.put("verdict", Verdict(0, RankError(0, "forged")))
+    _post(post.store, b"another secret of the same length").messages.put(
+        "verdict", FaultVerdict(0, RankError(0, "forged"))
+    )
     return post.store.values["verdict"]
 
 
@@ -174,10 +176,12 @@ FORGERIES: dict[str, Callable[[Post, Path], bytes]] = {
 @pytest.mark.parametrize("forge", FORGERIES.values(), ids=FORGERIES)
 def test_what_no_rank_signed_is_not_there(forge: Callable[[Post, Path], bytes], post: Post, tmp_path: Path) -> None:
     post.store.set("verdict", forge(post, tmp_path / "ran"))
-    assert post.messages.get(["verdict"], Verdict) == [None]
+    assert post.messages.get(["verdict"], FaultVerdict) == [None]
     assert [key for key, _ in post.refused] == ["verdict"]
-    assert str(post.messages.put_first("verdict", Verdict(1, RankError(0, "gone", "died"))).error) == "rank 0: gone"
-    (arrived,) = post.messages.get(["verdict"], Verdict)
+    assert (
+        str(post.messages.put_first("verdict", FaultVerdict(1, RankError(0, "gone", "died"))).error) == "rank 0: gone"
+    )
+    (arrived,) = post.messages.get(["verdict"], FaultVerdict)
     assert arrived is not None
     assert str(arrived.error) == "rank 0: gone"
     assert not (tmp_path / "ran").exists()

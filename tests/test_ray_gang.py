@@ -10,7 +10,7 @@ import pytest
 
 from crossdock.launch.engine.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
-from crossdock.runtime.contract.verdict import CompositionError
+from crossdock.runtime.contract.result import CompositionError
 from crossdock.runtime.errors import RankError
 from crossdock.runtime.watch.gang import Gang
 
@@ -23,7 +23,7 @@ def test_a_rank_that_raises_names_itself(gang_of: Callable[[int], Gang]) -> None
             raise ValueError("planted")
 
     with pytest.raises(RankError, match=r"rank 1: ValueError: planted"):
-        gang_of(2).call(raise_on_rank_1, timeout_s=60)
+        gang_of(2).collective_rpc(raise_on_rank_1, timeout_s=60)
 
 
 def test_a_rank_that_hangs_is_not_waited_for(gang_of: Callable[[int], Gang]) -> None:
@@ -35,8 +35,10 @@ def test_a_rank_that_hangs_is_not_waited_for(gang_of: Callable[[int], Gang]) -> 
         time.sleep(4 if worker.rank == 1 else 0)
 
     with pytest.raises(RankError, match="rank 1: was not done in time"):
-        gang_of(2).call(sleep, timeout_s=1)
-    gang_of(2).call(lambda worker: worker.rank, timeout_s=60)  # it was only slow: the next call finds it again
+        gang_of(2).collective_rpc(sleep, timeout_s=1)
+    gang_of(2).collective_rpc(
+        lambda worker: worker.rank, timeout_s=60
+    )  # it was only slow: the next call finds it again
 
 
 def test_a_violation_stops_the_run(gang_of: Callable[[int], Gang], checkpoints: dict[str, Path]) -> None:
@@ -54,5 +56,5 @@ def test_a_violation_stops_the_run(gang_of: Callable[[int], Gang], checkpoints: 
             return worker.report()
 
         with pytest.raises(CompositionError) as caught:
-            engine._coordinator.admit(gang.call(rebind, timeout_s=60), rehearsed=False)
-    assert "owned-once: rank 1: layers.1.feed_forward.w1.weight: expected slot" in str(caught.value)
+            engine._coordinator.admit(gang.collective_rpc(rebind, timeout_s=60), rehearsed=False)
+    assert "single-owner: rank 1: layers.1.feed_forward.w1.weight: expected slot" in str(caught.value)

@@ -16,7 +16,7 @@ from rich.console import Console
 from crossdock.launch.commands.generate import summary, survived
 from crossdock.launch.engine.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
-from crossdock.runtime.contract.verdict import CompositionError
+from crossdock.runtime.contract.result import CompositionError
 from crossdock.runtime.errors import ConfigError, CrossdockError, RankError, RequestCancelled, RequestTimeout
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.watch.faults import rank_error
@@ -46,14 +46,16 @@ class LocalGang:
         self.closed = False
         self.worker = RankWorker(0, 1, torch.device("cpu"))
 
-    def call(self, work: Callable[..., Any], *args: Any, timeout_s: float, notice: Notice | None = None) -> list[Any]:
+    def collective_rpc(
+        self, work: Callable[..., Any], *args: Any, timeout_s: float, notice: Notice | None = None
+    ) -> list[Any]:
         self.worker.on_progress = (lambda _: notice({0: self.worker.status()})) if notice else None
         try:
             return [work(self.worker, *args)]
         except Exception as error:
             raise rank_error(self.worker.status(), error) from None
 
-    def aside(self, rank: int, work: Callable[..., Any], *args: Any, timeout_s: float) -> Any:
+    def rpc(self, rank: int, work: Callable[..., Any], *args: Any, timeout_s: float) -> Any:
         return work(self.worker, *args)
 
     def close(self) -> None:
@@ -149,6 +151,8 @@ def test_memory_that_runs_out_lowers_the_budget_once(flux2_dir: Path) -> None:
     with _engine(flux2_dir, "6MiB") as (engine, gang):
         expected = _generate(engine)
         before = engine.plan.budget_bytes
+        schedule = expected.report["schedule"]
+        assert schedule["verdict"] == schedule["schedule_note"], "its former name, for one version"
         _fail(gang, torch.OutOfMemoryError("planted"))
         found = _generate(engine)
         assert before is not None
@@ -303,15 +307,15 @@ def test_cancelling(flux2_dir: Path) -> None:
 
 
 def test_cancelling_while_ranks_are_replaced(flux2_dir: Path) -> None:
-    """The wish is lost with the rank that it was told to, or it makes an error of its own."""
+    """The cancel is lost with the rank that it was told to, or it makes an error of its own."""
     with _engine(flux2_dir) as (engine, gang):
         expected = _generate(engine)
         restart = gang.restart
 
         def cancelled_meanwhile() -> None:
-            gang.aside = unreachable  # type: ignore[method-assign]
+            gang.rpc = unreachable  # type: ignore[method-assign]
             engine.cancel("too late for the old ranks")
-            del gang.aside
+            del gang.rpc
             restart()
 
         def unreachable(*_: Any, **__: Any) -> Any:
@@ -345,7 +349,7 @@ def test_what_happens_is_told_at_once(flux2_dir: Path) -> None:
     """A fault that is survived is only told when the picture is there."""
     with _engine(flux2_dir) as (engine, gang):
         told: list[str] = []
-        engine._tell = told.append
+        engine._notify = told.append
         seen_by_new_ranks: list[int] = []
         restart = gang.restart
 

@@ -17,7 +17,7 @@ from thread_ranks import as_group, groups_of, run_threads
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
-from crossdock.parallel.regions import Follow, Join, SequenceParallelism, SequenceRegion
+from crossdock.parallel.regions import AttentionScope, SequenceParallelism, SequenceRegion, ShardLike
 from crossdock.parallel.sequence import SequenceLayout, take_shard
 from crossdock.runtime.rank.attention_backend import AttentionBinding
 
@@ -77,7 +77,9 @@ def region(**changes: Any) -> SequenceRegion:
     return SequenceRegion(**{**stack, "segments": ("image", "text"), "gathers": ("image", "text"), **changes})
 
 
-def run(of: SequenceRegion, join: Join | None = None, **inputs: Any) -> list[tuple[Any, list[dict[str, Any]], Seen]]:
+def run(
+    of: SequenceRegion, scope: AttentionScope | None = None, **inputs: Any
+) -> list[tuple[Any, list[dict[str, Any]], Seen]]:
     """Per rank: the output, what the second block saw, and what attention was told."""
     meeting, groups = groups_of(PARTS)
 
@@ -87,7 +89,7 @@ def run(of: SequenceRegion, join: Join | None = None, **inputs: Any) -> list[tup
         assert group is not None
         sequence = SequenceParallelism(seen, rank, PARTS, group)
         sequence.apply(model, (of,))
-        attention = replace(sequence.attention_of("blocks.1.attn"), join=join)
+        attention = replace(sequence.attention_of("blocks.1.attn"), scope=scope)
         model.blocks[1].attend = lambda tokens: attention.attend(tokens, tokens, tokens)
         output = model(**inputs)
         assert not sequence.running
@@ -115,7 +117,9 @@ def test_the_last_tokens_are_a_segment_of_their_own() -> None:
     """An int counts them; every block is given its own number, and they come out in one piece, in order."""
     image, tables = torch.randn(2, 13, 3), torch.randn(1, 13, 1, 5)
     both = ("image", "tail")
-    of = region(segments=both, gathers=both, follow={"tables": Follow(both, 1), "temb": Follow(both, 1, ndim=4)})
+    of = region(
+        segments=both, gathers=both, shard_like={"tables": ShardLike(both, 1), "temb": ShardLike(both, 1, ndim=4)}
+    )
     temb = torch.randn(2, 13, 6)  # three dims: not per token
     found = run(of, image=image, tail=8, tables=(tables, tables + 1), temb=temb)
     for rank, (output, blocks, seen) in enumerate(found):
@@ -134,19 +138,26 @@ def test_the_last_tokens_are_a_segment_of_their_own() -> None:
 def test_elements_of_a_tuple_follow_what_they_belong_to() -> None:
     image, text = torch.randn(2, 8, 3), torch.randn(2, 4, 3)
     tables, one = (torch.randn(8, 5), torch.randn(4, 5)), torch.randn(2, 1, 6)
-    follow = {"tables": (Follow("image", 0), Follow("text", 0)), "temb": Follow("image", 1)}
-    for rank, (_, blocks, _) in enumerate(run(region(follow=follow), image=image, text=text, tables=tables, temb=one)):
+    shard_like = {"tables": (ShardLike("image", 0), ShardLike("text", 0)), "temb": ShardLike("image", 1)}
+    for rank, (_, blocks, _) in enumerate(
+        run(region(shard_like=shard_like), image=image, text=text, tables=tables, temb=one)
+    ):
         for block in blocks:
             assert torch.equal(block["tables"][0], share(tables[0], 0, rank))
             assert torch.equal(block["tables"][1], share(tables[1], 0, rank))
             assert block["temb"] is one  # one entry for all tokens
-    assert run(region(follow=follow), image=image, text=text)[0][1][0]["tables"] is None
+    assert run(region(shard_like=shard_like), image=image, text=text)[0][1][0]["tables"] is None
 
 
 def test_what_does_not_follow_is_refused() -> None:
-    follow = {"temb": Follow("image", 1)}
+    shard_like = {"temb": ShardLike("image", 1)}
     with pytest.raises(ValueError, match=r"shape \(2, 7, 6\) does not follow the 8 tokens of image"):
-        run(region(follow=follow), image=torch.randn(2, 8, 3), text=torch.randn(2, 4, 3), temb=torch.randn(2, 7, 6))
+        run(
+            region(shard_like=shard_like),
+            image=torch.randn(2, 8, 3),
+            text=torch.randn(2, 4, 3),
+            temb=torch.randn(2, 7, 6),
+        )
 
 
 def test_padding_is_told_of_the_whole_sequence() -> None:
@@ -159,9 +170,9 @@ def test_padding_is_told_of_the_whole_sequence() -> None:
         mask = seen.calls[0]["mask"]
         assert mask.dtype == torch.bool
         assert torch.equal(mask, torch.cat([torch.ones(2, 8), real], 1).bool())
-    for _, _, seen in run(of, Join(("text", "image")), image=image, text=text, real=real):
+    for _, _, seen in run(of, AttentionScope(("text", "image")), image=image, text=text, real=real):
         assert torch.equal(seen.calls[0]["mask"], torch.cat([real, torch.ones(2, 8)], 1).bool())
-    for _, _, seen in run(of, Join(("image",)), image=image, text=text, real=real):
+    for _, _, seen in run(of, AttentionScope(("image",)), image=image, text=text, real=real):
         assert seen.calls[0] == {"layout": SequenceLayout((8,), PARTS), "mask": None}
     assert run(of, image=image, text=text)[0][2].calls[0]["mask"] is None
     found = run(of, image=image, text=text, real=real, first_only=("real",))  # the second block is given none
@@ -170,7 +181,7 @@ def test_padding_is_told_of_the_whole_sequence() -> None:
 
 def test_queries_and_keys_may_be_of_different_segments() -> None:
     image, text = torch.randn(2, 8, 3), torch.randn(2, 4, 3)
-    for _, _, seen in run(region(), Join(("image",), ("text",)), image=image, text=text):
+    for _, _, seen in run(region(), AttentionScope(("image",), ("text",)), image=image, text=text):
         layouts = {"layout": SequenceLayout((8,), PARTS), "key_layout": SequenceLayout((4,), PARTS)}
         assert seen.calls == [{**layouts, "mask": None}]
 
@@ -190,9 +201,9 @@ def test_an_output_that_is_not_what_comes_out_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"follow": {"nonsense": "image"}}, r"Block\.forward has no argument 'nonsense'"),
+        ({"shard_like": {"nonsense": "image"}}, r"Block\.forward has no argument 'nonsense'"),
         ({"cross": ("blocks.*.attn2",)}, "no module of Model matches 'blocks.*.attn2'"),
-        ({"joins": {"blocks.*.attn2": Join(("image",))}}, "no module of Model matches 'blocks.*.attn2'"),
+        ({"scopes": {"blocks.*.attn2": AttentionScope(("image",))}}, "no module of Model matches 'blocks.*.attn2'"),
     ],
 )
 def test_a_region_that_does_not_fit_leaves_the_model_alone(changes: dict[str, Any], message: str) -> None:
@@ -240,10 +251,10 @@ def test_modules_may_share_a_processor(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("FLUX.3, edit", {"joins": {}}),
-        ("SD 3.5", {"joins": {}}),
+        ("FLUX.3, edit", {"scopes": {}}),
+        ("SD 3.5", {"scopes": {}}),
         ("HunyuanVideo 1.5", {"segments": ("encoder_hidden_states", IMAGE)}),
-        ("LTX-2", {"joins": {}}),
+        ("LTX-2", {"scopes": {}}),
     ],
 )
 def test_what_the_data_says_matters(name: str, changes: dict[str, Any]) -> None:
@@ -346,11 +357,11 @@ def test_causal_attention_with_a_cache() -> None:
             assert (part - whole).abs().max() < LIMIT * whole.abs().max()
 
 
-def test_heads_that_cannot_be_dealt_out_are_named() -> None:
+def test_heads_that_cannot_be_scattered_are_named() -> None:
     """Four heads to six ranks."""
     case = CASES["Qwen-Image 2.1"]
     sequence = Gang(1, 2, 3).sequence(0)
-    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.to_q: 4 heads cannot be dealt out to 6 ranks"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.to_q: 4 heads cannot be scattered over 6 ranks"):
         sequence.apply(build(case), case.regions)
 
 

@@ -275,11 +275,11 @@ def test_several_ranks(config: dict[str, Any], gang_of: GangOf, checkpoints: Che
             worker.on_progress = None
 
     with Engine.start(run, checkpoints["flux2-klein"], gang_of(2)) as engine:
-        engine.gang.call(make_stochastic, timeout_s=60)
-        first = engine.gang.call(cut, request, timeout_s=120)
+        engine.gang.collective_rpc(make_stochastic, timeout_s=60)
+        first = engine.gang.collective_rpc(cut, request, timeout_s=120)
         resume = [snapshot for _, snapshot in first if snapshot is not None]
         assert [snapshot.step for snapshot in resume] == [3] * replicas, "only the first rank of a replica keeps"
-        second = engine.gang.call(RankWorker.generate, request, resume, timeout_s=120)
+        second = engine.gang.collective_rpc(RankWorker.generate, request, resume, timeout_s=120)
     expected = [latents for latents, _ in first if latents is not None]
     found = [result.latents for result in second if result.latents is not None]
     assert len(expected) == len(found) == replicas

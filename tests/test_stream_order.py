@@ -125,7 +125,7 @@ def test_copies_yield_to_collectives() -> None:
     """Pitfall 32: on a shared link, a prefetch runs between the collectives of a block, not through them."""
     case = build([Home.HOST] * 6, 1, seed=2)
     stream, pieces = case.stream, []
-    stream._loader.yields_link = True
+    stream._loader.yield_to_collectives = True
     move = stream.engine.move
 
     def spy(target: Tensor, source: Tensor) -> None:
@@ -138,7 +138,7 @@ def test_copies_yield_to_collectives() -> None:
     def collective() -> None:
         stream.engine.drain()
         enqueued[-1].append(sum(pieces))
-        stream.link_used()
+        stream.collective_issued()
 
     for module in case.modules:
         module.collectives, module.on_collective = 3, collective
@@ -151,15 +151,15 @@ def test_copies_yield_to_collectives() -> None:
     case.finish()
 
 
-def test_a_held_portion_waits_for_the_collective() -> None:
-    """Pitfall 32: a portion that only the host sees behind the collective would run beside it on the device."""
+def test_a_held_chunk_waits_for_the_collective() -> None:
+    """Pitfall 32: a chunk that only the host sees behind the collective would run beside it on the device."""
     case = build([Home.HOST], 1)
     engine, (block,), done = CpuCopyEngine(60), case.stream.blocks, list[Event]()
     memory, late = aligned_bytes(block.layout.nbytes, torch.device("cpu")), threading.Event()
     collective = engine.submit("gather", lambda: late.wait(60) and None, ())
     engine.record = lambda: collective  # type: ignore[method-assign]
-    loader = BlockLoader(engine, None, EventLog(engine, 100), yields_link=True)
-    loader.load(block, memory, (), None, done.append, portions=2)
+    loader = BlockLoader(engine, None, EventLog(engine, 100), yield_to_collectives=True)
+    loader.load(block, memory, (), None, done.append, chunks=2)
     engine.wait(engine.submit("copy", nothing, ()))
     before = memory.clone()
     loader.release()
@@ -172,17 +172,17 @@ def test_a_held_portion_waits_for_the_collective() -> None:
     case.finish()
 
 
-def test_a_copy_fails_with_any_of_its_portions() -> None:
+def test_a_copy_fails_with_any_of_its_chunks() -> None:
     """A block whose first half did not arrive would compute with what was there before."""
     case = build([Home.HOST], 1)
     engine, (block,) = FailingEngine(), case.stream.blocks
     memory = aligned_bytes(block.layout.nbytes, torch.device("cpu"))
-    for portion in range(3):
+    for chunk in range(3):
         done: list[Event] = []
-        loader = BlockLoader(engine, None, EventLog(engine, 100), yields_link=True)
+        loader = BlockLoader(engine, None, EventLog(engine, 100), yield_to_collectives=True)
         size = round_up(-(-block.layout.nbytes // 3), ALIGNMENT)
-        engine.fail.add(case.wholes[0].data_ptr() + portion * size)
-        loader.load(block, memory, (), None, done.append, portions=3)
+        engine.fail.add(case.wholes[0].data_ptr() + chunk * size)
+        loader.load(block, memory, (), None, done.append, chunks=3)
         loader.flush()
         with pytest.raises(BlockError):
             engine.wait(done[0])
@@ -265,7 +265,7 @@ def test_copies_yield_to_gathers() -> None:
     """Pitfall 32: a gather has the shared link to itself; the next shard is copied behind it."""
     case = build([Home.HOST_SHARD] * 6, 2)
     loader = case.stream._loader
-    loader.yields_link = True
+    loader.yield_to_collectives = True
     gather = case.group.gather()
 
     def slow(out: Tensor, shard: Tensor) -> None:

@@ -47,7 +47,7 @@ def _block_bytes(engine: Engine) -> list[int]:
             end = max(end, stop)
         return total
 
-    return engine.gang.call(measure, timeout_s=60)
+    return engine.gang.collective_rpc(measure, timeout_s=60)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -89,7 +89,9 @@ def test_hsdp_holds_its_share_and_the_window(family: str, gang_of: GangOf, check
         sizes = [block.layout.nbytes for block in engine.plan.blocks]
         window = _block_bytes(engine)
         report = engine.generate(PROMPT, steps=2).report
-        shards = engine.gang.call(lambda worker: sum(b.source.nbytes for b in worker.weights.blocks), timeout_s=60)
+        shards = engine.gang.collective_rpc(
+            lambda worker: sum(b.source.nbytes for b in worker.weights.blocks), timeout_s=60
+        )
     for row, in_slots, in_shards in zip(report["ranks"], window, shards, strict=True):
         assert in_shards == row["shard_bytes"] == sum(sizes) // 2
         assert in_slots <= 3 * (max(sizes) + SLACK)
@@ -111,7 +113,7 @@ def test_where_blocks_rest_is_what_is_computed_with(layout: str, gang_of: GangOf
     with Engine.start(config, checkpoints["flux2-klein"], gang_of(config.world_size)) as engine:
         prompts = [PROMPT] * config.parallel.dp_degree
         before = engine.generate(prompts, steps=2, height=ODD_SIZE[0], width=ODD_SIZE[1]).latents[-1]
-        engine.gang.call(poison, timeout_s=60)
+        engine.gang.collective_rpc(poison, timeout_s=60)
         after = engine.generate(prompts, steps=2, height=ODD_SIZE[0], width=ODD_SIZE[1]).latents[-1]
     print(f"{layout}: poisoned weights move the latents by {float((after - before).abs().max()):.2f}")
     assert not torch.allclose(after, before, atol=1e-2)
@@ -129,16 +131,18 @@ def test_freed_slots_are_not_read(layout: str, family: str, gang_of: GangOf, che
         worker.stream.rehearse()  # on the first rank, the VAE had the memory last
         free = [slot for slot in worker.stream._shared if slot.holder is None]
         for slot in free:
-            worker.engine.wait(slot.ready)
+            worker.copy_engine.wait(slot.ready)
         return bool(free) and all(bool((slot.memory == 0xFF).all()) for slot in free)
 
     config = _config(layout)
     with Engine.start(config, checkpoints[family], gang_of(config.world_size)) as engine:
         before = _latents(engine)
-        engine.gang.call(poison_freed, timeout_s=60)
+        engine.gang.collective_rpc(poison_freed, timeout_s=60)
         after = _latents(engine)
         assert torch.equal(before, after)
-        assert all(engine.gang.call(freed_are_nan, timeout_s=60)), "nothing was poisoned: this test proves nothing"
+        assert all(engine.gang.collective_rpc(freed_are_nan, timeout_s=60)), (
+            "nothing was poisoned: this test proves nothing"
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -159,7 +163,7 @@ def test_a_rank_reads_only_its_own_bytes(gang_of: GangOf, checkpoints: Checkpoin
     config = _config("layerwise_hsdp")
     with Engine.start(config, checkpoints["z-image"], gang_of(config.world_size)) as engine:
         total = sum(block.layout.nbytes for block in engine.plan.blocks)
-        stores = engine.gang.call(lambda worker: worker.weights.store.nbytes, timeout_s=60)
-        sharers = engine.gang.call(lambda worker: worker.weights.shares_store_with, timeout_s=60)
+        stores = engine.gang.collective_rpc(lambda worker: worker.weights.store.nbytes, timeout_s=60)
+        sharers = engine.gang.collective_rpc(lambda worker: worker.weights.shares_store_with, timeout_s=60)
     assert stores == [total // 2] * 4
     assert sharers == [(0, 2), (1, 3), (0, 2), (1, 3)]

@@ -11,7 +11,7 @@ import pytest
 
 from crossdock.launch import cli
 from crossdock.launch.commands import timeline
-from crossdock.launch.commands.arguments import Outputs, run_app
+from crossdock.launch.commands.options import Outputs, run_app
 from crossdock.offload.stream.trace import TraceEvent
 from crossdock.runtime.errors import LaunchError, RequestError
 from crossdock.runtime.reports.records import RankTrace, Span

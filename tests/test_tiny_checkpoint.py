@@ -18,8 +18,8 @@ from crossdock.runtime.models.checkpoint import read_model_index
 from crossdock.runtime.models.families import spec_of_pipeline
 from crossdock.runtime.models.latents import latent_pixels
 from crossdock.runtime.models.spec import ModelSpec
-from crossdock.runtime.models.tiny import checkpoint as tiny_checkpoint
-from crossdock.runtime.models.tiny.checkpoint import make_checkpoint
+from crossdock.runtime.models.tiny import make_checkpoint as tiny_checkpoint
+from crossdock.runtime.models.tiny.make_checkpoint import make_checkpoint
 from crossdock.runtime.models.tiny.recipes import TINY
 from layouts import ALL, FAMILIES
 from reference import pipeline_of

@@ -55,8 +55,8 @@ def test_intervals_of_interleaved_blocks() -> None:
         compute a 0 5 0 17, copy c 1 1 8 19"""
     assert found == [line.strip() for line in expected.split(",")]
     assert {(i.kind, i.stream) for i in intervals(EVENTS) if i.kind != i.stream} == {("wait", "compute")}
-    portions = _events("load_begin a 0 0 8, load_begin b 1 1 8, load_end a 0 2 0, load_end b 1 4 0")  # of two copies
-    assert [(i.block, round(i.ms, 6), i.sequence) for i in intervals(portions)] == [("a", 2.0, 0), ("b", 3.0, 1)]
+    chunks = _events("load_begin a 0 0 8, load_begin b 1 1 8, load_end a 0 2 0, load_end b 1 4 0")  # of two copies
+    assert [(i.block, round(i.ms, 6), i.sequence) for i in intervals(chunks)] == [("a", 2.0, 0), ("b", 3.0, 1)]
 
 
 def test_events_without_a_partner() -> None:

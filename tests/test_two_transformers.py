@@ -21,12 +21,12 @@ from crossdock.offload.schedule.residency import Costs
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.contract.numbers import same_numbers
-from crossdock.runtime.contract.verdict import CompositionError
+from crossdock.runtime.contract.result import CompositionError
 from crossdock.runtime.errors import ConfigError
 from crossdock.runtime.pipeline.denoise_loop import DenoiseLoop
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.plan.reschedule import RankObservation, improve
+from crossdock.runtime.plan.reschedule import RankObservation, reschedule
 from crossdock.runtime.rank.probe import probe_numbers, probe_request
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.rank_result import RankResult
@@ -80,14 +80,17 @@ def _loads(result: RankResult) -> list[list[str]]:
 
 
 def test_the_plan_has_both(directory: Path) -> None:
-    """Names say whose they are; files are asked for what they call it; one order, but two rings."""
+    """Names say whose they are; files are asked for what they call it; one order, but two passes."""
     plan = _plan(directory)
     assert plan.transformers == (FIRST, SECOND)
     assert {_transformer_of(fqn) for fqn in plan.dtypes} == {FIRST, SECOND}
     for fqn, stored in plan.stored.items():
         assert fqn == f"{stored.file.parent.name}.{stored.name}"
-    assert [{_transformer_of(plan.blocks[index].name) for index in ring} for ring in plan.rings] == [{FIRST}, {SECOND}]
-    assert tuple(chain(*plan.rings)) == plan.order == tuple(range(len(plan.blocks)))
+    assert [{_transformer_of(plan.blocks[index].name) for index in pass_} for pass_ in plan.passes] == [
+        {FIRST},
+        {SECOND},
+    ]
+    assert tuple(chain(*plan.passes)) == plan.order == tuple(range(len(plan.blocks)))
 
 
 def test_both_use_the_same_memory(directory: Path) -> None:
@@ -97,11 +100,11 @@ def test_both_use_the_same_memory(directory: Path) -> None:
         plan = _plan(directory, device_budget=_budget(directory, share))
         assert plan.arena_bytes is not None
         assert plan.arena_bytes <= max(_blocks_bytes(plan, f"{FIRST}."), *plan.turn_bytes.values())
-        slots = [[plan.blocks[index].slot for index in ring] for ring in plan.rings]
+        slots = [[plan.blocks[index].slot for index in pass_] for pass_ in plan.passes]
         assert slots[0] == slots[1]
         assert None not in slots[0]
         kept.append(len(plan.residency.resident))
-    assert 0 < kept[0] <= kept[1] < kept[2] == len(plan.rings[0]), "one of them fits"
+    assert 0 < kept[0] <= kept[1] < kept[2] == len(plan.passes[0]), "one of them fits"
     with pytest.raises(ConfigError, match="this model needs at least"):
         _plan(directory, device_budget=f"{_plan(directory).least_budget_bytes - 1}B")
 
@@ -134,7 +137,7 @@ def test_one_that_is_not_there_is_left_out(directory: Path, tmp_path: Path) -> N
         shutil.rmtree(alone / name)
         plan = _plan(alone)
         assert plan.transformers == (SECOND if name == FIRST else FIRST,)
-        assert len(plan.rings) == 1
+        assert len(plan.passes) == 1
         assert plan.blocks[0].name == "blocks.0"
 
 
@@ -169,9 +172,9 @@ def test_only_the_one_that_runs_is_streamed(
     for step, found in enumerate(loads):
         name = FIRST if step < SWITCH else SECOND
         assert {_transformer_of(block) for block in found} <= {name}, f"step {step + 1}"
-        ring = plan.rings[step >= SWITCH]
-        slots = [plan.blocks[index].slot for index in ring]
-        passing = sum(plan.blocks[i].layout.nbytes for i in ring if slots.count(plan.blocks[i].slot) > 1)
+        pass_ = plan.passes[step >= SWITCH]
+        slots = [plan.blocks[index].slot for index in pass_]
+        passing = sum(plan.blocks[i].layout.nbytes for i in pass_ if slots.count(plan.blocks[i].slot) > 1)
         if step in (1, 3):  # a turn's first step brings what stays in it, too
             assert result.measurements.steps[step].h2d_bytes == PASSES * passing
     assert share != 0.7 or 0 < result.measurements.steps[1].h2d_bytes < PASSES * _blocks_bytes(plan, f"{FIRST}.")
@@ -207,7 +210,7 @@ def test_wrong_bytes_end_the_request_at_their_first_step(name: str, directory: P
         assert isinstance(block.source, Tensor)
         block.layout.entries[0].view(block.source).view(-1)[0] += 1
         shown: list[int] = []
-        with pytest.raises(CompositionError, match=rf"covers: rank 0: {name}\.blocks\.3\."):
+        with pytest.raises(CompositionError, match=rf"complete: rank 0: {name}\.blocks\.3\."):
             engine.generate(
                 PROMPT, height=SIZE[0], width=SIZE[1], frames=FRAMES, steps=STEPS, progress=lambda n, _: shown.append(n)
             )
@@ -241,20 +244,20 @@ def test_one_that_never_has_a_turn_is_told(directory: Path, monkeypatch: pytest.
 # -- the schedule that follows what was measured --------------------------------------------------------------------
 
 
-def _observed(plan: RunPlan, ring: int, spare: int = 0) -> RankObservation:
-    order = (*plan.rings[ring][::2], *plan.rings[ring][1::2])
+def _observed(plan: RunPlan, pass_: int, spare: int = 0) -> RankObservation:
+    order = (*plan.passes[pass_][::2], *plan.passes[pass_][1::2])
     return RankObservation(order, Costs((1.0,) * len(order), (2.0,) * len(order)), spare)
 
 
-@pytest.mark.parametrize("ring", [0, 1])
-def test_what_one_has_shown_holds_for_both(ring: int, directory: Path) -> None:
+@pytest.mark.parametrize("pass_", [0, 1])
+def test_what_one_has_shown_holds_for_both(pass_: int, directory: Path) -> None:
     """The order, the residents and the slots, place by place, whichever of them was observed."""
     plan = _plan(directory, device_budget=_budget(directory, 0.7))
-    found = improve(plan, [_observed(plan, ring)], 2).plan
+    found = reschedule(plan, [_observed(plan, pass_)], 2).plan
     assert found is not None
-    places = [plan.rings[ring].index(index) for index in _observed(plan, ring).order]
-    assert found.rings == tuple(tuple(own[place] for place in places) for own in plan.rings)
-    slots = [[found.blocks[index].slot for index in own] for own in found.rings]
+    places = [plan.passes[pass_].index(index) for index in _observed(plan, pass_).order]
+    assert found.passes == tuple(tuple(own[place] for place in places) for own in plan.passes)
+    slots = [[found.blocks[index].slot for index in own] for own in found.passes]
     assert slots[0] == slots[1]
 
 
@@ -268,14 +271,14 @@ def test_auto_takes_the_memory_for_one_or_for_both(directory: Path) -> None:
     for room, taken in ((one - 1, one - 1), (both - 1, one), (both, both)):
         if room < arena:
             continue
-        found = improve(plan, [_observed(plan, 0, room - arena)], 2).plan
+        found = reschedule(plan, [_observed(plan, 0, room - arena)], 2).plan
         assert found is not None
         assert found.arena_bytes == max(arena, taken)
         assert (found.resident == frozenset(found.order)) == (taken == both)
 
 
 @pytest.mark.parametrize("budget", ["auto", "half"])
-def test_an_improved_schedule_serves_both(budget: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_schedule_serves_both(budget: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Changed between two steps of the first, with all checks, and the same numbers before and after."""
     budget = _budget(directory, 0.7) if budget == "half" else budget
     config = RunConfig.parse({"offload": {"layerwise": True, "device_budget": budget}})
@@ -286,7 +289,7 @@ def test_an_improved_schedule_serves_both(budget: str, directory: Path, monkeypa
         coordinator.admit([worker.report()], rehearsed=False)
         for number in (1, 2):
             result = worker.generate(dataclasses.replace(REQUEST, number=number))
-            assert result.verdict.startswith("improved after step 2"), result.verdict
+            assert result.schedule_note.startswith("improved after step 2"), result.schedule_note
             assert (result.plan is not None) == (number == 1)
             coordinator.review([result])
             assert result.latents is not None

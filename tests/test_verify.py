@@ -20,8 +20,8 @@ from crossdock.launch.engine.engine import Engine
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.contract.coordinator import Coordinator
-from crossdock.runtime.contract.schedule import trace_in_order
-from crossdock.runtime.contract.verdict import CompositionError
+from crossdock.runtime.contract.ordering import trace_in_order
+from crossdock.runtime.contract.result import CompositionError
 from crossdock.runtime.contract.verify import CHECKS, verify_composition
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.inspection import checksum, foreign_hooks
@@ -44,7 +44,7 @@ def healthy(gang_of: Callable[[int], Gang], checkpoints: dict[str, Path]) -> Cal
         if (name, family) not in known:
             config = load_config(next(layout for layout in LAYOUTS if layout.name == name).config)
             with Engine.start(config, checkpoints[family], gang_of(config.world_size), rehearse=True) as engine:
-                known[name, family] = engine.plan, tuple(engine.gang.call(RankWorker.report, timeout_s=60))
+                known[name, family] = engine.plan, tuple(engine.gang.collective_rpc(RankWorker.report, timeout_s=60))
         return known[name, family]
 
     return healthy
@@ -199,63 +199,67 @@ FAULTS = (
     ),
     Fault("another block size", "same-schedule", "noise_refiner.1", lambda r: _home(r, 1, nbytes=1), STREAMED),
     Fault("homes swapped", "same-schedule", "layers", lambda r: replace(r, homes=_swap(r.homes, 4, 5)), ANY),
-    Fault("left on meta", "owned-once", OUTSIDE, partial(_tensor, fqn=OUTSIDE, device="meta", place="nowhere"), ANY),
-    Fault("off the device", "owned-once", OUTSIDE, partial(_tensor, fqn=OUTSIDE, device="cuda:0"), ANY),
+    Fault("left on meta", "single-owner", OUTSIDE, partial(_tensor, fqn=OUTSIDE, device="meta", place="nowhere"), ANY),
+    Fault("off the device", "single-owner", OUTSIDE, partial(_tensor, fqn=OUTSIDE, device="cuda:0"), ANY),
     Fault(
         "tensor missing",
-        "owned-once",
+        "single-owner",
         OUTSIDE,
         lambda r: replace(r, tensors=tuple(t for t in r.tensors if t.fqn != OUTSIDE)),
         ANY,
     ),
-    Fault("tensor twice", "owned-once", OUTSIDE, lambda r: replace(r, tensors=(*r.tensors, _record(r, OUTSIDE))), ANY),
+    Fault(
+        "tensor twice", "single-owner", OUTSIDE, lambda r: replace(r, tensors=(*r.tensors, _record(r, OUTSIDE))), ANY
+    ),
     Fault(
         "unplanned tensor",
-        "owned-once",
+        "single-owner",
         "extra",
         lambda r: replace(r, tensors=(*r.tensors, replace(r.tensors[0], fqn="extra"))),
         ANY,
     ),
-    Fault("wrong dtype", "owned-once", NORM, partial(_tensor, fqn=NORM, dtype="torch.float16"), ANY),
-    Fault("bound to another slot", "owned-once", CUT, partial(_tensor, fqn=CUT, place="slot 9"), ANY),
-    Fault("bound to another offset", "owned-once", CUT, partial(_tensor, fqn=CUT, offset=12345), ANY),
-    Fault("private copy", "owned-once", CUT, partial(_tensor, fqn=CUT, place="outside", offset=0), ANY),
+    Fault("wrong dtype", "single-owner", NORM, partial(_tensor, fqn=NORM, dtype="torch.float16"), ANY),
+    Fault("bound to another slot", "single-owner", CUT, partial(_tensor, fqn=CUT, place="slot 9"), ANY),
+    Fault("bound to another offset", "single-owner", CUT, partial(_tensor, fqn=CUT, offset=12345), ANY),
+    Fault("private copy", "single-owner", CUT, partial(_tensor, fqn=CUT, place="outside", offset=0), ANY),
     Fault(
         "foreign hook",
-        "owned-once",
+        "single-owner",
         "accelerate",
         lambda r: replace(r, foreign_hooks=(("layers.0", "an accelerate hook"),)),
         ANY,
     ),
     Fault(
-        "plain tensor off the device", "owned-once", "layers.2.attention.cache", partial(_plain, device="cuda:0"), ANY
+        "plain tensor off the device", "single-owner", "layers.2.attention.cache", partial(_plain, device="cuda:0"), ANY
     ),
-    Fault("plain tensor on meta", "owned-once", "layers.2.attention.cache", partial(_plain, device="meta"), ANY),
+    Fault("plain tensor on meta", "single-owner", "layers.2.attention.cache", partial(_plain, device="meta"), ANY),
     Fault(
         "all blocks on the device",
-        "owned-once",
+        "single-owner",
         "bytes of weights on the device, found 12",
         partial(_device_bytes, weights=120000000),
         ANY,
     ),
     Fault(
         "shards of all on one device",
-        "owned-once",
+        "single-owner",
         "bytes of weights",
         lambda r: _device_bytes(r, shards=2 * r.device_bytes.shards),
         ("hsdp",),
     ),
     Fault(
         "hidden copy on the device",
-        "owned-once",
+        "single-owner",
         "found 123456789 bytes",
         partial(_device_bytes, allocated=123456789),
         ANY,
     ),
-    Fault("never freed", "owned-once", f"elsewhere that are never freed, of {CUT} first", _kept, STREAMED),
-    Fault("read from a copy", "owned-once", "a second copy", lambda r: _home(r, 1, read=(r.slots[0],)), STREAMED),
-    Fault("read from another block", "owned-once", CUT.partition(".att")[0], _read_from_the_next, (*STREAMED, "hsdp")),
-    Fault("never read", "owned-once", "never read", lambda r: _home(r, 1, read=()), (*STREAMED, "hsdp")),
+    Fault("never freed", "single-owner", f"elsewhere that are never freed, of {CUT} first", _kept, STREAMED),
+    Fault("read from a copy", "single-owner", "a second copy", lambda r: _home(r, 1, read=(r.slots[0],)), STREAMED),
+    Fault(
+        "read from another block", "single-owner", CUT.partition(".att")[0], _read_from_the_next, (*STREAMED, "hsdp")
+    ),
+    Fault("never read", "single-owner", "never read", lambda r: _home(r, 1, read=()), (*STREAMED, "hsdp")),
     Fault("outside in a slot", "no-alias", OUTSIDE, lambda r: _tensor(r, OUTSIDE, span=_over(r.slots[1])), STREAMED),
     Fault(
         "outside over a weight",
@@ -321,30 +325,32 @@ FAULTS = (
         lambda r: _plain(r, span=_over(r.homes[3].rest)),
         (*STREAMED, "hsdp"),
     ),
-    Fault("other bytes arrived", "covers", CUT, partial(_arrived, fqn=CUT), ANY),
-    Fault("other bytes outside", "covers", OUTSIDE, partial(_arrived, fqn=OUTSIDE), ANY),
+    Fault("other bytes arrived", "complete", CUT, partial(_arrived, fqn=CUT), ANY),
+    Fault("other bytes outside", "complete", OUTSIDE, partial(_arrived, fqn=OUTSIDE), ANY),
     Fault(
         "arrival not compared",
-        "covers",
+        "complete",
         NORM,
         lambda r: replace(r, arrivals=tuple(a for a in r.arrivals if a.fqn != NORM)),
         ANY,
     ),
-    Fault("slice of another rank", "covers", CUT, _slice_of_rank_0, ("layerwise_tp2", "tp2")),
-    Fault("gap in a slice", "covers", CUT, _gap, ("layerwise_tp2", "tp2")),
-    Fault("not cut", "covers", CUT, partial(_tensor, fqn=CUT, part=None), ("layerwise_tp2", "tp2")),
-    Fault("wrong shape", "covers", NORM, partial(_tensor, fqn=NORM, shape=(3,)), ANY),
+    Fault("slice of another rank", "complete", CUT, _slice_of_rank_0, ("layerwise_tp2", "tp2")),
+    Fault("gap in a slice", "complete", CUT, _gap, ("layerwise_tp2", "tp2")),
+    Fault("not cut", "complete", CUT, partial(_tensor, fqn=CUT, part=None), ("layerwise_tp2", "tp2")),
+    Fault("wrong shape", "complete", NORM, partial(_tensor, fqn=NORM, shape=(3,)), ANY),
     Fault(
         "shard of another rank",
-        "covers",
+        "complete",
         "noise_refiner.0",
         lambda r: _home(r, 0, start=0, stop=r.homes[0].nbytes // 2),
         ("hsdp", "layerwise_hsdp"),
     ),
-    Fault("half a block", "covers", "noise_refiner.0", lambda r: _home(r, 0, stop=8), ("layerwise_ulysses2_ring2",)),
-    Fault("replicas differ", "covers", "noise_refiner.0", lambda r: _home(r, 0, checksum=1), ("hsdp",)),
-    Fault("replicated tensor differs", "covers", OUTSIDE, partial(_tensor, fqn=OUTSIDE, checksum=1), ANY),
-    Fault("replicated norm differs", "covers", NORM, partial(_tensor, fqn=NORM, checksum=1), ("tp2", "layerwise_tp2")),
+    Fault("half a block", "complete", "noise_refiner.0", lambda r: _home(r, 0, stop=8), ("layerwise_ulysses2_ring2",)),
+    Fault("replicas differ", "complete", "noise_refiner.0", lambda r: _home(r, 0, checksum=1), ("hsdp",)),
+    Fault("replicated tensor differs", "complete", OUTSIDE, partial(_tensor, fqn=OUTSIDE, checksum=1), ANY),
+    Fault(
+        "replicated norm differs", "complete", NORM, partial(_tensor, fqn=NORM, checksum=1), ("tp2", "layerwise_tp2")
+    ),
     Fault("not rehearsed", "in-order", "not", lambda r: replace(r, trace=()), STREAMED),
     Fault(
         "computed too early",
@@ -461,9 +467,9 @@ def test_the_coordinator_fails_closed(healthy: Callable[[str], Healthy]) -> None
     coordinator.admit(reports)
     assert [row["status"] for row in coordinator.composition] == ["holds"] * len(CHECKS) + ["not probed"]
     broken = [_tensor(reports[0], OUTSIDE, device="meta", place="nowhere"), reports[1]]
-    with pytest.raises(CompositionError, match=rf"owned-once: rank 0: {OUTSIDE}: expected on cpu, found on meta"):
+    with pytest.raises(CompositionError, match=rf"single-owner: rank 0: {OUTSIDE}: expected on cpu, found on meta"):
         coordinator.admit(broken)
-    assert {row["check"]: row["status"] for row in coordinator.composition}["owned-once"] == "violated"
+    assert {row["check"]: row["status"] for row in coordinator.composition}["single-owner"] == "violated"
     with pytest.raises(CompositionError):
         coordinator.admit([])
 

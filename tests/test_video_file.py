@@ -16,7 +16,7 @@ import pytest
 from av.video.reformatter import ColorRange, Colorspace
 
 from crossdock.launch.commands import video_file
-from crossdock.launch.commands.arguments import Outputs
+from crossdock.launch.commands.options import Outputs
 from crossdock.launch.commands.outputs import write_outputs
 from crossdock.launch.commands.video_file import write_video
 from crossdock.runtime.errors import RequestError

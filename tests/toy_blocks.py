@@ -20,12 +20,12 @@ from crossdock.offload.memory.arena import Arena
 from crossdock.offload.memory.copy_engine import CopyEngine, CpuCopyEngine, Event
 from crossdock.offload.memory.layout import BlockLayout, aligned_bytes
 from crossdock.offload.schedule.residency import assumed_costs, minimum_bytes, plan_residency
-from crossdock.offload.schedule.shared_slots import place_sizes, slots_in_turn
+from crossdock.offload.schedule.shared_slots import place_sizes, shared_slots
 from crossdock.offload.schedule.slots import SlotSchedule, assign_slots
 from crossdock.offload.stream.block import Home, StreamedBlock
 from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.offload.stream.loader import Gather
-from crossdock.runtime.contract.schedule import trace_in_order
+from crossdock.runtime.contract.ordering import trace_in_order
 from crossdock.runtime.plan.plan import RunPlan
 
 WIDTH = 8
@@ -329,13 +329,13 @@ def build(
     resident: Collection[int] = (),
     arena: Arena | None = None,
     budget: float | None = None,
-    rings: Sequence[Sequence[int]] = (),
+    passes: Sequence[Sequence[int]] = (),
 ) -> Case:
     """An attached stream over one toy block per home.
 
     Args:
         budget: residents and slots as planned for it, from the minimum (0.0) to everything (1.0).
-        rings: blocks that take turns; with a budget, all of them streamable.
+        passes: blocks that take turns; with a budget, all of them streamable.
     """
     choice = random.Random(seed)
     torch.manual_seed(seed)
@@ -353,14 +353,14 @@ def build(
         blocks.append(StreamedBlock(f"blocks.{index}", module, layout, home, source))
         wholes.append(whole)
     schedule = assign_slots(sum(home.streamed for home in homes) - len(resident), prefetch)
-    if rings:
+    if passes:
         assert budget is not None
-        sizes = place_sizes([[blocks[index].layout.nbytes for index in ring] for ring in rings])
+        sizes = place_sizes([[blocks[index].layout.nbytes for index in pass_] for pass_ in passes])
         least = minimum_bytes(sizes, (prefetch,))
         allowed = least + int(budget * max(sum(sizes) - least, 0))
         residency = plan_residency(sizes, assumed_costs(sizes), allowed, (prefetch,))
-        slots = slots_in_turn(residency, rings)
-        schedule = SlotSchedule(tuple(slots[i] for ring in rings for i in ring), residency.schedule.prefetch)
+        slots = shared_slots(residency, passes)
+        schedule = SlotSchedule(tuple(slots[i] for pass_ in passes for i in pass_), residency.schedule.prefetch)
     elif budget is not None:
         streamable = [index for index, home in enumerate(homes) if home.streamed]
         sizes = [blocks[index].layout.nbytes for index in streamable]
@@ -378,13 +378,13 @@ def build(
         engine,
         group.gather(),
         resident=resident,
-        rings=rings,
+        passes=passes,
         arena=arena,
-        yields_link=choice.random() < 0.5,
+        yield_to_collectives=choice.random() < 0.5,
         poison_freed=poison,
     )
     for module in modules:
-        module.collectives, module.on_collective = choice.choice((0, 0, 1, 2, 5)), stream.link_used
+        module.collectives, module.on_collective = choice.choice((0, 0, 1, 2, 5)), stream.collective_issued
     stream.attach()
     return Case(stream, modules, twins, wholes, group)
 

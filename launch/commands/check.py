@@ -21,13 +21,13 @@ from crossdock.launch.engine.engine import Engine
 from crossdock.launch.gangs.choose import Launcher, choose_gang
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.config.yaml_file import load_config
-from crossdock.runtime.contract.verdict import CompositionError, Verdict
+from crossdock.runtime.contract.result import CompositionError, ContractResult
 from crossdock.runtime.reports.records import RankReport, TensorRecord
 
 PROMISES = {
     "same-schedule": "every rank streams the same blocks in the same order through the same slots",
-    "owned-once": "every parameter and buffer has exactly one home, and nobody else moves it",
-    "covers": "the ranks' parts add up to the checkpoint exactly once; replicas are equal",
+    "single-owner": "every parameter and buffer has exactly one home, and nobody else moves it",
+    "complete": "the ranks' parts add up to the checkpoint exactly once; replicas are equal",
     "no-alias": "blocks share no memory, unless it stays on the device",
     "in-order": "load, gather, compute, free; no slot is overwritten under its reader",
     "same-collectives": "the ranks of a group issue the same collectives in the same order",
@@ -89,46 +89,46 @@ def run_check(
     if not as_json:
         console.print(f"{model_dir}: starting {config.world_size} ranks ({launcher})", markup=False)
     with locating(config_path):
-        verdict = check(config, model_dir, launcher, probe)
+        result = check(config, model_dir, launcher, probe)
     if as_json:
-        console.print(as_text(model_dir, verdict), markup=False)
+        console.print(as_text(model_dir, result), markup=False)
     else:
-        show(verdict, console)
-    if verdict.violations:
+        show(result, console)
+    if result.violations:
         raise SystemExit(CompositionError.exit_code)
 
 
-def check(config: RunConfig, model_dir: Path, launcher: Launcher, probe: bool) -> Verdict:
+def check(config: RunConfig, model_dir: Path, launcher: Launcher, probe: bool) -> ContractResult:
     """Launch, load, verify; end all ranks. `probe`: also run a step with streaming and without it."""
     make_gang = choose_gang(config, launcher, "check")
     try:
         with Engine.start(config, model_dir, make_gang=make_gang, probe=probe, rehearse=True) as engine:
-            return engine.verdict
+            return engine.contract_result
     except CompositionError as error:
-        if error.verdict is None:
+        if error.result is None:
             raise
-        return error.verdict
+        return error.result
 
 
-def as_text(model_dir: Path, verdict: Verdict) -> str:
+def as_text(model_dir: Path, result: ContractResult) -> str:
     """One JSON object."""
     content = {
         "model": str(model_dir),
-        "layout": verdict.layout,
-        "holds": not verdict.violations,
-        "composition": verdict.composition,
-        "violations": [asdict(violation) for violation in verdict.violations],
-        "ranks": [asdict(Holdings.of(report)) for report in verdict.reports],
+        "layout": result.layout,
+        "holds": not result.violations,
+        "composition": result.composition,
+        "violations": [asdict(violation) for violation in result.violations],
+        "ranks": [asdict(Holdings.of(report)) for report in result.reports],
     }
     return json.dumps(content, indent=2)
 
 
-def show(verdict: Verdict, console: Console) -> None:
+def show(result: ContractResult, console: Console) -> None:
     """The checks, what is violated, and what every rank holds."""
-    console.print(checks_table(verdict.composition))
-    for violation in verdict.violations:
+    console.print(checks_table(result.composition))
+    for violation in result.violations:
         console.print(str(violation), markup=False)
-    console.print(holdings_table(verdict.layout, [Holdings.of(report) for report in verdict.reports]))
+    console.print(holdings_table(result.layout, [Holdings.of(report) for report in result.reports]))
 
 
 def checks_table(composition: Sequence[dict[str, str]]) -> Table:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from crossdock.launch.commands.arguments import Amounts, Outputs
+from crossdock.launch.commands.options import Amounts, Outputs
 from crossdock.launch.commands.outputs import write_outputs
 from crossdock.launch.console import end
 from crossdock.launch.engine.engine import Engine
@@ -48,8 +48,8 @@ def run_generate(
     with locating(config_path):
         make_gang = choose_gang(config, launcher, "generate")
         console.print(f"{model_dir}: starting {config.world_size} ranks ({launcher})", markup=False)
-        tell = partial(console.print, markup=False)
-        with Engine.start(config, model_dir, make_gang=make_gang, first_request=request, tell=tell) as engine:
+        notify = partial(console.print, markup=False)
+        with Engine.start(config, model_dir, make_gang=make_gang, first_request=request, notify=notify) as engine:
             verified = "composition verified, what arrives is compared in the first step"
             console.print(f"layout: {engine.plan.layout_name}; {verified}", markup=False)
             generation = _generate(engine, request, amounts, console)

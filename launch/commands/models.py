@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from rich.table import Table
 
-from crossdock.launch.commands.shipped import shipped_layouts
+from crossdock.launch.commands.builtin_configs import builtin_configs
 from crossdock.runtime.models.families import SPECS
 from crossdock.runtime.models.families.published import real_shape
 from crossdock.runtime.models.spec import ModelSpec
@@ -25,7 +25,7 @@ class ModelRow:
         stacks: block stack -> number of blocks in each of them.
         parameters: of all of them.
         bytes: of all of them in bf16.
-        layouts: the shipped configs in which tests hold this family.
+        layouts: the built-in configs in which tests hold this family.
     """
 
     family: str
@@ -69,13 +69,13 @@ def model_rows() -> Iterator[ModelRow]:
 
 
 def held_layouts(spec: ModelSpec) -> tuple[str, ...]:
-    """The shipped configs in which the matrix of tests runs this family."""
-    return tuple(name for name in shipped_layouts() if why_refused(spec, name) is None)
+    """The built-in configs in which the matrix of tests runs this family."""
+    return tuple(name for name in builtin_configs() if why_refused(spec, name) is None)
 
 
 def why_refused(spec: ModelSpec, layout: str) -> str | None:
-    """Why a family cannot run in a shipped config; None: it can."""
-    config = shipped_layouts()[layout]
+    """Why a family cannot run in a built-in config; None: it can."""
+    config = builtin_configs()[layout]
     if config.parallel.cfg_degree > 1 and spec.branches is None:
         return "has one branch of guidance"
     return spec.refused.get(layout)
@@ -99,5 +99,5 @@ def models_json(rows: list[ModelRow]) -> list[dict[str, object]]:
 
 
 def _brief(layouts: tuple[str, ...]) -> str:
-    missing = [name for name in shipped_layouts() if name not in layouts]
+    missing = [name for name in builtin_configs() if name not in layouts]
     return "all" if not missing else f"all but {', '.join(missing)}"

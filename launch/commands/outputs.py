@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from crossdock.launch.commands.arguments import Outputs
+from crossdock.launch.commands.options import Outputs
 from crossdock.launch.commands.video_file import write_video
 from crossdock.launch.engine.generation import Generation
 from crossdock.runtime.media import Video

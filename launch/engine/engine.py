@@ -15,12 +15,12 @@ from typing import Any, Self
 import torch
 
 from crossdock.launch.engine.generation import Generation
-from crossdock.launch.engine.progress import Delays, Progress, Steps, Tell
+from crossdock.launch.engine.progress import Delays, Notify, Progress, Steps
 from crossdock.launch.engine.recovery import Fault, Snapshots, advice, brief, budget_text, restart, with_less_memory
 from crossdock.launch.gangs.choose import MakeGang
 from crossdock.runtime.config.schema import LaunchConfig, RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
-from crossdock.runtime.contract.verdict import Verdict
+from crossdock.runtime.contract.result import ContractResult
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled, RequestTimeout
 from crossdock.runtime.models.latents import number_of_chunks
 from crossdock.runtime.pipeline.snapshot import Snapshot
@@ -41,16 +41,16 @@ CANCEL_S = 10.0
 class Engine:
     """Use it as a context manager; `close` ends all ranks."""
 
-    def __init__(self, plan: RunPlan, gang: Gang, owns_gang: bool, tell: Tell | None = None) -> None:
+    def __init__(self, plan: RunPlan, gang: Gang, owns_gang: bool, notify: Notify | None = None) -> None:
         self.gang = gang
-        self._tell: Tell = tell or (lambda line: None)
+        self._notify: Notify = notify or (lambda line: None)
         self._owns_gang = owns_gang
         self._idle = False  # the ranks wait for work: nobody was interrupted in the middle of it
         self._coordinator = Coordinator(plan)
         self._phases = {"launch": 0.0, "load": 0.0, "verify": 0.0}
         self._number = 0  # of the last request
         self._lowered = False  # the budget, for this request
-        self._wish: str | None = None  # why the request under way is to be stopped
+        self._stop_reason: str | None = None  # why the request under way is to be stopped
         self._faults: list[Fault] = []  # survived since the last report
         self._thorough = False  # every byte that arrives is compared, not a sample
         self._rehearses = False  # what arrives is compared before the first step, not in it
@@ -61,9 +61,9 @@ class Engine:
         return self._coordinator.plan
 
     @property
-    def verdict(self) -> Verdict:
+    def contract_result(self) -> ContractResult:
         """On the composition of what the ranks hold now."""
-        return self._coordinator.verdict
+        return self._coordinator.result
 
     @classmethod
     def start(
@@ -75,7 +75,7 @@ class Engine:
         first_request: GenerateRequest | None = None,
         probe: bool = False,
         rehearse: bool = False,
-        tell: Tell | None = None,
+        notify: Notify | None = None,
     ) -> Engine:
         """Plan, launch, load, verify.
 
@@ -85,7 +85,7 @@ class Engine:
             first_request: what is asked for first, where that is known; refused before anything is started.
             probe: compare every byte that arrives on the devices with the checkpoint, and `probe` the numbers.
             rehearse: stream every block once, to compare what arrives here and not in the first step; `probe` does.
-            tell: gets a line when a rank was lost and others are started, and when the ranks wait for one of them.
+            notify: gets a line when a rank was lost and others are started, and when the ranks wait for one of them.
 
         Raises:
             UserError: the config, the checkpoint or the machine does not do.
@@ -97,7 +97,7 @@ class Engine:
         if first_request is not None:
             check_request(plan, first_request)
         ranks = gang or (make_gang or _ray_gang)(config.launch, config.world_size, device)
-        engine = cls(plan, ranks, gang is None, tell)
+        engine = cls(plan, ranks, gang is None, notify)
         engine._thorough, engine._rehearses = probe, rehearse or probe
         try:
             try:
@@ -161,7 +161,7 @@ class Engine:
         )
         check_request(self.plan, request)
         at_once = self.plan.mesh.dp * batch_size
-        self._wish, self._lowered = None, False
+        self._stop_reason, self._lowered = None, False
         done: list[RankResult] = []
         for first in range(0, len(prompts), at_once):
             self._number += 1
@@ -180,9 +180,9 @@ class Engine:
 
         While ranks are being replaced, it ends as soon as the new ones are there.
         """
-        self._wish = reason
-        with suppress(RankError):  # lost, or not there yet: the wish is looked at before the request goes on
-            self.gang.aside(0, RankWorker.cancel, reason, self._number, timeout_s=CANCEL_S)
+        self._stop_reason = reason
+        with suppress(RankError):  # lost, or not there yet: the stop reason is looked at before the request goes on
+            self.gang.rpc(0, RankWorker.cancel, reason, self._number, timeout_s=CANCEL_S)
 
     def probe(self) -> None:
         """Let every rank run one step with streaming and without it: the same bits, or it raises.
@@ -194,7 +194,7 @@ class Engine:
         request, timeout_s = probe_request(self.plan), self.plan.config.launch.timeouts.request_s
         self._idle = False
         try:
-            probes = self.gang.call(probe_numbers, request, timeout_s=timeout_s)
+            probes = self.gang.collective_rpc(probe_numbers, request, timeout_s=timeout_s)
         except CrossdockError:
             self.gang.close()
             raise
@@ -209,7 +209,7 @@ class Engine:
         """
         if self._idle or not self._owns_gang:
             try:
-                self.gang.call(RankWorker.teardown, timeout_s=self.plan.config.launch.timeouts.launch_s)
+                self.gang.collective_rpc(RankWorker.teardown, timeout_s=self.plan.config.launch.timeouts.launch_s)
             except CrossdockError:  # a rank hangs or is gone: the gang is of no use to its owner either
                 self.gang.close()
         if self._owns_gang:
@@ -234,11 +234,11 @@ class Engine:
         timeouts = self.plan.config.launch.timeouts
         began = time.perf_counter()
         if self.plan.config.offload.is_relative:
-            device_bytes = min(self.gang.call(RankWorker.device_bytes, timeout_s=timeouts.launch_s))
+            device_bytes = min(self.gang.collective_rpc(RankWorker.device_bytes, timeout_s=timeouts.launch_s))
             plan = make_plan(self.plan.config, self.plan.model_dir, self.plan.device, device_bytes)
             self._coordinator = Coordinator(plan)
         how = self._thorough, self._rehearses
-        reports = self.gang.call(RankWorker.setup, self.plan, *how, timeout_s=timeouts.load_s)
+        reports = self.gang.collective_rpc(RankWorker.setup, self.plan, *how, timeout_s=timeouts.load_s)
         loaded = time.perf_counter()
         self._idle = True
         self._coordinator.admit(reports, self._rehearses)
@@ -249,7 +249,7 @@ class Engine:
         snapshots = Snapshots(self.plan, self.gang)
         shown, delays = (
             Steps(progress, request.steps * number_of_chunks(self.plan.spec, request.frames)),
-            Delays(self._tell),
+            Delays(self._notify),
         )
         first = time.perf_counter()
 
@@ -278,8 +278,8 @@ class Engine:
 
     def _stop_if_asked(self, request: GenerateRequest, finished: int) -> None:
         """Between two attempts nobody else does."""
-        if self._wish is not None:
-            raise RequestCancelled(self._wish, finished)
+        if self._stop_reason is not None:
+            raise RequestCancelled(self._stop_reason, finished)
         if request.time_limit_s is not None and request.spent_s > request.time_limit_s:
             raise RequestTimeout(f"the time limit is {request.time_limit_s:g} s", finished)
 
@@ -290,7 +290,7 @@ class Engine:
         timeout_s = (request.time_limit_s or timeouts.request_s) - request.spent_s + timeouts.collective_s
         self._idle = False
         try:
-            results = self.gang.call(RankWorker.generate, request, start, timeout_s=timeout_s, notice=notice)
+            results = self.gang.collective_rpc(RankWorker.generate, request, start, timeout_s=timeout_s, notice=notice)
             self._coordinator.review(results)
         except RequestCancelled:
             self._idle = True
@@ -324,7 +324,7 @@ class Engine:
                 remedy = self._save_memory(error)
             if attempts < 1 or error.kind == "late" or not self.gang.can_restart:
                 raise error
-            self._tell(f"{brief(error)}; remedy: {remedy}")
+            self._notify(f"{brief(error)}; remedy: {remedy}")
             restart(self.gang, self._load, attempts, lost_again)
         except BaseException:
             self.gang.close()
@@ -344,7 +344,7 @@ class Engine:
         return remedy
 
     def _report(self, results: Sequence[RankResult]) -> dict[str, Any]:
-        rows, phases = [], dict(self._phases)
+        rows, phases, note = [], dict(self._phases), results[0].schedule_note
         faults, self._faults = self._faults, []
         for result in sorted(results, key=lambda result: result.rank):
             row = asdict(result.measurements)
@@ -355,7 +355,8 @@ class Engine:
         return {
             "layout": self.plan.layout_name,
             "ranks": rows,
-            "schedule": asdict(self.plan.schedule_report(results[0].verdict)),
+            # verdict: what schedule_note was called before, for one version
+            "schedule": {**asdict(self.plan.schedule_report(note)), "verdict": note},
             "composition": self._coordinator.composition,
             "faults": [asdict(fault) for fault in faults],
             "phases_s": {phase: round(seconds, 4) for phase, seconds in phases.items()},

@@ -1,4 +1,4 @@
-"""What is told while a request runs: its steps, and a rank that the others wait for."""
+"""What whoever waits for a request is notified of: its steps, and a rank that the others wait for."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from crossdock.runtime.watch.watch import Watch
 
 Progress = Callable[[int, int], None]
 """Called with (finished steps, all steps)."""
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 """Gets a line for the user."""
 
 
 class Steps:
-    """Tells every finished step of a request once, however often it is resumed."""
+    """Reports the progress of a request: every finished step once, however often it is resumed."""
 
     def __init__(self, progress: Progress | None, steps: int) -> None:
         self._progress = progress
         self._steps = steps
-        self._told = 0
+        self._reported = 0
 
     def notice(self, statuses: Mapping[int, RankStatus]) -> None:
         if 0 in statuses and (step := statuses[0].step) is not None:
-            self._tell(step - 1)
+            self._notify(step - 1)
 
     def finish(self) -> None:
-        self._tell(self._steps)
+        self._notify(self._steps)
 
-    def _tell(self, finished: int) -> None:
-        while self._told < min(finished, self._steps):
-            self._told += 1
+    def _notify(self, finished: int) -> None:
+        while self._reported < min(finished, self._steps):
+            self._reported += 1
             if self._progress is not None:
-                self._progress(self._told, self._steps)
+                self._progress(self._reported, self._steps)
 
 
 class Delays:
-    """Tells, once per step, which rank the others have been waiting for: it is slow, or hangs."""
+    """Notifies, once per step, which rank the others have been waiting for: it is slow, or hangs."""
 
-    def __init__(self, tell: Tell) -> None:
-        self._tell = tell
-        self._told: set[tuple[int, int | None]] = set()
+    def __init__(self, notify: Notify) -> None:
+        self._notify = notify
+        self._reported: set[tuple[int, int | None]] = set()
 
     def notice(self, statuses: Mapping[int, RankStatus]) -> None:
         watch = Watch()
@@ -49,6 +49,6 @@ class Delays:
         if (fault := watch.awaited()) is None:
             return
         place = fault.rank, statuses[fault.rank].step
-        if place not in self._told:
-            self._told.add(place)
-            self._tell(f"rank {fault.rank} is awaited: {fault.what}")
+        if place not in self._reported:
+            self._reported.add(place)
+            self._notify(f"rank {fault.rank} is awaited: {fault.what}")

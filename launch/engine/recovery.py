@@ -14,8 +14,8 @@ from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.status import RankStatus
 from crossdock.runtime.watch.gang import Gang
 
-ASIDE_S = 1.0
-"""The longest wait for a rank's answer beside a call: the watch waits with it."""
+RPC_S = 1.0
+"""The longest wait for a rank's answer beside a collective call: the watch waits with it."""
 ALONE_S = 5.0
 """A rank that missed it is not asked for so long."""
 NOTCH = 0.9
@@ -60,7 +60,7 @@ class Snapshots:
             status = statuses.get(leader)
             if status is not None and status.kept_step > self._newest(leader):
                 try:
-                    self._kept[leader] = self._gang.aside(leader, _snapshots, timeout_s=ASIDE_S)
+                    self._kept[leader] = self._gang.rpc(leader, _snapshots, timeout_s=RPC_S)
                 except RankError:
                     self._not_before_s = time.monotonic() + ALONE_S
                     return

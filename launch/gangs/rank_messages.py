@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import PlainSerializer, PlainValidator, TypeAdapter, ValidationError
 
-from crossdock.runtime.contract.verdict import CompositionError
+from crossdock.runtime.contract.result import CompositionError
 from crossdock.runtime.errors import (
     CheckpointError,
     ConfigError,

@@ -97,13 +97,13 @@ class _RankActor:
         except (RuntimeError, OSError) as error:
             raise RankError(worker.rank, f"could not meet the others: {error}", "cut off") from None
 
-    def call(self, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    def collective_rpc(self, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         try:
             return work(self._worker, *args)
         except Exception as error:
             raise rank_error(self._worker.status(), error) from None
 
-    def aside(self, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    def rpc(self, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         return work(self._worker, *args)
 
     def status(self) -> RankStatus:
@@ -148,16 +148,18 @@ class RayGang:
             self.close()
             raise
 
-    def call(self, work: Callable[..., T], *args: Any, timeout_s: float, notice: Notice | None = None) -> list[T]:
+    def collective_rpc(
+        self, work: Callable[..., T], *args: Any, timeout_s: float, notice: Notice | None = None
+    ) -> list[T]:
         if not self._actors:
             raise RankError(0, "this gang is closed; start a new engine", "died")
         shared = ray.put(args)
-        futures = [actor.call.remote(work, shared) for actor in self._actors]
+        futures = [actor.collective_rpc.remote(work, shared) for actor in self._actors]
         return self._await(futures, time.monotonic() + timeout_s, _Watcher(self._actors, self._places, notice))
 
-    def aside(self, rank: int, work: Callable[..., T], *args: Any, timeout_s: float) -> T:
+    def rpc(self, rank: int, work: Callable[..., T], *args: Any, timeout_s: float) -> T:
         try:
-            result: T = ray.get(self._actors[rank].aside.remote(work, args), timeout=timeout_s)
+            result: T = ray.get(self._actors[rank].rpc.remote(work, args), timeout=timeout_s)
         except (ray.exceptions.RayError, IndexError) as error:
             raise RankError(rank, f"does not answer ({type(error).__name__})", "silent") from None
         return result
@@ -375,7 +377,7 @@ class _Watcher:
         return self.watch.explain(error)
 
 
-_BESIDE = ("status", "aside", "sees_stopped")
+_BESIDE = ("status", "rpc", "sees_stopped")
 
 
 def _watchable(actor: type[_RankActor]) -> type[_RankActor]:

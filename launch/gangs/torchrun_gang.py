@@ -26,7 +26,7 @@ _STORE_S = 5.0
 
 
 class TorchrunGang:
-    """The gang of which this process is one rank: a call runs here, and its results are exchanged."""
+    """The gang of which this process is one rank: a collective call runs here, and its results are exchanged."""
 
     def __init__(self, config: LaunchConfig, world_size: int, device: str) -> None:
         self.world_size = world_size
@@ -60,7 +60,9 @@ class TorchrunGang:
     def restart(self) -> None:
         raise RankError(self._worker.rank, "only torchrun itself can start its ranks again: --max-restarts")
 
-    def call(self, work: Callable[..., T], *args: Any, timeout_s: float, notice: Notice | None = None) -> list[T]:
+    def collective_rpc(
+        self, work: Callable[..., T], *args: Any, timeout_s: float, notice: Notice | None = None
+    ) -> list[T]:
         """`timeout_s` does not bound the work here: torchrun's agent and the collectives' own limit do."""
         if self._watch is None:
             raise RankError(self._worker.rank, "this gang is closed; start a new engine", "died")
@@ -81,7 +83,7 @@ class TorchrunGang:
         self._broken = broken
         return results
 
-    def aside(self, rank: int, work: Callable[..., T], *args: Any, timeout_s: float) -> T:
+    def rpc(self, rank: int, work: Callable[..., T], *args: Any, timeout_s: float) -> T:
         if rank != self._worker.rank:
             raise RankError(rank, f"cannot be reached from rank {self._worker.rank} under torchrun", "silent")
         return work(self._worker, *args)

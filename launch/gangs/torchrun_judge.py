@@ -49,7 +49,7 @@ class Beat:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class FaultVerdict:
     """The error that ends all ranks, found by rank `judge`.
 
     `stopped`: agent and pid of a process that does not hear that it has to end.
@@ -86,7 +86,7 @@ class Judge:
         """Ranks that are silent and did not leave: whoever can see their processes should look."""
         return [rank for rank, beat in self._beats.items() if not beat.left and self._quiet_s(rank, now_s) > SUSPECT_S]
 
-    def verdict(self, now_s: float, hurried: bool = False) -> Verdict | None:
+    def verdict(self, now_s: float, hurried: bool = False) -> FaultVerdict | None:
         """`hurried`: look at all processes, not only at those of silent ranks."""
         watch = self._watch()
         if (odd := different_collective(watch.statuses)) is not None:
@@ -147,12 +147,12 @@ class Judge:
                 absent[rank] = RankError(rank, f"has not been heard of for {quiet_s:.1f} s", "silent")
         return absent
 
-    def _say(self, error: CrossdockError, watch: Watch) -> Verdict:
+    def _say(self, error: CrossdockError, watch: Watch) -> FaultVerdict:
         """With where the rank was, and what the others wait for."""
         stopped = None
         if isinstance(error, RankError) and error.kind == "stopped" and (beat := self._beats.get(error.rank)):
             stopped = beat.agent, beat.status.pid
-        return Verdict(self._rank, watch.explain(error), stopped)
+        return FaultVerdict(self._rank, watch.explain(error), stopped)
 
     def _quiet_s(self, rank: int, now_s: float) -> float:
         return now_s - self._heard_s[rank]

@@ -31,7 +31,7 @@ from crossdock.launch.console import INTERRUPTED, complain_on_stderr
 from crossdock.launch.gangs.process_state import process_state
 from crossdock.launch.gangs.rank_messages import Lead, MessageStore, Reporter
 from crossdock.launch.gangs.run_secret import VARIABLE
-from crossdock.launch.gangs.torchrun_judge import EXPLAIN_S, SUSPECT_S, Beat, Judge, Verdict
+from crossdock.launch.gangs.torchrun_judge import EXPLAIN_S, SUSPECT_S, Beat, FaultVerdict, Judge
 from crossdock.runtime.errors import CrossdockError, RankError
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.status import RankStatus
@@ -83,7 +83,7 @@ class RankWatch:
         self._signalled_s: float | None = None
         self._interrupts = False  # the main thread was told
         self._settled = threading.Event()
-        self._verdict: Verdict | None = None
+        self._verdict: FaultVerdict | None = None
         self._exit_at_s: float | None = None
         self._lead: Lead | None = None  # of a rank with a smaller number
         self._lead_s = self._now_s = 0.0
@@ -187,7 +187,7 @@ class RankWatch:
         self._publish()
         if self._verdict is not None:
             return
-        (verdict,), (lead,) = self._messages.get([_VERDICT], Verdict), self._messages.get([_LEAD], Lead)
+        (verdict,), (lead,) = self._messages.get([_VERDICT], FaultVerdict), self._messages.get([_LEAD], Lead)
         suspects = self._follow(lead)
         silent_s = self._now_s - self._lead_s
         if verdict is not None:
@@ -233,7 +233,7 @@ class RankWatch:
         suspects = self._judge.suspects(self._now_s)
         self._messages.put(_LEAD, Lead(self._rank, self._beats, tuple(suspects)))
 
-    def _act(self, verdict: Verdict) -> None:
+    def _act(self, verdict: FaultVerdict) -> None:
         """Say it, if nobody did; where the user has to act, the main thread knows more, and has time to say it."""
         self._exit_at_s = time.monotonic() + _LEAVE_S
         self._verdict = verdict

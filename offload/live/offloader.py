@@ -3,7 +3,7 @@
     with LayerwiseOffloader(model, torch.device("cuda"), budget_bytes=8 * 2**30) as offloader:
         model(x)
         model(x)
-        offloader.improve()  # what stays on the device is chosen anew, now that the blocks' costs are known
+        offloader.reschedule()  # what stays on the device is chosen anew, now that the blocks' costs are known
 
 A model may come already sharded by `parallelize_module`: every rank streams its own part of each DTensor, and nothing
 is collective. The sharded transformer of a run does not come this way: its bytes go straight from the checkpoint to
@@ -12,6 +12,7 @@ where they rest.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ class LayerwiseOffloader:
             self.stream.prepare()
             yield
 
-    def improve(self) -> Residency | None:
+    def reschedule(self) -> Residency | None:
         """Choose again what stays on the device, by what the blocks cost when they ran. Between two runs of the model.
 
         At least one run and the beginning of the next have to be over; the least cost of all runs counts. Parameters
@@ -168,6 +169,12 @@ class LayerwiseOffloader:
         self._residency, self._order = better, order
         self.stream.reschedule(better.schedule, [order[place] for place in better.resident], order)
         return better
+
+    def improve(self) -> Residency | None:
+        """The former name of `reschedule`, for one version."""
+        message = "LayerwiseOffloader.improve is deprecated; call reschedule"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return self.reschedule()
 
     def gathered(self, name: str, write_back: bool = False) -> AbstractContextManager[dict[str, Tensor]]:
         """The true weights of the block called `name`, as the block holds them; see `BlockStream.gathered`.
@@ -219,7 +226,7 @@ class LayerwiseOffloader:
         require(needed, f"{type(model).__name__}: a host copy of its weights", host_memory(), _WAY_OUT)
         blocks = [self._on_host(block.name, block.module, layout) for block, layout in zip(found, layouts, strict=True)]
         if self._held:
-            return [*blocks, self._on_host(OUTSIDE, model, rest, runs=False)]
+            return [*blocks, self._on_host(OUTSIDE, model, rest, is_called=False)]
         return [*blocks, _on_device(model, rest, self._device)]
 
     def _lend(self, blocks: Sequence[StreamedBlock]) -> None:
@@ -234,14 +241,14 @@ class LayerwiseOffloader:
             self._lent.append(tensor)
             set_local_part(tensor.tensor, tensor.at_rest())
 
-    def _on_host(self, name: str, module: nn.Module, layout: BlockLayout, runs: bool = True) -> StreamedBlock:
+    def _on_host(self, name: str, module: nn.Module, layout: BlockLayout, is_called: bool = True) -> StreamedBlock:
         """One store per block, so that `remove` never holds the model twice."""
         store = HostStore.create(layout.nbytes, name="crossdock-component")
         self._stores.append(store)
         layout.pack(module, store.bytes)
         if self._device.type == "cuda":
             store.register()
-        return StreamedBlock(name, module, layout, Home.HOST, store.bytes, runs)
+        return StreamedBlock(name, module, layout, Home.HOST, store.bytes, is_called)
 
 
 @dataclass(frozen=True)
@@ -290,7 +297,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 def _on_device(model: nn.Module, layout: BlockLayout, device: torch.device) -> StreamedBlock:
     memory = aligned_bytes(layout.nbytes, device)
     layout.pack(model, memory)
-    return StreamedBlock(OUTSIDE, model, layout, Home.RESIDENT, memory, runs=False)
+    return StreamedBlock(OUTSIDE, model, layout, Home.RESIDENT, memory, is_called=False)
 
 
 def _for_blocks(budget_bytes: int, rest_bytes: int, least_bytes: int) -> int:

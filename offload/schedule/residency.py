@@ -202,10 +202,10 @@ class _Problem:
 
 def _least_copy_of_kinds(problem: _Problem, depth: int, kinds: Sequence[tuple[int, int]]) -> float:
     """Over every number of streamed blocks of each (size, copy) kind, the last kind being the most frequent."""
-    ring = list(zip(problem.sizes, problem.copy, strict=True))
-    counts = [ring.count(kind) for kind in kinds]
+    cycle = list(zip(problem.sizes, problem.copy, strict=True))
+    counts = [cycle.count(kind) for kind in kinds]
     # neighbours of one kind are in different slots, if nothing of another kind can run between them
-    joined = [sum(a != b for a, b in zip(ring, ring[1:] + ring[:1], strict=True) if b == kind) < 2 for kind in kinds]
+    joined = [sum(a != b for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True) if b == kind) < 2 for kind in kinds]
     falling = sorted(range(len(kinds)), key=lambda k: -kinds[k][0])
     best = math.inf
     for head in product(*(range(count + 1) for count in counts[:-1])):

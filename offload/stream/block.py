@@ -65,7 +65,7 @@ class StreamedBlock:
 
     Attributes:
         source: the bytes at rest, uint8: the whole block, or this rank's shard; or the pieces that make it up.
-        runs: its module is called; otherwise it is brought in by `BlockStream.hold` only.
+        is_called: its module is called; otherwise it is brought in by `BlockStream.hold` only.
     """
 
     name: str
@@ -73,7 +73,7 @@ class StreamedBlock:
     layout: BlockLayout
     home: Home
     source: Tensor | tuple[Piece, ...]
-    runs: bool = True
+    is_called: bool = True
 
     @property
     def source_bytes(self) -> int:

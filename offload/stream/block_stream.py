@@ -20,8 +20,8 @@ from torch import Tensor
 from crossdock.offload.memory.arena import Arena, Slot
 from crossdock.offload.memory.copy_engine import CopyEngine
 from crossdock.offload.schedule.slots import SlotSchedule, slot_sizes
-from crossdock.offload.stream.arrivals import FirstArrivals, Look
 from crossdock.offload.stream.block import StreamedBlock
+from crossdock.offload.stream.first_loads import FirstLoadCallback, FirstLoadObserver
 from crossdock.offload.stream.hooks import BlockHooks
 from crossdock.offload.stream.loader import BlockLoader, EventLog, Gather, fill_nan
 from crossdock.offload.stream.run_order import RunOrder
@@ -35,12 +35,12 @@ class BlockStream:
 
     Args:
         blocks: every block, in the order in which they are expected to run.
-        schedule: slots of the blocks that are streamed and not in `resident`, in the same order, ring after ring.
+        schedule: slots of the blocks that are streamed and not in `resident`, in the same order, pass after pass.
         gather: the shard group; needed where a home is sharded.
         resident: indices of blocks with a streamed home that get a slot of their own.
-        rings: the blocks that run in a pass of their own, by index, of each such pass; empty: all run in one.
+        passes: the blocks of each pass, by index; empty: all run in one.
         arena: where the slots lie; by default memory of their own.
-        yields_link: copies use the link to the device only between collectives; tell them by `link_used`.
+        yield_to_collectives: copies use the link only between collectives; tell them by `collective_issued`.
         trace_limit: how many trace events are kept.
         poison_freed: overwrite a shared slot with NaN as soon as its block has computed; shows reads of freed memory.
 
@@ -57,9 +57,9 @@ class BlockStream:
         gather: Gather | None = None,
         *,
         resident: Collection[int] = (),
-        rings: Sequence[Collection[int]] = (),
+        passes: Sequence[Collection[int]] = (),
         arena: Arena | None = None,
-        yields_link: bool = False,
+        yield_to_collectives: bool = False,
         trace_limit: int = 100_000,
         poison_freed: bool = False,
     ) -> None:
@@ -68,17 +68,17 @@ class BlockStream:
         self.poison_freed = poison_freed
         self._device = device
         self._log = EventLog(engine, trace_limit)
-        self._loader = BlockLoader(engine, gather, self._log, yields_link)
+        self._loader = BlockLoader(engine, gather, self._log, yield_to_collectives)
         self._loads = SlotLoads(engine, self._loader)
-        self._collectives, self._portions = 0, 1  # of the block that is running
+        self._collectives, self._chunks = 0, 1  # of the block that is running
         if gather is None and any(block.home.sharded for block in self.blocks):
             raise ValueError("a sharded home needs a shard group")
         self._index = {block.name: index for index, block in enumerate(self.blocks)}
-        self._run_order = RunOrder([i for i, b in enumerate(self.blocks) if b.home.streamed and b.runs], rings)
-        self._held = [i for i, block in enumerate(self.blocks) if block.home.streamed and not block.runs]
+        self._run_order = RunOrder([i for i, b in enumerate(self.blocks) if b.home.streamed and b.is_called], passes)
+        self._held = [i for i, block in enumerate(self.blocks) if block.home.streamed and not block.is_called]
         self._reading: int | None = None
         self._hooks = BlockHooks()
-        self._arrivals = FirstArrivals()
+        self._first_loads = FirstLoadObserver()
         self._shared: list[Slot] = []
         self._own: dict[int, Slot] = {}
         self._slots: dict[int, Slot] = {}
@@ -104,21 +104,21 @@ class BlockStream:
         self.vacate()
         self.arena.leave(self)
 
-    def watch_arrivals(self, look: Look) -> None:
-        """`look` at every streamed block once: when its bytes have come for the first time, before it computes. Until
-        then every slot is spoiled, so that what was there before does not pass for what was brought.
+    def observe_first_loads(self, callback: FirstLoadCallback) -> None:
+        """`callback` gets every streamed block once: when its bytes have come for the first time, before it computes.
+        Until then every slot is poisoned, so that what was there before does not pass for what was brought.
         """
         self._poison()
-        self._arrivals.watch(look, self._run_order.order)
+        self._first_loads.observe(callback, self._run_order.order)
 
     def rehearse(self, unseen: bool = False) -> None:
         """Stream every block once without computing, so that ordering is proven. Collective when sharded.
 
         Args:
-            unseen: only those that have not come since `watch_arrivals`.
+            unseen: only those that have not come since `observe_first_loads`.
         """
         for index in self._run_order.rehearsal:
-            if not unseen or index in self._arrivals.unseen:
+            if not unseen or index in self._first_loads.unseen:
                 self._bring(index)
                 self._after(index)
 
@@ -146,7 +146,7 @@ class BlockStream:
         self.engine.drain()  # of a load that is under way, all events stay or none
         run_order, since, read = copy.deepcopy(self._run_order), self._log.upcoming, dict(self._loader.read)
         try:
-            with self._arrivals.paused():
+            with self._first_loads.paused():
                 yield
         finally:
             self._end_loads()
@@ -154,7 +154,7 @@ class BlockStream:
                 slot.holder = None
             self._run_order, self._loader.read = run_order, read
             self._look_ahead()
-            if self._arrivals.unseen:
+            if self._first_loads.unseen:
                 self._poison()
             self._log.drop(since)
 
@@ -182,7 +182,7 @@ class BlockStream:
 
     @property
     def recorded_order(self) -> tuple[int, ...] | None:
-        """Indices of a ring's streamable blocks as its first pass ran them; None before it closed or if it skipped."""
+        """Indices of a pass's streamable blocks, as they ran first; None before that closed, or if it skipped some."""
         return self._run_order.recorded
 
     @property
@@ -226,18 +226,18 @@ class BlockStream:
 
     # -- one block -----------------------------------------------------------------------------------------------
 
-    def prepare(self, ring: int = 0) -> None:
-        """Begin to load the first blocks of a pass of `ring`: call it when this component's turn begins."""
+    def prepare(self, pass_: int = 0) -> None:
+        """Begin to load the first blocks of pass number `pass_`: call it when this component's turn begins."""
         if self._hooks.suspended:
             return
-        for first in self._run_order.rings[ring].order[:1]:
+        for first in self._run_order.passes[pass_].order[:1]:
             self.settle()
             self._enqueue(first)
             self._fetch_ahead(first)
 
-    def link_used(self) -> None:
+    def collective_issued(self) -> None:
         """A collective was just given to the compute stream: what comes next of the copies may follow it."""
-        if self._loader.yields_link and not self._hooks.suspended:
+        if self._loader.yield_to_collectives and not self._hooks.suspended:
             self._collectives += 1
             self._loader.release()
 
@@ -306,7 +306,7 @@ class BlockStream:
         slot.begin_reading(call)
         self._reading = index
         self._begin(index)
-        self._arrivals.came(index, self.blocks[index], slot.memory)
+        self._first_loads.loaded(index, self.blocks[index], slot.memory)
 
     def _after(self, index: int, call: FrameType | None = None) -> None:
         if self._reading != index:
@@ -318,7 +318,7 @@ class BlockStream:
         self.flush()
         if self._reading is None:
             return
-        self._portions, self._collectives = 1 + self._collectives, 0
+        self._chunks, self._collectives = 1 + self._collectives, 0
         index, self._reading = self._reading, None
         self._end(index)
         slot = self._slots[index]
@@ -334,12 +334,12 @@ class BlockStream:
             slot = self._slots[following]
             if slot not in taken:  # else it would push out a block that runs before it
                 taken.add(slot)
-                self._enqueue(following, self._portions)
+                self._enqueue(following, self._chunks)
 
-    def _enqueue(self, index: int, portions: int = 1) -> None:
+    def _enqueue(self, index: int, chunks: int = 1) -> None:
         """Load block `index` into its slot."""
         block = self.blocks[index]
-        self._loads.enqueue(self._slots[index], index, block, self.slot_of(block.name), portions)
+        self._loads.enqueue(self._slots[index], index, block, self.slot_of(block.name), chunks)
 
     # -- memory --------------------------------------------------------------------------------------------------
 
@@ -351,7 +351,7 @@ class BlockStream:
         self.schedule = schedule
         self.scheduled_at = self._log.upcoming
         self._shared_slot = dict(zip(sharing, schedule.slots, strict=True))
-        self._staying = self._residents | self._run_order.stay_in_turn(self._shared_slot)
+        self._staying = self._residents | self._run_order.stay_in_pass(self._shared_slot)
         self._prefetch = max(schedule.prefetch, 1) if self._staying else schedule.prefetch
         self._look_ahead()
 
@@ -393,7 +393,7 @@ class BlockStream:
         """No slot holds anything but NaN from here on."""
         self.settle()
         for index, slot in {id(slot): (index, slot) for index, slot in self._slots.items()}.values():
-            self._loads.spoil(slot, index)
+            self._loads.poison(slot, index)
 
     def _note(self, kind: EventKind, index: int, missed: bool = False) -> None:
         name = self.blocks[index].name

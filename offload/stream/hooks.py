@@ -31,7 +31,7 @@ class BlockHooks:
     def attach(self, index: int, block: StreamedBlock, before: Act, after: Act) -> None:
         """Around every call of the block, if it is called at all; call it before the block is bound."""
         self._unbound += block.bound()
-        if block.runs:
+        if block.is_called:
             self._handles += [
                 block.module.register_forward_pre_hook(self._hook(before, index), prepend=True),
                 block.module.register_forward_hook(self._hook(after, index), always_call=True),

@@ -73,17 +73,17 @@ class BlockLoader:
     `read` has, of every block, the tensors that its last load really read: noted beside the copy itself, or where a
     shard on the device is gathered, beside the gather.
 
-    Where copies and collectives share a link, a copy is cut into portions: the first is enqueued at once, each of the
+    Where copies and collectives share a link, a copy is cut into chunks: the first is enqueued at once, each of the
     others behind a collective (`release`), so that the copy uses the link while the collectives do not.
     """
 
-    def __init__(self, engine: CopyEngine, gather: Gather | None, log: EventLog, yields_link: bool) -> None:
+    def __init__(self, engine: CopyEngine, gather: Gather | None, log: EventLog, yield_to_collectives: bool) -> None:
         self.engine = engine
         self.counters = StreamCounters()
         self.read: dict[str, list[Tensor]] = {}
         self._gather = gather
         self._log = log
-        self.yields_link = yields_link
+        self.yield_to_collectives = yield_to_collectives
         self._last_gather: Event | None = None
         self._held: deque[Callable[[Sequence[Event]], None]] = deque()
 
@@ -95,19 +95,19 @@ class BlockLoader:
         slot: int | None,
         done: Callable[[Event], None],
         *,
-        portions: int = 1,
+        chunks: int = 1,
         noted: bool = True,
     ) -> None:
         """Fill `memory` (uint8, at least the block's bytes) behind the events `after`. Collective when sharded.
 
         Args:
             done: gets the event of completion as soon as all of it is enqueued: at once, or from `release` or `flush`.
-            portions: how many parts the copy is cut into.
+            chunks: how many parts the copy is cut into.
         """
         whole = memory[: block.layout.nbytes]
         job = _Job(block, slot, self._log if noted else None)
         if block.home is Home.HOST:
-            self._copy(job, whole, after, done, portions)
+            self._copy(job, whole, after, done, chunks)
             return
         assert self._gather is not None
         if block.home is Home.DEVICE_SHARD:
@@ -118,10 +118,10 @@ class BlockLoader:
         mine = whole[self._gather.index * size : (self._gather.index + 1) * size]
         if self._last_gather is not None:
             after = (*after, self._last_gather)
-        self._copy(job, mine, after, lambda copied: done(self._all_gather(job, whole, mine, (), (copied,))), portions)
+        self._copy(job, mine, after, lambda copied: done(self._all_gather(job, whole, mine, (), (copied,))), chunks)
 
     def release(self) -> None:
-        """A collective was just given to the compute stream: enqueue one more portion behind it."""
+        """A collective was just given to the compute stream: enqueue one more chunk behind it."""
         if self._held:
             self._held.popleft()((self.engine.record(),))
 
@@ -143,10 +143,10 @@ class BlockLoader:
         target: Tensor,
         after: Sequence[Event],
         done: Callable[[Event], None],
-        portions: int,
+        chunks: int,
     ) -> None:
         nbytes = job.block.source_bytes
-        moves = _cut(_moves(job.block, target), portions)
+        moves = _cut(_moves(job.block, target), chunks)
 
         def enqueue(place: int, needs: Sequence[Event], behind: Sequence[Event]) -> None:
             def work() -> None:
@@ -183,7 +183,7 @@ class BlockLoader:
 
         self.counters.gathered_bytes += nbytes
         gathered = self.engine.submit("gather", work, after, needs)
-        if self.yields_link:
+        if self.yield_to_collectives:
             self._last_gather = gathered
         return gathered
 
@@ -201,13 +201,13 @@ class _Job:
             self.log.note(kind, self.block.name, self.slot, lane, nbytes)
 
 
-def _cut(moves: list[tuple[Tensor, Tensor]], portions: int) -> list[list[tuple[Tensor, Tensor]]]:
-    """The copies in at most `portions` groups of about equal size; one contiguous copy is cut itself."""
-    if portions > 1 and len(moves) == 1 and moves[0][0].dim() == 1:
+def _cut(moves: list[tuple[Tensor, Tensor]], chunks: int) -> list[list[tuple[Tensor, Tensor]]]:
+    """The copies in at most `chunks` groups of about equal size; one contiguous copy is cut itself."""
+    if chunks > 1 and len(moves) == 1 and moves[0][0].dim() == 1:
         target, source = moves[0]
-        size = round_up(-(-len(target) // portions), ALIGNMENT)
+        size = round_up(-(-len(target) // chunks), ALIGNMENT)
         return [[pair] for pair in zip(target.split(size), source.split(size), strict=True)]  # type: ignore[no-untyped-call]
-    size = max(1, -(-len(moves) // portions))
+    size = max(1, -(-len(moves) // chunks))
     return [moves[start : start + size] for start in range(0, len(moves), size)] or [[]]
 
 
@@ -224,6 +224,6 @@ def fill_nan(memory: Tensor) -> None:
     memory.fill_(0xFF)
 
 
-def spoil(memory: Tensor) -> None:
+def poison(memory: Tensor) -> None:
     """NaN wherever a tensor can begin, and further on at every multiple of `ALIGNMENT`: a quarter of filling it all."""
     memory[: len(memory) // ALIGNMENT * ALIGNMENT].view(-1, ALIGNMENT)[:, : ALIGNMENT // 4].fill_(0xFF)

@@ -7,7 +7,7 @@ from functools import partial
 from crossdock.offload.memory.arena import Slot
 from crossdock.offload.memory.copy_engine import CopyEngine, Event
 from crossdock.offload.stream.block import StreamedBlock
-from crossdock.offload.stream.loader import BlockLoader, spoil
+from crossdock.offload.stream.loader import BlockLoader, poison
 
 
 class SlotLoads:
@@ -18,7 +18,7 @@ class SlotLoads:
         self._loader = loader
         self._pending: set[Slot] = set()  # claimed for a load of which not all is enqueued
 
-    def enqueue(self, slot: Slot, holder: int, block: StreamedBlock, number: int | None, portions: int = 1) -> None:
+    def enqueue(self, slot: Slot, holder: int, block: StreamedBlock, number: int | None, chunks: int = 1) -> None:
         """Load `block` into `slot`, behind the slot's last reader and its last load; not if it is there.
 
         Args:
@@ -35,7 +35,7 @@ class SlotLoads:
         try:
             waits = slot.claim(holder)
             self._pending.add(slot)
-            self._loader.load(block, slot.memory, waits, number, done, portions=portions)
+            self._loader.load(block, slot.memory, waits, number, done, chunks=chunks)
         except BaseException:
             slot.holder = None  # half filled at best: whoever asks for the block loads it again
             raise
@@ -63,11 +63,11 @@ class SlotLoads:
         self._engine.wait(slot.ready)
         slot.holder = None
 
-    def spoil(self, slot: Slot, holder: int) -> None:
+    def poison(self, slot: Slot, holder: int) -> None:
         """NaN at the beginning of all that can lie in the slot, whose bytes are forgotten."""
         waits = slot.claim(holder)
         slot.holder = None
-        slot.ready = self._engine.submit("copy", partial(spoil, slot.memory), waits)
+        slot.ready = self._engine.submit("copy", partial(poison, slot.memory), waits)
 
 
 def _nothing() -> None:

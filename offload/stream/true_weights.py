@@ -44,7 +44,7 @@ class TrueWeights:
         else:
             assert isinstance(block.source, Tensor)
             memory.copy_(block.source)
-        shared = [(each, each.copy(device)) for each in shared_tensors_of(block, blocks)] if block.runs else []
+        shared = [(each, each.copy(device)) for each in shared_tensors_of(block, blocks)] if block.is_called else []
         named = block.named(memory) | {name: own for each, own in shared for name in each.names}
         parts = frozenset({index, *(each.part for each, _ in shared if each.part is not None)})
         return cls(named, parts, block, memory, shared, loader)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from crossdock.runtime.contract.verdict import Violation
+from crossdock.runtime.contract.result import Violation
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import REPORT_IT, MemorySpan, RankReport, TensorRecord
 
@@ -78,11 +78,13 @@ def _may_share(one: _Claim, other: _Claim, moving: set[str]) -> bool:
     """Whether bytes in common are right. `moving`: the blocks that are streamed."""
     kinds = {one.kind, other.kind}
     if kinds == {"outside"}:
-        return one.span == other.span  # tied: one tensor under two names; that it has the right bytes, `covers` proves
+        return (
+            one.span == other.span
+        )  # tied: one tensor under two names; that it has the right bytes, `complete` proves
     if "plain" in kinds:
         place = other if one.kind == "plain" else one
         return place.kind in ("plain", "outside", "stray") or (place.kind == "stays" and place.block not in moving)
-    if "stray" in kinds:  # not where it should be, says owned-once; here: does it harm another?
+    if "stray" in kinds:  # not where it should be, says single-owner; here: does it harm another?
         return one.block is not None and one.block == other.block
     return False
 

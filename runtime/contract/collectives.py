@@ -8,7 +8,7 @@ from typing import Protocol
 
 from crossdock.offload.stream.trace import TraceEvent
 from crossdock.parallel.group import GroupRecord
-from crossdock.runtime.contract.verdict import Violation
+from crossdock.runtime.contract.result import Violation
 from crossdock.runtime.plan.plan import RunPlan
 
 _CHECK = "same-collectives"

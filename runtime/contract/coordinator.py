@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from crossdock.runtime.contract.numbers import SAME_NUMBERS, same_numbers
-from crossdock.runtime.contract.verdict import CompositionError, Verdict, Violation
+from crossdock.runtime.contract.result import CompositionError, ContractResult, Violation
 from crossdock.runtime.contract.verify import CHECKS, verify_arrivals, verify_composition, verify_request
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.rank_result import RankResult
@@ -17,7 +17,7 @@ SHOWN = 5
 
 
 class Coordinator:
-    """Judges what the ranks report; `composition` is the verdict for `report.json`, `plan` what holds now."""
+    """Judges what the ranks report; `composition` is the result for `report.json`, `plan` what holds now."""
 
     def __init__(self, plan: RunPlan) -> None:
         self.plan = plan
@@ -31,9 +31,9 @@ class Coordinator:
         return [self._rows[check] for check in (*CHECKS, SAME_NUMBERS) if check in self._rows]
 
     @property
-    def verdict(self) -> Verdict:
+    def result(self) -> ContractResult:
         """What is known of the ranks as they are now."""
-        return self._verdict(())
+        return self._result(())
 
     def admit(self, reports: Sequence[RankReport], rehearsed: bool = True) -> None:
         """Before the first step.
@@ -96,15 +96,15 @@ class Coordinator:
             if len(violations) > SHOWN:
                 lines.append(f"and {len(violations) - SHOWN} more violations")
             raise CompositionError(
-                "offloading and sharding do not compose:\n  " + "\n  ".join(lines), self._verdict(violations)
+                "offloading and sharding do not compose:\n  " + "\n  ".join(lines), self._result(violations)
             )
 
     def _detail(self) -> str:
         detail = f"{len(self._reports)} ranks, {len(self.plan.blocks)} blocks"
         return f"{detail}; what arrives is compared in the first step" if self._awaits else detail
 
-    def _verdict(self, violations: Sequence[Violation]) -> Verdict:
-        return Verdict(self.plan.layout_name, tuple(self.composition), tuple(violations), self._reports)
+    def _result(self, violations: Sequence[Violation]) -> ContractResult:
+        return ContractResult(self.plan.layout_name, tuple(self.composition), tuple(violations), self._reports)
 
 
 def _row(check: str, status: str, detail: str) -> dict[str, str]:

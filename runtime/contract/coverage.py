@@ -1,4 +1,4 @@
-"""covers: the ranks' parts add up to the checkpoint, and what arrives on the device is what the checkpoint has."""
+"""complete: the ranks' parts add up to the checkpoint, and what arrives on the device is what the checkpoint has."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from crossdock.parallel.hsdp import shard_range
 from crossdock.parallel.tensor import TensorSlice, part_shape
-from crossdock.runtime.contract.verdict import Violation
+from crossdock.runtime.contract.result import Violation
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import REPORT_IT, RankReport
 
@@ -15,7 +15,7 @@ _WRONG_BYTES = "what is at rest or the way to the device is wrong: load the mode
 _RELOAD = "load the model again; if it stays, the checkpoint differs between nodes"
 
 
-def covers(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:
+def complete(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:
     """Shards add up to the checkpoint's tensor exactly once; what is replicated is equal on all ranks."""
     by_rank = {report.rank: report for report in reports}
     yield from _slices_cover(plan, by_rank)
@@ -33,12 +33,12 @@ def _slices_cover(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[Vio
             for rank, record in held:
                 expected = part_shape(stored.shape, record.part)
                 if record.shape != expected:
-                    yield Violation("covers", rank, fqn, f"shape {expected}", f"shape {record.shape}", REPORT_IT)
+                    yield Violation("complete", rank, fqn, f"shape {expected}", f"shape {record.shape}", REPORT_IT)
             cut = [(rank, record.part) for rank, record in held if record.part is not None]
             whole = [rank for rank, record in held if record.part is None]
             if cut and whole:
                 others = f"cut along dim {cut[0][1].dim}, as on rank {cut[0][0]}"
-                yield Violation("covers", whole[0], fqn, others, "not cut", REPORT_IT)
+                yield Violation("complete", whole[0], fqn, others, "not cut", REPORT_IT)
             elif cut:
                 yield from _tiles(fqn, cut)
 
@@ -47,7 +47,7 @@ def _tiles(fqn: str, parts: Sequence[tuple[int, TensorSlice]]) -> Iterator[Viola
     rank, first = parts[0]
     for other, part in parts:
         if part.dim != first.dim:
-            yield Violation("covers", other, fqn, f"cut along dim {first.dim}", f"along dim {part.dim}", REPORT_IT)
+            yield Violation("complete", other, fqn, f"cut along dim {first.dim}", f"along dim {part.dim}", REPORT_IT)
             return
     ranges = sorted((span, rank) for rank, part in parts for span in part.ranges)
     at = 0
@@ -56,7 +56,7 @@ def _tiles(fqn: str, parts: Sequence[tuple[int, TensorSlice]]) -> Iterator[Viola
             what = "twice" if start < at else "by nobody"
             low, high = sorted((start, at))
             yield Violation(
-                "covers",
+                "complete",
                 owner,
                 fqn,
                 "every element held once",
@@ -67,7 +67,7 @@ def _tiles(fqn: str, parts: Sequence[tuple[int, TensorSlice]]) -> Iterator[Viola
         at = stop
     if at != first.full_size:
         found = f"[{at}, {first.full_size}) of dim {first.dim} held by nobody"
-        yield Violation("covers", rank, fqn, "every element held once", found, REPORT_IT)
+        yield Violation("complete", rank, fqn, "every element held once", found, REPORT_IT)
 
 
 def _shards_cover(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[Violation]:
@@ -86,7 +86,7 @@ def _shards_cover(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[Vio
                     where = plan.tensor_at(home.block, home.start)
                     of_block = f"of block {home.block}"
                     yield Violation(
-                        "covers", rank, where, f"bytes {expected} {of_block}", f"bytes {found} {of_block}", REPORT_IT
+                        "complete", rank, where, f"bytes {expected} {of_block}", f"bytes {found} {of_block}", REPORT_IT
                     )
 
 
@@ -109,7 +109,7 @@ def _replicas_agree(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[V
         for rank, (checksum, name) in holders.items():
             if checksum != common:
                 expected = f"the bytes of rank {agreeing[0]} (checksum {common:#x})"
-                yield Violation("covers", rank, name, expected, f"{checksum:#x}", _RELOAD)
+                yield Violation("complete", rank, name, expected, f"{checksum:#x}", _RELOAD)
 
 
 def all_compared(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:
@@ -125,7 +125,7 @@ def all_compared(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Viola
         for fqn, names in [*inside, *((fqn, {fqn}) for fqn in plan.outside)]:
             if compared.isdisjoint(names):
                 expected = "compared with the checkpoint on arrival"
-                yield Violation("covers", report.rank, fqn, expected, "it was not", REPORT_IT)
+                yield Violation("complete", report.rank, fqn, expected, "it was not", REPORT_IT)
 
 
 def all_equal(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:
@@ -138,7 +138,7 @@ def all_equal(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violatio
             origin = f"of {stored.file.name}" if stored is not None else "that the model computes"
             expected = f"the bytes {origin} (checksum {arrival.expected:#010x} of {arrival.nbytes} bytes)"
             found = f"{arrival.found:#010x} {_where(plan, arrival.fqn)}"
-            yield Violation("covers", report.rank, arrival.fqn, expected, found, _WRONG_BYTES)
+            yield Violation("complete", report.rank, arrival.fqn, expected, found, _WRONG_BYTES)
 
 
 def _where(plan: RunPlan, fqn: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
-from crossdock.runtime.contract.verdict import Violation
+from crossdock.runtime.contract.result import Violation
 from crossdock.runtime.models.transformers import prefixes
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import REPORT_IT, ProbeReport

@@ -1,4 +1,4 @@
-"""owned-once: every tensor has exactly one home, on the device, and nothing is there twice."""
+"""single-owner: every tensor has exactly one home, on the device, and nothing is there twice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from crossdock.offload.memory.layout import ALIGNMENT
 from crossdock.offload.schedule.slots import slot_sizes
 from crossdock.offload.stream.block import Home
 from crossdock.parallel.tensor import part_shape
-from crossdock.runtime.contract.verdict import Violation
+from crossdock.runtime.contract.result import Violation
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import REPORT_IT, HomeRecord, MemorySpan, RankReport, TensorRecord
 
@@ -20,16 +20,16 @@ NOT_WEIGHTS = 2 * 2**20
 _LET_GO = "something keeps weights on the device that are streamed: let go of it (a hook, a wrapper, a cached copy)"
 
 
-def owned_once(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:
+def single_owner(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:
     """Every parameter and buffer has exactly one home; none on meta; none outside the blocks off the device."""
     for report in reports:
         found = Counter(record.fqn for record in report.tensors)
         for fqn in plan.dtypes:
             if found[fqn] != 1:
-                yield Violation("owned-once", report.rank, fqn, "one home", f"{found[fqn]}", REPORT_IT)
+                yield Violation("single-owner", report.rank, fqn, "one home", f"{found[fqn]}", REPORT_IT)
         for fqn in found.keys() - plan.dtypes.keys():
             remedy = "add it to the checkpoint, or do not register it on the model"
-            yield Violation("owned-once", report.rank, fqn, "no such tensor", "an unplanned one", remedy)
+            yield Violation("single-owner", report.rank, fqn, "no such tensor", "an unplanned one", remedy)
         for record in report.tensors:
             yield from _check_home(plan, report.rank, record)
         for record in report.plain:
@@ -38,7 +38,7 @@ def owned_once(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violati
         yield from _check_bytes(plan, report)
         for module, what in report.foreign_hooks:
             remedy = "remove it: two mechanisms must not move the same weights"
-            yield Violation("owned-once", report.rank, module or "the model", "no other mechanism", what, remedy)
+            yield Violation("single-owner", report.rank, module or "the model", "no other mechanism", what, remedy)
 
 
 def all_read(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:
@@ -60,16 +60,16 @@ def _check_home(plan: RunPlan, rank: int, record: TensorRecord) -> Iterator[Viol
         offset = next((entry.offset for entry in block.layout.entries if local in entry.names), -1)
     if (record.place, record.offset) != (expected, offset):
         found = f"{record.place} at byte {record.offset}"
-        yield Violation("owned-once", rank, record.fqn, f"{expected} at byte {offset}", found, REPORT_IT)
+        yield Violation("single-owner", rank, record.fqn, f"{expected} at byte {offset}", found, REPORT_IT)
     if record.dtype != str(plan.dtypes.get(record.fqn, record.dtype)):
-        yield Violation("owned-once", rank, record.fqn, str(plan.dtypes[record.fqn]), record.dtype, REPORT_IT)
+        yield Violation("single-owner", rank, record.fqn, str(plan.dtypes[record.fqn]), record.dtype, REPORT_IT)
 
 
 def _check_device(plan: RunPlan, rank: int, record: TensorRecord, remedy: str) -> Iterator[Violation]:
     if record.device == "meta":
-        yield Violation("owned-once", rank, record.fqn, f"on {plan.device}", "on meta: never loaded", remedy)
+        yield Violation("single-owner", rank, record.fqn, f"on {plan.device}", "on meta: never loaded", remedy)
     elif record.device.split(":")[0] != plan.device:
-        yield Violation("owned-once", rank, record.fqn, f"on {plan.device}", f"on {record.device}", remedy)
+        yield Violation("single-owner", rank, record.fqn, f"on {plan.device}", f"on {record.device}", remedy)
 
 
 def read_at_rest(
@@ -88,7 +88,7 @@ def read_at_rest(
         expected = f"bytes read from where they rest ({home.home}: {_spans(places)})"
         found = f"read from {_spans(strange)}: a second copy" if strange else "never read"
         remedy = "something keeps weights of its own and loads from there: let go of it (a hook, a wrapper, a cache)"
-        yield Violation("owned-once", rank, where, expected, found, remedy)
+        yield Violation("single-owner", rank, where, expected, found, remedy)
 
 
 def _spans(spans: Sequence[MemorySpan]) -> str:
@@ -107,7 +107,7 @@ def _check_freed(plan: RunPlan, report: RankReport) -> Iterator[Violation]:
             kept = sum(span.nbytes for span in {record.span for record in own} if span is not None)
             expected = f"all {block.layout.nbytes} bytes in slot {block.slot}, which the next block takes"
             found = f"{kept} bytes elsewhere that are never freed, of {own[0].fqn} first"
-            yield Violation("owned-once", report.rank, block.name, expected, found, _LET_GO)
+            yield Violation("single-owner", report.rank, block.name, expected, found, _LET_GO)
 
 
 def _check_bytes(plan: RunPlan, report: RankReport) -> Iterator[Violation]:
@@ -120,12 +120,12 @@ def _check_bytes(plan: RunPlan, report: RankReport) -> Iterator[Violation]:
     pieces = 1 + sum(not block.home.on_host for block in plan.blocks)
     if found > planned + pieces * ALIGNMENT:
         expected = f"at most {planned} bytes of weights on the device"
-        yield Violation("owned-once", report.rank, where, expected, f"{found} bytes", _LET_GO)
+        yield Violation("single-owner", report.rank, where, expected, f"{found} bytes", _LET_GO)
     if counted.allocated is not None:
         most = max(planned, found) + counted.others + counted.rounding + NOT_WEIGHTS
         if counted.allocated > most:
             expected = f"at most {most} bytes allocated on the device by loading"
-            yield Violation("owned-once", report.rank, where, expected, f"{counted.allocated} bytes", _LET_GO)
+            yield Violation("single-owner", report.rank, where, expected, f"{counted.allocated} bytes", _LET_GO)
 
 
 def planned_device_bytes(plan: RunPlan, report: RankReport) -> int:

@@ -11,17 +11,17 @@ from typing import Protocol
 
 from crossdock.runtime.contract.aliasing import no_alias
 from crossdock.runtime.contract.collectives import Issued, same_collectives
-from crossdock.runtime.contract.coverage import all_compared, all_equal, covers
-from crossdock.runtime.contract.ownership import all_read, owned_once, read_at_rest
-from crossdock.runtime.contract.schedule import all_rehearsed, in_order, same_schedule, trace_in_order
-from crossdock.runtime.contract.verdict import Violation
+from crossdock.runtime.contract.coverage import all_compared, all_equal, complete
+from crossdock.runtime.contract.ordering import all_rehearsed, in_order, same_schedule, trace_in_order
+from crossdock.runtime.contract.ownership import all_read, read_at_rest, single_owner
+from crossdock.runtime.contract.result import Violation
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import MemorySpan, RankReport
 
 CHECKS: dict[str, Callable[[RunPlan, Sequence[RankReport]], Iterable[Violation]]] = {
     "same-schedule": same_schedule,
-    "owned-once": owned_once,
-    "covers": covers,
+    "single-owner": single_owner,
+    "complete": complete,
     "no-alias": no_alias,
     "in-order": in_order,
     "same-collectives": same_collectives,
@@ -33,7 +33,7 @@ _REHEARSAL: tuple[Callable[[RunPlan, Sequence[RankReport]], Iterable[Violation]]
     all_read,
     all_compared,
 )
-"""What a rehearsal must have shown, of in-order, owned-once and covers."""
+"""What a rehearsal must have shown, of in-order, single-owner and complete."""
 
 
 def verify_composition(plan: RunPlan, reports: Sequence[RankReport], rehearsed: bool = True) -> list[Violation]:
@@ -50,7 +50,7 @@ def verify_composition(plan: RunPlan, reports: Sequence[RankReport], rehearsed: 
 
 
 def verify_arrivals(plan: RunPlan, reports: Sequence[RankReport]) -> list[Violation]:
-    """Of covers what a first request must have shown: all that arrived was compared with the checkpoint, and equal."""
+    """Of `complete`, what a first request must have shown: all that arrived was compared with the file, and equal."""
     return [*all_compared(plan, reports), *all_equal(plan, reports)]
 
 
@@ -67,7 +67,7 @@ class Did(Issued, Protocol):
 def verify_request(
     plan: RunPlan, reports: Sequence[RankReport], results: Sequence[Did], before: RunPlan | None = None
 ) -> list[Violation]:
-    """What the ranks did in a request: in-order, same-collectives, and of owned-once what was read.
+    """What the ranks did in a request: in-order, same-collectives, and of single-owner what was read.
 
     Args:
         reports: what the ranks held when they were admitted.

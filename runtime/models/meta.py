@@ -77,11 +77,11 @@ class _EmptyOnMeta(TorchFunctionMode):
         if func is torch.empty and kwargs.get("device") is None:
             kwargs["device"] = "meta"
         else:
-            check_table(_outline(func, args, kwargs))
+            check_table(_shapes_only(func, args, kwargs))
         return func(*args, **kwargs)
 
 
-def _outline(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _shapes_only(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What `func` would return, without its numbers; nothing where that costs nothing, or where it cannot say."""
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if tensors and all(tensor.is_meta for tensor in tensors):

@@ -70,7 +70,7 @@ class ModelSpec:
         resumes: whether a request that lost a rank goes on after the last step that was kept. Not where the loop
             carries more than latents and what its scheduler remembers; it begins anew then.
         published: its checkpoints.
-        refused: shipped config -> why this family cannot run in it, where that does not follow from the rest.
+        refused: built-in config -> why this family cannot run in it, where that does not follow from the rest.
     """
 
     family: str

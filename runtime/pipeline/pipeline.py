@@ -29,7 +29,7 @@ from crossdock.runtime.models.spec import ModelSpec
 from crossdock.runtime.models.transformers import transformers_in
 from crossdock.runtime.pipeline.components import Component, place_component
 from crossdock.runtime.pipeline.denoise_loop import DenoiseLoop, StepEnd, own_randomness
-from crossdock.runtime.pipeline.presence import Stage
+from crossdock.runtime.pipeline.presence import ActiveComponent
 from crossdock.runtime.pipeline.replicate import replicated
 from crossdock.runtime.pipeline.snapshot import Snapshot, beginning_at
 from crossdock.runtime.plan.plan import RunPlan
@@ -94,7 +94,7 @@ class RankPipeline:
         }
         for name, component in self._components.items():
             _check_turn(name, component, plan)
-        self._stage = Stage(self._components, device)
+        self._active = ActiveComponent(self._components, device)
         self._encodes: list[tuple[float, float]] = []  # begin and end, seconds of time.perf_counter
         self._on_decode: Callable[[], bool] = lambda: False
         self._between_chunks: Callable[[], bool] = lambda: False
@@ -108,7 +108,7 @@ class RankPipeline:
     def _hook(self, mesh: Mesh, first: bool) -> None:
         """Encode on one rank for all of its replica, and decode on one."""
         for name in self._plan.encoders if first else ():
-            self._stage.watch(name, self._modules[name])
+            self._active.watch(name, self._modules[name])
         share = partial(replicated, device=self._device, mesh=mesh, turn=self._encoding)
         for name in self._plan.spec.encode:
             if is_modular(type(self.pipe)):
@@ -119,9 +119,9 @@ class RankPipeline:
         for name in self._plan.decoders:
             module = getattr(self.pipe, name)
             if hasattr(module, "decode"):
-                module.decode = self._decoding(self._stage.wrap(name, module.decode), mesh)
+                module.decode = self._decoding(self._active.wrap(name, module.decode), mesh)
             elif first:
-                self._stage.watch(name, module)
+                self._active.watch(name, module)
 
     @property
     def on_device(self) -> tuple[nn.Module, ...]:
@@ -141,7 +141,7 @@ class RankPipeline:
         """
         if self._arena is not None:
             self._arena.evict(max((self._plan.turn_bytes[name] for name in names), default=0))
-        with self._stage:
+        with self._active:
             yield
 
     def run(
@@ -177,7 +177,7 @@ class RankPipeline:
 
         self._on_decode = decodes
         output = None
-        with own_randomness(self._device, seeds[0]) as generators, late, self._stage:
+        with own_randomness(self._device, seeds[0]) as generators, late, self._active:
             chunks = number_of_chunks(self._plan.spec, request.frames)
             loop = DenoiseLoop(self._device, (*drawn, *generators), on_step, resume, chunks)
             self._between_chunks = lambda: loop.between_chunks
@@ -259,11 +259,11 @@ class RankPipeline:
     def _decoding(self, decode: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
         """`decode` of a component, where it is this rank's to do. The others go on if another chunk follows."""
         turn = partial(self.turn, self._plan.decoders)
-        outlined = replicated(decode, self._device, mesh, turn, outline=True)
+        shapes_only = replicated(decode, self._device, mesh, turn, shapes_only=True)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self._between_chunks():
-                return outlined(*args, **kwargs)
+                return shapes_only(*args, **kwargs)
             with turn():
                 if not self._on_decode():
                     raise _NotDecodedHereError

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from crossdock.runtime.pipeline.components import Component
 
 
-class Stage:
+class ActiveComponent:
     """Whoever is called comes onto the device, and stays until another one is called or the turn ends."""
 
     def __init__(self, components: Mapping[str, Component], device: torch.device) -> None:

@@ -27,7 +27,7 @@ def replicated(
     device: torch.device,
     mesh: Mesh,
     turn: Callable[[], AbstractContextManager[None]],
-    outline: bool = False,
+    shapes_only: bool = False,
 ) -> Callable[..., Any]:
     """`method` on the replica's first rank, its return value on all of them. Collective over the replica.
 
@@ -36,7 +36,7 @@ def replicated(
     Args:
         device: where the other ranks put the tensors; those that it leaves on the CPU stay there.
         turn: the context in which it runs; entered on every rank.
-        outline: nobody else needs the values: the other ranks get zeros in the tensors' place.
+        shapes_only: nobody else needs the values: the other ranks get zeros in the tensors' place.
     """
 
     @functools.wraps(method, updated=())  # pipelines may look at the signature
@@ -46,13 +46,13 @@ def replicated(
             if mesh.rank == mesh.ranks["replica"][0]:
                 with torch.random.fork_rng([device] if device.type == "cuda" else []):
                     value = method(*args, **kwargs)
-            return _broadcast(value, device, mesh, outline)
+            return _broadcast(value, device, mesh, shapes_only)
 
     return call
 
 
-def _broadcast(value: Any, device: torch.device, mesh: Mesh, outline: bool) -> Any:
-    """`value` of the replica's first rank, or its outline, on all its ranks. Collective over the replica."""
+def _broadcast(value: Any, device: torch.device, mesh: Mesh, shapes_only: bool) -> Any:
+    """`value` of the replica's first rank, or zeros of its shapes, on all its ranks. Collective over the replica."""
     group, source = mesh.groups["replica"], mesh.ranks["replica"][0]
     if group is None:
         return value
@@ -62,7 +62,7 @@ def _broadcast(value: Any, device: torch.device, mesh: Mesh, outline: bool) -> A
         structure = _dump(value, device, tensors)
         envelope = structure, [(t.shape, t.dtype) for t in tensors]
     structure, shapes = group.broadcast_object(envelope, source=0)
-    if outline:
+    if shapes_only:
         zeros = [torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype in shapes]
         return value if mesh.rank == source else _load(structure, zeros)
     if mesh.rank != source:

@@ -35,8 +35,8 @@ from crossdock.runtime.models.spec import ModelSpec
 from crossdock.runtime.models.transformers import build_transformers, stored_of, transformer_names, transformers_in
 from crossdock.runtime.plan.checks import check_attention, check_degree, check_guidance, check_pages
 from crossdock.runtime.plan.component_needs import component_needs, host_peak_bytes
-from crossdock.runtime.plan.device_memory import divide_device
-from crossdock.runtime.plan.plan import PlannedBlock, RunPlan, in_slots, rings_of
+from crossdock.runtime.plan.device_budget import divide_device
+from crossdock.runtime.plan.plan import PlannedBlock, RunPlan, in_slots, passes_of
 
 
 def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int | None = None) -> RunPlan:
@@ -89,9 +89,9 @@ def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int
         check_pages(block_names, layouts, stored)
     home = _home(config, mesh)
     order = tuple(range(len(found))) if home.streamed else ()
-    rings = rings_of(block_names, order, transformers)
-    sizes = [[layouts[index].nbytes for index in ring] for ring in rings]
-    space = divide_device(config.offload, device_bytes, outside_bytes, rings=sizes, others=others)
+    passes = passes_of(block_names, order, transformers)
+    sizes = [[layouts[index].nbytes for index in pass_] for pass_ in passes]
+    space = divide_device(config.offload, device_bytes, outside_bytes, passes=sizes, others=others)
     blocks = [PlannedBlock(name, layout, home, None) for name, layout in zip(block_names, layouts, strict=True)]
     budget = None if space.budget_bytes is None else space.budget_bytes - outside_bytes - ALIGNMENT
     return RunPlan(
@@ -101,7 +101,7 @@ def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int
         mesh,
         device,
         transformers,
-        in_slots(blocks, space.residency, rings, budget),
+        in_slots(blocks, space.residency, passes, budget),
         order,
         space.residency,
         space.budget_bytes,

@@ -11,7 +11,7 @@ import torch
 
 from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout
 from crossdock.offload.schedule.residency import Residency, minimum_bytes
-from crossdock.offload.schedule.shared_slots import place_sizes, slots_in_turn
+from crossdock.offload.schedule.shared_slots import place_sizes, shared_slots
 from crossdock.offload.schedule.slots import SlotSchedule
 from crossdock.offload.stream.block import Home
 from crossdock.parallel.mesh import MeshShape, describe
@@ -40,9 +40,9 @@ class ScheduleReport:
         resident: the blocks that stay on the device.
         budget_bytes: None: as little as possible.
         arena_bytes: what the components use in turn; None: they do not take turns.
-        step_ms: predicted time of the blocks of a step, from the costs named in `verdict`; `bound_ms` is proven to be
-            a lower bound for this budget.
-        verdict: what became of the schedule once the first steps were measured.
+        step_ms: predicted time of the blocks of a step, from the costs named in `schedule_note`; `bound_ms` is proven
+            to be a lower bound for this budget.
+        schedule_note: what became of the schedule once the first steps were measured.
     """
 
     resident: tuple[str, ...]
@@ -52,7 +52,7 @@ class ScheduleReport:
     arena_bytes: int | None
     step_ms: float
     bound_ms: float
-    verdict: str
+    schedule_note: str
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,9 @@ class RunPlan:
         return ("layerwise, " if self.config.offload.layerwise else "") + describe(self.mesh)
 
     @cached_property
-    def rings(self) -> tuple[tuple[int, ...], ...]:
+    def passes(self) -> tuple[tuple[int, ...], ...]:
         """`order` of each transformer: the others do not run in its pass."""
-        return rings_of([block.name for block in self.blocks], self.order, self.transformers)
+        return passes_of([block.name for block in self.blocks], self.order, self.transformers)
 
     def sizes_of(self, indices: Sequence[int]) -> list[int]:
         """Bytes of these blocks."""
@@ -139,12 +139,12 @@ class RunPlan:
     @property
     def least_budget_bytes(self) -> int:
         """No budget can be below it."""
-        sizes = place_sizes([self.sizes_of(ring) for ring in self.rings])
+        sizes = place_sizes([self.sizes_of(pass_) for pass_ in self.passes])
         turns = max(self.turn_bytes.values(), default=0)
         return self.outside_bytes + ALIGNMENT + max(minimum_bytes(sizes, self.config.offload.depths), turns)
 
-    def schedule_report(self, verdict: str) -> ScheduleReport:
-        """`verdict`: what became of the schedule when the first steps were measured."""
+    def schedule_report(self, schedule_note: str) -> ScheduleReport:
+        """`schedule_note`: what became of the schedule when the first steps were measured."""
         residency = self.residency
         return ScheduleReport(
             tuple(self.blocks[index].name for index in sorted(self.staying)),
@@ -154,7 +154,7 @@ class RunPlan:
             self.arena_bytes,
             round(residency.step_s * 1e3, 3),
             round(residency.bound_s * 1e3, 3),
-            verdict,
+            schedule_note,
         )
 
     @property
@@ -165,7 +165,9 @@ class RunPlan:
     @property
     def staying(self) -> frozenset[int]:
         """Indices of the blocks that are brought once and stay while their transformer runs."""
-        return frozenset(ring[place] for ring in self.rings for place in self.residency.resident if place < len(ring))
+        return frozenset(
+            pass_[place] for pass_ in self.passes for place in self.residency.resident if place < len(pass_)
+        )
 
     @cached_property
     def streamed(self) -> tuple[PlannedBlock, ...]:
@@ -174,8 +176,8 @@ class RunPlan:
 
     def rescheduled(self, residency: Residency, order: Sequence[int]) -> RunPlan:
         """The same run with other residents and other slots."""
-        rings = rings_of([block.name for block in self.blocks], order, self.transformers)
-        blocks = in_slots(self.blocks, residency, rings, self.blocks_budget_bytes)
+        passes = passes_of([block.name for block in self.blocks], order, self.transformers)
+        blocks = in_slots(self.blocks, residency, passes, self.blocks_budget_bytes)
         return replace(self, blocks=blocks, order=tuple(order), residency=residency)
 
     @property
@@ -196,16 +198,16 @@ class RunPlan:
         return next((f"{block}.{e.name}" for e in entries if e.nbytes and byte < e.offset + e.nbytes), block)
 
 
-def rings_of(names: Sequence[str], order: Sequence[int], transformers: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+def passes_of(names: Sequence[str], order: Sequence[int], transformers: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """`order`, transformer by transformer."""
     return tuple(tuple(i for i in order if names[i].startswith(prefix)) for prefix in prefixes(transformers))
 
 
 def in_slots(
-    blocks: Sequence[PlannedBlock], residency: Residency, rings: Sequence[Sequence[int]], budget_bytes: int | None
+    blocks: Sequence[PlannedBlock], residency: Residency, passes: Sequence[Sequence[int]], budget_bytes: int | None
 ) -> tuple[PlannedBlock, ...]:
     """`blocks` in the slots of a residency of their places; where the budget holds all of them, in none."""
-    everything = sum(blocks[index].layout.nbytes for ring in rings for index in ring)
+    everything = sum(blocks[index].layout.nbytes for pass_ in passes for index in pass_)
     fits = budget_bytes is not None and budget_bytes >= everything
-    slots = {} if fits else slots_in_turn(residency, rings)
+    slots = {} if fits else shared_slots(residency, passes)
     return tuple(replace(block, slot=slots.get(index)) for index, block in enumerate(blocks))

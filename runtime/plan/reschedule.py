@@ -33,11 +33,11 @@ class RankObservation:
 
 
 @dataclass(frozen=True)
-class Improvement:
+class Rescheduling:
     """A better schedule, or the reason why there is none."""
 
     plan: RunPlan | None
-    verdict: str
+    schedule_note: str
 
 
 def observe(
@@ -51,35 +51,35 @@ def observe(
     return None if costs is None else RankObservation(order, costs, spare)
 
 
-def improve(plan: RunPlan, observations: Sequence[RankObservation | None], step: int) -> Improvement:
+def reschedule(plan: RunPlan, observations: Sequence[RankObservation | None], step: int) -> Rescheduling:
     """The same decision on every rank, from what all of them saw."""
     seen = [observation for observation in observations if observation is not None]
     if len(seen) < len(observations) or len({observation.order for observation in seen}) > 1:
-        return Improvement(None, f"kept after step {step}: the blocks did not all run in one order")
+        return Rescheduling(None, f"kept after step {step}: the blocks did not all run in one order")
     order, costs = seen[0].order, slowest([observation.costs for observation in seen])
-    ring = next(ring for ring in plan.rings if set(ring) == set(order))
-    if any(plan.sizes_of(other) != plan.sizes_of(ring) for other in plan.rings):
-        return Improvement(None, f"kept after step {step}: the transformers' blocks differ in size")
+    pass_ = next(pass_ for pass_ in plan.passes if set(pass_) == set(order))
+    if any(plan.sizes_of(other) != plan.sizes_of(pass_) for other in plan.passes):
+        return Rescheduling(None, f"kept after step {step}: the transformers' blocks differ in size")
     wider = _with_spare(plan, min(observation.spare_bytes for observation in seen))
     sizes = plan.sizes_of(order)
-    places = [ring.index(index) for index in order]  # the transformers are of one class, and run alike
-    orders = chain.from_iterable([other[place] for place in places] for other in plan.rings)
+    places = [pass_.index(index) for index in order]  # the transformers are of one class, and run alike
+    orders = chain.from_iterable([other[place] for place in places] for other in plan.passes)
     better = plan_residency(sizes, costs, wider.blocks_budget_bytes, plan.config.offload.depths)
     changed = wider.rescheduled(better, tuple(orders))
-    if order != ring:
-        return Improvement(changed, f"improved after step {step}: slots in the order of the run")
+    if order != pass_:
+        return Rescheduling(changed, f"improved after step {step}: slots in the order of the run")
     current_s = steady_step_s(costs, plan.residency.resident, plan.residency.schedule)
     change = f"{current_s * 1e3:.1f} -> {better.step_s * 1e3:.1f} ms of blocks per step"
     frees_the_link = wider is not plan and better.step_s <= current_s
     if better.step_s > current_s * (1 - WORTHWHILE) and not frees_the_link:
-        return Improvement(None, f"kept after step {step}: {change} does not pay")
-    return Improvement(changed, f"improved after step {step}: {change}")
+        return Rescheduling(None, f"kept after step {step}: {change} does not pay")
+    return Rescheduling(changed, f"improved after step {step}: {change}")
 
 
 def _with_spare(plan: RunPlan, spare_bytes: int) -> RunPlan:
     """`auto`: the blocks may also take what the first steps left free."""
     if plan.config.offload.device_budget != "auto" or plan.arena_bytes is None or spare_bytes == 0:
         return plan
-    rings = [plan.sizes_of(ring) for ring in plan.rings]
-    arena = max(plan.arena_bytes, usable_bytes(rings, plan.arena_bytes + spare_bytes))
+    passes = [plan.sizes_of(pass_) for pass_ in plan.passes]
+    arena = max(plan.arena_bytes, usable_bytes(passes, plan.arena_bytes + spare_bytes))
     return replace(plan, arena_bytes=arena, budget_bytes=plan.outside_bytes + ALIGNMENT + arena)

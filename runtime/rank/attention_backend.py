@@ -117,12 +117,12 @@ class AttentionBinding:
         """
         self._undo: list[Callable[[], None]] = []
         taken: dict[int, tuple[bool, ModuleAttention]] = {}
-        dealt = False
+        scattered = False
         for path, module in model.named_modules():
             processor: Any = getattr(module, "processor", None)
             cross, attention = sequence.is_cross(path), sequence.attention_of(path)
-            dealt = dealt or sequence.is_dealt(path)
-            if processor is None or sequence.is_dealt(path) or (cross and not _dispatches(processor)):
+            scattered = scattered or sequence.scatters_heads(path)
+            if processor is None or sequence.scatters_heads(path) or (cross and not _dispatches(processor)):
                 continue
             if not _dispatches(processor):
                 self._listen(module, attention)
@@ -130,7 +130,7 @@ class AttentionBinding:
                 self._point(processor, cross, attention)
             else:  # modules that share a processor do different things
                 self._point(self._own_processor(module, processor), cross, attention)
-        if not (self._undo or dealt):
+        if not (self._undo or scattered):
             raise ValueError(f"{type(model).__name__} has no attention that diffusers dispatches")
 
     def remove(self) -> None:

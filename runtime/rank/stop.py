@@ -17,10 +17,10 @@ from crossdock.runtime.errors import RankError, RequestCancelled, RequestTimeout
 from crossdock.runtime.request import GenerateRequest
 
 
-class _Wish(IntEnum):
-    """The greatest of all ranks' wishes is what happens."""
+class _StopReason(IntEnum):
+    """Why a rank would stop; the greatest of all ranks' reasons is what happens."""
 
-    GO_ON = 0
+    NONE = 0
     TIMED_OUT = 1
     CANCEL = 2
     REFUSE = 3
@@ -74,28 +74,29 @@ class Stopping:
             RequestTimeout: on some rank the request has taken longer than its time limit. Likewise.
             RankError: the ranks are not at the same step of the same request. Likewise.
         """
-        wish = _Wish.REFUSE if differ else self._wish()
-        rows = self._gather([self._number, total, finished, wish])
+        own = _StopReason.REFUSE if differ else self._stop_reason()
+        rows = self._gather([self._number, total, finished, own])
         _check_in_step([(number, total, finished) for number, total, finished, _ in rows])
-        wishes = [row[3] for row in rows]
-        if max(wishes) == _Wish.GO_ON:
+        stop_reasons = [row[3] for row in rows]
+        if max(stop_reasons) == _StopReason.NONE:
             return
-        if max(wishes) == _Wish.REFUSE:
+        if max(stop_reasons) == _StopReason.REFUSE:
             raise ArrivalsDifferError
-        reasons = exchange(self._reason(wish), self._group)
-        reason = reasons[wishes.index(max(wishes))]
-        raise (RequestCancelled if max(wishes) == _Wish.CANCEL else RequestTimeout)(reason, finished)
+        texts = exchange(self._text(own), self._group)
+        text = texts[stop_reasons.index(max(stop_reasons))]
+        raise (RequestCancelled if max(stop_reasons) == _StopReason.CANCEL else RequestTimeout)(text, finished)
 
-    def _wish(self) -> _Wish:
+    def _stop_reason(self) -> _StopReason:
         with self._lock:
             if self._number in self._asked:
-                return _Wish.CANCEL
+                return _StopReason.CANCEL
         late = self._limit_s is not None and time.monotonic() - self._began > self._limit_s
-        return _Wish.TIMED_OUT if late else _Wish.GO_ON
+        return _StopReason.TIMED_OUT if late else _StopReason.NONE
 
-    def _reason(self, wish: _Wish) -> str:
+    def _text(self, reason: _StopReason) -> str:
         with self._lock:
-            return self._asked[self._number] if wish is _Wish.CANCEL else f"the time limit is {self._limit_s or 0:g} s"
+            asked = reason is _StopReason.CANCEL
+            return self._asked[self._number] if asked else f"the time limit is {self._limit_s or 0:g} s"
 
     def _gather(self, row: list[int]) -> list[list[int]]:
         """Every rank's row, by rank. On the CPU and the world's own group, apart from the activations."""

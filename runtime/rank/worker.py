@@ -33,7 +33,7 @@ from crossdock.runtime.pipeline.denoise_loop import StepEnd
 from crossdock.runtime.pipeline.pipeline import Denoised, RankPipeline
 from crossdock.runtime.pipeline.snapshot import Snapshot, of_replica
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.plan.reschedule import MEASURED_STEPS, improve, observe
+from crossdock.runtime.plan.reschedule import MEASURED_STEPS, observe, reschedule
 from crossdock.runtime.rank.inspection import (
     checksum,
     foreign_hooks,
@@ -48,7 +48,7 @@ from crossdock.runtime.rank.inspection import (
 from crossdock.runtime.rank.parallelize import ModelParallelism
 from crossdock.runtime.rank.request_log import RequestLog
 from crossdock.runtime.rank.stop import ArrivalsDifferError, Stopping
-from crossdock.runtime.rank.weights.compare import Arrivals
+from crossdock.runtime.rank.weights.compare import WeightCheck
 from crossdock.runtime.rank.weights.load import RankWeights, WeightLoader
 from crossdock.runtime.reports.rank_result import RankResult
 from crossdock.runtime.reports.records import RankReport, RankTrace
@@ -126,42 +126,42 @@ class RankWorker:
         self.mesh = Mesh.connect(plan.mesh, self.rank, timeout_s, self.world)
         self.phase = "load"
         self.model = build_transformers(plan.spec.transformer, plan.model_dir, plan.transformers)
-        self.parallelism = ModelParallelism.apply(self.model, plan, self.mesh, lambda: self.stream.link_used())
+        self.parallelism = ModelParallelism.apply(self.model, plan, self.mesh, lambda: self.stream.collective_issued())
         loader = WeightLoader(plan, self.mesh, self.model, self.device)
         self.weights: RankWeights = loader.load_blocks()
         loader.load_outside()
         loader.close()
-        self.engine = make_copy_engine(self.device, timeout_s)
+        self.copy_engine = make_copy_engine(self.device, timeout_s)
         self.arena = None if plan.arena_bytes is None else Arena(plan.arena_bytes, self.device)
         self.stream = BlockStream(
             self.weights.blocks,
             plan.schedule,
             self.device,
-            self.engine,
+            self.copy_engine,
             self._gather(),
             resident=plan.resident,
-            rings=plan.rings,
+            passes=plan.passes,
             arena=self.arena,
-            yields_link=self.device.type == "cuda" and self.world_size > 1,
+            yield_to_collectives=self.device.type == "cuda" and self.world_size > 1,
         )
         self.stream.attach()
-        for ring, transformer in enumerate(transformers_in(self.model).values()):
-            transformer.register_forward_pre_hook(partial(self._begin_forward, ring))
+        for pass_, transformer in enumerate(transformers_in(self.model).values()):
+            transformer.register_forward_pre_hook(partial(self._begin_forward, pass_))
         for module in self.model.modules():
             if isinstance(module, EXCHANGING):
-                module.register_forward_hook(lambda *_: self.stream.link_used())
-        self.pipeline = RankPipeline(plan, self.mesh, self.model, self.device, self.engine, self.arena)
-        self.arrivals = Arrivals(plan, self.rank, self.model, full=probe)
-        self.verdict = "assumed costs: nothing was measured yet"
+                module.register_forward_hook(lambda *_: self.stream.collective_issued())
+        self.pipeline = RankPipeline(plan, self.mesh, self.model, self.device, self.copy_engine, self.arena)
+        self.weight_check = WeightCheck(plan, self.rank, self.model, full=probe)
+        self.schedule_note = "assumed costs: nothing was measured yet"
         self.model_steps = 0  # of this model
         self.ready = True
         self.load_s = time.perf_counter() - began
         self.phase = "rehearsal" if rehearse or probe else "verify"
-        self.arrivals.begin(self.stream, rehearse=rehearse or probe)
+        self.weight_check.begin(self.stream, rehearse=rehearse or probe)
         self.phase = "idle"
         report = self.report(None if allocated is None else (allocated_bytes(self.device) or 0) - allocated)
         if not (rehearse or probe):
-            self.arrivals.watch(self.stream)  # now, so that nobody waits while slots are being spoiled
+            self.weight_check.watch(self.stream)  # now, so that nobody waits while slots are being poisoned
         return report
 
     def report(self, grown_bytes: int | None = None) -> RankReport:
@@ -181,7 +181,7 @@ class RankWorker:
             order=self.stream.order,
             slot_bytes=tuple(memory.nbytes for memory in self.stream.slot_memory),
             slots=tuple(span for memory in self.stream.slot_memory if (span := memory_span(memory)) is not None),
-            arrivals=tuple(self.arrivals.records),
+            arrivals=tuple(self.weight_check.records),
             device_bytes=measure_device(self.model, self.pipeline.on_device, shards, self.device, grown_bytes),
             foreign_hooks=foreign_hooks(self.model),
             trace=tuple(e for e in self.stream.trace() if e.sequence >= self.stream.scheduled_at),
@@ -227,7 +227,7 @@ class RankWorker:
             RankError: the ranks do not run the same steps.
         """
         self.phase = "encode"
-        self.engine.reset_clock()
+        self.copy_engine.reset_clock()
         replica = self.mesh.shape.coordinates(self.rank)["dp"]
         counts = shard_lengths(len(request.prompts), self.mesh.shape.dp)
         first = sum(counts[:replica]) if counts[replica] else 0
@@ -240,7 +240,7 @@ class RankWorker:
         self.log = log = RequestLog(self.stream, snapshot.step if snapshot is not None else 0)
         keeps = self.plan.spec.resumes and self.rank == self.mesh.ranks["replica"][0]
         self.keep_every = request.keep_every if keeps else 0
-        self.changed: RankReport | None = None  # what the rank holds since the schedule was improved
+        self.changed: RankReport | None = None  # what the rank holds since it was rescheduled
         prompts, seeds = [request.prompts[n] for n in numbers], [request.seed + n for n in numbers]
         decodes = counts[replica] > 0 and self.rank == self.mesh.ranks["replica"][0]
         try:
@@ -277,8 +277,8 @@ class RankWorker:
             self.stream.scheduled_at,
             issued,
             record_reads(self.stream),
-            self.arrivals.untold(),
-            self.verdict,
+            self.weight_check.unreported(),
+            self.schedule_note,
         )
         if self.changed is not None:
             result.plan, result.report = self.plan, self.changed
@@ -291,10 +291,10 @@ class RankWorker:
         self.ready = False
         self.pipeline.discard()
         self.stream.remove()
-        self.engine.close()
+        self.copy_engine.close()
         self.parallelism.remove()
         store = self.weights.store
-        del self.pipeline, self.stream, self.arena, self.weights, self.arrivals, self.model
+        del self.pipeline, self.stream, self.arena, self.weights, self.weight_check, self.model
         gc.collect()
         if store is not None:
             store.drop()
@@ -323,12 +323,12 @@ class RankWorker:
 
     def _issued(self) -> tuple[GroupRecord, ...]:
         """Of gathers that run ahead, too: all ranks are asked at the same place."""
-        self.engine.drain()
+        self.copy_engine.drain()
         return self.mesh.records()
 
-    def _begin_forward(self, ring: int, *_: Any) -> None:
+    def _begin_forward(self, pass_: int, *_: Any) -> None:
         self.phase = "denoise"
-        self.stream.prepare(ring)
+        self.stream.prepare(pass_)
 
     def _begin_decode(self, here: bool) -> bool:
         self.phase = "decode"
@@ -340,13 +340,13 @@ class RankWorker:
         else:
             log.end_step()
             self.model_steps += 1
-        self.stopping.agree(end.finished, end.total, self.arrivals.differ)
+        self.stopping.agree(end.finished, end.total, self.weight_check.differ)
         if self.keep_every and end.finished % self.keep_every == 0:
             self.snapshots = (*self.snapshots[-1:], end.snapshot())
         if end.repeated:
             return
         if self.model_steps == MEASURED_STEPS and self.plan.order:
-            log.rehearsed = self._improve()
+            log.rehearsed = self._reschedule()
         if self.on_progress is not None:
             self.on_progress(end.finished)
 
@@ -355,17 +355,17 @@ class RankWorker:
         self.snapshots = ()
         self.phase = "idle"
 
-    def _improve(self) -> range:
+    def _reschedule(self) -> range:
         """Look at the schedule again, with what the first steps have shown. Collective; every rank decides alike.
 
         Returns the numbers of the events that belong to no step.
         """
         seen = observe(self.plan, self.stream.recorded_order, self.stream.trace(), spare_bytes(self.device))
-        improvement = improve(self.plan, self.exchange(seen), self.model_steps)
-        self.verdict = improvement.verdict
-        if improvement.plan is None:
+        found = reschedule(self.plan, self.exchange(seen), self.model_steps)
+        self.schedule_note = found.schedule_note
+        if found.plan is None:
             return range(0)
-        self.plan = improvement.plan
+        self.plan = found.plan
         if self.arena is not None and self.plan.arena_bytes != self.arena.nbytes:
             self.arena.resize(self.plan.arena_bytes or 0)
         self.stream.reschedule(self.plan.schedule, self.plan.resident, self.plan.order)

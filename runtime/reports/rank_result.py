@@ -21,8 +21,8 @@ class RankResult:
     `timeline` is the whole request, `before` the last event of every slot before it, `scheduled_at` the number of the
     first event under the present schedule, `collectives` what was issued so far, `read` what every block's last load
     read, as in `HomeRecord`, `arrivals` what has been compared with the checkpoint since the last report or result.
-    `verdict` says what became of the residency schedule. Where it was changed in this request, `plan` is the new one
-    and `report` what the rank now holds.
+    `schedule_note` says what became of the residency schedule. Where it was changed in this request, `plan` is the new
+    one and `report` what the rank now holds.
     """
 
     rank: int
@@ -33,7 +33,7 @@ class RankResult:
     collectives: tuple[GroupRecord, ...]
     read: dict[str, tuple[MemorySpan, ...]]
     arrivals: tuple[ArrivalRecord, ...]
-    verdict: str
+    schedule_note: str
     plan: RunPlan | None = None
     report: RankReport | None = None
     latents: Tensor | None = None

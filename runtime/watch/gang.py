@@ -33,7 +33,9 @@ class Gang(Protocol):
     def restart(self) -> None:
         """New ranks in place of these, whatever state they are in. Raises what `start` raises."""
 
-    def call(self, work: Callable[..., T], *args: Any, timeout_s: float, notice: Notice | None = None) -> list[T]:
+    def collective_rpc(
+        self, work: Callable[..., T], *args: Any, timeout_s: float, notice: Notice | None = None
+    ) -> list[T]:
         """`work(worker, *args)` on every rank at once; the results by rank.
 
         Raises:
@@ -43,8 +45,8 @@ class Gang(Protocol):
                 finish in time. It says where, and what the others waited for. The gang has to be restarted.
         """
 
-    def aside(self, rank: int, work: Callable[..., T], *args: Any, timeout_s: float) -> T:
-        """`work(worker, *args)` on one rank, on another thread than the call under way.
+    def rpc(self, rank: int, work: Callable[..., T], *args: Any, timeout_s: float) -> T:
+        """`work(worker, *args)` on one rank, on another thread than the collective call under way.
 
         Raises:
             RankError: no answer in time.

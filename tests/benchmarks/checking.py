@@ -5,7 +5,7 @@
 Two Ray ranks on the CPU hold a FLUX.2-shaped pipeline (0.2B parameters in the transformer, 0.8B with 16 heads; fp32,
 random), layerwise with tp 2.
 
-A load: the model is set up and the first step run, with everything that is checked in both (slots are spoiled, what
+A load: the model is set up and the first step run, with everything that is checked in both (slots are poisoned, what
 stays is compared with the checkpoint, and in the step every block when it arrives; the ranks' reports; the verdict
 before the step, and that on what arrived) and without any of it. The cost is what the load and the first step take
 longer together; aim: 3% of the load. Both are long, and their difference is short: it is also put together from what
@@ -40,7 +40,7 @@ import crossdock.runtime.contract.coordinator as judging
 from crossdock.launch.engine.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
-from crossdock.runtime.models.tiny.checkpoint import make_checkpoint
+from crossdock.runtime.models.tiny.make_checkpoint import make_checkpoint
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.records import RankReport
@@ -110,12 +110,12 @@ def _loads(engine: Engine, rounds: int, size: int) -> tuple[list[Load], list[Loa
 
 
 def _load(engine: Engine, checked: bool, size: int) -> Load:
-    engine.gang.call(RankWorker.teardown, timeout_s=60)
+    engine.gang.collective_rpc(RankWorker.teardown, timeout_s=60)
     judged = dict.fromkeys(("verdict before the first step", "verdict on what arrived"), 0.0)
     before, arrived = judged
     engine._coordinator = Coordinator(engine.plan)
     began = time.perf_counter()
-    reports = engine.gang.call(_timed_setup, engine.plan, checked, timeout_s=600)
+    reports = engine.gang.collective_rpc(_timed_setup, engine.plan, checked, timeout_s=600)
     if checked:
         _timed(judged, before, engine._coordinator.admit)([report for report in reports if report is not None], False)
     setup_s = time.perf_counter() - began
@@ -124,7 +124,7 @@ def _load(engine: Engine, checked: bool, size: int) -> Load:
     step_s = max(rank["step_ms"][0] for rank in ranks) / 1e3
     if not checked:
         return Load(setup_s, step_s, 0.0, {})
-    took = engine.gang.call(lambda worker: worker.took, timeout_s=60)
+    took = engine.gang.collective_rpc(lambda worker: worker.took, timeout_s=60)
     parts = {name: max(of_rank[name] for of_rank in took) for name in took[0]} | judged
     checks_s = max(sum(of_rank[name] for name in _ONE_AFTER_THE_OTHER) for of_rank in took) + sum(judged.values())
     return Load(setup_s, step_s, checks_s, parts)
@@ -141,22 +141,22 @@ def _timed(took: dict[str, float], name: str, work: Callable[..., Any]) -> Calla
     return run
 
 
-_ONE_AFTER_THE_OTHER = ("comparing what stays, asking for spoiling", "report", "comparing blocks as they arrive")
+_ONE_AFTER_THE_OTHER = ("comparing what stays, asking for poisoning", "report", "comparing blocks as they arrive")
 
 
 def _timed_setup(worker: RankWorker, plan: RunPlan, checked: bool) -> RankReport | None:
     """On a rank: `setup`, with all that is checked in it or without; `took` has what it and the first step spend."""
     import crossdock.offload.stream.slot_loads as loading
-    from crossdock.runtime.rank.weights.compare import Arrivals
+    from crossdock.runtime.rank.weights.compare import WeightCheck
 
     start, report, arriving = _ONE_AFTER_THE_OTHER
-    took = worker.took = dict.fromkeys((*_ONE_AFTER_THE_OTHER, "spoiling, on the copy lane"), 0.0)  # type: ignore[attr-defined]
+    took = worker.took = dict.fromkeys((*_ONE_AFTER_THE_OTHER, "poisoning, on the copy lane"), 0.0)  # type: ignore[attr-defined]
     parts = (
-        (start, Arrivals, "begin"),
-        (start, Arrivals, "watch"),
+        (start, WeightCheck, "begin"),
+        (start, WeightCheck, "watch"),
         (report, RankWorker, "report"),
-        (arriving, Arrivals, "block"),
-        ("spoiling, on the copy lane", loading, "spoil"),
+        (arriving, WeightCheck, "block"),
+        ("poisoning, on the copy lane", loading, "poison"),
     )
     with ExitStack() as stack:
         for name, owner, work in parts:
@@ -230,12 +230,12 @@ def _request(engine: Engine, checked: bool, steps: int, size: int) -> Times:
 
 def _parts(engine: Engine, steps: int, size: int) -> dict[str, float]:
     """What the slower rank spends per step, in ms; the agreement includes waiting for the other one."""
-    engine.gang.call(_time_checks, timeout_s=60)
+    engine.gang.collective_rpc(_time_checks, timeout_s=60)
     try:
         engine.generate("a lighthouse", steps=steps, height=size, width=size)
-        took = engine.gang.call(lambda worker: dict(worker.took), timeout_s=60)
+        took = engine.gang.collective_rpc(lambda worker: dict(worker.took), timeout_s=60)
     finally:
-        engine.gang.call(_switch_on, timeout_s=60)
+        engine.gang.collective_rpc(_switch_on, timeout_s=60)
     slower = max(took, key=lambda of_rank: sum(of_rank.values()))
     return {name: seconds * 1e3 / steps for name, seconds in slower.items()}
 
@@ -260,7 +260,7 @@ def _time_checks(worker: RankWorker) -> None:
 
 @contextmanager
 def _unchecked(engine: Engine) -> Iterator[None]:
-    engine.gang.call(_switch_off, timeout_s=60)
+    engine.gang.collective_rpc(_switch_off, timeout_s=60)
     try:
         with (
             patch.object(ray_gang, "_ASK_EVERY_S", 1e6),
@@ -268,7 +268,7 @@ def _unchecked(engine: Engine) -> Iterator[None]:
         ):
             yield
     finally:
-        engine.gang.call(_switch_on, timeout_s=60)
+        engine.gang.collective_rpc(_switch_on, timeout_s=60)
 
 
 def _switch_off(worker: RankWorker) -> None:

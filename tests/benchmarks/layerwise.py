@@ -290,7 +290,7 @@ class Bench:
             counters = offloader.stream.counters
             for _ in range(2):
                 self._run()
-            offloader.improve()
+            offloader.reschedule()
             self._run()  # what stays is loaded
             before = counters.h2d_bytes
             self._run()

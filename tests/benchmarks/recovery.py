@@ -89,7 +89,7 @@ def _with_ray(
         for number in range(rounds):
             for kind, store in found:
                 if store == "read again":
-                    engine.gang.call(_drop_store, timeout_s=60)
+                    engine.gang.collective_rpc(_drop_store, timeout_s=60)
                 note = folder / f"{kind}-{store}-{number}"
                 found[kind, store].append(_fault(engine, number % config.world_size, kind, note))
     return found
@@ -101,7 +101,7 @@ def _drop_store(worker: RankWorker) -> None:
 
 
 def _fault(engine: Engine, rank: int, kind: str, note: Path) -> Row:
-    engine.gang.call(_plant, rank, kind, note, timeout_s=60)
+    engine.gang.collective_rpc(_plant, rank, kind, note, timeout_s=60)
     noticed: list[float] = []
     replace_gang = engine._replace_gang
 
@@ -115,7 +115,7 @@ def _fault(engine: Engine, rank: int, kind: str, note: Path) -> Row:
     finally:
         engine._replace_gang = replace_gang  # type: ignore[method-assign]
     (fault,) = report["faults"]
-    loads = engine.gang.call(lambda worker: worker.load_s, timeout_s=60)
+    loads = engine.gang.collective_rpc(lambda worker: worker.load_s, timeout_s=60)
     return noticed[0] - float(note.read_text()), fault["recovery_s"], max(loads)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crossdock.parallel.regions import Join, SequenceRegion
+from crossdock.parallel.regions import AttentionScope, SequenceRegion
 from crossdock.parallel.tensor import TensorPlan
 from crossdock.runtime.models.spec import ModelSpec, Published, gated_block_plan
 
@@ -28,13 +28,13 @@ SPEC = ModelSpec(
         SequenceRegion(
             enter="",
             segments=(TEXT, IMAGE, REFERENCE),
-            follow={"txt_ids": TEXT, "img_ids": IMAGE, "image_cond_ids": REFERENCE},
+            shard_like={"txt_ids": TEXT, "img_ids": IMAGE, "image_cond_ids": REFERENCE},
             leave="proj_out",
             gathers=IMAGE,
-            joins={
-                "txt_mode_blocks.*.attn": Join((TEXT,)),
-                "mode_blocks.image.*.attn": Join((IMAGE,)),
-                "mode_blocks.image_cond.*.attn": Join((REFERENCE,)),
+            scopes={
+                "txt_mode_blocks.*.attn": AttentionScope((TEXT,)),
+                "mode_blocks.image.*.attn": AttentionScope((IMAGE,)),
+                "mode_blocks.image_cond.*.attn": AttentionScope((REFERENCE,)),
             },
         ),
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crossdock.parallel.regions import Follow, SequenceRegion
+from crossdock.parallel.regions import SequenceRegion, ShardLike
 from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
 from crossdock.runtime.models.spec import ModelSpec, Published, attention_plan
 
@@ -31,7 +31,7 @@ SPEC = ModelSpec(
             enter="blocks.0",
             segments=TOKENS,
             within="blocks.*",
-            follow={"rotary_emb": Follow(TOKENS, 1), "temb": Follow(TOKENS, 1, ndim=4)},
+            shard_like={"rotary_emb": ShardLike(TOKENS, 1), "temb": ShardLike(TOKENS, 1, ndim=4)},
             leave="blocks.-1",
             gathers=TOKENS,
             cross=("blocks.*.attn2",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crossdock.parallel.regions import Follow, SequenceRegion
+from crossdock.parallel.regions import SequenceRegion, ShardLike
 from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
 from crossdock.runtime.models.spec import ModelSpec, Published, attention_plan
 
@@ -30,7 +30,7 @@ SPEC = ModelSpec(
         SequenceRegion(
             enter="transformer_blocks.0",
             segments=("hidden_states", "encoder_hidden_states"),
-            follow={"freqs_cis": Follow("hidden_states", 0)},
+            shard_like={"freqs_cis": ShardLike("hidden_states", 0)},
             within="transformer_blocks.*",
             leave="proj_out",
             gathers="hidden_states",

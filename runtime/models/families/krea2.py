@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crossdock.parallel.regions import Follow, SequenceRegion
+from crossdock.parallel.regions import SequenceRegion, ShardLike
 from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
 from crossdock.runtime.models.spec import ModelSpec, Published, attention_plan
 
@@ -28,7 +28,7 @@ SPEC = ModelSpec(
             enter="transformer_blocks.0",
             segments=("hidden_states",),  # text, then the picture
             within=BLOCKS,
-            follow={"image_rotary_emb": Follow("hidden_states", 0)},
+            shard_like={"image_rotary_emb": ShardLike("hidden_states", 0)},
             leave="transformer_blocks.-1",
             gathers="hidden_states",
         ),

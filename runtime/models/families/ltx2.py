@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crossdock.parallel.regions import Follow, Join, SequenceRegion
+from crossdock.parallel.regions import AttentionScope, SequenceRegion, ShardLike
 from crossdock.parallel.tensor import COLUMN, ROW, LinearStyle, TensorPlan
 from crossdock.runtime.models.spec import ModelSpec, Published, attention_plan
 
@@ -44,18 +44,18 @@ SPEC = ModelSpec(
             enter="transformer_blocks.0",
             segments=(VIDEO, AUDIO),
             within="transformer_blocks.*",
-            follow=dict.fromkeys(("video_rotary_emb", "ca_video_rotary_emb"), VIDEO)
+            shard_like=dict.fromkeys(("video_rotary_emb", "ca_video_rotary_emb"), VIDEO)
             | dict.fromkeys(("audio_rotary_emb", "ca_audio_rotary_emb"), AUDIO)
-            | dict.fromkeys(("temb", "temb_ca_scale_shift", "temb_ca_gate"), Follow(VIDEO, 1))
-            | dict.fromkeys(("temb_audio", "temb_ca_audio_scale_shift", "temb_ca_audio_gate"), Follow(AUDIO, 1)),
+            | dict.fromkeys(("temb", "temb_ca_scale_shift", "temb_ca_gate"), ShardLike(VIDEO, 1))
+            | dict.fromkeys(("temb_audio", "temb_ca_audio_scale_shift", "temb_ca_audio_gate"), ShardLike(AUDIO, 1)),
             leave="transformer_blocks.-1",
             gathers=(VIDEO, AUDIO),
             cross=("transformer_blocks.*.attn2", "transformer_blocks.*.audio_attn2"),
-            joins={
-                "transformer_blocks.*.attn1": Join((VIDEO,)),
-                "transformer_blocks.*.audio_attn1": Join((AUDIO,)),
-                "transformer_blocks.*.audio_to_video_attn": Join((VIDEO,), (AUDIO,)),
-                "transformer_blocks.*.video_to_audio_attn": Join((AUDIO,), (VIDEO,)),
+            scopes={
+                "transformer_blocks.*.attn1": AttentionScope((VIDEO,)),
+                "transformer_blocks.*.audio_attn1": AttentionScope((AUDIO,)),
+                "transformer_blocks.*.audio_to_video_attn": AttentionScope((VIDEO,), (AUDIO,)),
+                "transformer_blocks.*.video_to_audio_attn": AttentionScope((AUDIO,), (VIDEO,)),
             },
         ),
     ),

@@ -6,7 +6,7 @@ transformer of its own.
 
 from __future__ import annotations
 
-from crossdock.parallel.regions import Follow, SequenceRegion
+from crossdock.parallel.regions import SequenceRegion, ShardLike
 from crossdock.parallel.tensor import TensorPlan
 from crossdock.runtime.models.spec import ModelSpec, Published, gated_block_plan
 
@@ -33,7 +33,7 @@ SPEC = ModelSpec(
             enter="transformer_blocks.0",
             segments=(TOKENS,),
             within="transformer_blocks.*",
-            follow={"rotary_emb": Follow(TOKENS, 0), "adaln_indices": Follow(TOKENS, 0)},
+            shard_like={"rotary_emb": ShardLike(TOKENS, 0), "adaln_indices": ShardLike(TOKENS, 0)},
             leave="transformer_blocks.-1",
             gathers=TOKENS,
         ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crossdock.parallel.regions import Follow, SequenceRegion
+from crossdock.parallel.regions import SequenceRegion, ShardLike
 from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
 from crossdock.runtime.models.spec import ModelSpec, Published, attention_plan
 
@@ -33,9 +33,9 @@ SPEC = ModelSpec(
             enter="transformer_blocks.0",
             segments=(TEXT, IMAGE),
             within=BLOCKS,
-            follow={
-                "image_rotary_emb": (Follow(IMAGE, 0), Follow(TEXT, 0)),
-                "modulate_index": Follow(IMAGE, 1),
+            shard_like={
+                "image_rotary_emb": (ShardLike(IMAGE, 0), ShardLike(TEXT, 0)),
+                "modulate_index": ShardLike(IMAGE, 1),
             },
             padding={"encoder_hidden_states_mask": TEXT},
             leave="proj_out",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crossdock.parallel.regions import Deal, Follow, SequenceRegion
+from crossdock.parallel.regions import HeadScatter, SequenceRegion, ShardLike
 from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
 from crossdock.runtime.models.spec import ModelSpec, Published, attention_plan
 
@@ -28,8 +28,8 @@ SPEC = ModelSpec(
             enter="transformer_blocks.0",
             segments=("hidden_states",),  # text, then the picture; of later steps the picture only, for text is cached
             within=BLOCKS,
-            follow={"target_token_mask": Follow("hidden_states", 0)},
-            deals={f"{BLOCKS}.attn": Deal(QKV, ("to_out.0",))},
+            shard_like={"target_token_mask": ShardLike("hidden_states", 0)},
+            head_scatters={f"{BLOCKS}.attn": HeadScatter(QKV, ("to_out.0",))},
             leave="transformer_blocks.-1",
             gathers="hidden_states",
         ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crossdock.parallel.regions import Join, SequenceRegion
+from crossdock.parallel.regions import AttentionScope, SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
 from crossdock.runtime.models.spec import ModelSpec, Published, attention_plan
 
@@ -35,7 +35,7 @@ SPEC = ModelSpec(
             segments=(IMAGE, TEXT),
             leave="proj_out",
             gathers=IMAGE,
-            joins={f"{BLOCKS}.attn2?": Join((IMAGE,))},
+            scopes={f"{BLOCKS}.attn2?": AttentionScope((IMAGE,))},
         ),
     ),
     branches="batch",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crossdock.parallel.regions import Follow, SequenceRegion
+from crossdock.parallel.regions import SequenceRegion, ShardLike
 from crossdock.parallel.tensor import COLUMN, ROW, TensorPlan
 from crossdock.runtime.models.spec import ModelSpec, Published, attention_plan
 
@@ -26,7 +26,7 @@ SPEC = ModelSpec(
         SequenceRegion(
             enter="blocks.0",
             segments=("hidden_states",),
-            follow={"rotary_emb": Follow("hidden_states", 1), "temb": Follow("hidden_states", 1, ndim=4)},
+            shard_like={"rotary_emb": ShardLike("hidden_states", 1), "temb": ShardLike("hidden_states", 1, ndim=4)},
             within="blocks.*",
             leave="blocks.-1",
             gathers="hidden_states",

@@ -11,7 +11,7 @@ def _region(stack: str) -> SequenceRegion:
     return SequenceRegion(
         enter=f"{stack}.0",
         segments=("x",),
-        follow={"freqs_cis": "x"},
+        shard_like={"freqs_cis": "x"},
         within=f"{stack}.*",
         leave=f"{stack}.-1",
         gathers="x",

@@ -15,7 +15,7 @@ from diffusers.models._modeling_parallel import ContextParallelOutput
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from crossdock.parallel.regions import FOLLOW_DIM, TOKEN_DIM, SequenceRegion
+from crossdock.parallel.regions import SHARD_LIKE_DIM, TOKEN_DIM, SequenceRegion
 
 _WHAT = "Sequence parallelism"
 
@@ -59,7 +59,7 @@ def _one_region(plan: Mapping[str, Any]) -> tuple[str, tuple[str, ...], str]:
         raise _NoRegionError(f"it cuts tokens in {len(starts)} places and puts them together in {len(ends)}")
     ((enter, arguments),) = starts.items()
     for name, cut in arguments.items():
-        if cut.expected_dims is None or cut.split_dim - cut.expected_dims != FOLLOW_DIM:
+        if cut.expected_dims is None or cut.split_dim - cut.expected_dims != SHARD_LIKE_DIM:
             raise _NoRegionError(f"it cuts {name}, whose tokens are not its last dim but one")
     return enter, tuple(arguments), ends[0]
 
@@ -89,7 +89,7 @@ def _watched(
             handle.remove()
     if absent := [name for name in cuts if not isinstance(given.get(name), Tensor)]:
         raise _NoRegionError(f"the inputs leave {_listed(absent)} out")
-    return _region(enter, leave, {name: given[name].shape[FOLLOW_DIM] for name in cuts}, put_out.get("tokens"), spy)
+    return _region(enter, leave, {name: given[name].shape[SHARD_LIKE_DIM] for name in cuts}, put_out.get("tokens"), spy)
 
 
 def _region(enter: str, leave: str, lengths: Mapping[str, int], out: int | None, spy: _JoinSpy) -> SequenceRegion:
@@ -100,8 +100,8 @@ def _region(enter: str, leave: str, lengths: Mapping[str, int], out: int | None,
     order = next((join for join in spy.joins if sorted(join) == sorted(by_length)), None)
     if order is None and len(segments) > 1:
         raise _NoRegionError(f"nothing joined {_listed(segments)} in the run")
-    follow = {name: by_length.get(length) for name, length in lengths.items() if name not in segments}
-    if out not in by_length or None in follow.values():
+    shard_like = {name: by_length.get(length) for name, length in lengths.items() if name not in segments}
+    if out not in by_length or None in shard_like.values():
         raise _NoRegionError(
             f"the numbers of tokens do not tell what follows {_listed(segments)}, or what comes out at {leave}"
         )
@@ -110,7 +110,7 @@ def _region(enter: str, leave: str, lengths: Mapping[str, int], out: int | None,
         segments=tuple(by_length[length] for length in order or by_length),
         leave=leave,
         gathers=by_length[out],
-        follow={name: segment for name, segment in follow.items() if segment is not None},
+        shard_like={name: segment for name, segment in shard_like.items() if segment is not None},
         within=enter,
     )
 

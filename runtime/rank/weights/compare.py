@@ -1,6 +1,6 @@
 """Whether what arrives on the device is what the checkpoint has.
 
-Before the first step all slots are spoiled. When a block has come for the first time, and before it computes, rows of
+Before the first step all slots are poisoned. When a block has come for the first time, and before it computes, rows of
 each of its tensors are compared with the same rows of the file. These are read on a way of their own: neither the
 layout's byte ranges nor the host store have a part in it, only the file, the slice of tensor parallelism and the dtype.
 That happens in the first step, or in a rehearsal before it; what stays on the device is compared when it is loaded.
@@ -33,7 +33,7 @@ BETWEEN = 3
 """How many rows between the first and the last are compared."""
 
 
-class Arrivals:
+class WeightCheck:
     """Compares tensors of one rank with the checkpoint; `records` has one record for each.
 
     Attributes:
@@ -44,7 +44,7 @@ class Arrivals:
         """`full`: compare all bytes, not some rows."""
         self.records: list[ArrivalRecord] = []
         self.differ = False
-        self._told = 0
+        self._reported = 0
         self._plan = plan
         self._model = model
         self._full = full
@@ -65,17 +65,17 @@ class Arrivals:
             if not block.home.streamed and isinstance(block.source, Tensor):
                 self.block(block, block.source)
         self.outside()
-        self.untold()
+        self.unreported()
 
     def watch(self, stream: BlockStream) -> None:
-        """Compare every streamed block when it comes for the first time; until then, slots are spoiled."""
-        stream.watch_arrivals(self.block)
+        """Compare every streamed block when it comes for the first time; until then, slots are poisoned."""
+        stream.observe_first_loads(self.block)
 
-    def untold(self) -> tuple[ArrivalRecord, ...]:
+    def unreported(self) -> tuple[ArrivalRecord, ...]:
         """The records that are new since the last call."""
         self._files.clear()
-        told, self._told = self._told, len(self.records)
-        return tuple(self.records[told:])
+        start, self._reported = self._reported, len(self.records)
+        return tuple(self.records[start:])
 
     def block(self, block: StreamedBlock, memory: Tensor) -> None:
         """`memory`: uint8, on the device: all of the block's bytes."""
@@ -100,7 +100,7 @@ class Arrivals:
 
     def _compare(self, found: Iterable[tuple[str, Tensor, Sequence[int]]]) -> None:
         """(fqn, tensor on the device, bytes of it at which another shard begins). What cannot be compared gets no
-        record: other checks say why, and `covers` misses it.
+        record: other checks say why, and `complete` misses it.
         """
         expected, picked = [], []
         for fqn, tensor, cuts in found:

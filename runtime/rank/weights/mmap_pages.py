@@ -43,7 +43,7 @@ class _Rows:
     def clip(self, low: int, high: int) -> Iterator[Piece]:
         """The part within bytes [low, high) of the block, offsets from `low`: whole rows as one piece, and the ends.
 
-        A row alone is a piece of one dimension: one that can be cut into portions.
+        A row alone is a piece of one dimension: one that can be cut into chunks.
         """
         first = max(0, -(-(low - self.offset) // self.step))
         last = min(self.rows, (high - self.offset - self.row_bytes) // self.step + 1)

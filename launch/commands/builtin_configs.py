@@ -12,7 +12,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 @cache
-def shipped_layouts() -> dict[str, RunConfig]:
+def builtin_configs() -> dict[str, RunConfig]:
     """Name -> config; fewest ranks first."""
     found = {path.stem: load_config(path) for path in sorted(CONFIGS.glob("*.yaml"))}
     return dict(sorted(found.items(), key=lambda item: (item[1].world_size, item[0].split("_")[-1], len(item[0]))))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from crossdock.runtime.pipeline.presence import Stage
+from crossdock.runtime.pipeline.presence import ActiveComponent
 
 
 class Recorded:
@@ -32,12 +32,12 @@ class Recorded:
 def test_a_part_of_a_component_is_the_component() -> None:
     """A language model may be called without its head; it must be there before its first layer runs."""
     told: list[str] = []
-    stage = Stage({name: Recorded(name, told) for name in ("text", "other")}, torch.device("cpu"))
+    active = ActiveComponent({name: Recorded(name, told) for name in ("text", "other")}, torch.device("cpu"))
     text, other = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2)
     text[0].register_forward_pre_hook(lambda *_: told.append("a layer runs"))
-    stage.watch("text", text)
-    stage.watch("other", other)
-    with stage:
+    active.watch("text", text)
+    active.watch("other", other)
+    with active:
         text[0](torch.ones(2))
         text(torch.ones(2))
         other(torch.ones(2))

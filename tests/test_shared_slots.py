@@ -9,7 +9,7 @@ import pytest
 
 from crossdock.offload.memory.copy_engine import CopyEngine, CpuCopyEngine
 from crossdock.offload.schedule.residency import assumed_costs, minimum_bytes, plan_residency
-from crossdock.offload.schedule.shared_slots import place_sizes, slots_in_turn, usable_bytes
+from crossdock.offload.schedule.shared_slots import place_sizes, shared_slots, usable_bytes
 from crossdock.offload.schedule.slots import slot_sizes
 from crossdock.offload.stream.block import Home
 from crossdock.offload.stream.run_order import RunOrder
@@ -19,7 +19,7 @@ MIB = 2**20
 
 
 def _split(choice: random.Random, count: int, equal: bool) -> list[list[int]]:
-    """Two or three rings of all of `count` blocks, of one length or of any."""
+    """Two or three passes of all of `count` blocks, of one length or of any."""
     if equal:
         parts = choice.choice([parts for parts in (2, 3) if count % parts == 0])
         size = count // parts
@@ -33,23 +33,23 @@ def _split(choice: random.Random, count: int, equal: bool) -> list[list[int]]:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_every_ring_fits_in_the_same_memory(seed: int) -> None:
-    """All slots together are no more than a ring alone may take, and no two blocks of a window share one."""
+    """All slots together are no more than a pass alone may take, and no two blocks of a window share one."""
     choice = random.Random(seed)
-    rings = _split(choice, 12, equal=seed % 2 == 0)
+    passes = _split(choice, 12, equal=seed % 2 == 0)
     nbytes = [choice.choice((3, 3, 5)) * MIB for _ in range(12)]
-    sizes = place_sizes([[nbytes[index] for index in ring] for ring in rings])
+    sizes = place_sizes([[nbytes[index] for index in pass_] for pass_ in passes])
     prefetch = choice.randint(1, 3)
     least = minimum_bytes(sizes, (prefetch,))
     budget = least + int(choice.random() * (sum(sizes) - least))
     residency = plan_residency(sizes, assumed_costs(sizes), budget, (prefetch,))
-    slots = slots_in_turn(residency, rings)
+    slots = shared_slots(residency, passes)
     assert sorted(slots) == list(range(12)), "a block without a slot would keep its memory"
-    order = [index for ring in rings for index in ring]
+    order = [index for pass_ in passes for index in pass_]
     held = slot_sizes([nbytes[index] for index in order], [slots[index] for index in order])
     assert sum(held) <= budget
-    for ring in rings:
-        staying = [index for place, index in enumerate(ring) if place in residency.resident]
-        passing = [index for index in ring if index not in staying]
+    for pass_ in passes:
+        staying = [index for place, index in enumerate(pass_) if place in residency.resident]
+        passing = [index for index in pass_ if index not in staying]
         assert len({slots[index] for index in staying}) == len(staying)
         assert not {slots[index] for index in staying} & {slots[index] for index in passing}
         window = residency.schedule.prefetch + 1
@@ -58,15 +58,15 @@ def test_every_ring_fits_in_the_same_memory(seed: int) -> None:
 
 
 def test_memory_is_used_only_where_it_is_of_use() -> None:
-    """One ring and a half: the half would lie idle; both at once: nothing has to come twice."""
-    rings = [[3, 3, 3], [3, 4]]
-    assert place_sizes(rings) == [3, 4, 3]
-    assert [usable_bytes(rings, room) for room in (5, 10, 13, 15, 16, 99)] == [5, 10, 10, 10, 16, 16]
+    """One pass and a half: the half would lie idle; both at once: nothing has to come twice."""
+    passes = [[3, 3, 3], [3, 4]]
+    assert place_sizes(passes) == [3, 4, 3]
+    assert [usable_bytes(passes, room) for room in (5, 10, 13, 15, 16, 99)] == [5, 10, 10, 10, 16, 16]
     assert [usable_bytes([[3, 3]], room) for room in (5, 6, 7)] == [5, 6, 6]
 
 
 def test_each_ring_learns_its_own_order() -> None:
-    """A pass of one ring says nothing of another, and prefetching never leaves a ring."""
+    """One pass says nothing of another, and prefetching never leaves a pass."""
     order = RunOrder(range(6), [[0, 1, 2], [3, 4, 5]])
     for index in (3, 5, 4):
         assert not order.learn(index)
@@ -77,7 +77,7 @@ def test_each_ring_learns_its_own_order() -> None:
     order.learn(0)
     assert order.rehearsal == [3, 5, 4, 0, 1, 2], "what runs comes last"
     order.set([2, 1, 0, 5, 4, 3])
-    assert [ring.order for ring in order.rings] == [[2, 1, 0], [5, 4, 3]]
+    assert [pass_.order for pass_ in order.passes] == [[2, 1, 0], [5, 4, 3]]
 
 
 # -- what is streamed -----------------------------------------------------------------------------------------------
@@ -89,20 +89,20 @@ def _loaded(case: Case, since: int) -> list[str]:
 
 @pytest.mark.parametrize("queued", [False, True])
 @pytest.mark.parametrize("seed", range(30))
-def test_rings_take_turns(seed: int, queued: bool) -> None:
+def test_passes_take_turns(seed: int, queued: bool) -> None:
     """The same bits as without streaming, whoever's turn it is, and in order: also at the switch."""
     choice = random.Random(seed)
     homes = choice.choices([Home.HOST, Home.HOST_SHARD, Home.DEVICE_SHARD], k=12)
-    rings = _split(choice, 12, equal=choice.random() < 0.5)
+    passes = _split(choice, 12, equal=choice.random() < 0.5)
     delay = stalls(seed, 0.2)
     engine = cast(CopyEngine, QueuedEngine(delay)) if queued else CpuCopyEngine(60, delay)
     poison, budget = choice.random() < 0.5, choice.random()
-    case = build(homes, choice.randint(1, 3), seed, engine, poison, budget=budget, rings=rings)
+    case = build(homes, choice.randint(1, 3), seed, engine, poison, budget=budget, passes=passes)
     for _ in range(12):
-        number = choice.randrange(len(rings))
+        number = choice.randrange(len(passes))
         if choice.random() < 0.7:
             case.stream.prepare(number)
-        case.check(rings[number])
+        case.check(passes[number])
         if choice.random() < 0.2:
             case.stream.rehearse()
     case.finish()
@@ -111,22 +111,22 @@ def test_rings_take_turns(seed: int, queued: bool) -> None:
 @pytest.mark.parametrize("budget", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("prefetch", [1, 2])
 def test_of_a_ring_that_does_not_run_nothing_is_brought(prefetch: int, budget: float) -> None:
-    """A pass brings what its own ring streams, and what stays comes once in every turn."""
-    rings = [list(range(8)), list(range(8, 16))]
-    case = build([Home.HOST] * 16, prefetch, budget=budget, rings=rings)
+    """A pass brings what it streams itself, and what stays comes once in every turn."""
+    passes = [list(range(8)), list(range(8, 16))]
+    case = build([Home.HOST] * 16, prefetch, budget=budget, passes=passes)
     slots = [case.stream.slot_of(block.name) for block in case.stream.blocks]
     for turn in (0, 1, 0):
-        names = [case.stream.blocks[index].name for index in rings[turn]]
-        of_ring = [slots[index] for index in rings[turn]]
-        passing = [name for name, slot in zip(names, of_ring, strict=True) if of_ring.count(slot) > 1]
+        names = [case.stream.blocks[index].name for index in passes[turn]]
+        of_pass = [slots[index] for index in passes[turn]]
+        passing = [name for name, slot in zip(names, of_pass, strict=True) if of_pass.count(slot) > 1]
         for number in range(3):
             case.stream.engine.drain()  # what is brought ahead is noted by the lanes
             since = case.stream.upcoming
             case.stream.prepare(turn)
-            assert case.misses(rings[turn]) == 0, "known ahead, also at the switch"
+            assert case.misses(passes[turn]) == 0, "known ahead, also at the switch"
             case.stream.engine.drain()
             found = _loaded(case, since)
-            assert set(found) <= set(names), "of the other ring"
+            assert set(found) <= set(names), "of the other pass"
             if number == 0:
                 assert set(found) == set(names)
             else:
@@ -135,13 +135,13 @@ def test_of_a_ring_that_does_not_run_nothing_is_brought(prefetch: int, budget: f
 
 
 def test_what_comes_first_in_a_later_turn_is_looked_at_then() -> None:
-    rings = [[0, 1, 2], [3, 4, 5]]
-    case = build([Home.HOST] * 6, 1, budget=0.0, rings=rings)
+    passes = [[0, 1, 2], [3, 4, 5]]
+    case = build([Home.HOST] * 6, 1, budget=0.0, passes=passes)
     seen: list[Any] = []
-    case.stream.watch_arrivals(lambda block, memory: seen.append(block.name))
-    case.check(rings[0])
-    case.check(rings[0])
+    case.stream.observe_first_loads(lambda block, memory: seen.append(block.name))
+    case.check(passes[0])
+    case.check(passes[0])
     assert seen == ["blocks.0", "blocks.1", "blocks.2"]
-    case.check(rings[1])
+    case.check(passes[1])
     assert seen[3:] == ["blocks.3", "blocks.4", "blocks.5"]
     case.finish()

@@ -1,4 +1,4 @@
-"""What the coordinator found: a verdict with every violation, and the error that carries it."""
+"""What the coordinator found: the result with every violation, and the error that carries it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Violation:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ContractResult:
     """What the coordinator found.
 
     Attributes:
@@ -44,13 +44,13 @@ class Verdict:
 class CompositionError(CrossdockError):
     """The composition contract does not hold; the run is stopped before (or right after) a step.
 
-    `verdict` has everything that was found; the message shows a few of the violations.
+    `result` has everything that was found; the message shows a few of the violations.
     """
 
-    def __init__(self, message: str, verdict: Verdict | None = None) -> None:
+    def __init__(self, message: str, result: ContractResult | None = None) -> None:
         super().__init__(message)
-        self.verdict = verdict
+        self.result = result
 
     @property
     def violations(self) -> tuple[Violation, ...]:
-        return self.verdict.violations if self.verdict else ()
+        return self.result.violations if self.result else ()

@@ -22,7 +22,7 @@ from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
-from crossdock.runtime.contract.verdict import CompositionError, Violation
+from crossdock.runtime.contract.result import CompositionError, Violation
 from crossdock.runtime.contract.verify import verify_composition
 from crossdock.runtime.models import transformers as transformers_module
 from crossdock.runtime.models.checkpoint import stored_tensors
@@ -30,7 +30,7 @@ from crossdock.runtime.plan import make_plan as plan_module
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.weights import compare as arrival
-from crossdock.runtime.rank.weights.compare import WHOLE_BYTES, Arrivals, sampled_rows
+from crossdock.runtime.rank.weights.compare import WHOLE_BYTES, WeightCheck, sampled_rows
 from crossdock.runtime.rank.weights.load import WeightLoader
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.records import RankReport
@@ -167,9 +167,9 @@ def test_a_damaged_host_store_is_caught(row: int, flux2_dir: Path, monkeypatch: 
 
     monkeypatch.setattr(WeightLoader, "load_blocks", damaged)
     violations = _violations(_plan(flux2_dir))
-    assert _named(violations, "covers") == [WEIGHT]
+    assert _named(violations, "complete") == [WEIGHT]
     text = str(violations[0])
-    assert f"covers: rank 0: {WEIGHT}: expected the bytes of diffusion_pytorch_model" in text
+    assert f"complete: rank 0: {WEIGHT}: expected the bytes of diffusion_pytorch_model" in text
     assert f"after loading block {BLOCK} from host" in text
 
 
@@ -192,7 +192,7 @@ def test_all_bytes_are_compared_by_a_probe(flux2_dir: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(WeightLoader, "load_blocks", damaged)
     assert _violations(plan) == []
-    assert _named(_violations(plan, probe=True), "covers") == [WEIGHT]
+    assert _named(_violations(plan, probe=True), "complete") == [WEIGHT]
 
 
 @pytest.mark.parametrize("way", ["shared", "mmap", "all resident"])
@@ -205,8 +205,8 @@ def test_a_load_that_brings_nothing_is_caught(way: str, flux2_dir: Path, monkeyp
     plan = _plan(flux2_dir, WAYS[way])
     violations = _violations(plan)
     block = next(block for block in plan.blocks if block.name == BLOCK)
-    assert sorted(_named(violations, "covers")) == sorted(f"{BLOCK}.{entry.name}" for entry in block.layout.entries)
-    assert {violation.check for violation in violations} == {"covers", "owned-once"}, (
+    assert sorted(_named(violations, "complete")) == sorted(f"{BLOCK}.{entry.name}" for entry in block.layout.entries)
+    assert {violation.check for violation in violations} == {"complete", "single-owner"}, (
         "nothing was read from where it rests"
     )
 
@@ -221,7 +221,7 @@ def test_a_tensor_left_out_of_a_load_is_caught(flux2_dir: Path, monkeypatch: pyt
     )
     plan = _plan(flux2_dir, WAYS["mmap"])
     last = next(block for block in plan.blocks if block.name == BLOCK).layout.entries[-1]
-    assert _named(_violations(plan), "covers") == [f"{BLOCK}.{last.name}"]
+    assert _named(_violations(plan), "complete") == [f"{BLOCK}.{last.name}"]
 
 
 def test_a_private_copy_is_caught(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +306,7 @@ def test_a_resident_tensor_inside_a_slot_is_caught(flux2_dir: Path, monkeypatch:
     monkeypatch.setattr(BlockStream, "attach", misplaced)
     violations = _violations(plan)
     assert fqn in _named(violations, "no-alias")
-    assert fqn in _named(violations, "covers"), "and its bytes are those of a block"
+    assert fqn in _named(violations, "complete"), "and its bytes are those of a block"
 
 
 @pytest.mark.parametrize("wrong", [False, True])
@@ -331,7 +331,7 @@ def test_a_buffer_that_no_checkpoint_holds(
     monkeypatch.setattr(arrival, "build_transformers", with_table(0))
     monkeypatch.setattr(worker_module, "build_transformers", with_table(1e-3 if wrong else 0))
     violations = _violations(_plan(flux2_dir, WAYS[way]))
-    assert _named(violations, "covers") == ([f"{BLOCK}.table"] if wrong else [])
+    assert _named(violations, "complete") == ([f"{BLOCK}.table"] if wrong else [])
     assert all("that the model computes" in violation.expected for violation in violations)
 
 
@@ -343,7 +343,7 @@ def test_a_conversion_that_cuts_off_is_caught(flux2_dir: Path, monkeypatch: pyte
         return flat(self, *args).clone().view(torch.int32).bitwise_and_(-(2**16)).view(torch.float32)
 
     monkeypatch.setattr(WeightLoader, "_flat", truncated)
-    assert WEIGHT in _named(_violations(_plan(flux2_dir, dtype="bfloat16")), "covers")
+    assert WEIGHT in _named(_violations(_plan(flux2_dir, dtype="bfloat16")), "complete")
 
 
 # -- faults on two ranks ----------------------------------------------------------------------------------------------
@@ -351,9 +351,9 @@ def test_a_conversion_that_cuts_off_is_caught(flux2_dir: Path, monkeypatch: pyte
 
 def _report_of(gang: Gang, plan: RunPlan, setup: Callable[..., RankReport]) -> list[RankReport]:
     try:
-        return gang.call(setup, plan, timeout_s=120)
+        return gang.collective_rpc(setup, plan, timeout_s=120)
     finally:
-        gang.call(RankWorker.teardown, timeout_s=60)
+        gang.collective_rpc(RankWorker.teardown, timeout_s=60)
 
 
 @pytest.mark.parametrize("offload", [{"layerwise": True}, {"layerwise": True, "host": "mmap"}, {}])
@@ -384,8 +384,8 @@ def test_shards_in_the_wrong_order_are_caught(
     reports = _report_of(gang_of(2), plan, swapped)
     violations = verify_composition(plan, reports)
     assert {violation.rank for violation in violations} == {0, 1}
-    assert {violation.check for violation in violations} == {"covers"}
-    names = set(_named(violations, "covers"))
+    assert {violation.check for violation in violations} == {"complete"}
+    names = set(_named(violations, "complete"))
     assert all(any(name.startswith(f"{block.name}.") for name in names) for block in plan.blocks)
 
 
@@ -415,8 +415,8 @@ def test_the_slice_of_another_rank_is_caught(
 
     plan = _plan(checkpoints["z-image"], offload, parallel={"tp_degree": 2})
     violations = verify_composition(plan, _report_of(gang_of(2), plan, crossed))
-    assert {violation.rank for violation in violations if violation.check == "covers"} == {1}
-    named = set(_named(violations, "covers"))
+    assert {violation.rank for violation in violations if violation.check == "complete"} == {1}
+    named = set(_named(violations, "complete"))
     for cut in ("layers.1.attention.to_q.weight", "layers.1.attention.to_out.0.weight"):
         assert cut in named, "cut along dim 0, and along dim 1"
     assert not any(name not in plan.slices[0] for name in named), "what is not cut came right"
@@ -472,13 +472,13 @@ class _Case:
         )
         home = Home.HOST if shards == 1 else Home.HOST_SHARD
         self._block = StreamedBlock("b", block, self.layout, home, ())
-        self._make = lambda: Arrivals(cast(RunPlan, plan), 0, model, full=full)
+        self._make = lambda: WeightCheck(cast(RunPlan, plan), 0, model, full=full)
 
     def wrong(self) -> set[str]:
-        arrivals = self._make()
-        arrivals.block(self._block, self.memory)
-        assert {record.fqn for record in arrivals.records} == set(TENSORS)
-        return {record.fqn for record in arrivals.records if record.found != record.expected}
+        check = self._make()
+        check.block(self._block, self.memory)
+        assert {record.fqn for record in check.records} == set(TENSORS)
+        return {record.fqn for record in check.records if record.found != record.expected}
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -525,7 +525,7 @@ def test_rows_are_fixed_by_the_name(tmp_path: Path) -> None:
     assert sampled_rows("a.bias", torch.empty(7), None, ()) is None, "small: whole"
 
 
-def _is_spoiled(memory: Tensor) -> bool:
+def _is_poisoned(memory: Tensor) -> bool:
     """Wherever a tensor can begin."""
     return bool((memory.view(-1, ALIGNMENT)[:, : ALIGNMENT // 4] == 0xFF).all())
 
@@ -539,16 +539,16 @@ def test_slots_hold_nothing_before_the_rehearsal(
     case = build([home] * 5, 1, resident=residents)
     stream = case.stream
     seen: dict[str, Tensor] = {}
-    stream.watch_arrivals(lambda block, memory: seen.update({block.name: memory.clone()}))
+    stream.observe_first_loads(lambda block, memory: seen.update({block.name: memory.clone()}))
     stream.rehearse()
     assert list(seen) == [block.name for block in stream.blocks]
-    assert not any(map(_is_spoiled, seen.values()))
+    assert not any(map(_is_poisoned, seen.values()))
     monkeypatch.setattr(loader_module.BlockLoader, "load", lambda self, block, memory, after, slot, done, **_: None)
-    stream.watch_arrivals(lambda block, memory: seen.update({block.name: memory.clone()}))
+    stream.observe_first_loads(lambda block, memory: seen.update({block.name: memory.clone()}))
     stream.rehearse()
-    assert all(map(_is_spoiled, seen.values()))
+    assert all(map(_is_poisoned, seen.values()))
     monkeypatch.undo()
-    stream.watch_arrivals(lambda *_: None)
+    stream.observe_first_loads(lambda *_: None)
     stream.rehearse()
     case.check(range(5))
     stream.remove()
@@ -556,7 +556,7 @@ def test_slots_hold_nothing_before_the_rehearsal(
 
 
 def test_the_picture_after_comparing(flux2_dir: Path) -> None:
-    """What is spoiled and read, in a rehearsal or the first step, is loaded again where it must be: the same bits."""
+    """What is poisoned and read, in a rehearsal or the first step, is loaded again where it must be: the same bits."""
     found = []
     for way in ("shared", "some resident", "off"):
         for rehearse in (True, False):

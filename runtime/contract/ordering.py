@@ -8,7 +8,7 @@ from itertools import zip_longest
 from crossdock.offload.schedule.slots import slot_sizes
 from crossdock.offload.stream.block import Home
 from crossdock.offload.stream.trace import TraceEvent
-from crossdock.runtime.contract.verdict import Violation
+from crossdock.runtime.contract.result import Violation
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import REPORT_IT, RankReport
 

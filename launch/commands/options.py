@@ -1,4 +1,4 @@
-"""The arguments of `generate` and `check`, shared by `crossdock` and `python -m crossdock.launch.torchrun`."""
+"""The options of `generate` and `check`, shared by `crossdock` and `python -m crossdock.launch.torchrun`."""
 
 from __future__ import annotations
 

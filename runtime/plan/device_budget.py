@@ -31,7 +31,7 @@ def divide_device(
     offload: OffloadConfig,
     device_bytes: int | None,
     outside_bytes: int,
-    rings: Sequence[Sequence[int]],
+    passes: Sequence[Sequence[int]],
     others: Sequence[ComponentNeed],
 ) -> DeviceSpace:
     """Divide a device.
@@ -39,13 +39,13 @@ def divide_device(
     Args:
         device_bytes: memory of the smallest device; None: not known yet, and a relative budget is not judged.
         outside_bytes: of what never leaves the device.
-        rings: of each transformer's blocks that can be streamed, in bytes, as they run.
+        passes: of each transformer's blocks that can be streamed, in bytes, as they run.
         others: the components that take turns with the transformer.
 
     Raises:
         ConfigError: the budget is below the minimum, which the message names.
     """
-    block_sizes = place_sizes(rings)
+    block_sizes = place_sizes(passes)
     costs, depths = assumed_costs(block_sizes), offload.depths
     if not offload.layerwise:
         return DeviceSpace(plan_residency(block_sizes, costs, None, depths), None, None)
@@ -59,7 +59,7 @@ def divide_device(
     if arena_bytes < max(least, largest):
         raise _too_small(offload, budget, outside_bytes, least, others)
     residency = plan_residency(block_sizes, costs, arena_bytes, depths)
-    return DeviceSpace(residency, budget, min(arena_bytes, max(usable_bytes(rings, arena_bytes), largest)))
+    return DeviceSpace(residency, budget, min(arena_bytes, max(usable_bytes(passes, arena_bytes), largest)))
 
 
 def _too_small(

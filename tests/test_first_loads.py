@@ -20,7 +20,7 @@ from crossdock.offload.memory.layout import ALIGNMENT
 from crossdock.offload.stream.block import Home, StreamedBlock
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
-from crossdock.runtime.contract.verdict import CompositionError
+from crossdock.runtime.contract.result import CompositionError
 from crossdock.runtime.errors import RequestCancelled
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
@@ -74,11 +74,11 @@ def test_each_block_is_seen_once_before_it_computes(home: Home, residents: tuple
         told.append(("seen", block.name))
         assert len(memory) == block.layout.nbytes
         assert torch.equal(block.layout.entries[0].view(memory), next(iter(block.tensors())))
-        assert not bool(memory[:4].eq(0xFF).all()), "spoiled: it has not come"
+        assert not bool(memory[:4].eq(0xFF).all()), "poisoned: it has not come"
 
     for block in case.stream.blocks:
         block.module.register_forward_pre_hook(lambda module, *_, name=block.name: told.append(("computes", name)))
-    case.stream.watch_arrivals(look)
+    case.stream.observe_first_loads(look)
     for _ in range(2):
         case.check([0, 1, 3, 4])
     assert [name for what, name in told if what == "seen"] == [f"blocks.{index}" for index in (0, 1, 3, 4)]
@@ -104,7 +104,7 @@ def test_what_was_read_is_told_when_no_load_is_under_way() -> None:
             super().move(target, source)
 
     case = build([Home.HOST] * 5, 1, engine=Slow(60))
-    case.stream.watch_arrivals(lambda *_: None)
+    case.stream.observe_first_loads(lambda *_: None)
     case.check([0, 1, 3, 4])
     case.stream.rehearse(unseen=True)
     read = case.stream.read
@@ -117,7 +117,7 @@ def test_what_comes_unrecorded_does_not_count() -> None:
     """It would be there already when the first step begins, and pass for what that step brings."""
     case = build([Home.HOST] * 5, 1)
     seen: list[str] = []
-    case.stream.watch_arrivals(lambda block, memory: seen.append(block.name))
+    case.stream.observe_first_loads(lambda block, memory: seen.append(block.name))
     with case.stream.unrecorded():
         case.check(range(5))
     assert seen == []
@@ -136,10 +136,10 @@ def test_a_look_that_fails_leaves_the_stream_usable() -> None:
     def look(block: StreamedBlock, memory: Tensor) -> None:
         raise OSError("planted")
 
-    case.stream.watch_arrivals(look)
+    case.stream.observe_first_loads(look)
     with pytest.raises(OSError, match="planted"):
         case.check([0])
-    case.stream.watch_arrivals(lambda *_: None)
+    case.stream.observe_first_loads(lambda *_: None)
     case.check(range(4))
     case.finish()
 
@@ -154,10 +154,10 @@ def test_wrong_bytes_end_the_request_with_its_first_step(flux2_dir: Path) -> Non
         shown: list[int] = []
         decoded: list[Any] = []
         gang.worker.pipeline.pipe.vae.decoder.register_forward_pre_hook(lambda *given: decoded.append(given))
-        with pytest.raises(CompositionError, match=f"covers: rank 0: {WEIGHT}: expected the bytes of") as caught:
+        with pytest.raises(CompositionError, match=f"complete: rank 0: {WEIGHT}: expected the bytes of") as caught:
             _generate(engine, shown)
         assert {violation.where for violation in caught.value.violations} == {WEIGHT}
-        assert {row["check"]: row["status"] for row in engine.verdict.composition}["covers"] == "violated"
+        assert {row["check"]: row["status"] for row in engine.contract_result.composition}["complete"] == "violated"
         assert (shown, decoded, gang.starts, gang.closed) == ([], [], 1, True)
 
 
@@ -184,7 +184,7 @@ def test_a_resumed_request_looks_again(flux2_dir: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(RankWorker, "setup", damaged)
             shown.clear()
-            with pytest.raises(CompositionError, match=f"covers: rank 0: {WEIGHT}"):
+            with pytest.raises(CompositionError, match=f"complete: rank 0: {WEIGHT}"):
                 _generate(engine, shown)
         assert len(first.images) == 1
         assert (shown, gang.starts, gang.closed) == ([1, 2], 2, True)
@@ -224,7 +224,7 @@ def test_a_block_that_was_skipped_is_compared_in_the_end(steps: int, damaged: bo
         modules[number] = block
         assert BLOCK not in {event.block for event in result.trace if event.kind == "compute_begin"}, "in no step"
         if damaged:
-            with pytest.raises(CompositionError, match=f"covers: rank 0: {WEIGHT}"):
+            with pytest.raises(CompositionError, match=f"complete: rank 0: {WEIGHT}"):
                 coordinator.review([result])
         else:
             coordinator.review([result])
@@ -244,17 +244,17 @@ def test_a_cancelled_request_does_not_hide_what_came(flux2_dir: Path) -> None:
     with admitted(plan) as worker:
         damage(worker)
         worker.cancel("nobody wants it", REQUEST.number)
-        assert not worker.generate(REQUEST).media, "wrong bytes come before a wish"
+        assert not worker.generate(REQUEST).media, "wrong bytes come before a cancel"
 
 
 def test_a_review_without_arrivals_is_refused(flux2_dir: Path) -> None:
     """A rank on which nobody looks: all is missed by name, and no picture leaves."""
     with _engine(flux2_dir) as (engine, gang):
-        gang.worker.stream._arrivals.watch(lambda *_: None, range(len(engine.plan.blocks)))
+        gang.worker.stream._first_loads.observe(lambda *_: None, range(len(engine.plan.blocks)))
         with pytest.raises(CompositionError) as caught:
             _generate(engine, [])
         texts = [str(violation) for violation in caught.value.violations]
-        assert any(text.startswith(f"covers: rank 0: {WEIGHT}: expected compared with") for text in texts)
+        assert any(text.startswith(f"complete: rank 0: {WEIGHT}: expected compared with") for text in texts)
 
 
 def test_a_probe_does_not_count_as_the_first_step(flux2_dir: Path) -> None:
@@ -298,13 +298,13 @@ def test_all_ranks_stop_together(parallel: dict[str, Any], rank: int, gang_of: G
     with Engine.start(config, flux2_dir, gang) as engine:
         close, gang.close = gang.close, lambda: None  # type: ignore[method-assign]
         try:
-            gang.call(plant, timeout_s=60)
+            gang.collective_rpc(plant, timeout_s=60)
             with pytest.raises(CompositionError, match="do not compose") as caught:
                 engine.generate(PROMPT, steps=4, height=SIZE, width=SIZE)
         finally:
             gang.close = close  # type: ignore[method-assign]
-        assert gang.call(steps, timeout_s=60) == [[1], [1]]
+        assert gang.collective_rpc(steps, timeout_s=60) == [[1], [1]]
     found = caught.value.violations
-    assert {violation.check for violation in found} == {"covers"}
+    assert {violation.check for violation in found} == {"complete"}
     assert all(violation.where.startswith(f"{BLOCK}.") for violation in found)
     assert {violation.rank for violation in found} == ({rank} if "tp_degree" in parallel else {0, 1})
