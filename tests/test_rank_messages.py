@@ -117,8 +117,8 @@ def test_an_unknown_error_arrives_as_what_it_says() -> None:
 
 
 def test_an_error_that_quotes_what_is_no_text(post: Post) -> None:
-    post.messages.put("verdict", Verdict(0, RankError(1, "found '\ud83d'")))
-    (arrived,) = post.messages.get(["verdict"], Verdict)
+    post.messages.put("verdict", FaultVerdict(0, RankError(1, "found '\ud83d'")))
+    (arrived,) = post.messages.get(["verdict"], FaultVerdict)
     assert arrived is not None
     assert str(arrived.error) == "rank 1: found '\\ud83d'"
 

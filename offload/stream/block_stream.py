@@ -41,7 +41,7 @@ class BlockStream:
         passes: the blocks of each pass, by index; empty: all run in one.
         arena: where the slots lie; by default memory of their own.
         yield_to_collectives: copies use the link only between collectives; tell them by `collective_issued`.
-        trace_limit: how many trace events are kept.
+        trace_limit: how many trace events are kept, unless `keep_trace` asks for more.
         poison_freed: overwrite a shared slot with NaN as soon as its block has computed; shows reads of freed memory.
 
     Attributes:
@@ -69,6 +69,7 @@ class BlockStream:
         self._device = device
         self._log = EventLog(engine, trace_limit)
         self._loader = BlockLoader(engine, gather, self._log, yield_to_collectives)
+        self.counters: StreamCounters = self._loader.counters
         self._loads = SlotLoads(engine, self._loader)
         self._collectives, self._chunks = 0, 1  # of the block that is running
         if gather is None and any(block.home.sharded for block in self.blocks):
@@ -202,10 +203,6 @@ class BlockStream:
         return self._log.latest
 
     @property
-    def counters(self) -> StreamCounters:
-        return self._loader.counters
-
-    @property
     def read(self) -> dict[str, list[Tensor]]:
         """Of every block that was loaded: what the copies of its last load really read. Waits for those under way."""
         self.engine.drain()
@@ -216,9 +213,13 @@ class BlockStream:
         """Sequence number of the next event."""
         return self._log.upcoming
 
-    def trace(self, last: int | None = None) -> tuple[TraceEvent, ...]:
-        """The last events (all that are kept by default), oldest first; waits for the device."""
-        return self._log.last(last)
+    def trace(self, last: int | None = None, since: int = 0) -> tuple[TraceEvent, ...]:
+        """The last events (by default all that are kept) from number `since` on, oldest first; waits for the device."""
+        return self._log.read(last, since)
+
+    def keep_trace(self) -> None:
+        """Keep every event from here on; those before, up to `trace_limit`."""
+        self._log.keep()
 
     def slot_of(self, name: str) -> int | None:
         """The slot of the block called `name`; None for a resident one."""
@@ -396,5 +397,4 @@ class BlockStream:
             self._loads.poison(slot, index)
 
     def _note(self, kind: EventKind, index: int, missed: bool = False) -> None:
-        name = self.blocks[index].name
-        self._log.note(kind, name, self.slot_of(name), "compute", missed=missed)
+        self._log.note(kind, self.blocks[index].name, self._shared_slot.get(index), "compute", missed=missed)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice, takewhile
 from typing import Literal
 
 import torch
@@ -28,13 +30,15 @@ class Gather:
 
 
 class EventLog:
-    """The last `limit` events of a stream. Written from all lanes."""
+    """The last `limit` events of a stream, and all since `keep`. Written from all lanes."""
 
     def __init__(self, engine: CopyEngine, limit: int) -> None:
         self.upcoming = 0  # the sequence number of the next event
         self._engine = engine
+        self._limit = limit
+        self._kept_since = math.inf
         self._lock = threading.Lock()
-        self._events: deque[tuple[int, EventKind, str, int | None, Mark, int, bool]] = deque(maxlen=limit)
+        self._events: deque[tuple[int, EventKind, str, int | None, Mark, int, bool]] = deque()
         self.latest: tuple[EventKind, str] | None = None  # (event, block) of the compute stream
 
     def note(
@@ -49,8 +53,15 @@ class EventLog:
         with self._lock:
             self._events.append((self.upcoming, kind, block, slot, self._engine.mark(lane), nbytes, missed))
             self.upcoming += 1
+            while len(self._events) > self._limit and self._events[0][0] < self._kept_since:
+                self._events.popleft()
         if lane == "compute":
             self.latest = kind, block
+
+    def keep(self) -> None:
+        """Keep all events from here on, however many: all of a request are judged. The limit is for those before."""
+        with self._lock:
+            self._kept_since = self.upcoming
 
     def drop(self, since: int) -> None:
         """Forget the events from number `since` on; their numbers are not given again."""
@@ -58,9 +69,13 @@ class EventLog:
             while self._events and self._events[-1][0] >= since:
                 self._events.pop()
 
-    def last(self, count: int | None = None) -> tuple[TraceEvent, ...]:
-        """The last `count` events (all by default), oldest first; waits until the device has got there."""
-        events = list(self._events)[-count if count else None :]
+    def read(self, last: int | None = None, since: int = 0) -> tuple[TraceEvent, ...]:
+        """Of the last `last` events (of all by default) those from number `since` on, oldest first; waits until the
+        device has got there. Older ones are not even looked at: what it costs goes with what is asked for.
+        """
+        with self._lock:
+            newest_first = islice(reversed(self._events), last)
+            events = list(takewhile(lambda event: event[0] >= since, newest_first))[::-1]
         return tuple(
             TraceEvent(number, kind, block, slot, self._engine.seconds(mark), nbytes, missed)
             for number, kind, block, slot, mark, nbytes, missed in events

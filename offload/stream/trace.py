@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -137,7 +138,7 @@ def step_times(trace: Sequence[TraceEvent], ends: Sequence[int]) -> list[BlockTi
     """
     steps = [BlockTimes() for _ in ends]
     for interval in intervals(trace):
-        step = next((place for place, end in enumerate(ends) if interval.sequence < end), None)
-        if step is not None:
+        step = bisect_right(ends, interval.sequence)
+        if step < len(steps):
             steps[step].add(interval)
     return steps

@@ -11,7 +11,6 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from crossdock.offload.memory.host_store import mapped_share_bytes
 from crossdock.offload.stream.block import Home
 from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.offload.stream.trace import TraceEvent, block_times, step_times
@@ -38,6 +37,7 @@ class RequestLog:
         self._skipped = skipped  # steps that were done before the request was resumed
         self._step_ends: list[int] = []  # per step, the number of the first event after it
         self._step_times: list[float] = []
+        self._stream.keep_trace()
         self.count_from_here()
 
     @property
@@ -55,9 +55,8 @@ class RequestLog:
         self._step_times.append(time.perf_counter())
 
     def events(self) -> tuple[TraceEvent, ...]:
-        """What the block stream did in the steps."""
-        trace = self._stream.trace()
-        return tuple(e for e in trace if e.sequence >= self._since and e.sequence not in self.rehearsed)
+        """What the block stream did in the steps: all of them, and nothing before is looked at."""
+        return tuple(e for e in self._stream.trace(since=self._since) if e.sequence not in self.rehearsed)
 
     def _last_of_slots(self) -> tuple[TraceEvent, ...]:
         """As far as the last pass tells."""
@@ -86,11 +85,12 @@ class RequestLog:
         device: torch.device,
         weights: RankWeights,
         modules: Iterable[nn.Module],
+        events: Sequence[TraceEvent],
         step_ms: Sequence[float],
         phases_s: Mapping[str, float],
     ) -> Measurements:
-        """`modules`: all that this rank runs; `step_ms`: of the request's own steps."""
-        counters, before, events = self._stream.counters, self._before, self.events()
+        """`modules`: all that this rank runs; `events`, `step_ms`: of the request's own steps."""
+        counters, before = self._stream.counters, self._before
         steps = max(len(self._step_ends), 1)  # none, where only the decoding was left
         shards = sum(b.source_bytes for b in weights.blocks if b.home is Home.DEVICE_SHARD)
         slot_bytes = sum(memory.nbytes for memory in self._stream.slot_memory)
@@ -105,7 +105,7 @@ class RequestLog:
             slot_bytes=slot_bytes,
             shard_bytes=shards,
             host_bytes=weights.store.nbytes if weights.store else 0,
-            host_pss_bytes=mapped_share_bytes(),
+            host_pss_bytes=weights.host_share_bytes,
             h2d_bytes_per_step=(counters.h2d_bytes - before.h2d_bytes) // steps,
             gathered_bytes_per_step=(counters.gathered_bytes - before.gathered_bytes) // steps,
             misses=counters.misses - before.misses,

@@ -184,7 +184,7 @@ class RankWorker:
             arrivals=tuple(self.weight_check.records),
             device_bytes=measure_device(self.model, self.pipeline.on_device, shards, self.device, grown_bytes),
             foreign_hooks=foreign_hooks(self.model),
-            trace=tuple(e for e in self.stream.trace() if e.sequence >= self.stream.scheduled_at),
+            trace=self.stream.trace(since=self.stream.scheduled_at),
             collectives=issued,
         )
 
@@ -266,7 +266,7 @@ class RankWorker:
         phases = {"load": self.load_s, "encode": done.encode_s, "denoise": done.denoise_s}
         phases["decode"] = decoded - done.end_s
         modules = (self.model, *self.pipeline.on_device)
-        measurements = log.measurements(self.rank, self.device, self.weights, modules, done.step_ms, phases)
+        measurements = log.measurements(self.rank, self.device, self.weights, modules, events, done.step_ms, phases)
         timeline = RankTrace(self.rank, measurements.host, measurements.device, events, spans)
         self.stream.rehearse(unseen=True)  # blocks that a cache skipped in the first request
         result = RankResult(

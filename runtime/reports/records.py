@@ -147,9 +147,10 @@ class Measurements:
     """One rank's row of `report.json`, for one request. Sizes in bytes, times in ms; None where there is no CUDA.
 
     `*_per_step` are means over the request's denoise steps. `host_bytes` is what the rank maps of host stores;
-    `host_pss_bytes` is its proportional share of them, shared pages divided by their users. `steps` and `blocks` are
-    totals per step, and per block over the request, of the copy lane, the gather lane and the compute stream; their
-    `wait_ms` is the exposed part of copying, and their `misses` add up to `misses` unless a load failed.
+    `host_pss_bytes` is its proportional share of them, shared pages divided by their users, as it was at the end of the
+    first request after a load. `steps` and `blocks` are totals per step, and per block over the request, of the copy
+    lane, the gather lane and the compute stream; their `wait_ms` is the exposed part of copying, and their `misses` add
+    up to `misses` unless a load failed.
     """
 
     rank: int

@@ -6,6 +6,7 @@ import hashlib
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from crossdock.offload.live.discovery import move_plain_tensors
 from crossdock.offload.memory.host_memory import FOR_A_RUN, GIB, HostMemoryError, host_memory, require
-from crossdock.offload.memory.host_store import HostStore
+from crossdock.offload.memory.host_store import HostStore, mapped_share_bytes
 from crossdock.offload.memory.layout import aligned_bytes
 from crossdock.offload.stream.block import Home, Piece, StreamedBlock
 from crossdock.parallel.group import exchange
@@ -46,6 +47,14 @@ class RankWeights:
     filled: frozenset[str]
     store: HostStore | None
     shares_store_with: tuple[int, ...]
+
+    @cached_property
+    def host_share_bytes(self) -> int:
+        """This rank's proportional share of the host stores, looked up once, when it is first asked for: at the end of
+        a request, when every rank has read its blocks. The kernel walks all mapped pages for it, so what that takes
+        goes with the size of the model.
+        """
+        return mapped_share_bytes() if self.store is not None else 0
 
 
 @dataclass(frozen=True)
