@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from crossdock.parallel.mesh import Mesh
+from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import RequestError
 from crossdock.runtime.models.families import SPECS
 from crossdock.runtime.models.latents import number_of_chunks
@@ -89,7 +90,8 @@ def test_shapes_only_sends_no_values() -> None:
 
 @pytest.mark.parametrize(("frames", "told"), [(66, None), (65, "a multiple of 33, such as 33"), (9, "such as 33")])
 def test_frames_are_whole_chunks(frames: int, told: str | None) -> None:
-    plan = SimpleNamespace(spec=HELIOS, pixel_multiple=16, frame_multiple=4)
+    held = {"device": "cpu", "pipeline_dtype": torch.float32, "decoder_features": 3, "config": RunConfig()}
+    plan = SimpleNamespace(spec=HELIOS, pixel_multiple=16, frame_multiple=4, **held)
     request = GenerateRequest(("a",), frames=frames)
     if told is None:
         check_request(plan, request)  # type: ignore[arg-type]
