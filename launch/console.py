@@ -7,6 +7,8 @@ from types import FrameType
 
 from rich.console import Console
 
+from crossdock.runtime.config.bounded_files import printable
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
 
@@ -14,7 +16,7 @@ INTERRUPTED = 130
 def complain_on_stderr(message: str) -> None:
     console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
     console.print("crossdock:", style="bold red", end=" ")
-    console.print(message, markup=False)
+    console.print("\n".join(map(printable, message.split("\n"))), markup=False)
 
 
 def end(number: int, frame: FrameType | None) -> None:

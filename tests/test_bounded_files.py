@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -10,13 +11,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from crossdock.runtime.config.bounded_files import MAX_DEPTH, parse_json, read_bounded
+from crossdock.runtime.config.bounded_files import MAX_DEPTH, parse_json, printable, read_bounded
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.config.yaml_file import MAX_YAML_BYTES, load_config
 from crossdock.runtime.errors import CheckpointError, ConfigError
-from crossdock.runtime.models.build_limits import MAX_NUMBER, MAX_PARTS, blame, largest_number
+from crossdock.runtime.models.build_limits import (
+    MAX_NUMBER,
+    MAX_PARTS,
+    MAX_TABLE,
+    TooLargeError,
+    blame,
+    check_table,
+    largest_number,
+)
 from crossdock.runtime.models.checkpoint import read_json
+from crossdock.runtime.models.latents import vae_scale
+from crossdock.runtime.models.meta import _BoundedTables, _EmptyOnMeta
 from crossdock.runtime.plan.make_plan import make_plan
 
 AT_ONCE_S = 5.0
@@ -109,8 +121,99 @@ JSON = {
         f"is nested more than {MAX_DEPTH} levels deep",
     ),
     "very deep": ("[" * 500_000, "is nested too deeply"),
+    "very many values": ('{"a": [' + "0," * 300_001 + "0]}", "holds more than 300000 values"),
     "very deep objects": ('{"a":' * 500_000, "is nested too deeply"),
 }
+
+
+def test_an_index_is_not_read_past_its_limit(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors.index.json"
+    path.touch()
+    os.truncate(path, 20 * 2**30)  # takes no place on disk
+    with pytest.raises(CheckpointError, match="has more than 16777216 bytes"):
+        read_json(path)
+
+
+def test_a_fifo_that_took_a_files_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look at it and the opening."""
+    monkeypatch.setattr("crossdock.runtime.config.bounded_files.check_regular", lambda path: None)
+    with pytest.raises(ValueError, match="is no longer a regular file"):
+        read_bounded(_fifo(tmp_path / "it"), 100)
+
+
+def test_what_a_terminal_would_obey(tmp_path: Path) -> None:
+    assert printable("a\x1b[31m\nb\u202ec é") == "a\\x1b[31m\\nb\\u202ec é"
+    path = tmp_path / "run.yaml"
+    path.write_text('"a\\e[2J\\nforged": 1\n')
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert "\x1b" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("key", ["dtype", "parallel: {tp_degree", "launch: {port", "offload: {device_budget"])
+def test_hexadecimal_digits_are_any_number(key: str, tmp_path: Path) -> None:
+    """Python writes no more than 4,300 decimal digits, and raises."""
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{key}: 0x{'f' * 5000}{'}' * key.count('{')}\n")
+    with pytest.raises(ConfigError, match="not a value: a number of 20000 bits"):
+        load_config(path)
+
+
+def test_a_folder_that_is_no_component(flux2_dir: Path, tmp_path: Path) -> None:
+    """A link to a whole disk would be walked."""
+    model = Path(shutil.copytree(flux2_dir, tmp_path / "model"))
+    shutil.rmtree(model / "tokenizer")
+    (model / "tokenizer").symlink_to("/usr")
+    with pytest.raises(CheckpointError, match=f"^{model / 'tokenizer'}: holds more than 1000 files"):
+        make_plan(RunConfig(), model, "cpu")
+
+
+@pytest.mark.parametrize("value", ['"xy"', '{"a": 1}', "3"])
+def test_a_component_that_is_no_list(value: str, flux2_dir: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(flux2_dir, tmp_path / "model"))
+    index = model / "model_index.json"
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps({**content, "scheduler": json.loads(value)}))
+    with pytest.raises(CheckpointError, match=f"^{index}: scheduler: found .*; expected a library and a class"):
+        make_plan(RunConfig(), model, "cpu")
+
+
+def test_the_name_of_a_component_is_one(flux2_dir: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(flux2_dir, tmp_path / "model"))
+    index = model / "model_index.json"
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps({**content, "../vae": ["diffusers", "AutoencoderKL"]}))
+    with pytest.raises(CheckpointError, match=r"'\.\./vae' is no name of a component"):
+        make_plan(RunConfig(), model, "cpu")
+
+
+def test_a_table_that_no_model_has() -> None:
+    check_table([torch.empty(MAX_TABLE, device="meta")])
+    with pytest.raises(TooLargeError, match="asks for a table of 2147483649 numbers"):
+        check_table([torch.empty(MAX_TABLE + 1, device="meta")])
+
+
+@pytest.mark.parametrize("mode", [_BoundedTables, _EmptyOnMeta])
+def test_a_constructor_that_computes_too_much(mode: type) -> None:
+    """Before it does: the table would have 2^40 numbers. Weights may have any size."""
+    device = "meta" if mode is _BoundedTables else "cpu"
+    with torch.device(device), mode():
+        torch.empty(2**20, 2**20)
+        line = torch.zeros(2**20)
+        with pytest.raises(TooLargeError, match="asks for a table of 1099511627776 numbers"):
+            torch.outer(line, line)
+
+
+@pytest.mark.parametrize("count", [1, 70, 10_000])
+def test_a_scale_of_any_number_of_blocks(count: int, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"block_out_channels": [8] * count}))
+    if count == 1:
+        assert vae_scale(path).pixels == 1
+        return
+    with pytest.raises(CheckpointError, match="does not say how large pictures are"):
+        vae_scale(path)
 
 
 @pytest.mark.parametrize(("text", "message"), JSON.values(), ids=JSON)
@@ -164,16 +267,20 @@ def test_many_problems_are_some_lines(tmp_path: Path) -> None:
 
 SIZES = {
     "vae/config.json": {
-        "layers_per_block": (1_000_000_000_000, "layers_per_block: found 1000000000000; no model has a number above"),
+        "layers_per_block": (
+            1_000_000_000_000,
+            "layers_per_block: found 1000000000000; nothing has more than",
+        ),
         "latent_channels": (2**38, "latent_channels: "),
         "block_out_channels": ([2**40, 24], "block_out_channels.0: found 1099511627776"),
         "norm_num_groups": (0, "norm_num_groups: "),
         "act_fn": ("x" * 5000, "act_fn: has 5000 characters"),
     },
     "transformer/config.json": {
-        "num_layers": (10_000_000, f"num_layers: found 10000000: .* asks for more than {MAX_PARTS} modules"),
+        "num_layers": (9_999, f"num_layers: found 9999: .* asks for more than {MAX_PARTS} modules"),
+        "num_single_layers": (10**7, "num_single_layers: found 10000000; nothing has more than 10000 of these"),
         "attention_head_dim": (2**36, "attention_head_dim: "),
-        "num_single_layers": ([3], "num_single_layers: "),
+        "in_channels": ([3], "in_channels: "),
         "mlp_ratio": ("x" * 1_000_000, "mlp_ratio: has 1000000 characters"),
     },
     "text_encoder/config.json": {
@@ -181,6 +288,14 @@ SIZES = {
         "vocab_size": (-1, "vocab_size: "),
         "hidden_size": ("many", "hidden_size: "),
         "rope_parameters": ({"rope_type": "somebodys"}, "rope_parameters"),
+        "num_hidden_layers": (10**7, "num_hidden_layers: found 10000000; nothing has more than"),
+        "architectures": (["x"] * 3000, "architectures: has 3000 items; no model has a list of more than"),
+    },
+    "scheduler/scheduler_config.json": {
+        "num_train_timesteps": (10**8, "num_train_timesteps: found 100000000; nothing has more than"),
+    },
+    "tokenizer/tokenizer_config.json": {
+        "extra_ids": (10**8, "extra_ids: found 100000000; nothing has more than"),
     },
 }
 CASES = [(file, key, *case) for file, cases in SIZES.items() for key, case in cases.items()]
@@ -191,8 +306,6 @@ def test_a_config_that_asks_for_too_much(
     file: str, key: str, value: object, text: str, flux2_dir: Path, tmp_path: Path
 ) -> None:
     """Told by file and key, before a layer is built."""
-    import json
-
     model = Path(shutil.copytree(flux2_dir, tmp_path / "model"))
     path = model / file
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))

@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +79,17 @@ def modular(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> Checkpoint:
 
 
 @pytest.fixture(autouse=True)
-def nobody_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+def nobody_to_ask(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is raised in a question is taken for a no, so that a question has to be counted."""
+    questions: list[str] = []
+
     def ask(question: str = "") -> str:
-        raise AssertionError(f"asked: {question}")
+        questions.append(question)
+        return "y"
 
     monkeypatch.setattr("builtins.input", ask)
+    yield
+    assert questions == []
 
 
 def test_code_that_nobody_names_is_no_harm(checkpoint: Checkpoint, modular: Checkpoint) -> None:
@@ -161,9 +167,31 @@ def test_a_pipeline_of_its_own(entry: str, checkpoint: Checkpoint) -> None:
     checkpoint.refuses("model_index.json: has no _class_name that is a string")
 
 
-def test_a_custom_pipeline(checkpoint: Checkpoint) -> None:
-    checkpoint.edit("model_index.json", lambda index: index.update(custom_pipeline="canary"))
-    checkpoint.refuses("model_index.json: custom_pipeline asks for code")
+@pytest.mark.parametrize("key", ["custom_pipeline", "custom_pipelines", "custom_generate", "auto_map"])
+def test_a_custom_pipeline(key: str, checkpoint: Checkpoint) -> None:
+    checkpoint.edit("model_index.json", lambda index: index.update({key: "canary"}))
+    checkpoint.refuses(f"model_index.json: {key} asks for code")
+
+
+def test_a_config_that_another_file_takes_the_place_of(checkpoint: Checkpoint) -> None:
+    """transformers chooses among them by the version in their names; one may look like an index of weights."""
+    name = "config.4.0.0+x.index.json"
+    path = checkpoint.folder / "text_encoder" / name
+    config = json.loads((path.parent / "config.json").read_text())
+    path.write_text(json.dumps({**config, "weight_map": {"a": "b"}, "auto_map": AUTO_MAP}))
+    checkpoint.refuses(f"text_encoder/{name}: ")
+    path.unlink()
+    checkpoint.edit("text_encoder/config.json", lambda content: content.update(configuration_files=[name]))
+    checkpoint.refuses("text_encoder/config.json: configuration_files names other files to read in its place")
+
+
+def test_a_module_of_that_name_is_not_even_imported(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the checkpoint is the working directory, its modules could be found."""
+    monkeypatch.chdir(checkpoint.folder)
+    monkeypatch.syspath_prepend(str(checkpoint.folder))
+    checkpoint.edit("model_index.json", lambda index: index.update(scheduler=["canary", "Canary"]))
+    checkpoint.refuses("model_index.json: scheduler: found canary, Canary: there is no such class")
+    assert "canary" not in sys.modules
 
 
 @pytest.mark.parametrize("component", ["scheduler", "tokenizer", "text_encoder", "vae"])
@@ -209,6 +237,18 @@ def test_an_entry_of_blocks_that_points_elsewhere(name: str, text: str, modular:
         modular.load()
         return
     modular.refuses(MODULAR_INDEX, text)
+
+
+def test_an_entry_of_blocks_with_another_class(modular: Checkpoint) -> None:
+    """In its own place: the class is named once more, and that is the one that would be loaded."""
+    own = {"type_hint": ["diffusers", "DiffusionPipeline"], "pretrained_model_name_or_path": str(modular.folder)}
+    modular.edit(MODULAR_INDEX, lambda index: index["scheduler"][2].update(own, subfolder="scheduler"))
+    modular.refuses(MODULAR_INDEX, "scheduler: ", "is no class of a component")
+
+
+def test_what_a_terminal_would_obey(checkpoint: Checkpoint) -> None:
+    checkpoint.edit("model_index.json", lambda index: index.update(scheduler=["diffusers", "X\x1b[2J\nforged"]))
+    checkpoint.refuses("model_index.json: scheduler: found diffusers, X\\x1b[2J\\nforged: there is no such class")
 
 
 @pytest.mark.parametrize("part", ["", ".text_config"])

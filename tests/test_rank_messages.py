@@ -5,24 +5,28 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from processes import descendants, listening
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from crossdock.launch.gangs.process_state import process_state
 from crossdock.launch.gangs.rank_messages import MAX_BYTES, ErrorNote, Lead, MessageStore, Reporter
 from crossdock.launch.gangs.rendezvous import LOOPBACK, open_store
 from crossdock.launch.gangs.run_secret import VARIABLE, forget_run_secret, run_secret
-from crossdock.launch.gangs.torchrun_judge import Beat, FaultVerdict
+from crossdock.launch.gangs.torchrun_judge import Beat, FaultVerdict, Judge
+from crossdock.launch.gangs.torchrun_watch import RankWatch, is_reporter
 from crossdock.parallel.group import Collective, GroupRecord
 from crossdock.runtime.contract.result import CompositionError
 from crossdock.runtime.errors import (
@@ -142,6 +146,12 @@ def test_the_first_one_stays(post: Post) -> None:
     assert post.messages.put_first("reported", second) == first
     post.messages.clear(["reported", "other"])
     assert post.messages.put_first("other", second) == second
+    assert post.messages.get(["reported"], Reporter) == [first], "what is there already stays"
+
+
+def test_who_reports_is_one_time_not_one_process(post: Post) -> None:
+    assert is_reporter(post.messages, 0)
+    assert not is_reporter(post.messages, 0)
 
 
 class Bomb:
@@ -187,6 +197,19 @@ def test_what_no_rank_signed_is_not_there(forge: Callable[[Post, Path], bytes], 
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_signature_is_of_the_text(post: Post) -> None:
+    post.messages.put("beat/0", Beat(1, STATUS, ("host", "0")))
+    post.store.values["beat/0"] = post.store.values["beat/0"].replace(b'"number":1', b'"number":2')
+    assert post.messages.get(["beat/0"], Beat) == [None]
+
+
+def test_a_long_message_is_refused_unread(post: Post) -> None:
+    """Also one that a rank signed."""
+    post.messages.put("beat/0", Beat(1, STATUS, ("host" * MAX_BYTES, "0")))
+    assert post.messages.get(["beat/0"], Beat) == [None]
+    assert [reason.partition(" bytes")[0].split()[:2] for _, reason in post.refused] == [["it", "has"]]
+
+
 def test_a_signed_message_counts_in_its_place_only(post: Post) -> None:
     """A recorded message is worth nothing under another key, and nothing in the next try."""
     post.messages.put("beat/0", Beat(1, STATUS, ("host", "0")))
@@ -206,6 +229,14 @@ TEXTS = {
     "deep": "[" * 100_000,
     "many digits": '{"rank": 0, "beat": ' + "9" * 100_000 + ', "suspects": []}',
 }
+
+
+@pytest.mark.parametrize("begin", [b"", b"\n"])
+def test_without_a_secret_a_program_is_no_message(begin: bytes, tmp_path: Path) -> None:
+    post = _post(Dictionary(), None)
+    post.store.set("verdict", begin + pickle.dumps(Bomb(tmp_path / "ran")))
+    assert post.messages.get(["verdict"], FaultVerdict) == [None]
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
@@ -247,13 +278,25 @@ def test_ranks_of_one_node_make_a_secret(try_folder: Path) -> None:
     assert run_secret() == secret, "what is said at the very end is signed as well"
 
 
-@pytest.mark.parametrize("harm", ["others may read it", "it is a link", "it is short"])
-def test_a_secret_that_others_know_is_none(harm: str, try_folder: Path, tmp_path: Path) -> None:
+def test_each_try_has_a_secret_of_its_own(try_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run_secret()
+    run_secret.cache_clear()
+    (try_folder / "attempt_1").mkdir()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(try_folder / "attempt_1" / "0" / "error.json"))
+    assert run_secret() not in (None, first)
+
+
+@pytest.mark.parametrize("harm", ["others may read it", "it is a link", "it is short", "it is another user's"])
+def test_a_secret_that_others_know_is_none(
+    harm: str, try_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert run_secret() is not None
     run_secret.cache_clear()
     (file,) = try_folder.iterdir()
     if harm == "others may read it":
         file.chmod(0o644)
+    elif harm == "it is another user's":
+        monkeypatch.setattr(os, "geteuid", lambda: file.stat().st_uid + 1)
     elif harm == "it is short":
         file.write_bytes(b"short")
     else:
@@ -273,6 +316,53 @@ def test_the_variable_goes_before(try_folder: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv(VARIABLE, "short")
     with pytest.raises(LaunchError, match=f"{VARIABLE}: has 5 characters; allowed: 16 or more"):
         run_secret()
+
+
+# -- what a rank does on a message's word ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> RankWatch:
+    """Of rank 0, without a secret and without its thread."""
+    monkeypatch.setenv("GROUP_RANK", "0")
+    worker: Any = SimpleNamespace(rank=0, world_size=2, status=lambda: replace(STATUS, rank=0))
+    return RankWatch(worker, Dictionary(), None, "run/0")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sibling", [True, False])
+def test_only_a_stopped_rank_of_the_same_torchrun_is_ended(sibling: bool, watch: RankWatch) -> None:
+    """Whatever pid a verdict names."""
+    victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        victim.send_signal(signal.SIGSTOP)
+        watch._parent = os.getpid() if sibling else os.getppid()
+        deadline = time.monotonic() + 10
+        while process_state(victim.pid) != "stopped" and time.monotonic() < deadline:
+            time.sleep(0.01)
+        watch._act(FaultVerdict(1, RankError(1, "stopped", "stopped"), (watch._agent, victim.pid)))
+        assert (process_state(victim.pid) != "stopped") == sibling
+    finally:
+        victim.kill()
+        victim.wait()
+
+
+@pytest.mark.parametrize("pid", [-1, 0, 2**70])
+def test_a_pid_that_no_process_has(pid: int, watch: RankWatch) -> None:
+    assert process_state(pid) in ("gone", "runs")
+    watch._act(FaultVerdict(1, RankError(1, "stopped", "stopped"), (watch._agent, pid)))
+    court = Judge(0, 2, watch._agent, process_state)
+    court.hear(Beat(1, replace(STATUS, pid=pid), watch._agent), 0.0)
+    court.verdict(5.0, hurried=True)
+
+
+def test_a_beat_under_another_ranks_name_is_not_heard(watch: RankWatch) -> None:
+    heard: list[int] = []
+    watch._judge.hear = lambda beat, now_s: heard.append(beat.status.rank)  # type: ignore[method-assign, assignment]
+    watch._messages.clear(["verdict", "lead", "beat/0", "beat/1"])
+    watch._messages.put("beat/0", Beat(1, STATUS, ("host", "0")))  # of rank 1
+    watch._messages.put("beat/1", Beat(1, STATUS, ("host", "0")))
+    watch._judge_all()
+    assert heard == [1]
 
 
 # -- the attack ---------------------------------------------------------------------------------------------------

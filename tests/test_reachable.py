@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from crossdock.launch.gangs.reachable import check_reachable, within
+from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import LaunchError
 
 LAUNCH_S = 4
@@ -68,6 +69,30 @@ def test_in_time() -> None:
     assert within(30, lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
         within(30, lambda: 1 / 0)
+    with pytest.raises(SystemExit):
+        within(30, sys.exit)
+
+
+def test_what_takes_too_long_keeps_nobody_from_leaving() -> None:
+    code = "from crossdock.launch.gangs.reachable import within; import time; within(0.1, lambda: time.sleep(120))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "TimeoutError: no answer within 0.1 s" in run.stderr
+
+
+def test_ray_loses_its_patience_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not raise then: it exits."""
+    ray = pytest.importorskip("ray")
+    from crossdock.launch.gangs.ray_gang import RayGang
+
+    def init(**options: object) -> None:
+        raise SystemExit(15)
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with _listener() as address:
+        gang = RayGang(RunConfig.parse({"launch": {"ray_address": address}}).launch, 1, "cpu")
+        with pytest.raises(LaunchError, match=f"no Ray cluster answers at {address} .no answer.; start one"):
+            gang.start()
 
 
 @pytest.mark.parametrize("answers", [False, True])

@@ -13,7 +13,7 @@ def process_state(pid: int) -> ProcessState:
     """Of a process of this machine; one that nobody has waited for yet is gone, too."""
     try:
         state = psutil.Process(pid).status()
-    except psutil.Error:
+    except (psutil.Error, ValueError, OverflowError):  # a number that no process has
         return "gone"
     if state in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
         return "gone"

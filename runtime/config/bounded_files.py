@@ -15,6 +15,8 @@ from typing import Any
 MAX_DEPTH = 64
 """Of lists and objects in each other. Files of published models have about six."""
 MAX_DIGITS = 100
+MAX_VALUES = 300_000
+"""The largest index of weights that is published has 92,000, Gemma's tokenizer_config.json 45,000."""
 
 
 def read_bounded(path: Path, limit_bytes: int) -> bytes:
@@ -56,9 +58,26 @@ def parse_json(text: str) -> Any:
         value = json.loads(text, object_pairs_hook=_unique, parse_int=_integer)
     except RecursionError:
         raise ValueError("is nested too deeply") from None
-    if any(depth > MAX_DEPTH for depth, _, _ in walk(value)):
-        raise ValueError(f"is nested more than {MAX_DEPTH} levels deep")
+    _check_shape(value)
     return value
+
+
+def printable(text: str) -> str:
+    """`text` for a message: one line, with nothing in it that a terminal obeys."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+def _check_shape(value: Any) -> None:
+    """Not too deep, and not too many values."""
+    level, depth, count = [value], 0, 0
+    while level:
+        depth, count = depth + 1, count + len(level)
+        if depth > MAX_DEPTH + 1:
+            raise ValueError(f"is nested more than {MAX_DEPTH} levels deep")
+        if count > MAX_VALUES:
+            raise ValueError(f"holds more than {MAX_VALUES} values")
+        inside = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = [each for values in inside for each in values]
 
 
 def walk(value: Any) -> Iterator[tuple[int, str, Any]]:

@@ -9,13 +9,14 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from crossdock.runtime.config.bounded_files import read_bounded
+from crossdock.runtime.config.bounded_files import printable, read_bounded
 from crossdock.runtime.config.problems import KeyPath, Problem, problems_of
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import ConfigError
 
 MAX_YAML_BYTES = 2**16
 """A configuration has a few hundred."""
+_MAX_BITS = 128
 _MAX_PROBLEMS, _MAX_KEY, _MAX_LINE = 12, 100, 500
 _MAP_TAG = "tag:yaml.org,2002:map"
 _NULL_TAG = "tag:yaml.org,2002:null"
@@ -122,7 +123,7 @@ class _Document:
 
     def _key(self, node: yaml.Node) -> str:
         # a key that YAML reads as another type (2, true, null) is unknown in any case: keep its spelling
-        return node.value if isinstance(node, yaml.ScalarNode) else f"<{_kind(node)}>"
+        return printable(node.value) if isinstance(node, yaml.ScalarNode) else f"<{_kind(node)}>"
 
     def _value(self, node: yaml.Node, path: KeyPath) -> Any:
         self._nodes_left -= 1
@@ -138,6 +139,9 @@ class _Document:
             raise
         except Exception as error:  # a timestamp such as 2026-13-45, an empty !!bool
             self.problems.append(Problem(path, f"not a value: {error}"))
+            return None
+        if isinstance(value, int) and value.bit_length() > _MAX_BITS:  # hexadecimal digits can be any number
+            self.problems.append(Problem(path, f"not a value: a number of {value.bit_length()} bits"))
             return None
         return value
 

@@ -7,6 +7,7 @@ layers. What is counted is what `nn.Module` registers; what is sized is what a c
 from __future__ import annotations
 
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,8 @@ from crossdock.runtime.config.bounded_files import walk
 
 MAX_NUMBER = 2**39
 """The largest whole number in a config. The largest that is published is the base of rotary frequencies: 10^11."""
+MAX_COUNT = 10_000
+_COUNTS = re.compile(r"(layers|blocks|layers_per_block|depth|num_train_timesteps|extra_ids)$")
 MAX_TEXT = 2**12
 """Characters of a text in a config; they are names."""
 MAX_ITEMS = 2**11
@@ -57,6 +60,7 @@ def check_values(config: Mapping[str, Any]) -> None:
     Raises:
         TooLargeError: names the key.
     """
+    check_counts(config)
     key, value = largest_number(config)
     if abs(value) > MAX_NUMBER:
         raise TooLargeError(f"found {value}; no model has a number above {MAX_NUMBER}", key)
@@ -65,6 +69,17 @@ def check_values(config: Mapping[str, Any]) -> None:
             raise TooLargeError(f"has {len(item)} characters; no model has a name of more than {MAX_TEXT}", path)
         if isinstance(item, list) and len(item) > MAX_ITEMS:
             raise TooLargeError(f"has {len(item)} items; no model has a list of more than {MAX_ITEMS}", path)
+
+
+def check_counts(content: Mapping[str, Any]) -> None:
+    """Counts of what is made in a loop, whoever makes it: layers, and what schedulers and tokenizers lay out.
+
+    Raises:
+        TooLargeError: names the key.
+    """
+    for _, path, item in walk(dict(content)):
+        if isinstance(item, int) and item > MAX_COUNT and _COUNTS.search(path):
+            raise TooLargeError(f"found {item}; nothing has more than {MAX_COUNT} of these", path)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from crossdock.parallel.tensor import TensorSlice
-from crossdock.runtime.config.bounded_files import parse_json, read_bounded
+from crossdock.runtime.config.bounded_files import parse_json, printable, read_bounded
 from crossdock.runtime.errors import CheckpointError
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -36,8 +36,10 @@ _DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 
-MAX_JSON_BYTES = 64 * 2**20
-"""The largest JSON files of published checkpoints are indices of weights with 10 MB."""
+MAX_JSON_BYTES = 16 * 2**20
+"""The largest JSON files of published checkpoints that are read here are indices of weights, with 9 MB."""
+MAX_TENSORS = 50_000
+"""Of one file."""
 _MAX_NAME = 200
 MODULAR_INDEX = "modular_model_index.json"
 """What a pipeline that is made of blocks has in place of model_index.json."""
@@ -84,6 +86,9 @@ def read_model_index(model_dir: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: has no _class_name that is a string; is this a diffusers pipeline?")
     if file.name == MODULAR_INDEX:
         index = _own_components(index, model_dir)
+    for name, value in index.items():
+        if not isinstance(value, list) and name.isidentifier() and (model_dir / name[:_MAX_NAME]).is_dir():
+            raise CheckpointError(f"{file}: {name}: found {str(value)[:100]!r}; expected a library and a class")
     for name in component_names(index):
         if not name.isidentifier() or len(name) > _MAX_NAME:
             raise CheckpointError(f"{file}: {name[:100]!r} is no name of a component")
@@ -198,7 +203,9 @@ def _files_of_index(file: Path) -> list[Path]:
         raise CheckpointError(f"{file}: weight_map: found a {type(weight_map).__name__}; expected names of files")
     for fqn, name in weight_map.items():
         if not isinstance(name, str) or Path(name).name != name or "\0" in name or len(name) > _MAX_NAME:
-            raise CheckpointError(f"{file}: weight_map: {fqn}: found {str(name)[:100]!r}; expected a file beside it")
+            raise CheckpointError(
+                f"{file}: weight_map: {printable(fqn[:200])}: found {str(name)[:100]!r}; expected a file beside it"
+            )
     return [file.parent / name for name in sorted(set(weight_map.values()))]
 
 
@@ -207,6 +214,8 @@ def _header(file: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{file}: no such file, but the index lists it; download the checkpoint again")
     try:
         with safe_open(file, framework="pt") as opened:
+            if (count := len(opened.keys())) > MAX_TENSORS:
+                raise CheckpointError(f"{file}: holds {count} tensors; no file of a model has more than {MAX_TENSORS}")
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
             return {
                 name: StoredTensor(file, name, _dtype(file, name, part.get_dtype()), tuple(part.get_shape()))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import diffusers
 import transformers
 from torch import nn
 
-from crossdock.runtime.config.bounded_files import check_regular, walk
+from crossdock.runtime.config.bounded_files import check_regular, printable, walk
 from crossdock.runtime.errors import CheckpointError
+from crossdock.runtime.models.build_limits import TooLargeError, check_counts
 from crossdock.runtime.models.checkpoint import (
     component_class,
     component_names,
@@ -28,12 +30,16 @@ from crossdock.runtime.models.checkpoint import (
 )
 
 CODE_KEYS = ("auto_map", "custom_pipeline", "custom_pipelines", "custom_generate")
+OTHER_FILES = "configuration_files"
+"""transformers reads one of these in place of config.json."""
+_MAX_FILES = 1000
 KERNEL_WORDS = ("attn_implementation", "experts_implementation", "kernel_config")
 _STRAY = "None.py"
 """The code of the custom pipeline that is called what diffusers was given: None."""
 _ADAPTER = "adapter_config.json"
 _DATA = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
 """Words, read by the tokenizers library; no class is chosen by them."""
+_INDICES = (".safetensors.index.json", ".bin.index.json")
 _KINDS: tuple[Callable[[], type], ...] = (
     lambda: diffusers.SchedulerMixin,
     lambda: diffusers.ModelMixin,
@@ -60,7 +66,10 @@ def refuse_foreign_code(model_dir: Path, index: Mapping[str, Any]) -> None:
         folder = model_dir / name
         library, class_name = index[name]
         _check_class(name, library, class_name, model_dir)
-        for file in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        files = list(islice(folder.rglob("*"), _MAX_FILES + 1)) if folder.is_dir() else []
+        if len(files) > _MAX_FILES:
+            raise CheckpointError(f"{folder}: holds more than {_MAX_FILES} files; is it a component's folder?")
+        for file in sorted(files):
             _check_file(file)
 
 
@@ -84,7 +93,7 @@ def _check_class(name: str, library: object, class_name: object, model_dir: Path
     found = component_class(library, class_name)
     if not is_component(found):
         what = "there is no such class" if found is None else "it is no model, scheduler, tokenizer or processor"
-        entry = f"{str(library)[:100]}, {str(class_name)[:100]}"
+        entry = printable(f"{str(library)[:100]}, {str(class_name)[:100]}")
         raise CheckpointError(
             f"{index_file(model_dir)}: {name}: found {entry}: {what}; only components of diffusers and transformers "
             "are loaded, and no code of the checkpoint's is run"
@@ -98,13 +107,21 @@ def _check_file(file: Path) -> None:
         raise CheckpointError(f"{file}: {error}; remove it") from None
     if file.name == _ADAPTER:
         raise CheckpointError(f"{file}: an adapter names another model to load; merge it, or remove the file")
-    if file.suffix == ".json" and file.is_file() and file.name not in _DATA and not file.name.endswith(".index.json"):
-        _check_keys(file, read_json(file))
+    if file.suffix == ".json" and file.is_file() and file.name not in _DATA and not file.name.endswith(_INDICES):
+        content = read_json(file)
+        _check_keys(file, content)
+        try:
+            check_counts(content)
+        except TooLargeError as error:
+            raise CheckpointError(f"{file}: {error.key}: {error}; is the file damaged?") from None
 
 
 def _check_keys(file: Path, content: Mapping[str, Any]) -> None:
-    for _, path, value in walk(dict(content)):
+    for _, found, value in walk(dict(content)):
+        path = printable(found[:200])
         key = path.rpartition(".")[2]
+        if key == OTHER_FILES and value:
+            raise CheckpointError(f"{file}: {path} names other files to read in its place; remove the key")
         if key in CODE_KEYS and value:
             raise CheckpointError(
                 f"{file}: {path} asks for code of the checkpoint's, which is never run; give a checkpoint of a class "
