@@ -24,6 +24,7 @@ STARTS_RANKS = {
     "test_faults",
     "test_lost_node",
     "test_nothing_left_behind",
+    "test_rank_messages",
     "test_store_keeper",
     "test_torchrun_faults",
     "test_video_file",
