@@ -31,8 +31,8 @@ MAX_COUNT = 10_000
 _COUNTS = re.compile(r"(layers|blocks|layers_per_block|depth|num_train_timesteps|extra_ids)$")
 MAX_TEXT = 2**12
 """Characters of a text in a config; they are names."""
-MAX_ITEMS = 2**11
-"""Of a list in a config."""
+MAX_ITEMS = 2**9
+"""Of a list in a config; statistics of latents have up to 128, layers 128."""
 MAX_PARTS = 20_000
 """Modules, parameters and buffers of a model; LTX-2's transformer, which has the most, has 7,200."""
 MAX_ELEMENTS = 10**13
