@@ -162,6 +162,12 @@ def test_truncated_safetensors(damaged: Path, component: str, left: str) -> None
     _refused(CheckpointError, damaged, f"{file.name}: not a whole safetensors file", "download the file again")
 
 
+def test_a_file_of_too_many_tensors(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each costs time; a header of 16 MB can have 400,000."""
+    monkeypatch.setattr("crossdock.runtime.models.checkpoint.MAX_TENSORS", 3)
+    _refused(CheckpointError, flux2_dir, ".safetensors: holds ", "tensors; no file of a model has more than 3")
+
+
 def test_tensor_of_the_wrong_shape(damaged: Path) -> None:
     fqn = "transformer_blocks.1.attn.to_q.weight"
     file = _edit_tensors(damaged / "transformer", fqn, lambda t: t.update({fqn: torch.zeros(5, 7)}))
