@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import pytest
 import torch
 import transformers
 
+from bomb import Bomb
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import CheckpointError
 from crossdock.runtime.models.checkpoint import MODULAR_INDEX
@@ -264,16 +264,6 @@ def test_kernels_of_a_repository(key: str, part: str, checkpoint: Checkpoint) ->
 def test_an_adapter(checkpoint: Checkpoint) -> None:
     (checkpoint.folder / "text_encoder/adapter_config.json").write_text('{"base_model_name_or_path": "somebody/model"}')
     checkpoint.refuses("text_encoder/adapter_config.json: an adapter names another model to load")
-
-
-class Bomb:
-    """Runs a command where it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self._marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self._marker}",)
 
 
 @pytest.mark.parametrize("component", ["vae", "text_encoder", "transformer"])

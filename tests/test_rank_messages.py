@@ -21,6 +21,7 @@ import pytest
 from processes import descendants, listening
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from bomb import Bomb
 from crossdock.launch.gangs.process_state import process_state
 from crossdock.launch.gangs.rank_messages import MAX_BYTES, ErrorNote, Lead, MessageStore, Reporter
 from crossdock.launch.gangs.rendezvous import LOOPBACK, open_store
@@ -152,16 +153,6 @@ def test_the_first_one_stays(post: Post) -> None:
 def test_who_reports_is_one_time_not_one_process(post: Post) -> None:
     assert is_reporter(post.messages, 0)
     assert not is_reporter(post.messages, 0)
-
-
-class Bomb:
-    """Runs a command where it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self._path}",)
 
 
 def _forged(post: Post) -> bytes:
