@@ -48,9 +48,7 @@ def main() -> None:
             "torchrun --nproc-per-node N -m crossdock.launch.torchrun generate ..."
         )
         sys.exit(LaunchError.exit_code)
-    code = run_app(add_check(build_app(_run_on_torchrun), _check_on_torchrun), complain=_complain)
-    if code:
-        exit_now(code)
+    exit_now(run_app(add_check(build_app(_run_on_torchrun), _check_on_torchrun), complain=_complain))
 
 
 def _complain(message: str) -> None:

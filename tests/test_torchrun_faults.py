@@ -266,7 +266,10 @@ def _fault(rank: int, kind: str, step: int = 2) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def expected(flux2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
-    """The latents of a run without a fault; on its way there, a first try misses its time limit."""
+    """The latents of a run without a fault; on its way there, a first try misses its time limit.
+
+    The second leaves a thread in torch's store, which Python's own way out would abort the process for.
+    """
     folder = tmp_path_factory.mktemp("expected")
     with _torchrun(folder, flux2_dir, CONFIGS / "layerwise_tp2.yaml", _fault(1, "late"), None) as run:
         assert run.finish() == 0, run.stderr

@@ -1,23 +1,27 @@
 """What torchrun starts in `test_torchrun_faults`: the real program, with a fault planted in one try of the run.
 
-PLANTED is JSON: per try `{"rank", "kind", "step"}` or null. Into the folder NOTES go the processes and the moment of
-the fault of every try, and how often a host store was made.
+PLANTED is JSON: per try `{"rank", "kind", "step"}`, or null, where only a thread is left behind. Into the folder NOTES
+go the processes and the moment of the fault of every try, and how often a host store was made.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from crossdock.launch.gangs.torchrun_gang import connect_store
 from crossdock.launch.torchrun import main
 from crossdock.offload.memory.host_store import HostStore
 from crossdock.runtime.rank.worker import RankWorker
 
+STORE_S = 5.0
 STEP_S = 0.4
 """Added to every step of a try with a fault, so that each is seen."""
 PASSES = 2
@@ -74,6 +78,14 @@ def _plant(worker: RankWorker, planted: dict[str, Any]) -> None:
     handle = last.register_forward_pre_hook(look)  # type: ignore[index, union-attr]
 
 
+def _ask_forever() -> None:
+    """As a watch that has not ended when its rank is done: it is inside of torch's store most of the time."""
+    store = connect_store(STORE_S)
+    with contextlib.suppress(RuntimeError):  # torchrun is gone
+        while True:
+            store.set("asked", "again")
+
+
 def _with_fault(generate: Callable[..., Any], planted: dict[str, Any]) -> Callable[..., Any]:
     def faulty(worker: RankWorker, *args: Any) -> Any:
         _plant(worker, planted)
@@ -94,7 +106,9 @@ def _counted(create: Callable[..., Any]) -> Callable[..., Any]:
 if __name__ == "__main__":
     note(f"rank{os.environ['RANK']}.pid", str(os.getpid()))
     planted = json.loads(os.environ["PLANTED"])[TRY]
-    if planted is not None:
+    if planted is None:
+        threading.Thread(target=_ask_forever, daemon=True).start()
+    else:
         RankWorker.generate = _with_fault(RankWorker.generate, planted)  # type: ignore[method-assign]
     HostStore.create = _counted(HostStore.create)  # type: ignore[method-assign]
     main()

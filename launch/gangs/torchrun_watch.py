@@ -288,7 +288,11 @@ def is_reporter(messages: MessageStore, rank: int) -> bool:
 
 
 def exit_now(code: int) -> None:
-    """End this process without Python's own way out, which waits for collectives that nobody will finish."""
+    """End this process without Python's own way out.
+
+    That waits for collectives that nobody will finish, and where a thread, such as the watch's, is inside of torch's
+    store it aborts the process: the thread is unwound through C++ that does not allow it.
+    """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
