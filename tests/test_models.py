@@ -17,31 +17,34 @@ from crossdock.launch.commands.models import HEADINGS, held_layouts, model_rows,
 from crossdock.parallel.regions import SequenceParallelism
 from crossdock.parallel.tensor import TensorParallelism, tensor_slices
 from crossdock.runtime.models.families import SPECS
-from crossdock.runtime.models.families.published import real_model, real_shape
+from crossdock.runtime.models.families.published import real_model, shape_of
 from crossdock.runtime.models.spec import ModelSpec, Published
 from crossdock.runtime.models.tiny.recipes import TINY
 from layouts import LAYOUTS, ROWS
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 CHECKPOINTS = [(spec, published) for spec in SPECS.values() for published in spec.published]
+Real = tuple[ModelSpec, Published, nn.Module]
 
 
-def _id(value: ModelSpec | Published) -> str:
-    return value.name if isinstance(value, Published) else value.family
+@pytest.fixture(scope="module", params=CHECKPOINTS, ids=lambda case: case[1].name)
+def real(request: pytest.FixtureRequest) -> Real:
+    """Each published transformer, built once; a test leaves it as it was."""
+    spec, published = request.param
+    return spec, published, real_model(spec, published)
 
 
-@pytest.mark.parametrize(("spec", "published"), CHECKPOINTS, ids=_id)
-def test_the_real_shape_is_the_published_one(spec: ModelSpec, published: Published) -> None:
+def test_the_real_shape_is_the_published_one(real: Real) -> None:
     """Every block stack is there, and all tensors together have as many elements as the publisher says."""
-    shape = real_shape(spec, published)
+    spec, published, model = real
+    shape = shape_of(spec, published, model)
     assert tuple(shape.stacks) == spec.block_stacks
     assert shape.parameters == pytest.approx(published.parameters, rel=0.02)
 
 
-@pytest.mark.parametrize(("spec", "published"), CHECKPOINTS, ids=_id)
-def test_the_real_shape_can_be_cut(spec: ModelSpec, published: Published) -> None:
+def test_the_real_shape_can_be_cut(real: Real) -> None:
     """Every planned linear exists and divides in two; what is cut is most of the blocks, and the model takes it."""
-    model = real_model(spec, published)
+    spec, published, model = real
     slices = tensor_slices(model, spec.tensor_plan, 1, 2)
     cut = sum(model.get_parameter(fqn).numel() for fqn in slices)
     in_blocks = sum(p.numel() for stack in spec.block_stacks for p in model.get_submodule(stack).parameters())
@@ -56,10 +59,9 @@ def test_the_real_shape_can_be_cut(spec: ModelSpec, published: Published) -> Non
     assert {name: type(module) for name, module in model.named_modules()} == before
 
 
-@pytest.mark.parametrize(("spec", "published"), CHECKPOINTS, ids=_id)
-def test_the_real_shape_has_the_sequence_regions(spec: ModelSpec, published: Published) -> None:
+def test_the_real_shape_has_the_sequence_regions(real: Real) -> None:
     """Every module and argument at which tokens are cut or put together exists; `remove` leaves no hook."""
-    model = real_model(spec, published)
+    spec, _, model = real
     sequence = SequenceParallelism(None, 0, 2, None)  # type: ignore[arg-type]
     sequence.apply(model, spec.regions)
     assert _hooks(model) > 0
@@ -71,7 +73,7 @@ def _hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=_id)
+@pytest.mark.parametrize("spec", SPECS.values(), ids=lambda spec: spec.family)
 def test_negative_prompts_are_taken_where_they_do_something(spec: ModelSpec) -> None:
     """A pipeline may have the argument and one branch of guidance: then it says nothing, and ignores it."""
     pipeline = getattr(diffusers, spec.pipeline)

@@ -37,7 +37,17 @@ def real_model(spec: ModelSpec, published: Published) -> nn.Module:
 
 
 def real_shape(spec: ModelSpec, published: Published) -> RealShape:
-    model = real_model(spec, published)
+    """Found once in a process: some take seconds to build."""
+    if published.name not in _SHAPES:
+        _SHAPES[published.name] = shape_of(spec, published, real_model(spec, published))
+    return _SHAPES[published.name]
+
+
+_SHAPES: dict[str, RealShape] = {}
+
+
+def shape_of(spec: ModelSpec, published: Published, model: nn.Module) -> RealShape:
+    """Of `real_model`."""
     blocks = Counter(block.name.rpartition(".")[0] for block in discover_blocks(model, spec.block_stacks))
     each = sum(tensor.numel() for tensor in model.state_dict().values())
     return RealShape(dict(blocks), published.transformers * each)
