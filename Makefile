@@ -9,7 +9,7 @@ CHECKPOINT := demo/flux2-klein
 DEMO_CONFIG ?= launch/configs/layerwise_ulysses2_ring2.yaml
 PROMPT ?= a lighthouse on a cliff above a stormy sea
 
-.PHONY: demo test test-all test-gpu test-faults bench bench-gpu lint typecheck clean
+.PHONY: demo quick test test-all test-gpu test-faults bench bench-gpu lint typecheck clean
 
 .venv/.installed: pyproject.toml .ci/constraints.txt .ci/oracles.txt
 	$(PYTHON) -m venv .venv
@@ -26,12 +26,16 @@ demo: .venv/.installed $(CHECKPOINT)
 	$(BIN)/crossdock generate $(CHECKPOINT) --config $(DEMO_CONFIG) --prompt "$(PROMPT)" \
 		--out demo/out.png --report demo/report.json
 
+# What needs no ranks, and one gang.
+quick: .venv/.installed
+	CROSSDOCK_TESTS=quick $(BIN)/python -m pytest -n 2
+
 test: .venv/.installed
 	$(BIN)/python -m pytest -n 2
 
 # Every family in every layout, every planted fault on all layouts that are named for it.
 test-all: .venv/.installed
-	CROSSDOCK_ALL=1 $(BIN)/python -m pytest -n 2
+	CROSSDOCK_TESTS=all $(BIN)/python -m pytest -n 2
 
 # The tree of links makes `import crossdock` work without an installation, for mypy and for a GPU machine's own python.
 .typecheck/crossdock:
@@ -43,7 +47,7 @@ test-gpu: .typecheck/crossdock
 
 # Over a hundred faults, one after the other; `make test` has a few of them.
 test-faults: .venv/.installed
-	CROSSDOCK_FAULTS=100 $(BIN)/python -m pytest -s tests/test_faults.py
+	CROSSDOCK_TESTS=all CROSSDOCK_FAULTS=100 $(BIN)/python -m pytest -s tests/test_faults.py
 
 bench: .venv/.installed
 	$(BIN)/python tests/benchmarks/hsdp_vs_fsdp.py

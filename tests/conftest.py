@@ -18,6 +18,7 @@ import torch
 
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.watch.gang import Gang
+from tiers import ALL, QUICK
 
 STARTS_RANKS = {
     "test_check",
@@ -32,6 +33,8 @@ STARTS_RANKS = {
 """Test files with ranks of their own; several look for what is left of them on the whole machine."""
 MATRIX = "test_matrix_e2e.py"
 """As long as everything else with ranks together. None of its cells looks for what is left on the machine."""
+GANGS = {"gang_of", "ray_gang_of"}
+"""Fixtures with ranks in processes of their own."""
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a shell's background job would ignore it
@@ -48,6 +51,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "gangs" if _has_gangs(config.rootpath / file) and not file.endswith(MATRIX) else file
 
     return GangsTogether(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is not of this tier (`tiers`) is left out."""
+    left_out = [item for item in items if not _is_wanted(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+def _is_wanted(item: pytest.Item) -> bool:
+    if QUICK and item.get_closest_marker("quick") is None:
+        return item.path.stem not in STARTS_RANKS and not GANGS & set(getattr(item, "fixturenames", ()))
+    return ALL or item.get_closest_marker("thorough") is None
 
 
 @cache

@@ -24,7 +24,7 @@ from crossdock.offload.schedule.residency import assumed_costs, minimum_bytes, p
 from crossdock.offload.schedule.slots import assign_slots
 from crossdock.offload.stream.block import Home, StreamedBlock
 from crossdock.offload.stream.block_stream import BlockStream
-from layouts import ALL
+from tiers import ALL
 from toy_blocks import (
     STREAMED,
     BlockError,

@@ -29,6 +29,7 @@ from crossdock.runtime.rank.probe import probe_numbers
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.records import RankReport
 from layouts import CONFIGS
+from tiers import thorough
 
 Checkpoints = dict[str, Path]
 Plant = Callable[[RankWorker, Any], None]
@@ -313,6 +314,7 @@ def _alive(run: Watched) -> list[Any]:
     return [process for process in run.family.values() if process.is_running() and process.status() != "zombie"]
 
 
+@thorough
 def test_under_torchrun_one_rank_speaks(checkpoints: Checkpoints) -> None:
     """Every rank checks, rank 0 prints."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

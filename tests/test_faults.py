@@ -25,6 +25,7 @@ from crossdock.runtime.errors import FaultKind, RankError
 from crossdock.runtime.rank.worker import RankWorker
 from layouts import CONFIGS
 from reference import PROMPT
+from tiers import some, thorough
 
 pytest.importorskip("ray", reason="ray is not installed: faults under torchrun have tests of their own")
 
@@ -255,7 +256,7 @@ def _left() -> set[int | str]:
 
 @pytest.mark.parametrize(
     ("rank", "kind", "moment"),
-    [(0, "kill", "middle step"), (1, "stop", "last step"), (2, "raise", "first step"), (3, "kill", "decode")],
+    some([(0, "kill", "middle step"), (1, "stop", "last step"), (2, "raise", "first step"), (3, "kill", "decode")], 3),
 )
 def test_the_picture_is_the_same(rank: int, kind: Kind, moment: Moment, run: Run) -> None:
     """A fault never costs a request; who did it is known within seconds, and later steps are not computed again."""
@@ -290,6 +291,7 @@ def test_every_rank_at_every_moment(rank: int, kind: Kind, moment: Moment, run: 
     run.survive(*([fault] if moment in IN_REQUEST else [((rank + 1) % 4, "kill", "first step"), fault]))
 
 
+@thorough
 @pytest.mark.parametrize(
     "faults",
     [
@@ -315,6 +317,7 @@ def test_the_first_start(
     assert len(fault["meanwhile"]) == len(faults) - 1
 
 
+@thorough
 @pytest.mark.timeout(5400)
 def test_random_faults(run: Run) -> None:
     """As many as CROSSDOCK_FAULTS says; the seed is fixed. Nothing is left of all the ranks that were lost."""

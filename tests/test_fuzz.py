@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 from fuzzing import SHARES, FuzzInput, make_input, shorten
-from layouts import ALL
+from tiers import ALL
 
 INPUTS = int(os.environ.get("CROSSDOCK_FUZZ") or (10_000 if ALL else 400))
 LIMIT_S = 5.0

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from reference import PROMPT
+from tiers import thorough
 
 pytest.importorskip("ray", reason="ray is not installed: torchrun has no nodes to lose")
 
@@ -61,6 +62,7 @@ cluster.shutdown()
 """
 
 
+@thorough
 @pytest.mark.timeout(300)
 def test_ranks_move_to_another_node(flux2_dir: Path) -> None:
     """The ranks' node is gone, with its host memory: they start elsewhere, read the checkpoint, and go on."""

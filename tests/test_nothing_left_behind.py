@@ -19,6 +19,7 @@ import pytest
 from crossdock.runtime.contract.verify import CHECKS
 from layouts import CONFIGS
 from reference import PROMPT
+from tiers import some, thorough
 
 Checkpoints = dict[str, Path]
 CLI = (sys.executable, "-m", "crossdock.launch.cli")
@@ -118,7 +119,9 @@ def test_a_run_ends_clean(checkpoints: Checkpoints, tmp_path: Path) -> None:
     assert [row["rank"] for row in content["ranks"]] == [0, 1]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"), some([(signal.SIGINT, 130), (signal.SIGKILL, -9), (signal.SIGTERM, 130)], 2)
+)
 def test_interrupted_in_the_middle(number: int, code: int, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Ctrl-C, a scheduler's SIGTERM, and kill -9 of the driver of four ranks, in the middle of the denoise loop."""
     before = _shared_memory()
@@ -135,7 +138,7 @@ def test_interrupted_in_the_middle(number: int, code: int, checkpoints: Checkpoi
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("retries", [0, 2])
+@pytest.mark.parametrize("retries", some([2, 0], 1))
 def test_a_rank_that_is_killed(retries: int, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """kill -9 of one rank: survived and said; or, when it may not be, an error that names the rank and exit code 1."""
     before = _shared_memory()
@@ -204,6 +207,7 @@ def test_a_size_that_does_not_fit_starts_nothing(checkpoints: Checkpoints, tmp_p
     assert "height: found 250; allowed for z-image: a multiple of 16, such as 240" in run.output
 
 
+@thorough
 def test_under_torchrun_one_rank_speaks(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """What is wrong with the input is wrong on every rank: it is said once, and every rank exits with 2."""
     config = tmp_path / "layout.yaml"

@@ -26,6 +26,7 @@ from crossdock.runtime.rank.weights.mmap_pages import CheckpointPages
 from crossdock.runtime.watch.gang import Gang
 from layouts import FAMILIES
 from reference import ODD_SIZE, PROMPT, TOLERANCE, max_error, reference_latents
+from tiers import pairs
 
 TENSORS = {
     "b.matrix": torch.randn(37, 24),
@@ -197,8 +198,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("name", "family"), pairs(LAYOUTS, FAMILIES))
 def test_streaming_from_the_page_cache(
     name: str, family: str, gang_of: Callable[[int], Gang], checkpoints: dict[str, Path]
 ) -> None:

@@ -15,6 +15,7 @@ from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.watch.gang import Gang
 from layouts import FAMILIES, LAYOUTS
 from reference import ODD_SIZE, PROMPT
+from tiers import pairs, some
 
 GangOf = Callable[[int], Gang]
 Checkpoints = dict[str, Path]
@@ -50,9 +51,8 @@ def _block_bytes(engine: Engine) -> list[int]:
     return engine.gang.collective_rpc(measure, timeout_s=60)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("prefetch", [1, 3])
-@pytest.mark.parametrize("layout", ["layerwise", "layerwise_tp2", "layerwise_hsdp"])
+@pytest.mark.parametrize("family", some(FAMILIES, 1))
+@pytest.mark.parametrize(("layout", "prefetch"), pairs(["layerwise", "layerwise_tp2", "layerwise_hsdp"], [1, 3]))
 def test_device_bytes_stay_within_the_window(
     layout: str, prefetch: int, family: str, gang_of: GangOf, checkpoints: Checkpoints
 ) -> None:
@@ -81,7 +81,7 @@ def test_tensor_parallelism_halves_the_largest_block(family: str, checkpoints: C
     assert ratio < 0.65
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some(FAMILIES, 1))
 def test_hsdp_holds_its_share_and_the_window(family: str, gang_of: GangOf, checkpoints: Checkpoints) -> None:
     """HSDP without offload: 1/S of all blocks plus the window, and the report says the same as the live model."""
     config = _config("hsdp")
@@ -119,8 +119,10 @@ def test_where_blocks_rest_is_what_is_computed_with(layout: str, gang_of: GangOf
     assert not torch.allclose(after, before, atol=1e-2)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", ["layerwise", "layerwise_tp2", "layerwise_hsdp", "layerwise_ulysses2_ring2", "hsdp"])
+@pytest.mark.parametrize(
+    ("layout", "family"),
+    pairs(["layerwise", "layerwise_tp2", "layerwise_hsdp", "layerwise_ulysses2_ring2", "hsdp"], FAMILIES),
+)
 def test_freed_slots_are_not_read(layout: str, family: str, gang_of: GangOf, checkpoints: Checkpoints) -> None:
     """NaN written into every slot as soon as its block has computed changes nothing: nobody reads freed weights."""
 
@@ -145,7 +147,7 @@ def test_freed_slots_are_not_read(layout: str, family: str, gang_of: GangOf, che
         )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some(FAMILIES, 1))
 def test_one_host_copy_per_node(family: str, gang_of: GangOf, checkpoints: Checkpoints) -> None:
     """Pitfall 29: four ranks hold the block weights once per node (proportional set size, all ranks together)."""
     config = _config("layerwise_ulysses2_ring2")

@@ -21,8 +21,9 @@ from crossdock.runtime.models.spec import ModelSpec
 from crossdock.runtime.models.tiny import make_checkpoint as tiny_checkpoint
 from crossdock.runtime.models.tiny.make_checkpoint import make_checkpoint
 from crossdock.runtime.models.tiny.recipes import TINY
-from layouts import ALL, FAMILIES
+from layouts import FAMILIES
 from reference import pipeline_of
+from tiers import ALL
 
 THOROUGH = list(TINY) if ALL else list(FAMILIES)
 """Recipes that are drawn with, again and again; `make test-all` does that with all."""

@@ -25,6 +25,7 @@ from crossdock.runtime.errors import LaunchError, RankError
 from crossdock.runtime.reports.status import RankStatus
 from layouts import CONFIGS
 from reference import PROMPT
+from tiers import some, thorough
 
 HERE = Path(__file__).parent
 LIMIT_S = 150
@@ -303,6 +304,7 @@ def test_torchrun_restarts_after_any_fault(flux2_dir: Path, expected: torch.Tens
         assert run.survivors() == []
 
 
+@thorough
 @pytest.mark.timeout(300)
 def test_torchrun_without_restarts(flux2_dir: Path, tmp_path: Path) -> None:
     """A collective that one rank leaves out hangs for minutes; exit codes of ranks that were cut off."""
@@ -332,7 +334,7 @@ def test_torchrun_without_restarts(flux2_dir: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", some([signal.SIGTERM, signal.SIGINT, signal.SIGKILL], 1))
 def test_torchrun_is_ended(number: int, flux2_dir: Path, tmp_path: Path) -> None:
     """A request to end is taken for a fault, or said by every rank; ranks outlive a torchrun that is killed."""
     with _torchrun(tmp_path, flux2_dir, CONFIGS / "layerwise_tp2.yaml", _fault(0, "none", 2)) as run:

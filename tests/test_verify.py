@@ -29,6 +29,7 @@ from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.records import HomeRecord, MemorySpan, RankReport, TensorRecord
 from crossdock.runtime.watch.gang import Gang
 from layouts import FAMILIES, LAYOUTS
+from tiers import thorough
 
 Healthy = tuple[RunPlan, tuple[RankReport, ...]]
 BAD = 1
@@ -50,6 +51,7 @@ def healthy(gang_of: Callable[[int], Gang], checkpoints: dict[str, Path]) -> Cal
     return healthy
 
 
+@thorough  # of every family and layout that the matrix loads it sees the same
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", [layout.name for layout in LAYOUTS])
 def test_no_false_alarm(name: str, family: str, healthy: Callable[[str, str], Healthy]) -> None:
