@@ -63,7 +63,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _is_wanted(item: pytest.Item) -> bool:
     if QUICK and item.get_closest_marker("quick") is None:
-        return item.path.stem not in STARTS_RANKS and not GANGS & set(getattr(item, "fixturenames", ()))
+        has_ranks = item.path.stem in STARTS_RANKS or GANGS & set(getattr(item, "fixturenames", ()))
+        return not has_ranks and item.get_closest_marker("not_quick") is None
     return ALL or item.get_closest_marker("thorough") is None
 
 

@@ -24,7 +24,7 @@ from crossdock.offload.schedule.residency import assumed_costs, minimum_bytes, p
 from crossdock.offload.schedule.slots import assign_slots
 from crossdock.offload.stream.block import Home, StreamedBlock
 from crossdock.offload.stream.block_stream import BlockStream
-from tiers import ALL
+from tiers import how_many
 from toy_blocks import (
     STREAMED,
     BlockError,
@@ -147,7 +147,7 @@ def _reschedule_at_random(choice: random.Random, stream: BlockStream, homes: Seq
         stream.reschedule(residency.schedule, [order[place] for place in residency.resident], order)
 
 
-@pytest.mark.parametrize("chunk", range(20 if ALL else 10))
+@pytest.mark.parametrize("chunk", range(how_many(2, 10, 20)))
 def test_random_cases_equal_the_resident_run(chunk: int) -> None:
     """Pitfalls 3, 15, 16, 17 and 21, in up to 2,000 cases: sizes, skipped blocks, odd counts, exceptions anywhere."""
     for seed in range(chunk * 100, chunk * 100 + 100):

@@ -26,6 +26,7 @@ from crossdock.runtime.models.transformers import build_transformers, transforme
 from crossdock.runtime.pipeline.pipeline import _load_pipeline
 from crossdock.runtime.plan.make_plan import make_plan
 from layouts import CONFIGS
+from tiers import not_quick
 
 CODE = """
 import pathlib
@@ -317,6 +318,7 @@ def test_the_component_to_blame(checkpoint: Checkpoint) -> None:
     checkpoint.refuses(f"{checkpoint.folder / 'tokenizer'}: Flux2KleinPipeline cannot be loaded: ")
 
 
+@not_quick
 def test_a_y_on_standard_input(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """The attack as it was seen: `yes | crossdock generate ...`."""
     checkpoint.edit("text_encoder/config.json", lambda c: c.update(auto_map=AUTO_MAP, model_type="somebodys"))

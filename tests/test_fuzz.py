@@ -23,9 +23,9 @@ import psutil
 import pytest
 
 from fuzzing import SHARES, FuzzInput, make_input, shorten
-from tiers import ALL
+from tiers import how_many, not_quick
 
-INPUTS = int(os.environ.get("CROSSDOCK_FUZZ") or (10_000 if ALL else 400))
+INPUTS = int(os.environ.get("CROSSDOCK_FUZZ") or how_many(100, 400, 10_000))
 LIMIT_S = 5.0
 """Of the process's own time; one that only waits has `WAITS` times as long, for the machine may be busy."""
 WAITS = 6
@@ -223,6 +223,7 @@ def test_what_was_run(total: Tally) -> None:
             assert total.outcomes[kind, "accepted"]
 
 
+@not_quick
 @pytest.mark.parametrize(
     ("fault", "problem"),
     [

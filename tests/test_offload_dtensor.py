@@ -38,6 +38,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from crossdock.offload.live.foreign import ForeignMechanismError, foreign_mechanisms
 from crossdock.offload.live.offloader import OUTSIDE, LayerwiseOffloader
 from crossdock.offload.memory.layout import BlockLayout
+from tiers import not_quick
 
 CPU = torch.device("cpu")
 RANKS = 2
@@ -427,6 +428,7 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return run_ranks(__file__, tmp_path_factory.mktemp("gang"), RANKS, TIME_LIMIT_S)
 
 
+@not_quick
 @pytest.mark.parametrize("name", CHECKS)
 def test_on_two_ranks(failures: list[dict[str, str]], name: str) -> None:
     """Each check's own docstring says which failure it holds."""

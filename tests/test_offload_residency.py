@@ -19,6 +19,7 @@ from crossdock.offload.schedule.residency import (
     steady_step_s,
 )
 from crossdock.offload.schedule.slots import assign_slots, device_bytes
+from tiers import not_quick
 
 MIB = 1 << 20
 MOST_TIMED = 1_000_000  # events: about half a second
@@ -202,6 +203,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
+@not_quick
 @pytest.mark.parametrize(("model", "rate"), PROVEN)
 def test_many_blocks(model: str, rate: float, timed: list[int]) -> None:
     """Ten steps from the minimum to everything: in time, never slower with more memory, and how much is proven."""

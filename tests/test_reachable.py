@@ -16,6 +16,7 @@ import pytest
 from crossdock.launch.gangs.reachable import check_reachable, within
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import LaunchError
+from tiers import not_quick
 
 LAUNCH_S = 4
 START_S = 40
@@ -95,6 +96,7 @@ def test_ray_loses_its_patience_first(monkeypatch: pytest.MonkeyPatch) -> None:
             gang.start()
 
 
+@not_quick
 @pytest.mark.parametrize("answers", [False, True])
 def test_the_command_ends_in_time(answers: bool, flux2_dir: Path, tmp_path: Path) -> None:
     """Ray itself tries for two minutes where nobody listens, and the same where somebody does who is no Ray."""

@@ -22,7 +22,9 @@ from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.watch.faults import rank_error
 from crossdock.runtime.watch.gang import Notice
 from reference import PROMPT
+from tiers import not_quick
 
+pytestmark = not_quick
 SIZE = 64
 
 

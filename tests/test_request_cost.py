@@ -24,7 +24,9 @@ from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.request import GenerateRequest
 from reference import ODD_SIZE, PROMPT
+from tiers import not_quick
 
+pytestmark = not_quick
 Checkpoints = dict[str, Path]
 STREAMED = {"offload": {"layerwise": True}}
 STEPS = 2

@@ -32,7 +32,9 @@ from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.rank_result import RankResult
 from crossdock.runtime.request import GenerateRequest
 from reference import PROMPT, TOLERANCE, max_error, reference
+from tiers import not_quick
 
+pytestmark = not_quick
 FIRST, SECOND = "transformer", "transformer_2"
 SIZE, FRAMES, STEPS = (64, 128), 9, 4
 SWITCH = 2

@@ -16,6 +16,7 @@ from crossdock.runtime.errors import CheckpointError, FaultKind, RankError, Requ
 from crossdock.runtime.reports.status import RankStatus, ranks_text
 from crossdock.runtime.watch.faults import first_cause, is_conclusive, rank_error
 from crossdock.runtime.watch.watch import PATIENCE_S, Watch, different_collective
+from tiers import not_quick
 
 LONG = PATIENCE_S + 1.0
 
@@ -555,6 +556,7 @@ def run(gang: Gang, chance: random.Random, watch: Watch) -> Iterator[None]:
                 yield
 
 
+@not_quick
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_false_alarm_in_any_order(shape: MeshShape) -> None:
     """A correct program is stopped because of how its ranks happened to run, or when they were heard."""

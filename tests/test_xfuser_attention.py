@@ -32,6 +32,7 @@ from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.parallelize import ModelParallelism
+from tiers import not_quick
 
 RANKS = 4
 TIME_LIMIT_S = 120
@@ -148,6 +149,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(__file__, tmp_path_factory.mktemp("gang"), RANKS, TIME_LIMIT_S)
 
 
+@not_quick
 @pytest.mark.parametrize(
     ("layout", "call", "limit"),
     [

@@ -22,10 +22,17 @@ ALL = TIER == "all"
 
 quick = pytest.mark.quick
 """A test with ranks that `make quick` has."""
+not_quick = pytest.mark.not_quick
+"""A long test without ranks of its own that `make quick` leaves out."""
 thorough = pytest.mark.thorough
 """A test that only `make test-all` has."""
 
 S, T = TypeVar("S"), TypeVar("T")
+
+
+def how_many(few: int, usual: int, most: int) -> int:
+    """In `make quick`, in `make test`, in `make test-all`."""
+    return {"quick": few, "test": usual, "all": most}[TIER]
 
 
 def some(cases: Sequence[T], count: int) -> Sequence[T]:
