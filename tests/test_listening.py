@@ -52,9 +52,8 @@ def test_ranks_of_ray_listen_on_loopback(ray_gang_of: Callable[[int], Gang]) -> 
 
 def test_ray_asks_for_a_token(ray_gang_of: Callable[[int], Gang]) -> None:
     """Whoever reaches Ray's ports could run code in it; one that is started here asks who he is, as by default."""
-    assert [
-        environment["RAY_AUTH_MODE"] for *_, environment in ray_gang_of(2).collective_rpc(_own(), timeout_s=60)
-    ] == ["token"] * 2
+    ranks = ray_gang_of(2).collective_rpc(_own(), timeout_s=60)
+    assert [environment["RAY_AUTH_MODE"] for *_, environment in ranks] == ["token"] * 2
 
 
 def test_what_rays_processes_listen_on(ray_gang_of: Callable[[int], Gang]) -> None:

@@ -74,9 +74,8 @@ def test_in_time() -> None:
 
 
 def test_what_takes_too_long_keeps_nobody_from_leaving() -> None:
-    code = (
-        "from crossdock.launch.gangs.ranks.reachable import within; import time; within(0.1, lambda: time.sleep(120))"
-    )
+    module = "crossdock.launch.gangs.ranks.reachable"
+    code = f"from {module} import within; import time; within(0.1, lambda: time.sleep(120))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "TimeoutError: no answer within 0.1 s" in run.stderr
 

@@ -27,9 +27,13 @@ HEADER = struct.Struct("<BQQ")
 CALL, BESIDE = 0, 1
 """Kinds of questions: for the rank's main thread, and for the one beside it."""
 ANSWER, ERROR = 2, 3
-TAIL_BYTES = 2000
+PACKET_BYTES = 4096
+"""The longest packet between a launcher and the server that forks ranks for it."""
+TAIL_BYTES = 4000
 """So much of what a rank wrote to its stdout and stderr is kept."""
 _CHUNK = 2**20
+_CLOSE_S = 10.0
+"""The longest wait for the thread, which waits for nothing."""
 
 
 class RankDiedError(Exception):
@@ -49,11 +53,8 @@ class _Connection:
     ended: bool = False
 
     def read_output(self) -> bool:
-        """Whether there may be more, now or later."""
-        try:
-            text = os.read(self.output, 2**16)
-        except BlockingIOError:
-            return False
+        """Raises BlockingIOError where there is none yet; False: there will be none."""
+        text = os.read(self.output, 2**16)
         self.tail = (self.tail + text)[-TAIL_BYTES:]
         return bool(text)
 
@@ -103,15 +104,17 @@ class Channel:
         return futures
 
     def tail(self, rank: int) -> str:
-        """The end of what the rank wrote."""
-        return self._connections[rank].tail.decode(errors="replace").strip()
+        """The last whole lines that the rank wrote; not what faulthandler adds: every library that is loaded."""
+        lines = self._connections[rank].tail.decode(errors="replace").splitlines()
+        whole = lines[len(self._connections[rank].tail) >= TAIL_BYTES :]
+        return "\n".join(line for line in whole if not line.startswith("Extension modules:")).strip()
 
     def close(self) -> None:
         """Every question that is open, and every later one, is answered with `RankDiedError`."""
         with self._lock:
             self._closing = True
         self._ring()
-        self._thread.join()
+        self._thread.join(_CLOSE_S)
 
     def _ring(self) -> None:
         with contextlib.suppress(OSError):
@@ -120,14 +123,17 @@ class Channel:
     # -- the thread ----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not self._closing:
-            self._await_more()
-        for each in self._connections:
-            self._end(each)
-            os.close(each.output)
-        self._selector.close()
-        self._bell.close()
-        self._ringer.close()
+        try:
+            while not self._closing:
+                self._await_more()
+        finally:
+            self._closing = True
+            for each in self._connections:
+                self._end(each)
+                os.close(each.output)
+            self._selector.close()
+            self._bell.close()
+            self._ringer.close()
 
     def _await_more(self) -> None:
         for each in self._connections:
@@ -140,8 +146,8 @@ class Channel:
                 with contextlib.suppress(BlockingIOError):
                     self._bell.recv(4096)
             elif key.fileobj == connection.output:
-                if not connection.read_output():
-                    with contextlib.suppress(KeyError):
+                with contextlib.suppress(BlockingIOError):
+                    if not connection.read_output():
                         self._selector.unregister(connection.output)
             elif not connection.ended:
                 try:
@@ -186,8 +192,9 @@ class Channel:
 
     def _end(self, connection: _Connection) -> None:
         """The rank is gone: what it still wrote is in its pipe."""
-        while not connection.ended and connection.read_output():
-            pass
+        with contextlib.suppress(BlockingIOError):
+            while not connection.ended and connection.read_output():
+                pass
         with self._lock:
             if connection.ended:
                 return

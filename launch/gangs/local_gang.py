@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import cloudpickle
 import torch
 
-from crossdock.launch.gangs.local_channel import ANSWER, BESIDE, CALL, TAIL_BYTES, Channel, RankDiedError
+from crossdock.launch.gangs.local_channel import ANSWER, BESIDE, CALL, PACKET_BYTES, TAIL_BYTES, Channel, RankDiedError
 from crossdock.launch.gangs.ranks.host import RENDEZVOUS_VARIABLES, RankHost
 from crossdock.launch.gangs.ranks.process_state import process_state
 from crossdock.launch.gangs.ranks.rendezvous import LOOPBACK
@@ -35,12 +35,14 @@ from crossdock.runtime.watch.gang import Notice
 T = TypeVar("T")
 
 _PROGRAM = (
-    "import json, sys; path, control, launcher, modules = json.loads(sys.argv[1]); sys.path[:] = path; "
-    "from crossdock.launch.gangs.local_server import main; main(control, launcher, modules)"
+    "import json, sys; sys.path[:], *arguments = json.load(sys.stdin); "
+    "from crossdock.launch.gangs.local_server import main; main(*arguments)"
 )
-"""Not `-m`: where the launcher finds this package, the server does, too."""
+"""Not `-m`: where the launcher finds this package, and what it sends, the server does, too."""
 _ANSWER_S = 15.0
 """The longest wait for an answer of the server."""
+_GONE_S = 5.0
+"""The longest wait for ranks to be gone whose server is."""
 _LIBRARIES = ("diffusers.", "transformers.")
 
 
@@ -111,10 +113,11 @@ class LocalGang:
     def _end_ranks(self) -> None:
         """The server lives on, if it lives."""
         ranks, self._ranks = self._ranks, None
-        server = self._server
-        if server is not None and not server.end_ranks():
+        if self._server is not None and not self._server.end_ranks():
+            server, self._server = self._server, None
             server.close()
-            self._server = None
+            if ranks is not None:
+                ranks.await_end(_GONE_S)
         if ranks is not None:
             ranks.channel.close()
 
@@ -134,6 +137,7 @@ def _environment(world_size: int, device: str) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if name not in RENDEZVOUS_VARIABLES}
     if device == "cpu":  # OpenMP reads it when a thread starts; torch.set_num_threads comes too late
         environment["OMP_NUM_THREADS"] = str(compute_threads(world_size))
+    environment.setdefault("OPENBLAS_NUM_THREADS", "1")  # a fork must find no thread, and numpy computes nothing here
     environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # whether there is a GPU is asked without a CUDA context
     return environment
 
@@ -150,23 +154,28 @@ class _Server:
         self._owner = os.getpid()
         self._control = own
         self._lock = threading.Lock()
+        self._number = 0  # of the latest command
         self._output, output = os.pipe()
         modules = sorted(name for name in list(sys.modules) if name.startswith(_LIBRARIES))
         told = json.dumps([sys.path, theirs.fileno(), os.getpid(), modules])
         try:
-            with theirs:
+            with theirs, open(os.memfd_create("crossdock-told"), "w+", encoding="utf-8") as stdin:
+                stdin.write(told)
+                stdin.seek(0)
                 self._process = subprocess.Popen(
-                    [sys.executable, "-c", _PROGRAM, told],
+                    [sys.executable, "-c", _PROGRAM],
                     env=environment,
-                    stdin=subprocess.DEVNULL,
+                    stdin=stdin,
                     stdout=output,
                     stderr=output,
                     pass_fds=(theirs.fileno(),),
                     start_new_session=True,
                 )
-        except BaseException:
+        except BaseException as error:
             own.close()
             os.close(self._output)
+            if isinstance(error, OSError):
+                raise LaunchError(f"the process that starts the ranks cannot be started: {error}") from None
             raise
         finally:
             os.close(output)
@@ -207,8 +216,7 @@ class _Server:
     def close(self) -> None:
         """End the server; a rank ends with it."""
         if os.getpid() == self._owner:  # not a fork of the launcher
-            self._process.kill()
-            self._process.wait()
+            self._end()
         self._control.close()
         os.close(self._output)
 
@@ -216,6 +224,8 @@ class _Server:
         if os.getpid() != self._owner:
             return None
         with self._lock:
+            self._number += 1
+            command["number"] = self._number
             try:
                 socket.send_fds(self._control, [json.dumps(command).encode()], handles)
             except OSError:
@@ -223,17 +233,25 @@ class _Server:
             return self._receive(_ANSWER_S)
 
     def _receive(self, timeout_s: float) -> dict[str, Any] | None:
-        self._control.settimeout(max(timeout_s, 0.001))
-        try:
-            packet = self._control.recv(4096)
-        except OSError:
-            return None
-        answer: dict[str, Any] | None = json.loads(packet) if packet else None
-        return answer
+        """The answer to the latest command: those of others, which somebody has given up, may come first."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._control.settimeout(max(deadline - time.monotonic(), 0.001))
+            try:
+                packet = self._control.recv(PACKET_BYTES)
+            except OSError:
+                return None
+            answer: dict[str, Any] | None = json.loads(packet) if packet else None
+            if answer is None or answer["number"] == self._number:
+                return answer
+
+    def _end(self) -> None:
+        self._process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_GONE_S)
 
     def _tail(self) -> str:
-        self._process.kill()
-        self._process.wait()
+        self._end()
         os.set_blocking(self._output, False)
         with contextlib.suppress(BlockingIOError):
             return os.read(self._output, 2**16)[-TAIL_BYTES:].decode(errors="replace").strip()
@@ -269,7 +287,10 @@ class _Ranks:
             kind, packed = future.result(timeout=0)
         except RankDiedError:
             raise RankError(rank, f"its process died: {self._how_ended(rank)}", "died") from None
-        value = cloudpickle.loads(packed)
+        try:
+            value = cloudpickle.loads(packed)
+        except Exception as error:  # of a class that is not here
+            raise RankError(rank, f"its answer cannot be read: {type(error).__name__}: {error}") from None
         if kind == ANSWER:
             return value
         raise value
@@ -280,6 +301,12 @@ class _Ranks:
     def stopped(self, rank: int, silent: set[int]) -> str | None:
         pid = self.pids[rank]
         return f"{pid} on {socket.gethostname()}" if process_state(pid) == "stopped" else None
+
+    def await_end(self, timeout_s: float) -> None:
+        """Of all ranks, after that of the server, or until the time is up."""
+        deadline = time.monotonic() + timeout_s
+        while any(process_state(pid) != "gone" for pid in self.pids) and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def _how_ended(self, rank: int) -> str:
         status = self._server.how_ended(self.pids[rank])

@@ -27,12 +27,11 @@ from typing import Any, NoReturn
 
 import cloudpickle
 
-from crossdock.launch.gangs.local_channel import ANSWER, CALL, ERROR, HEADER
+from crossdock.launch.gangs.local_channel import ANSWER, CALL, ERROR, HEADER, PACKET_BYTES
 from crossdock.launch.gangs.ranks.host import RankHost
-from crossdock.runtime.errors import CrossdockError
+from crossdock.runtime.errors import CrossdockError, RankError
 from crossdock.runtime.watch.faults import rank_error
 
-PACKET_BYTES = 4096
 _LOOK_EVERY_S = 0.5
 """How often it looks whether its launcher is there: another process may hold the other end of its socket."""
 _KILL_S = 5.0
@@ -41,7 +40,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(control: int, launcher: int, modules: Sequence[str]) -> None:
-    """The process's program. `modules`: those of model libraries that the launcher has use for; lazy ones."""
+    """The process's program. `modules`: what the launcher has imported of libraries that import their parts late."""
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGCHLD):
@@ -53,7 +52,7 @@ def main(control: int, launcher: int, modules: Sequence[str]) -> None:
     gc.freeze()  # a collection in a rank would copy the pages of all that was imported
     _name("server")
     with socket.socket(fileno=control) as connection:
-        connection.send(b"{}")
+        connection.send(b'{"number": 0}')
         server = _Server(connection, launcher)
         try:
             server.run()
@@ -84,7 +83,7 @@ class _Server:
             if not packet:
                 return False
             command = json.loads(packet)
-            answer: dict[str, Any] = {}
+            answer = {"number": command["number"]}
             match command["do"]:
                 case "fork":
                     answer["pid"] = self._fork(command, handles)
@@ -203,12 +202,16 @@ class _Rank:
             work, args = cloudpickle.loads(packed)
             kind, answer = ANSWER, cloudpickle.dumps(work(self._host, *args))
         except Exception as error:
-            kind, answer = ERROR, _packed_error(rank_error(self._host.status(), error))
+            kind, answer = ERROR, self._packed(rank_error(self._host.status(), error))
         with self._lock:
             self._connection.sendall(HEADER.pack(kind, number, len(answer)))
             self._connection.sendall(answer)
 
-
-def _packed_error(error: CrossdockError) -> bytes:
-    packed: bytes = cloudpickle.dumps(error)
-    return packed
+    def _packed(self, error: CrossdockError) -> bytes:
+        """Whole, or what it says, where it carries what cannot travel."""
+        packed: bytes
+        try:
+            packed = cloudpickle.dumps(error)
+        except Exception:
+            packed = cloudpickle.dumps(RankError(self._host.status().rank, f"{type(error).__name__}: {error}"))
+        return packed
