@@ -17,19 +17,19 @@ from crossdock.launch.commands.options import Amounts, Outputs, add_check, build
 from crossdock.runtime.request import GenerateRequest
 
 
-def _run_on_ray(config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs, amounts: Amounts) -> None:
+def _run(config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs, amounts: Amounts) -> None:
     from crossdock.launch.commands.generate import run_generate
 
-    run_generate(config, model_dir, request, outputs, amounts, launcher="ray")
+    run_generate(config, model_dir, request, outputs, amounts, "crossdock")
 
 
-def _check_on_ray(config: Path, model_dir: Path, probe: bool, as_json: bool) -> None:
+def _check(config: Path, model_dir: Path, probe: bool, as_json: bool) -> None:
     from crossdock.launch.commands.check import run_check
 
-    run_check(config, model_dir, "ray", probe=probe, as_json=as_json)
+    run_check(config, model_dir, "crossdock", probe=probe, as_json=as_json)
 
 
-app = add_check(build_app(_run_on_ray), _check_on_ray)
+app = add_check(build_app(_run), _check)
 
 
 @app.command("make-checkpoint")

@@ -23,6 +23,7 @@ from tiers import ALL, QUICK
 STARTS_RANKS = {
     "test_check",
     "test_faults",
+    "test_local_gang",
     "test_lost_node",
     "test_nothing_left_behind",
     "test_rank_messages",
@@ -106,6 +107,24 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[st
 
 @pytest.fixture(scope="session")
 def gang_of() -> Iterator[Callable[[int], Gang]]:
+    """World size -> a running gang of this machine's processes, started on first use and shared by all tests."""
+    from crossdock.launch.gangs.local_gang import LocalGang
+
+    gangs: dict[int, LocalGang] = {}
+
+    def gang_of(world_size: int) -> Gang:
+        if world_size not in gangs:
+            gangs[world_size] = LocalGang(RunConfig().launch, world_size, "cpu")
+            gangs[world_size].start()
+        return gangs[world_size]
+
+    yield gang_of
+    for gang in gangs.values():
+        gang.close()
+
+
+@pytest.fixture(scope="session")
+def ray_gang_of() -> Iterator[Callable[[int], Gang]]:
     """World size -> a running gang of Ray actors, started on first use and shared by all tests."""
     ray = pytest.importorskip("ray", reason="ray is not installed: the torchrun tests cover the same layouts")
     from crossdock.launch.gangs.ray_gang import RayGang
@@ -113,7 +132,7 @@ def gang_of() -> Iterator[Callable[[int], Gang]]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     gangs: dict[int, RayGang] = {}
 
-    def gang_of(world_size: int) -> Gang:
+    def ray_gang_of(world_size: int) -> Gang:
         if not ray.is_initialized():
             ray.init(
                 address="local",
@@ -128,7 +147,7 @@ def gang_of() -> Iterator[Callable[[int], Gang]]:
             gangs[world_size].start()
         return gangs[world_size]
 
-    yield gang_of
+    yield ray_gang_of
     for gang in gangs.values():
         gang.close()
     ray.shutdown()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from crossdock.launch.engine.engine import Engine, Generation
+from crossdock.launch.gangs.local_gang import LocalGang
 from crossdock.runtime.config.schema import LaunchConfig, RunConfig
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.errors import FaultKind, RankError
@@ -26,10 +27,6 @@ from crossdock.runtime.rank.worker import RankWorker
 from layouts import CONFIGS
 from reference import PROMPT
 from tiers import some, thorough
-
-pytest.importorskip("ray", reason="ray is not installed: faults under torchrun have tests of their own")
-
-from crossdock.launch.gangs.ray_gang import RayGang
 
 Kind = Literal["kill", "stop", "raise"]
 Moment = Literal["launch", "load", "verify", "first step", "middle step", "last step", "decode"]
@@ -44,6 +41,8 @@ DETECTED_WITHIN_S = 5.0
 RANDOM_FAULTS = int(os.environ.get("CROSSDOCK_FAULTS", "2"))
 EVERY_RANK = RANDOM_FAULTS > 2
 """Also every rank at every moment: a quarter of an hour."""
+LOCAL = pytest.mark.parametrize("run", ["local"], indirect=True)
+"""Ray's ranks meet some of the faults, this machine's all."""
 
 
 @dataclass(frozen=True)
@@ -72,28 +71,31 @@ def _end(kind: Kind, note: Path) -> Callable[[], None]:
     return end
 
 
-class FaultyGang(RayGang):
-    """Its next starts meet the planted faults, one each."""
+class Faulty:
+    """A gang whose next starts meet the planted faults, one each."""
 
     def __init__(self, config: LaunchConfig, world_size: int, device: str) -> None:
-        super().__init__(config, world_size, device)
+        super().__init__(config, world_size, device)  # type: ignore[call-arg]
         self.planted: list[Planted] = []
         self.errors: list[tuple[float, RankError]] = []  # when it was known, and what
+
+    def pid(self, rank: int) -> int:
+        raise NotImplementedError
 
     def _meet(self, deadline: float) -> None:
         if self.planted and self.planted[0].moment == "launch":
             planted = self.planted.pop(0)
             planted.note.write_text(str(time.time()))
-            os.kill(self._places[planted.rank][1], signal.SIGSTOP if planted.kind == "stop" else signal.SIGKILL)
+            os.kill(self.pid(planted.rank), signal.SIGSTOP if planted.kind == "stop" else signal.SIGKILL)
         with self._noticed():
-            super()._meet(deadline)
+            super()._meet(deadline)  # type: ignore[misc]
 
     def collective_rpc(self, work: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
         if work is RankWorker.setup and self.planted:
             planted = self.planted.pop(0)
             work = _faulty_setup(planted, _end(planted.kind, planted.note))
         with self._noticed():
-            return super().collective_rpc(work, *args, **options)
+            return super().collective_rpc(work, *args, **options)  # type: ignore[misc]
 
     @contextmanager
     def _noticed(self) -> Iterator[None]:
@@ -102,6 +104,25 @@ class FaultyGang(RayGang):
         except RankError as error:
             self.errors.append((time.time(), error))
             raise
+
+
+class FaultyLocalGang(Faulty, LocalGang):
+    def pid(self, rank: int) -> int:
+        assert self._ranks is not None
+        return self._ranks.pids[rank]
+
+
+def _faulty_class(launcher: str) -> type[Any]:
+    if launcher == "local":
+        return FaultyLocalGang
+    pytest.importorskip("ray", reason="ray is not installed: local gangs meet the same faults")
+    from crossdock.launch.gangs.ray_gang import RayGang
+
+    class FaultyRayGang(Faulty, RayGang):
+        def pid(self, rank: int) -> int:
+            return self._places[rank].pid
+
+    return FaultyRayGang
 
 
 def _faulty_setup(planted: Planted, end: Callable[[], None]) -> Callable[..., Any]:
@@ -148,7 +169,7 @@ class Run:
     """An engine whose ranks meet faults, and what it gave before the first of them."""
 
     engine: Engine
-    gang: FaultyGang
+    gang: Any
     expected: Tensor
     folder: Path
 
@@ -195,7 +216,7 @@ def plant(folder: Path, faults: Sequence[tuple[int, Kind, Moment]]) -> list[Plan
     return [Planted(*fault, folder / f"{time.time_ns()}-{number}") for number, fault in enumerate(faults)]
 
 
-def noticed(gang: FaultyGang, planted: Sequence[Planted]) -> float:
+def noticed(gang: Any, planted: Sequence[Planted]) -> float:
     """The longest time from a fault until it was known, in seconds; each is blamed on its rank, for what it was."""
     assert all(each.note.exists() for each in planted), "a fault did not happen"
     assert len(gang.errors) == len(planted), gang.errors
@@ -206,12 +227,12 @@ def noticed(gang: FaultyGang, planted: Sequence[Planted]) -> float:
     return max(times)
 
 
-def _actors() -> set[int]:
-    """Processes of Ray actors that came out of this one."""
+def _ranks() -> set[int]:
+    """Processes of ranks that came out of this one."""
     found = set()
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            if "RankActor" in " ".join(process.cmdline()):
+            if "RankActor" in " ".join(process.cmdline()) or process.name().startswith("crossdock-rank"):
                 found.add(process.pid)
     return found
 
@@ -223,17 +244,14 @@ def config() -> RunConfig:
     return config.model_copy(update={"launch": config.launch.model_copy(update={"recovery": recovery})})
 
 
-@pytest.fixture(scope="module")
-def run(config: RunConfig, flux2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    gangs: list[FaultyGang] = []
-
-    def make_gang(*args: Any) -> FaultyGang:
-        gangs.append(FaultyGang(*args))
-        return gangs[0]
-
+@pytest.fixture(scope="module", params=["local", "ray"])
+def run(
+    request: pytest.FixtureRequest, config: RunConfig, flux2_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Run]:
+    gang = _faulty_class(request.param)(config.launch, 4, "cpu")
     before = _left()
-    with Engine.start(config, flux2_dir, make_gang=make_gang) as engine:
-        first = Run(engine, gangs[0], torch.empty(0), tmp_path_factory.mktemp("faults"))
+    with Engine.start(config, flux2_dir, make_gang=lambda *_: gang) as engine:
+        first = Run(engine, gang, torch.empty(0), tmp_path_factory.mktemp("faults"))
         first.expected = torch.cat(first.generate().latents)
         yield first
     deadline = time.monotonic() + 20
@@ -251,7 +269,7 @@ def _left() -> set[int | str]:
             keeps = any("store_keeper" in part for part in process.info["cmdline"] or ())
             if keeps and process.environ().get("PYTEST_XDIST_WORKER") == mine:
                 keepers.add(process.pid)
-    return _actors() | keepers | {name for name in os.listdir("/dev/shm") if "plasma" not in name}
+    return _ranks() | keepers | {name for name in os.listdir("/dev/shm") if "plasma" not in name}
 
 
 @pytest.mark.parametrize(
@@ -275,6 +293,7 @@ def test_faults_while_new_ranks_come_up(run: Run) -> None:
     run.survive(*faults)  # type: ignore[arg-type]
 
 
+@LOCAL
 @pytest.mark.skipif(not EVERY_RANK, reason="a quarter of an hour: make test-faults")
 @pytest.mark.parametrize(
     ("rank", "kind", "moment"),
@@ -306,7 +325,7 @@ def test_the_first_start(
     faults: list[tuple[int, Kind, Moment]], config: RunConfig, flux2_dir: Path, run: Run, tmp_path: Path
 ) -> None:
     """Ranks that are lost before there was a request: another start is tried, and the picture is right."""
-    gang = FaultyGang(config.launch, 4, "cpu")
+    gang = type(run.gang)(config.launch, 4, "cpu")
     planted = plant(tmp_path, faults)
     gang.planted = list(planted)
     with Engine.start(config, flux2_dir, make_gang=lambda *_: gang) as engine:
@@ -318,10 +337,11 @@ def test_the_first_start(
 
 
 @thorough
+@LOCAL
 @pytest.mark.timeout(5400)
 def test_random_faults(run: Run) -> None:
     """As many as CROSSDOCK_FAULTS says; the seed is fixed. Nothing is left of all the ranks that were lost."""
-    others = _actors() - run.pids()  # of other tests' gangs
+    others = _ranks() - run.pids()  # of other tests' gangs
     choice = random.Random(20261123)
     found: list[dict[str, Any]] = []
     left = RANDOM_FAULTS
@@ -335,6 +355,6 @@ def test_random_faults(run: Run) -> None:
         times = sorted(fault[name] for fault in found)
         print(f"{name}: median {times[len(times) // 2]:.2f}, longest {times[-1]:.2f} of {len(times)}")
     deadline = time.monotonic() + 20
-    while _actors() - others != run.pids() and time.monotonic() < deadline:
+    while _ranks() - others != run.pids() and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert _actors() - others == run.pids(), "a lost rank is still there"
+    assert _ranks() - others == run.pids(), "a lost rank is still there"

@@ -33,13 +33,13 @@ def _own() -> Callable[[Any], tuple[int, list[tuple[str, int]], dict[str, str | 
     return own
 
 
-def test_ranks_of_ray_listen_on_loopback(gang_of: Callable[[int], Gang]) -> None:
+def test_ranks_of_ray_listen_on_loopback(ray_gang_of: Callable[[int], Gang]) -> None:
     """The rendezvous, and what gloo opens for the other ranks. Ray's own worker port is one per process, and asks for a
     token; it is told apart by being there in a process that is no rank.
     """
     ray = pytest.importorskip("ray")
 
-    ranks = gang_of(4).collective_rpc(_own(), timeout_s=60)
+    ranks = ray_gang_of(4).collective_rpc(_own(), timeout_s=60)
     rays_own = len(ray.get(ray.remote(num_cpus=0)(_own()).remote(None), timeout=60)[1])
     for rank, (pid, sockets, environment) in enumerate(ranks):
         outside = [socket for socket in sockets if socket[0] not in LOOPBACK]
@@ -50,16 +50,15 @@ def test_ranks_of_ray_listen_on_loopback(gang_of: Callable[[int], Gang]) -> None
     assert any(address in LOOPBACK for address, _ in ranks[0][1]), "the rendezvous is not where it was looked for"
 
 
-def test_ray_asks_for_a_token(gang_of: Callable[[int], Gang]) -> None:
+def test_ray_asks_for_a_token(ray_gang_of: Callable[[int], Gang]) -> None:
     """Whoever reaches Ray's ports could run code in it; one that is started here asks who he is, as by default."""
-    assert [environment["RAY_AUTH_MODE"] for *_, environment in gang_of(2).collective_rpc(_own(), timeout_s=60)] == [
-        "token"
-    ] * 2
+    ranks = ray_gang_of(2).collective_rpc(_own(), timeout_s=60)
+    assert [environment["RAY_AUTH_MODE"] for *_, environment in ranks] == ["token"] * 2
 
 
-def test_what_rays_processes_listen_on(gang_of: Callable[[int], Gang]) -> None:
+def test_what_rays_processes_listen_on(ray_gang_of: Callable[[int], Gang]) -> None:
     """For the table in the README: printed, as Ray's ports are its own."""
-    gang_of(2)
+    ray_gang_of(2)
     found = {
         (child.name(), address) for child in descendants(os.getpid()) for address, _ in listening(child.pid) if address
     }
@@ -67,9 +66,9 @@ def test_what_rays_processes_listen_on(gang_of: Callable[[int], Gang]) -> None:
         print(f"{name}: {address}")
 
 
-def test_a_run_with_one_rank_of_ray(gang_of: Callable[[int], Gang], flux2_dir: Path) -> None:
+def test_a_run_with_one_rank_of_ray(ray_gang_of: Callable[[int], Gang], flux2_dir: Path) -> None:
     """With a picture: nothing is opened while it is drawn."""
-    gang = gang_of(1)
+    gang = ray_gang_of(1)
     before = gang.collective_rpc(_own(), timeout_s=60)[0][1]
     with Engine.start(RunConfig(), flux2_dir, gang) as engine:
         engine.generate(PROMPT, steps=1, height=64, width=64)

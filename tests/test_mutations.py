@@ -16,10 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 
 import mutations
 import mutations_running as running
+from crossdock.launch.gangs.local_gang import LocalGang
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.contract.coordinator import Coordinator
@@ -40,11 +42,8 @@ from mutations import BLOCK, NEXT, OUTSIDE, PACKED, TABLE, TO_Q, Mutation, Plant
 from reference import PROMPT, TOLERANCE, max_error, reference_latents
 from tiers import ALL, one_each, quick, some
 
-cloudpickle = pytest.importorskip("ray.cloudpickle", reason="ray is not installed")
 for module in (mutations, running):  # the ranks cannot import the tests
     cloudpickle.register_pickle_by_value(module)
-
-from crossdock.launch.gangs.ray_gang import RayGang  # noqa: E402 - only where there is a ray
 
 GangOf = Callable[[int], Gang]
 Checkpoints = dict[str, Path]
@@ -544,17 +543,16 @@ STUCK = (
 
 
 @pytest.fixture(scope="module")
-def pair(gang_of: GangOf) -> Iterator[RayGang]:
+def pair() -> Iterator[LocalGang]:
     """Two ranks apart from those that all tests share: they do not survive."""
-    gang_of(2)  # one Ray for all
-    gang = RayGang(RunConfig().launch, 2, "cpu")
+    gang = LocalGang(RunConfig().launch, 2, "cpu")
     gang.start()
     yield gang
     gang.close()
 
 
 @pytest.mark.parametrize("stuck", some(STUCK, 1), ids=lambda stuck: stuck.name.replace(" ", "-"))
-def test_a_rank_out_of_step_is_named(stuck: Stuck, pair: RayGang, checkpoints: Checkpoints) -> None:
+def test_a_rank_out_of_step_is_named(stuck: Stuck, pair: LocalGang, checkpoints: Checkpoints) -> None:
     """Ranks that wait for each other hang until the time limit, or somebody else is blamed."""
     launch = {"timeouts": {"collective_s": 60}}
     config = RunConfig.parse({"parallel": stuck.parallel, "offload": {"layerwise": True}, "launch": launch})

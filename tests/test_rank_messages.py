@@ -22,9 +22,9 @@ from processes import descendants, listening
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from bomb import Bomb
-from crossdock.launch.gangs.process_state import process_state
 from crossdock.launch.gangs.rank_messages import MAX_BYTES, ErrorNote, Lead, MessageStore, Reporter
-from crossdock.launch.gangs.rendezvous import LOOPBACK, open_store
+from crossdock.launch.gangs.ranks.process_state import process_state
+from crossdock.launch.gangs.ranks.rendezvous import LOOPBACK, open_store
 from crossdock.launch.gangs.run_secret import VARIABLE, forget_run_secret, run_secret
 from crossdock.launch.gangs.torchrun_judge import Beat, FaultVerdict, Judge
 from crossdock.launch.gangs.torchrun_watch import RankWatch, is_reporter

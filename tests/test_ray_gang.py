@@ -15,7 +15,7 @@ from crossdock.runtime.errors import RankError
 from crossdock.runtime.watch.gang import Gang
 
 
-def test_a_rank_that_raises_names_itself(gang_of: Callable[[int], Gang]) -> None:
+def test_a_rank_that_raises_names_itself(ray_gang_of: Callable[[int], Gang]) -> None:
     """The error says which rank and what; the gang of an engine that failed is closed by the engine."""
 
     def raise_on_rank_1(worker: Any) -> None:
@@ -23,10 +23,10 @@ def test_a_rank_that_raises_names_itself(gang_of: Callable[[int], Gang]) -> None
             raise ValueError("planted")
 
     with pytest.raises(RankError, match=r"rank 1: ValueError: planted"):
-        gang_of(2).collective_rpc(raise_on_rank_1, timeout_s=60)
+        ray_gang_of(2).collective_rpc(raise_on_rank_1, timeout_s=60)
 
 
-def test_a_rank_that_hangs_is_not_waited_for(gang_of: Callable[[int], Gang]) -> None:
+def test_a_rank_that_hangs_is_not_waited_for(ray_gang_of: Callable[[int], Gang]) -> None:
     """Every wait has a limit."""
 
     def sleep(worker: Any) -> None:
@@ -35,16 +35,16 @@ def test_a_rank_that_hangs_is_not_waited_for(gang_of: Callable[[int], Gang]) -> 
         time.sleep(4 if worker.rank == 1 else 0)
 
     with pytest.raises(RankError, match="rank 1: was not done in time"):
-        gang_of(2).collective_rpc(sleep, timeout_s=1)
-    gang_of(2).collective_rpc(
+        ray_gang_of(2).collective_rpc(sleep, timeout_s=1)
+    ray_gang_of(2).collective_rpc(
         lambda worker: worker.rank, timeout_s=60
     )  # it was only slow: the next call finds it again
 
 
-def test_a_violation_stops_the_run(gang_of: Callable[[int], Gang], checkpoints: dict[str, Path]) -> None:
+def test_a_violation_stops_the_run(ray_gang_of: Callable[[int], Gang], checkpoints: dict[str, Path]) -> None:
     """The coordinator fails closed: a foreign hook put on one rank's model stops the engine before any step."""
     config = RunConfig.parse({"parallel": {"tp_degree": 2}, "offload": {"layerwise": True}})
-    gang = gang_of(2)
+    gang = ray_gang_of(2)
     with Engine.start(config, checkpoints["z-image"], gang) as engine:
 
         def rebind(worker: Any) -> Any:

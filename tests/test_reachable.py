@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from crossdock.launch.gangs.reachable import check_reachable, within
+from crossdock.launch.gangs.ranks.reachable import check_reachable, within
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import LaunchError
 from tiers import not_quick
@@ -75,7 +75,8 @@ def test_in_time() -> None:
 
 
 def test_what_takes_too_long_keeps_nobody_from_leaving() -> None:
-    code = "from crossdock.launch.gangs.reachable import within; import time; within(0.1, lambda: time.sleep(120))"
+    module = "crossdock.launch.gangs.ranks.reachable"
+    code = f"from {module} import within; import time; within(0.1, lambda: time.sleep(120))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "TimeoutError: no answer within 0.1 s" in run.stderr
 

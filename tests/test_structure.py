@@ -41,7 +41,8 @@ ROOMS: dict[str, dict[str, set[str]]] = {
     },
     "launch": {
         "console": set(),
-        "gangs": {"console"},
+        "gangs/ranks": set(),
+        "gangs": {"console", "gangs/ranks"},
         "engine": {"gangs"},
         "commands": {"console", "gangs", "engine"},
         "cli": {"console", "commands"},

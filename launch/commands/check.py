@@ -18,7 +18,7 @@ from rich.text import Text
 from crossdock.launch.commands.generate import locating
 from crossdock.launch.console import end
 from crossdock.launch.engine.engine import Engine
-from crossdock.launch.gangs.choose import Launcher, choose_gang
+from crossdock.launch.gangs.choose import Command, Launcher, choose_gang, choose_launcher
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.contract.result import CompositionError, ContractResult
@@ -75,7 +75,7 @@ class Holdings:
 
 
 def run_check(
-    config_path: Path, model_dir: Path, launcher: Launcher, *, probe: bool, as_json: bool, quiet: bool = False
+    config_path: Path, model_dir: Path, command: Command, *, probe: bool, as_json: bool, quiet: bool = False
 ) -> None:
     """Check and print. `quiet`: another rank prints.
 
@@ -86,9 +86,10 @@ def run_check(
     config = load_config(config_path)
     console = Console(highlight=False, soft_wrap=True, quiet=quiet)
     signal.signal(signal.SIGTERM, end)
-    if not as_json:
-        console.print(f"{model_dir}: starting {config.world_size} ranks ({launcher})", markup=False)
     with locating(config_path):
+        launcher = choose_launcher(config, command, "check")
+        if not as_json:
+            console.print(f"{model_dir}: starting {config.world_size} ranks ({launcher})", markup=False)
         result = check(config, model_dir, launcher, probe)
     if as_json:
         console.print(as_text(model_dir, result), markup=False)
@@ -100,9 +101,8 @@ def run_check(
 
 def check(config: RunConfig, model_dir: Path, launcher: Launcher, probe: bool) -> ContractResult:
     """Launch, load, verify; end all ranks. `probe`: also run a step with streaming and without it."""
-    make_gang = choose_gang(config, launcher, "check")
     try:
-        with Engine.start(config, model_dir, make_gang=make_gang, probe=probe, rehearse=True) as engine:
+        with Engine.start(config, model_dir, make_gang=choose_gang(launcher), probe=probe, rehearse=True) as engine:
             return engine.contract_result
     except CompositionError as error:
         if error.result is None:

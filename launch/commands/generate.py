@@ -20,7 +20,7 @@ from crossdock.launch.console import end
 from crossdock.launch.engine.engine import Engine
 from crossdock.launch.engine.generation import Generation
 from crossdock.launch.engine.recovery import brief
-from crossdock.launch.gangs.choose import Launcher, choose_gang
+from crossdock.launch.gangs.choose import Command, choose_gang, choose_launcher
 from crossdock.runtime.config.yaml_file import load_config, locate
 from crossdock.runtime.errors import UserError
 from crossdock.runtime.models.families import spec_for
@@ -33,7 +33,7 @@ def run_generate(
     request: GenerateRequest,
     outputs: Outputs,
     amounts: Amounts,
-    launcher: Launcher,
+    command: Command,
     quiet: bool = False,
 ) -> None:
     """Generate and write the outputs. `quiet`: another rank prints and writes.
@@ -46,9 +46,10 @@ def run_generate(
     console = Console(highlight=False, soft_wrap=True, quiet=quiet)
     signal.signal(signal.SIGTERM, end)
     with locating(config_path):
-        make_gang = choose_gang(config, launcher, "generate")
+        launcher = choose_launcher(config, command, "generate")
         console.print(f"{model_dir}: starting {config.world_size} ranks ({launcher})", markup=False)
         notify = partial(console.print, markup=False)
+        make_gang = choose_gang(launcher)
         with Engine.start(config, model_dir, make_gang=make_gang, first_request=request, notify=notify) as engine:
             verified = "composition verified, what arrives is compared in the first step"
             console.print(f"layout: {engine.plan.layout_name}; {verified}", markup=False)

@@ -17,8 +17,8 @@ import torch
 from crossdock.launch.engine.generation import Generation
 from crossdock.launch.engine.progress import Delays, Notify, Progress, Steps
 from crossdock.launch.engine.recovery import Fault, Snapshots, advice, brief, budget_text, restart, with_less_memory
-from crossdock.launch.gangs.choose import MakeGang
-from crossdock.runtime.config.schema import LaunchConfig, RunConfig
+from crossdock.launch.gangs.choose import MakeGang, choose_gang, choose_launcher
+from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.contract.result import ContractResult
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled, RequestTimeout
@@ -81,7 +81,7 @@ class Engine:
 
         Args:
             gang: a started gang to run on; it is left running at `close`.
-            make_gang: without `gang`, makes the engine's own; by default one of Ray actors.
+            make_gang: without `gang`, makes the engine's own; by default the one that `launch.launcher` names.
             first_request: what is asked for first, where that is known; refused before anything is started.
             probe: compare every byte that arrives on the devices with the checkpoint, and `probe` the numbers.
             rehearse: stream every block once, to compare what arrives here and not in the first step; `probe` does.
@@ -96,7 +96,7 @@ class Engine:
         plan = make_plan(config, Path(model_dir), device)
         if first_request is not None:
             check_request(plan, first_request)
-        ranks = gang or (make_gang or _ray_gang)(config.launch, config.world_size, device)
+        ranks = gang or (make_gang or choose_gang(choose_launcher(config)))(config.launch, config.world_size, device)
         engine = cls(plan, ranks, gang is None, notify)
         engine._thorough, engine._rehearses = probe, rehearse or probe
         try:
@@ -361,14 +361,6 @@ class Engine:
             "faults": [asdict(fault) for fault in faults],
             "phases_s": {phase: round(seconds, 4) for phase, seconds in phases.items()},
         }
-
-
-def _ray_gang(config: LaunchConfig, world_size: int, device: str) -> Gang:
-    try:
-        from crossdock.launch.gangs.ray_gang import RayGang
-    except ImportError:
-        raise LaunchError("ray is not installed; run: pip install 'crossdock[ray]', or start with torchrun") from None
-    return RayGang(config, world_size, device)
 
 
 def choose_device(config: RunConfig) -> str:

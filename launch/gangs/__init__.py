@@ -1,1 +1,1 @@
-"""The ranks as one gang: under Ray, under torchrun, and which of them a run gets."""
+"""The ranks as one gang: of this machine, under Ray, under torchrun, and which of them a run gets."""

@@ -14,48 +14,26 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import ray
-import torch
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from crossdock.launch.gangs.process_state import process_state
-from crossdock.launch.gangs.reachable import check_reachable, not_reached, within
-from crossdock.launch.gangs.rendezvous import LOOPBACK, open_store
+from crossdock.launch.gangs.ranks.host import RankHost
+from crossdock.launch.gangs.ranks.process_state import process_state
+from crossdock.launch.gangs.ranks.reachable import check_reachable, not_reached, within
+from crossdock.launch.gangs.ranks.rendezvous import LOOPBACK
+from crossdock.launch.gangs.ranks.watcher import Watcher, await_results
 from crossdock.runtime.config.schema import LaunchConfig
-from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled
+from crossdock.runtime.errors import CrossdockError, LaunchError, RankError
 from crossdock.runtime.rank.weights.load import node_id
-from crossdock.runtime.rank.worker import RankWorker, compute_threads
-from crossdock.runtime.reports.status import RankStatus
-from crossdock.runtime.watch.faults import first_cause, is_conclusive, rank_error
+from crossdock.runtime.rank.worker import compute_threads
 from crossdock.runtime.watch.gang import Notice
-from crossdock.runtime.watch.watch import Watch, different_collective
 
 T = TypeVar("T")
 
-_RENDEZVOUS_VARIABLES = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "ROLE_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
-_POLL_S = 0.1
-_ASK_EVERY_S = 0.25
-_SUSPECT_S = 1.5
-"""A rank that has not answered for so long is looked at: is its process stopped?"""
-_SILENT_S = 120.0
-"""A rank that has not answered for so long is given up, although its process seems to run."""
-_EXPLAIN_S = 3.0
-"""How long after a rank was cut off another one may take to show that it is the cause."""
 _OBJECT_STORE_BYTES = 256 * 2**20
 """Results and plans only travel through Ray; weights never do."""
 
@@ -68,49 +46,60 @@ class Place(NamedTuple):
     node: str
 
 
-class _RankActor:
-    """Hosts one `RankWorker`; `watch` methods answer while a call is running."""
+class _RankActor(RankHost):
+    """What Ray can ask beside what every rank answers."""
 
-    def __init__(self, rank: int, world_size: int, device: str) -> None:
-        for name in _RENDEZVOUS_VARIABLES:
-            os.environ.pop(name, None)
-        self._worker = RankWorker(rank, world_size, torch.device("cuda:0" if device == "cuda" else "cpu"))
-        self._store: TCPStore | None = None
-
-    def open_store(self, port: int, one_machine: bool) -> tuple[str, int]:
-        """Rank 0: the rendezvous, on `port`, or on a free one that the system picks."""
-        host = LOOPBACK if one_machine else ray.util.get_node_ip_address()
-        self._store = open_store(host, port, self._worker.world_size)
-        return host, self._store.port
+    def node_address(self) -> str:
+        address: str = ray.util.get_node_ip_address()
+        return address
 
     def where(self) -> Place:
         return Place(socket.gethostname(), os.getpid(), node_id())
 
-    def join(self, host: str, port: int, timeout_s: float, collective_s: float, one_machine: bool) -> None:
-        """Meet the others."""
-        worker = self._worker
-        try:
-            store = self._store or TCPStore(
-                host, port, worker.world_size, is_master=False, timeout=timedelta(seconds=timeout_s)
-            )
-            worker.join(store, collective_s, one_machine)
-        except (RuntimeError, OSError) as error:
-            raise RankError(worker.rank, f"could not meet the others: {error}", "cut off") from None
-
-    def collective_rpc(self, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        try:
-            return work(self._worker, *args)
-        except Exception as error:
-            raise rank_error(self._worker.status(), error) from None
-
-    def rpc(self, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        return work(self._worker, *args)
-
-    def status(self) -> RankStatus:
-        return self._worker.status()
-
     def sees_stopped(self, pid: int) -> bool:
         return process_state(pid) == "stopped"
+
+
+class _Actors:
+    """The `Ranks` of a `RayGang`: futures are Ray's object references."""
+
+    def __init__(self, actors: Sequence[Any], places: Sequence[Place] = ()) -> None:
+        self.world_size = len(actors)
+        self._actors = actors
+        self._places = places
+
+    def wait(self, futures: Sequence[Any], timeout_s: float) -> Sequence[Any]:
+        done: list[Any] = ray.wait(list(futures), num_returns=len(futures), timeout=timeout_s)[0]
+        return done
+
+    def result(self, future: Any, rank: int) -> Any:
+        try:
+            return ray.get(future, timeout=60)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, CrossdockError):
+                raise cause from None
+            raise RankError(rank, f"{type(cause).__name__}: {cause}") from error
+        except ray.exceptions.RayActorError:
+            raise RankError(rank, "its process died: killed, crashed, or out of host memory", "died") from None
+        except ray.exceptions.GetTimeoutError:
+            raise RankError(rank, "its result did not arrive within 60 s", "silent") from None
+
+    def ask_status(self, rank: int) -> Any:
+        return self._actors[rank].status.remote()
+
+    def stopped(self, rank: int, silent: set[int]) -> str | None:
+        """Looked up here, or by another rank of the same machine."""
+        host, pid, _ = self._places[rank]
+        where = f"{pid} on {host}"
+        if host == socket.gethostname():
+            return where if process_state(pid) == "stopped" else None
+        peers = [peer for peer, place in enumerate(self._places) if place.host == host and peer not in silent]
+        try:
+            seen = any(ray.get([self._actors[peer].sees_stopped.remote(pid) for peer in peers[:1]], timeout=1))
+        except ray.exceptions.RayError:
+            return None
+        return where if seen else None
 
 
 class RayGang:
@@ -139,7 +128,8 @@ class RayGang:
         try:
             self._connect()
             self._place(deadline)
-            self._places = self._await([actor.where.remote() for actor in self._actors], deadline)
+            places = [actor.where.remote() for actor in self._actors]
+            self._places = await_results(_Actors(self._actors), places, deadline)
             self._meet(deadline)
         except RankError:  # may be tried again, in the same Ray
             self._end_actors()
@@ -155,7 +145,8 @@ class RayGang:
             raise RankError(0, "this gang is closed; start a new engine", "died")
         shared = ray.put(args)
         futures = [actor.collective_rpc.remote(work, shared) for actor in self._actors]
-        return self._await(futures, time.monotonic() + timeout_s, _Watcher(self._actors, self._places, notice))
+        ranks = _Actors(self._actors, self._places)
+        return await_results(ranks, futures, time.monotonic() + timeout_s, Watcher(ranks, notice))
 
     def rpc(self, rank: int, work: Callable[..., T], *args: Any, timeout_s: float) -> T:
         try:
@@ -228,6 +219,7 @@ class RayGang:
             )
         remote = ray.remote(concurrency_groups={"watch": 1})(_watchable(_RankActor))
         threads = compute_threads(self.world_size)
+        device = "cuda:0" if self._device == "cuda" else "cpu"  # Ray shows a rank its own GPU alone
         for rank in range(self.world_size):
             options: dict[str, Any] = {
                 "num_cpus": need["CPU"],
@@ -237,16 +229,20 @@ class RayGang:
             }
             if self._device == "cpu":  # OpenMP reads it when a thread starts; torch.set_num_threads comes too late
                 options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
-            self._actors.append(remote.options(**options).remote(rank, self.world_size, self._device))
+            self._actors.append(remote.options(**options).remote(rank, self.world_size, device))
 
     def _meet(self, deadline: float) -> None:
         """Let the ranks find each other; they are watched from here on."""
+        ranks = _Actors(self._actors, self._places)
         one_machine = len({place.node for place in self._places}) == 1
-        opened = [self._actors[0].open_store.remote(self._config.port, one_machine)]
-        host, port = self._await(opened, deadline, _Watcher(self._actors, self._places, None))[0]
+        host = LOOPBACK
+        if not one_machine:
+            host = await_results(ranks, [self._actors[0].node_address.remote()], deadline, Watcher(ranks))[0]
+        opened = [self._actors[0].open_store.remote(host, self._config.port)]
+        port = await_results(ranks, opened, deadline, Watcher(ranks))[0]
         limits = (self._config.timeouts.launch_s, self._config.timeouts.collective_s)
         met = [actor.join.remote(host, port, *limits, one_machine) for actor in self._actors]
-        self._await(met, deadline, _Watcher(self._actors, self._places, None))
+        await_results(ranks, met, deadline, Watcher(ranks))
 
     def _check_resources(self, need: dict[str, float]) -> None:
         there = ray.cluster_resources()
@@ -260,38 +256,6 @@ class RayGang:
                     key,
                 )
 
-    # -- waiting -------------------------------------------------------------------------------------------------
-
-    def _await(self, futures: Sequence[Any], deadline: float, watcher: _Watcher | None = None) -> list[Any]:
-        """All results. The first failure that explains itself ends the wait: others may hang in a collective."""
-        results: dict[int, Any] = {}
-        errors: dict[int, CrossdockError] = {}
-        pending = {future: rank for rank, future in enumerate(futures)}
-        while pending and not any(map(is_conclusive, errors.values())) and time.monotonic() < deadline:
-            done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=_POLL_S)
-            for future in done:
-                rank = pending.pop(future)
-                try:
-                    results[rank] = _result_of(future, rank)
-                except CrossdockError as error:
-                    errors[rank] = error
-                    deadline = min(deadline, time.monotonic() + _EXPLAIN_S)
-                else:
-                    if watcher is not None:
-                        watcher.end(rank)
-            if watcher is not None and pending:
-                watcher.poll()
-                if not errors and (fault := watcher.fault()) is not None:
-                    errors[fault.rank] = fault
-        if pending and all(isinstance(error, RequestCancelled) for error in errors.values()):
-            late = min(pending.values())
-            errors = {late: RankError(late, "was not done in time; see launch.timeouts", "late")}
-        if errors:
-            raise first_cause(errors) if watcher is None else watcher.explain(first_cause(errors))
-        if watcher is not None:
-            watcher.poll(patience_s=_POLL_S)  # the steps since the last question
-        return [results[rank] for rank in range(len(futures))]
-
 
 @contextlib.contextmanager
 def _own_signal_handlers() -> Iterator[None]:
@@ -302,81 +266,6 @@ def _own_signal_handlers() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-class _Watcher:
-    """Asks every rank what it is doing, one question at a time each."""
-
-    def __init__(self, actors: Sequence[Any], places: Sequence[Place], notice: Notice | None) -> None:
-        self.watch = Watch()
-        self._actors = actors
-        self._places = places
-        self._notice = notice
-        self._questions: dict[Any, int] = {}
-        self._asked_at: dict[int, float] = {}
-        self._over: set[int] = set()  # their results are in
-        self._final: set[Any] = set()  # questions that were asked since
-        self._next = 0.0
-
-    def end(self, rank: int) -> None:
-        """Its result is in; the watch is told when it has also been heard since."""
-        self._over.add(rank)
-
-    def poll(self, patience_s: float = 0) -> None:
-        now = time.monotonic()
-        if now >= self._next or patience_s:
-            self._next = now + _ASK_EVERY_S
-            for rank, actor in enumerate(self._actors):
-                if rank not in self._questions.values():
-                    question = actor.status.remote()
-                    self._questions[question] = rank
-                    self._asked_at[rank] = now
-                    if rank in self._over:
-                        self._final.add(question)
-        done, _ = ray.wait(list(self._questions), num_returns=len(self._questions), timeout=patience_s)
-        for question in done:
-            rank = self._questions.pop(question)
-            with contextlib.suppress(Exception):  # a dead rank's call says so
-                self.watch.hear(ray.get(question, timeout=1))
-                if question in self._final:
-                    self.watch.end(rank)
-        if done and self._notice is not None:
-            self._notice(self.watch.statuses)
-
-    def fault(self) -> RankError | None:
-        """A rank that is stopped or silent, or what the collectives tell."""
-        now = time.monotonic()
-        for rank in self._questions.values():
-            silent_s = now - self._asked_at[rank]
-            if silent_s > _SUSPECT_S and self._is_stopped(rank):
-                return RankError(rank, "its process {1} on {0} is stopped".format(*self._places[rank]), "stopped")
-            if rank in self.watch.statuses and silent_s > _SILENT_S:
-                return RankError(rank, f"has not answered for {silent_s:.0f} s", "silent")
-        fault = self.watch.fault()
-        return None if fault is None else RankError(fault.rank, fault.what, "collectives")
-
-    def _is_stopped(self, rank: int) -> bool:
-        """Looked up here, or by another rank of the same machine."""
-        host, pid, _ = self._places[rank]
-        if host == socket.gethostname():
-            return process_state(pid) == "stopped"
-        silent = set(self._questions.values())
-        peers = [peer for peer, place in enumerate(self._places) if place.host == host and peer not in silent]
-        try:
-            return any(ray.get([self._actors[peer].sees_stopped.remote(pid) for peer in peers[:1]], timeout=1))
-        except ray.exceptions.RayError:
-            return False
-
-    def explain(self, error: CrossdockError) -> CrossdockError:
-        """With where the rank was, and what the others wait for."""
-        if not isinstance(error, RankError) or error.kind == "collectives":
-            return error
-        with contextlib.suppress(Exception):
-            for _ in range(2):  # the answers to open questions may be from before
-                self.poll(patience_s=_ASK_EVERY_S)
-        if error.kind == "cut off" and (fault := different_collective(self.watch.statuses)) is not None:
-            return RankError(fault.rank, fault.what, "collectives")
-        return self.watch.explain(error)
-
-
 _BESIDE = ("status", "rpc", "sees_stopped")
 
 
@@ -384,17 +273,3 @@ def _watchable(actor: type[_RankActor]) -> type[_RankActor]:
     """Its questions are answered on another thread than its calls."""
     beside = {name: ray.method(concurrency_group="watch")(getattr(actor, name)) for name in _BESIDE}
     return type("RankActor", (actor,), beside)
-
-
-def _result_of(future: Any, rank: int) -> Any:
-    try:
-        return ray.get(future, timeout=60)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, CrossdockError):
-            raise cause from None
-        raise RankError(rank, f"{type(cause).__name__}: {cause}") from error
-    except ray.exceptions.RayActorError:
-        raise RankError(rank, "its process died: killed, crashed, or out of host memory", "died") from None
-    except ray.exceptions.GetTimeoutError:
-        raise RankError(rank, "its result did not arrive within 60 s", "silent") from None

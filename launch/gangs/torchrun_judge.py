@@ -8,23 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from crossdock.launch.gangs.process_state import ProcessState
 from crossdock.launch.gangs.rank_messages import CarriedError
+from crossdock.launch.gangs.ranks.process_state import ProcessState
 from crossdock.runtime.errors import CrossdockError, RankError
 from crossdock.runtime.reports.status import RankStatus
 from crossdock.runtime.watch.faults import first_cause, is_conclusive
-from crossdock.runtime.watch.watch import Watch, different_collective
+from crossdock.runtime.watch.watch import EXPLAIN_S, SILENT_S, SUSPECT_S, Watch, different_collective
 
 _QUIET_S = 0.6
 """A rank that was not heard for so long is looked at: is its process gone?"""
-SUSPECT_S = 1.5
-"""Likewise: is it stopped? And is it the one that judges, another one does."""
-_SILENT_S = 30.0
-"""A rank that was not heard for so long is given up, although its process seems to run."""
 _FRESH_S = 0.3
 """How long after a fault the others may take to publish that they wait."""
-EXPLAIN_S = 3.0
-"""How long after a rank was cut off another one may take to show that it is the cause."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +124,7 @@ class Judge:
             elif state == "stopped" and quiet_s > SUSPECT_S:
                 what = f"its process {status.pid} on {status.host} is stopped; it is ended with SIGKILL"
                 lost[rank] = RankError(rank, what, "stopped")
-            elif quiet_s > _SILENT_S:
+            elif quiet_s > SILENT_S:
                 lost[rank] = RankError(rank, f"has not been heard of for {quiet_s:.0f} s", "silent")
         return lost
 

@@ -28,13 +28,14 @@ import psutil
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from crossdock.launch.console import INTERRUPTED, complain_on_stderr
-from crossdock.launch.gangs.process_state import process_state
 from crossdock.launch.gangs.rank_messages import Lead, MessageStore, Reporter
+from crossdock.launch.gangs.ranks.process_state import process_state
 from crossdock.launch.gangs.run_secret import VARIABLE
-from crossdock.launch.gangs.torchrun_judge import EXPLAIN_S, SUSPECT_S, Beat, FaultVerdict, Judge
+from crossdock.launch.gangs.torchrun_judge import Beat, FaultVerdict, Judge
 from crossdock.runtime.errors import CrossdockError, RankError
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.status import RankStatus
+from crossdock.runtime.watch.watch import EXPLAIN_S, SUSPECT_S
 
 REPORTED = "reported"
 """Who says what went wrong: the first one that wanted to."""

@@ -193,8 +193,10 @@ class RecoveryConfig(Section):
 class LaunchConfig(Section):
     """How the ranks are started, and on what."""
 
-    launcher: Literal["auto", "ray", "torchrun"] = Field(
-        default="auto", description="What starts the ranks. auto: the command in use."
+    launcher: Literal["auto", "local", "ray", "torchrun"] = Field(
+        default="auto",
+        description="What starts the ranks. auto: torchrun, where that is the command in use; Ray for several ranks, "
+        "where it is installed, and for a cluster; else local: processes of this machine.",
     )
     world_size: int | None = Field(
         default=None,
@@ -214,6 +216,15 @@ class LaunchConfig(Section):
     )
     timeouts: TimeoutConfig = Field(default=TimeoutConfig(), description="Time limits of the phases.")
     recovery: RecoveryConfig = Field(default=RecoveryConfig(), description="What a fault costs.")
+
+    @model_validator(mode="after")
+    def _a_cluster_needs_ray(self) -> Self:
+        if self.ray_address is not None and self.launcher == "local":
+            raise refusal(
+                "found local, but launch.ray_address names a cluster; use launcher: ray, or leave the address out",
+                at="launcher",
+            )
+        return self
 
 
 class RunConfig(Section):

@@ -20,6 +20,12 @@ from crossdock.runtime.errors import CrossdockError, RankError
 from crossdock.runtime.reports.status import RankStatus, ranks_text
 
 PATIENCE_S = 2.5
+SUSPECT_S = 1.5
+"""A rank that was not heard for so long is looked at: is its process stopped?"""
+SILENT_S = 120.0
+"""A rank that was not heard for so long is given up, although its process seems to run."""
+EXPLAIN_S = 3.0
+"""How long after a rank was cut off another one may take to show that it is the cause."""
 
 
 @dataclass(frozen=True)
