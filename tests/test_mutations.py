@@ -52,8 +52,8 @@ Told = dict[Stage, list[Any]]
 Found = dict[Stage, list[Violation]]
 """Stage -> what the coordinator found in it; there is none after one in which something was found."""
 SIZE = 64
-REQUEST = GenerateRequest((PROMPT,), steps=1, height=SIZE, width=SIZE)
-TWO_STEPS = GenerateRequest((PROMPT,), steps=2, height=SIZE, width=SIZE)
+REQUEST = rank_request(PROMPT, steps=1, height=SIZE, width=SIZE)
+TWO_STEPS = rank_request(PROMPT, steps=2, height=SIZE, width=SIZE)
 TIMEOUT_S = 120.0
 
 _FROM_FILES = {"layerwise": True, "host": "mmap"}

@@ -50,7 +50,7 @@ def test_a_violation_stops_the_run(gang_of: Callable[[int], Gang], checkpoints: 
         def rebind(worker: Any) -> Any:
             import torch
 
-            linear = worker.model.get_submodule("layers.1.feed_forward.w1")
+            linear = worker.loaded.model.get_submodule("layers.1.feed_forward.w1")
             if worker.rank == 1:
                 linear.weight = torch.nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
             return worker.report()

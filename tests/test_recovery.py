@@ -81,7 +81,7 @@ def _fail(gang: LocalGang, error: BaseException, at: int = 5) -> None:
         if passes[0] == at:
             raise error
 
-    gang.worker.model.transformer_blocks[1].register_forward_pre_hook(count)
+    gang.worker.loaded.model.transformer_blocks[1].register_forward_pre_hook(count)
 
 
 def _generate(engine: Engine, **options: Any) -> Any:
@@ -113,7 +113,7 @@ def test_a_fault_after_the_last_step(flux2_dir: Path, capsys: pytest.CaptureFixt
         def fail(*_: Any) -> None:
             raise ValueError("planted")
 
-        gang.worker.pipeline.pipe.vae.decoder.register_forward_pre_hook(fail)
+        gang.worker.loaded.pipeline.pipe.vae.decoder.register_forward_pre_hook(fail)
         found = _generate(engine)
         assert torch.equal(found.latents[0], expected.latents[0])
         (fault,) = found.report["faults"]
@@ -197,7 +197,7 @@ def test_auto_that_took_too_much(flux2_dir: Path) -> None:
         def too_much(*_: Any) -> None:
             raise torch.OutOfMemoryError("planted")
 
-        gang.worker.pipeline.pipe.vae.decoder.register_forward_pre_hook(too_much)
+        gang.worker.loaded.pipeline.pipe.vae.decoder.register_forward_pre_hook(too_much)
         found = _generate(engine)
         (fault,) = found.report["faults"]
         assert fault["remedy"] == "device budget lowered from auto to as little as possible"

@@ -147,6 +147,7 @@ _ONE_AFTER_THE_OTHER = ("comparing what stays, asking for poisoning", "report", 
 def _timed_setup(worker: RankWorker, plan: RunPlan, checked: bool) -> RankReport | None:
     """On a rank: `setup`, with all that is checked in it or without; `took` has what it and the first step spend."""
     import crossdock.offload.stream.slot_loads as loading
+    from crossdock.runtime.rank.loaded_model import LoadedModel
     from crossdock.runtime.rank.weights.compare import WeightCheck
 
     start, report, arriving = _ONE_AFTER_THE_OTHER
@@ -154,7 +155,7 @@ def _timed_setup(worker: RankWorker, plan: RunPlan, checked: bool) -> RankReport
     parts = (
         (start, WeightCheck, "begin"),
         (start, WeightCheck, "watch"),
-        (report, RankWorker, "report"),
+        (report, LoadedModel, "report"),
         (arriving, WeightCheck, "block"),
         ("poisoning, on the copy lane", loading, "poison"),
     )
