@@ -19,6 +19,7 @@ from crossdock.offload.memory.layout import ALIGNMENT, aligned_bytes
 from crossdock.offload.stream.block import StreamedBlock
 from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.offload.stream.loader import BlockLoader
+from crossdock.parallel.mesh import Mesh
 from crossdock.runtime.models.checkpoint import TensorReader
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan

@@ -23,7 +23,7 @@ from crossdock.parallel import tensor as tensor_module
 from crossdock.parallel.mesh import MeshShape
 from crossdock.parallel.tensor import RowParallelLinear
 from crossdock.runtime.rank.worker import RankWorker
-from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.request import RankRequest
 from mutations import BLOCK, LATE_S, TOO_LATE_S, VERY_LATE_S, block_of, index_of, when_attached
 
 
@@ -358,7 +358,7 @@ def _copied(source: Tensor | tuple[Piece, ...]) -> Tensor | tuple[Piece, ...]:
 def one_more_step(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     generate = RankWorker.generate
 
-    def longer(self: RankWorker, request: GenerateRequest) -> Any:
-        return generate(self, replace(request, steps=request.steps + 1))
+    def longer(self: RankWorker, request: RankRequest) -> Any:
+        return generate(self, replace(request, asked=replace(request.asked, steps=request.asked.steps + 1)))
 
     patch.setattr(RankWorker, "generate", longer)

@@ -194,7 +194,8 @@ def test_later_requests_compare_nothing(flux2_dir: Path) -> None:
     with admitted(_plan(flux2_dir)) as worker:
         assert {record.fqn for record in worker.report().arrivals} == set(worker.loaded.plan.outside)
         first = worker.generate(REQUEST)
-        assert {record.fqn for record in first.arrivals} == set(worker.loaded.plan.dtypes) - set(worker.loaded.plan.outside)
+        plan = worker.loaded.plan
+        assert {record.fqn for record in first.arrivals} == set(plan.dtypes) - set(plan.outside)
         damage(worker)
         second = worker.generate(REQUEST)
         assert second.arrivals == ()

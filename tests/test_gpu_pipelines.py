@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from one_rank import rank_request
 from safetensors.torch import load_file
 from torch import Tensor
 

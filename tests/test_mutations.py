@@ -12,11 +12,12 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from one_rank import changed, rank_request
 
 import mutations
 import mutations_running as running
@@ -33,7 +34,7 @@ from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.probe import probe_numbers, probe_request
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.rank_result import RankResult
-from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.request import GenerateRequest, RankRequest
 from crossdock.runtime.watch.gang import Gang
 from layouts import ALL, COMBINED, FAMILIES, LAYOUTS, PARTLY_RESIDENT
 from mutations import BLOCK, NEXT, OUTSIDE, PACKED, TABLE, TO_Q, Mutation, Plant, Stage
@@ -379,7 +380,7 @@ def _on_ranks(
     """(stage, with a rehearsal) -> what a rank does then; the fault comes with `stage`, and stays until `_undo`."""
 
     def work_of(entered: Stage, rehearse: bool) -> Any:
-        def run(worker: RankWorker, plan: RunPlan, request: GenerateRequest, probing: GenerateRequest) -> Any:
+        def run(worker: RankWorker, plan: RunPlan, request: RankRequest, probing: GenerateRequest) -> Any:
             import pytest
 
             mine = rank is None or worker.rank == min(rank, worker.world_size - 1)
@@ -400,7 +401,7 @@ def _on_ranks(
 def _run(
     gang: Gang,
     plan: RunPlan,
-    request: GenerateRequest,
+    request: RankRequest,
     work_of: Callable[[Stage, bool], Any],
     *stages: Stage,
     rehearse: bool = False,
@@ -474,7 +475,7 @@ def test_mutation_is_caught(
         mutations.with_table(plan_module, monkeypatch)
         prepare = mutations.table_on_ranks
     plan = _plan(layout, checkpoints[mutation.family])
-    gang, request = gang_of(plan.mesh.world_size), replace(REQUEST, steps=mutation.steps)
+    gang, request = gang_of(plan.mesh.world_size), changed(REQUEST, steps=mutation.steps)
     work_of = _on_ranks(mutation.stage, mutation.plant, mutation.rank, prepare)
     if mutation.stage == "load":
         found, told = _run(gang, plan, request, work_of, "load", "request")

@@ -56,5 +56,5 @@ def test_a_violation_stops_the_run(gang_of: Callable[[int], Gang], checkpoints: 
             return worker.report()
 
         with pytest.raises(CompositionError) as caught:
-            engine._coordinator.admit(gang.collective_rpc(rebind, timeout_s=60), rehearsed=False)
+            engine._ranks.coordinator.admit(gang.collective_rpc(rebind, timeout_s=60), rehearsed=False)
     assert "single-owner: rank 1: layers.1.feed_forward.w1.weight: expected slot" in str(caught.value)

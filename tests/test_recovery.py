@@ -31,6 +31,7 @@ class LocalGang:
 
     world_size = 1
     can_restart = True
+    own_rank = None
 
     def __init__(self) -> None:
         self.starts = 0
@@ -349,7 +350,7 @@ def test_what_happens_is_told_at_once(flux2_dir: Path) -> None:
     """A fault that is survived is only told when the picture is there."""
     with _engine(flux2_dir) as (engine, gang):
         told: list[str] = []
-        engine._notify = told.append
+        engine._ranks.notify = told.append
         seen_by_new_ranks: list[int] = []
         restart = gang.restart
 

@@ -116,7 +116,8 @@ def test_every_step_can_be_resumed(family: str, scheduler: str, checkpoint_of: C
     with _worker(checkpoint_of(family), scheduler) as worker:
         snapshots = _cut(worker, REQUEST)
         expected = _latents(worker.generate(REQUEST))
-        assert not torch.equal(expected, _latents(worker.generate(changed(REQUEST, items=(RequestItem(PROMPT, seed=4),)))))
+        other = changed(REQUEST, items=(RequestItem(PROMPT, seed=4),))
+        assert not torch.equal(expected, _latents(worker.generate(other)))
     assert sorted(snapshots) == list(range(1, STEPS + 1))
     assert all(snapshots[step].step == step for step in snapshots)
     torch.manual_seed(1234)  # another process has other random numbers
@@ -180,7 +181,8 @@ def test_the_repeated_step_is_not_counted(flux2_dir: Path) -> None:
     with _worker(flux2_dir) as worker:
         snapshots = _cut(worker, REQUEST)
         worker.generate(REQUEST)
-        streamed = 2 * sum(block.layout.nbytes for block in worker.loaded.plan.streamed)  # twice per step, under guidance
+        plan = worker.loaded.plan
+        streamed = 2 * sum(block.layout.nbytes for block in plan.streamed)  # twice per step, under guidance
         finished = worker.model_steps
         part, _ = _resume(worker, snapshots[3])
         assert worker.model_steps == finished + STEPS - 3

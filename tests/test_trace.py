@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from one_rank import rank_request
 
 from crossdock.offload.stream.trace import BlockTimes, EventKind, TraceEvent, block_times, intervals, step_times
 from crossdock.runtime.config.schema import RunConfig

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from one_rank import rank_request
 from safetensors.torch import save_file
 from torch import Tensor, nn
 

@@ -70,8 +70,8 @@ def _plant(worker: RankWorker, planted: dict[str, Any]) -> None:
             time.sleep(STEP_S)  # until others know that it is here
             _end(planted["kind"], worker)
 
-    last = worker.loaded.model.single_transformer_blocks[-1].attn  # a collective that is left out is the last of the step
-    handle = last.register_forward_pre_hook(look)  # type: ignore[index, union-attr]
+    blocks = worker.loaded.model.single_transformer_blocks  # a collective that is left out is the last of the step
+    handle = blocks[-1].attn.register_forward_pre_hook(look)  # type: ignore[index, union-attr]
 
 
 def _with_fault(generate: Callable[..., Any], planted: dict[str, Any]) -> Callable[..., Any]:

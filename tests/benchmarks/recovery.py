@@ -103,17 +103,17 @@ def _drop_store(worker: RankWorker) -> None:
 def _fault(engine: Engine, rank: int, kind: str, note: Path) -> Row:
     engine.gang.collective_rpc(_plant, rank, kind, note, timeout_s=60)
     noticed: list[float] = []
-    replace_gang = engine._replace_gang
+    replace_gang = engine._ranks.replace
 
     def noting(*args: object) -> None:
         noticed.append(time.time())
         replace_gang(*args)  # type: ignore[arg-type]
 
-    engine._replace_gang = noting  # type: ignore[method-assign]
+    engine._ranks.replace = noting  # type: ignore[method-assign]
     try:
         report = engine.generate("a lighthouse", steps=STEPS, height=SIZE, width=SIZE).report
     finally:
-        engine._replace_gang = replace_gang  # type: ignore[method-assign]
+        engine._ranks.replace = replace_gang  # type: ignore[method-assign]
     (fault,) = report["faults"]
     loads = engine.gang.collective_rpc(lambda worker: worker.loaded.load_s, timeout_s=60)
     return noticed[0] - float(note.read_text()), fault["recovery_s"], max(loads)
