@@ -55,7 +55,6 @@ class Engine:
         self.gang = gang
         self._ranks = Ranks(plan, gang, owns_gang, notify or (lambda line: None), thorough, rehearses)
         self._queue = RequestQueue(self._execute, threaded=gang.own_rank is None)
-        self._ids = itertools.count(1)
         self._number = 0  # of the last round of pictures
         self._unreported: list[Fault] = []  # survived at the start, and in requests that were stopped
         self._abandoned = False  # closed while somebody still worked
@@ -215,7 +214,7 @@ class Engine:
         check_request(self.plan, request)
         rounds = -(-len(request.items) * request.images_per_prompt // self._at_once(request))
         steps = rounds * request.steps * number_of_chunks(self.plan.spec, request.frames)
-        return RequestRun(next(self._ids), request, steps, progress)
+        return RequestRun(request, steps, progress)
 
     def _at_once(self, request: GenerateRequest) -> int:
         return self.plan.mesh.dp * request.batch_size

@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 
 from crossdock.launch.engine.generation import Generation
 from crossdock.launch.engine.request_run import RequestRun
@@ -26,6 +27,7 @@ class RequestQueue:
     def __init__(self, execute: Callable[[RequestRun], None], threaded: bool) -> None:
         self._execute = execute
         self._threaded = threaded
+        self._ids = count(1)
         self._changed = threading.Condition()
         self._waiting: deque[RequestRun] = deque()
         self._driver: threading.Thread | None = None
@@ -109,6 +111,7 @@ class RequestQueue:
 
     def _enter(self, run: RequestRun) -> None:
         self._check_open()
+        run.id = next(self._ids)
         self._waiting.append(run)
 
     def _drive(self, until: RequestRun | None = None) -> None:

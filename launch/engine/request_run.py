@@ -15,13 +15,14 @@ from crossdock.runtime.request import GenerateRequest
 class RequestRun:
     """
     Attributes:
+        id: by order of submission, from 1; the queue gives it.
         number: of the round under way, by which the ranks know it; 0: none has begun.
         told: the number of the round that a rank was asked to stop.
         steps: of all rounds. `finished_steps`: how many of them are done.
     """
 
-    def __init__(self, id: int, request: GenerateRequest, steps: int, progress: Progress | None) -> None:
-        self.id = id
+    def __init__(self, request: GenerateRequest, steps: int, progress: Progress | None) -> None:
+        self.id = 0
         self.request = request
         self.steps = steps
         self.finished_steps = 0
