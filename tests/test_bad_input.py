@@ -232,10 +232,11 @@ def test_guidance_that_a_distilled_model_lacks(flux2_dir: Path) -> None:
         check_request(plan, GenerateRequest.of("x", guidance_scale=4.0))
 
 
-def test_a_pipeline_that_takes_one_prompt_at_a_time(flux2_dir: Path) -> None:
-    plan = replace(_plan(flux2_dir), spec=SPECS["flux3"])
+@pytest.mark.parametrize("family", ["flux3", "hunyuan-video-1.5"])
+def test_a_pipeline_that_takes_one_prompt_at_a_time(family: str, flux2_dir: Path) -> None:
+    plan = replace(_plan(flux2_dir), spec=SPECS[family])
     check_request(plan, GenerateRequest.of("x", images_per_prompt=3))
-    with pytest.raises(RequestError, match="batch_size: found 2; flux3 takes one prompt at a time: leave it out"):
+    with pytest.raises(RequestError, match=f"batch_size: found 2; {family} takes one prompt at a time: leave it out"):
         check_request(plan, GenerateRequest.of("x", images_per_prompt=3, batch_size=2))
 
 

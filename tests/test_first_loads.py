@@ -199,7 +199,7 @@ def test_later_requests_compare_nothing(flux2_dir: Path) -> None:
         damage(worker)
         second = worker.generate(REQUEST)
         assert second.arrivals == ()
-        assert len(second.measurements.steps) == REQUEST.steps
+        assert len(second.measurements.steps) == REQUEST.asked.steps
 
 
 class _Skipped(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
@@ -10,6 +11,8 @@ from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
+import torch
+from one_rank import admitted
 
 from crossdock.launch.engine.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
@@ -22,11 +25,15 @@ from crossdock.runtime.request import (
     MAX_PICTURES,
     MAX_SEED,
     GenerateRequest,
+    RankRequest,
     RequestItem,
     RequestOptions,
     as_prompts,
 )
+from layouts import ALL, ROWS
 
+NEGATIVE = ("z-image", "sd3.5", "longcat-image", "ovis-image", "wan2.1", "qwen-image", "krea2", "helios", "ltx2")
+"""Whose guidance takes a negative prompt, in a batch."""
 GOOD = GenerateRequest.of("a fox")
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -215,3 +222,29 @@ def test_an_engine_refuses_before_it_asks_its_ranks(arguments: dict[str, Any], t
     with pytest.raises(RequestError) as caught:
         engine.generate(**arguments)
     assert str(caught.value).startswith(text)
+
+
+@pytest.mark.parametrize("recipe", NEGATIVE if ALL else NEGATIVE[:2])
+def test_every_picture_has_its_negative_prompt(recipe: str, checkpoint_of: Callable[[str], Path]) -> None:
+    """In a batch, of other lengths: each is as it is where both have its own, and as it is alone."""
+    plan = make_plan(RunConfig.parse({"offload": {"layerwise": True}}), checkpoint_of(recipe), "cpu")
+    row = next(row for row in ROWS if row.recipe == recipe)
+    height, width = row.sizes[0]
+    scale, negative = row.guided or (None, "grey, blurred, out of focus")
+
+    def latents(*negatives: str, seed: int = 3) -> torch.Tensor:
+        items = tuple(RequestItem("a fox in snow", text, seed + n) for n, text in enumerate(negatives))
+        asked = GenerateRequest(items, 2, height, width, scale, row.frames, batch_size=2)
+        check_request(plan, asked)
+        found = worker.generate(RankRequest(asked)).latents
+        assert found is not None
+        return found
+
+    with admitted(plan) as worker:
+        mixed, first, second = latents(negative, "red"), latents(negative, negative), latents("red", "red")
+        alone = torch.cat([latents(negative), latents("red", seed=4)])
+    expected = torch.stack([first[0], second[1]])
+    print(f"{recipe}: {(mixed - expected).abs().max():.1e} in a batch, {(mixed - alone).abs().max():.1e} alone")
+    assert torch.allclose(mixed, expected, rtol=0, atol=1e-5)
+    assert torch.allclose(mixed, alone, rtol=0, atol=1e-4)
+    assert (mixed - first)[1].abs().max() > 1e-2, "the second one's has no effect"
