@@ -13,14 +13,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from crossdock.launch.commands.options import Amounts, Outputs, add_check, build_app, run_app
+from crossdock.launch.commands.options import Outputs, add_check, build_app, run_app
 from crossdock.runtime.request import GenerateRequest
 
 
-def _run(config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs, amounts: Amounts) -> None:
+def _run(config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs) -> None:
     from crossdock.launch.commands.generate import run_generate
 
-    run_generate(config, model_dir, request, outputs, amounts, "crossdock")
+    run_generate(config, model_dir, request, outputs, "crossdock")
 
 
 def _check(config: Path, model_dir: Path, probe: bool, as_json: bool) -> None:

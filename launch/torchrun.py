@@ -12,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-from crossdock.launch.commands.options import Amounts, Outputs, add_check, build_app, run_app
+from crossdock.launch.commands.options import Outputs, add_check, build_app, run_app
 from crossdock.launch.console import complain_on_stderr
 from crossdock.launch.gangs.rank_messages import MessageStore
 from crossdock.launch.gangs.run_secret import run_secret
@@ -25,12 +25,10 @@ _STARTED_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MAST
 _REPORT_WAIT_S = 5.0
 
 
-def _run_on_torchrun(
-    config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs, amounts: Amounts
-) -> None:
+def _run_on_torchrun(config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs) -> None:
     from crossdock.launch.commands.generate import run_generate
 
-    run_generate(config, model_dir, request, outputs, amounts, "torchrun", quiet=os.environ["RANK"] != "0")
+    run_generate(config, model_dir, request, outputs, "torchrun", quiet=os.environ["RANK"] != "0")
 
 
 def _check_on_torchrun(config: Path, model_dir: Path, probe: bool, as_json: bool) -> None:

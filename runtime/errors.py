@@ -8,6 +8,7 @@
     │   └── LaunchError           what the machine lacks: GPUs, a free port, an optional package
     ├── CompositionError          offloading and sharding do not compose; carries the violations (contract/result.py)
     ├── RankError                 a rank raised, died or did not answer in time; carries the rank
+    ├── EngineClosedError         a request came to an engine, or waited in one, that was closed or whose ranks are gone
     └── RequestCancelled          a request was stopped between two steps, as asked; the ranks take the next one
         └── RequestTimeout        its own time limit was up
 
@@ -76,6 +77,17 @@ class RankError(CrossdockError):
 
     def __str__(self) -> str:
         return f"rank {self.rank}: {self.message}"
+
+
+class EngineClosedError(CrossdockError):
+    """The engine was closed, or has given its ranks up, before the request could begin."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.why = why
+
+    def __str__(self) -> str:
+        return f"the engine takes no requests: {self.why}; start a new one"
 
 
 class RequestCancelled(CrossdockError):  # noqa: N818 - not a fault

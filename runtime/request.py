@@ -1,76 +1,158 @@
-"""One generation, as asked for."""
+"""One generation, as asked for. The options of the command line, the keywords of Python and what the ranks get come
+from the fields of `RequestItem` and `GenerateRequest`; whoever adds one adds it there, and to the keywords' types.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
-from typing import Literal
+from typing import Any, Literal, Self, TypedDict, Unpack
 
 from crossdock.runtime.errors import RequestError
 
 MAX_SEED = 2**63 - 1
-MAX_NUMBER = 2**63 - 1
 MAX_STEPS = 10_000
 MAX_SIDE = 2**31 - 1
 """Of a picture, and frames of a video: what fits is a question of memory (`request_checks`)."""
 MAX_CHARACTERS = 100_000
 """Of a prompt; the longest that a text encoder reads has some thousand tokens."""
+MAX_PICTURES = 100_000
+"""Of one request."""
 _MAX_SHOWN = 60
+
+
+class SharedOptions(TypedDict, total=False):
+    """The keywords for what all items share, for type checkers: the fields of `GenerateRequest`."""
+
+    steps: int
+    height: int
+    width: int
+    guidance_scale: float | None
+    frames: int | None
+    images_per_prompt: int
+    batch_size: int
+    time_limit_s: float | None
+
+
+class RequestOptions(SharedOptions, total=False):
+    """All keywords that stand beside the prompts."""
+
+    negative_prompt: str | None
+    seed: int
+
+
+def _option(text: str, default: Any = ...) -> Any:
+    """A field that users set; `text` is its help. It has to be given where there is no default."""
+    return field(metadata={"help": text}) if default is ... else field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class RequestItem:
+    """What may differ from picture to picture."""
+
+    prompt: str = _option("What to draw; repeat it for several pictures.")
+    negative_prompt: str | None = _option("What not to draw, where the pipeline has guidance.", None)
+    seed: int = _option("Seed of the initial noise, which is drawn on the CPU.", 0)
 
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """Prompts and sampling settings.
+    """What one user, or several, want drawn in one go: items, and the settings that they share."""
 
-    `height` and `width` are in pixels. `guidance_scale` None takes the pipeline's own default.
+    items: tuple[RequestItem, ...]
+    steps: int = _option("Denoising steps.", 4)
+    height: int = _option("Height in pixels.", 256)
+    width: int = _option("Width in pixels.", 256)
+    guidance_scale: float | None = _option("Guidance; by default the pipeline's own.", None)
+    frames: int | None = _option("Frames of a video; by default the pipeline's own.", None)
+    images_per_prompt: int = _option("Pictures of each prompt; number i is drawn with seed + i.", 1)
+    batch_size: int = _option("Pictures that a replica computes at once.", 1)
+    time_limit_s: float | None = _option(
+        "Seconds for each round of pictures, faults included; it then ends with its step. By default, the config's.",
+        None,
+    )
 
-    Attributes:
-        frames: of a video; None takes the pipeline's own default.
-        number: which request this is to an engine; a cancel names it. Never falls from one request to the next.
-        time_limit_s: seconds after which it is stopped, at the next step's end. None: no limit.
-        spent_s: how much of `time_limit_s` earlier attempts at it took.
-        keep_every: after every so many steps, what it takes to resume is kept. 0: never.
-    """
+    @classmethod
+    def of(
+        cls,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | None = None,
+        seed: int = 0,
+        **shared: Unpack[SharedOptions],
+    ) -> Self:
+        """Of one prompt or several, all with one negative prompt; picture i of the request is drawn with `seed + i`.
 
-    prompts: tuple[str, ...]
-    seed: int = 0
-    steps: int = 4
-    height: int = 256
-    width: int = 256
-    guidance_scale: float | None = None
-    negative_prompt: str | None = None
-    frames: int | None = None
-    number: int = 0
-    time_limit_s: float | None = None
-    spent_s: float = 0.0
-    keep_every: int = 0
+        Raises:
+            RequestError: no seeds can be told from `seed` and `images_per_prompt`; `validate` checks the rest.
+        """
+        items = tuple(RequestItem(text, negative_prompt) for text in as_prompts(prompt))
+        request = cls(items, **shared)
+        check_whole("images_per_prompt", request.images_per_prompt, 1, MAX_PICTURES)
+        every = request.images_per_prompt
+        check_whole("seed", seed, 0, MAX_SEED - max(len(items) * every, 1) + 1)
+        return replace(request, items=tuple(replace(item, seed=int(seed) + n * every) for n, item in enumerate(items)))
+
+    @property
+    def pictures(self) -> tuple[RequestItem, ...]:
+        """One item for each picture or video, those of the first prompt first."""
+        return tuple(replace(item, seed=item.seed + n) for item in self.items for n in range(self.images_per_prompt))
 
     def validate(self) -> None:
         """Raise `RequestError` for the first setting that no pipeline could take."""
-        if not isinstance(self.prompts, tuple):
-            raise RequestError(f"prompts: found {shown(self.prompts)}; allowed: texts")
-        if not self.prompts:
+        if not isinstance(self.items, tuple) or not all(isinstance(item, RequestItem) for item in self.items):
+            raise RequestError(f"items: found {shown(self.items)}; allowed: a tuple of RequestItem")
+        if not self.items:
             raise RequestError("prompts: found none; give at least one")
-        for index, prompt in enumerate(self.prompts):
-            _check_text(f"prompts: prompt {index}", prompt)
-            if not prompt.strip():
-                raise RequestError(f"prompts: prompt {index} is empty; describe the picture")
-        if self.negative_prompt is not None:
-            _check_text("negative_prompt", self.negative_prompt)
+        check_whole("images_per_prompt", self.images_per_prompt, 1, MAX_PICTURES)
+        check_whole("batch_size", self.batch_size, 1, MAX_PICTURES)
+        check_whole("prompts x images_per_prompt", len(self.items) * self.images_per_prompt, 1, MAX_PICTURES)
+        self._check_items()
         check_whole("steps", self.steps, 1, MAX_STEPS)
         for name in ("height", "width"):
             check_whole(name, getattr(self, name), 1, MAX_SIDE)
         if self.frames is not None:
             check_whole("frames", self.frames, 1, MAX_SIDE)
-        check_whole("seed", self.seed, 0, MAX_SEED - len(self.prompts) + 1)  # number i is drawn with seed + i
-        check_whole("keep_every", self.keep_every, 0)
-        check_whole("number", self.number, 0, MAX_NUMBER)
         if self.guidance_scale is not None:
             _check_number("guidance_scale", self.guidance_scale, ">= 0")
-        _check_number("spent_s", self.spent_s, ">= 0")
         if self.time_limit_s is not None:
             _check_number("time_limit_s", self.time_limit_s, "> 0")
+
+    def _check_items(self) -> None:
+        first = self.items[0].negative_prompt
+        alike = all(item.negative_prompt is first for item in self.items)
+        for index, item in enumerate(self.items):
+            _check_text(f"prompts: prompt {index}", item.prompt)
+            if not item.prompt.strip():
+                raise RequestError(f"prompts: prompt {index} is empty; describe the picture")
+            negative = "negative_prompt" if alike else f"negative_prompt of prompt {index}"
+            if item.negative_prompt is not None:
+                _check_text(negative, item.negative_prompt)
+            if (item.negative_prompt is None) != (first is None):  # without one, some pipelines leave guidance out
+                here, there = ("none", "one") if item.negative_prompt is None else ("one", "none")
+                raise RequestError(
+                    f"{negative}: found {here}, but prompt 0 has {there}; give each one, which may be empty, or none"
+                )
+            check_whole("seed", item.seed, 0, MAX_SEED - self.images_per_prompt + 1)
+
+
+@dataclass(frozen=True)
+class RankRequest:
+    """One attempt at one round of a request, as the engine sends it to the ranks.
+
+    Attributes:
+        asked: with an item for each picture of the round.
+        number: of the round; a cancel names it. Never falls from one to the next.
+        spent_s: how much of the time limit earlier attempts took.
+        keep_every: after every so many steps, what it takes to resume is kept. 0: never.
+    """
+
+    asked: GenerateRequest
+    number: int = 0
+    spent_s: float = 0.0
+    keep_every: int = 0
 
 
 def as_prompts(given: object) -> tuple[str, ...]:

@@ -161,17 +161,15 @@ class CommandPath:
         config = load_config(config_path)
         with locating(config_path):
             plan = make_plan(config, model_dir, "cpu")
-            self._check_request(plan, {"prompts": ("a red fox in snow",)})
+            self._check_request(plan, {"prompt": "a red fox in snow"})
             self._load(plan, recipe, damaged)
         return plan
 
     def _check_request(self, plan: Any, fields: dict[str, Any]) -> None:
-        from crossdock.runtime.plan.request_checks import check_amounts, check_request
+        from crossdock.runtime.plan.request_checks import check_request
         from crossdock.runtime.request import GenerateRequest
 
-        amounts = fields.pop("images_per_prompt", 1), fields.pop("batch_size", 1)
-        check_request(plan, GenerateRequest(**fields))
-        check_amounts(plan.spec, *amounts)
+        check_request(plan, GenerateRequest.of(**fields))
 
     def _load(self, plan: Any, recipe: str, damaged: str) -> None:
         """Load the pipeline, for schedulers, tokenizers and decoders; transformers are on meta, encoders left out.
@@ -203,7 +201,7 @@ class CommandPath:
     def problem_of(self, given: FuzzInput, error: BaseException) -> str | None:
         """What is wrong with how an input was refused; None: nothing, one message says what and where."""
         from crossdock.runtime.errors import UserError
-        from crossdock.runtime.request import GenerateRequest
+        from crossdock.runtime.request import RequestOptions
 
         if not isinstance(error, UserError):
             return f"traceback: {type(error).__name__} {_where(error)}"
@@ -213,7 +211,7 @@ class CommandPath:
         if len(message) > LONGEST_MESSAGE:
             return f"message: too long {_where(error)}"
         if given.kind == "request":
-            names = (*GenerateRequest.__dataclass_fields__, "images_per_prompt", "batch_size")
+            names = ("prompts", *RequestOptions.__annotations__)
             return None if any(name in message for name in names) else "message: names no setting"
         folder, _, file = given.file.rpartition("/")
         here = str(self._scratch / given.recipe / folder) if folder else ""

@@ -717,7 +717,7 @@ def _yaml_key(key: Any) -> str:
     return str(key) if plain else json.dumps(str(key), ensure_ascii=False)
 
 
-_REQUEST: dict[str, Any] = {"prompts": ("a red fox in snow",), "seed": 0, "steps": 4, "height": 256, "width": 256}
+_REQUEST: dict[str, Any] = {"prompt": "a red fox in snow", "seed": 0, "steps": 4, "height": 256, "width": 256}
 # fmt: off
 _EXTREMES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 16, 17, 250, 255, 1024, 2**31, 2**62, 2**63 - 1, 2**63, 2**64, 10**30, 10**400,
@@ -740,7 +740,7 @@ _NEGATIVES: tuple[Any, ...] = (
 )
 # fmt: on
 _SETTINGS: dict[str, tuple[Any, ...]] = {
-    "prompts": _PROMPTS,
+    "prompt": _PROMPTS,
     "seed": _EXTREMES,
     "steps": _EXTREMES,
     "height": _EXTREMES,
@@ -748,10 +748,7 @@ _SETTINGS: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (*_EXTREMES, 3.5, 7.0),
     "negative_prompt": (*_NEGATIVES, *_EXTREMES[:30]),
     "frames": (*_EXTREMES, 9, 81, 124, 141, 345, 346),
-    "number": _EXTREMES,
     "time_limit_s": (*_EXTREMES, 60.0),
-    "spent_s": _EXTREMES,
-    "keep_every": _EXTREMES,
     "images_per_prompt": _EXTREMES,
     "batch_size": _EXTREMES,
 }

@@ -19,6 +19,7 @@ from crossdock.offload.memory.layout import ALIGNMENT, aligned_bytes
 from crossdock.offload.stream.block import StreamedBlock
 from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.offload.stream.loader import BlockLoader
+from crossdock.parallel.mesh import Mesh
 from crossdock.runtime.models.checkpoint import TensorReader
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
@@ -125,6 +126,10 @@ def _rebind(module: nn.Module, fqn: str, tensor: Tensor) -> None:
     module.get_submodule(path)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
 
+def _tie(model: nn.Module, fqn: str, other: str) -> None:
+    _rebind(model, fqn, model.get_parameter(other).detach())
+
+
 # -- same-schedule ---------------------------------------------------------------------------------------------------
 
 
@@ -171,7 +176,7 @@ def private_copy(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     """A hook keeps one weight on the device after it had come: what is streamed afterwards is never read."""
 
     def keep(stream: BlockStream) -> None:
-        _rebind(worker.model, TO_Q, worker.model.get_parameter(TO_Q).detach().clone())
+        _rebind(worker.loaded.model, TO_Q, worker.loaded.model.get_parameter(TO_Q).detach().clone())
 
     _when_loaded(patch, keep)
 
@@ -220,7 +225,7 @@ def adapter_registered(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
 
 def another_dtype(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     def cast(stream: BlockStream) -> None:
-        _rebind(worker.model, OUTSIDE, worker.model.get_parameter(OUTSIDE).bfloat16())
+        _rebind(worker.loaded.model, OUTSIDE, worker.loaded.model.get_parameter(OUTSIDE).bfloat16())
 
     _when_loaded(patch, cast)
 
@@ -284,12 +289,12 @@ def gathered_without_slicing(worker: RankWorker, patch: pytest.MonkeyPatch) -> N
     """All gathers have the size of the largest block; a smaller one has a hole behind every shard."""
     make = RankWorker._gather
 
-    def gather(self: RankWorker) -> Any:
-        true = make(self)
+    def gather(self: RankWorker, mesh: Mesh) -> Any:
+        true = make(self, mesh)
         assert true is not None
-        largest = max(block.layout.nbytes for block in self.plan.blocks)
 
         def all_gather(whole: Tensor, shard: Tensor) -> None:
+            largest = max(block.layout.nbytes for block in self.loaded.plan.blocks)
             padded, gathered = shard.new_zeros(largest // true.parts), whole.new_empty(largest)
             padded[: len(shard)] = shard
             true.all_gather(gathered, padded)
@@ -305,7 +310,7 @@ def bytes_of_the_next_block(worker: RankWorker, patch: pytest.MonkeyPatch) -> No
 
     def mistaken(loader: BlockLoader, block: StreamedBlock, *args: Any, **options: Any) -> None:
         if block.name == BLOCK:
-            block = replace(block, source=block_of(worker.stream, NEXT).source)
+            block = replace(block, source=block_of(worker.loaded.stream, NEXT).source)
         load(loader, block, *args, **options)
 
     patch.setattr(BlockLoader, "load", mistaken)
@@ -375,19 +380,19 @@ def cached_view(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
 def tied_across_blocks(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     """Another block's parameter: of the same shape, placed by name, streamed with both."""
     other = TO_Q.replace(BLOCK, NEXT)
-    _when_loaded(patch, lambda stream: _rebind(worker.model, other, worker.model.get_parameter(TO_Q).detach()))
+    _when_loaded(patch, lambda stream: _tie(worker.loaded.model, other, TO_Q))
 
 
 def tied_in_a_block(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     one, other = (f"{BLOCK}.attention_norm{number}.weight" for number in (1, 2))
-    _when_loaded(patch, lambda stream: _rebind(worker.model, one, worker.model.get_parameter(other).detach()))
+    _when_loaded(patch, lambda stream: _tie(worker.loaded.model, one, other))
 
 
 def outside_in_a_slot(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     def misplace(stream: BlockStream) -> None:
-        weight = worker.model.get_parameter(OUTSIDE)
+        weight = worker.loaded.model.get_parameter(OUTSIDE)
         memory = stream.slot_memory[1][: weight.nbytes].view(weight.dtype).view(weight.shape)
-        _rebind(worker.model, OUTSIDE, memory)
+        _rebind(worker.loaded.model, OUTSIDE, memory)
 
     _when_loaded(patch, misplace)
 

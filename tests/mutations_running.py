@@ -23,7 +23,7 @@ from crossdock.parallel import tensor as tensor_module
 from crossdock.parallel.mesh import MeshShape
 from crossdock.parallel.tensor import RowParallelLinear
 from crossdock.runtime.rank.worker import RankWorker
-from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.request import RankRequest
 from mutations import BLOCK, LATE_S, TOO_LATE_S, VERY_LATE_S, block_of, index_of, when_attached
 
 
@@ -54,21 +54,21 @@ def load_left_out(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
 
 def first_load_left_out(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     """Once, in the first step of a request; the following steps are right."""
-    load, left_out = worker.stream._loader.load, list[str]()
+    load, left_out = worker.loaded.stream._loader.load, list[str]()
 
     def forgetful(block: Any, memory: Any, after: Any, slot: Any, done: Any, **options: Any) -> None:
         if block.name == BLOCK and not left_out:
             left_out.append(block.name)
-            done(worker.copy_engine.record())
+            done(worker.loaded.copy_engine.record())
         else:
             load(block, memory, after, slot, done, **options)
 
-    patch.setattr(worker.stream._loader, "load", forgetful)
+    patch.setattr(worker.loaded.stream._loader, "load", forgetful)
 
 
 def stale_from_the_start(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     """What was in a slot when the request began is taken for its first block."""
-    stream, index = worker.stream, index_of(worker.stream, "noise_refiner.1")
+    stream, index = worker.loaded.stream, index_of(worker.loaded.stream, "noise_refiner.1")
     prepare = stream.prepare
 
     def prepared(pass_: int) -> None:  # when the text encoder, which may have the memory before, is done
@@ -81,7 +81,7 @@ def stale_from_the_start(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
 
 def wait_left_out(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     """A block does not wait for its copy, which comes when the block is done."""
-    stream, engine = worker.stream, worker.copy_engine
+    stream, engine = worker.loaded.stream, worker.loaded.copy_engine
     wait, load, index, done_with_it = engine.wait, BlockLoader.load, index_of(stream), threading.Event()
     stream.blocks[index].module.register_forward_hook(lambda *_: done_with_it.set())
 
@@ -101,7 +101,7 @@ def wait_left_out(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
 
 def readers_not_waited_for(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     """Fetched too far ahead: the next block of a slot is loaded while the slot is being read."""
-    stream = worker.stream
+    stream = worker.loaded.stream
     stream._prefetch += 1
     stream._look_ahead()
 
@@ -121,13 +121,13 @@ def blocks_skipped(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     """A cache leaves two blocks out."""
     for name in ("layers.1", BLOCK):
         layers, _, number = name.partition(".")
-        patch.setitem(worker.model.get_submodule(layers)._modules, number, _Skipped())
+        patch.setitem(worker.loaded.model.get_submodule(layers)._modules, number, _Skipped())
 
 
 def trusted_prediction(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     """A cache leaves two blocks out, on all ranks; the next block's weights were never fetched, on one."""
     blocks_skipped(worker, patch)
-    stream, running = worker.stream, list[int]()
+    stream, running = worker.loaded.stream, list[int]()
     before, enqueue = stream._fetch_ahead, stream._enqueue
 
     def only_ahead(index: int, chunks: int = 1) -> None:
@@ -151,7 +151,7 @@ class _Skipped(nn.Module):
 
 def error_swallowed(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     """A copy breaks off in the middle, and nobody is told: the slot stays half filled."""
-    stream, engine = worker.stream, worker.copy_engine
+    stream, engine = worker.loaded.stream, worker.loaded.copy_engine
     move, submit, index = engine.move, engine.submit, index_of(stream)
 
     def breaking(target: Tensor, source: Tensor) -> None:
@@ -221,7 +221,7 @@ def reduce_on_the_world(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
 
 def _last_row_parallel(worker: RankWorker) -> RowParallelLinear:
     """Behind it the sizes of collectives do not change: gloo ends a process that gets a message of another size."""
-    return [module for module in worker.model.modules() if isinstance(module, RowParallelLinear)][-1]
+    return [module for module in worker.loaded.model.modules() if isinstance(module, RowParallelLinear)][-1]
 
 
 def text_doubled_on_a_slow_link(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
@@ -259,7 +259,7 @@ def _change_text(worker: RankWorker, change: Callable[[Tensor, int], Tensor]) ->
     def changed(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         return args, kwargs | {name: change(kwargs[name], dim) for name, dim in _TEXT.items()}
 
-    worker.model.register_forward_pre_hook(changed, with_kwargs=True, prepend=True)
+    worker.loaded.model.register_forward_pre_hook(changed, with_kwargs=True, prepend=True)
 
 
 _TEXT = {"encoder_hidden_states": 1, "txt_ids": -2}
@@ -270,10 +270,10 @@ _TEXT = {"encoder_hidden_states": 1, "txt_ids": -2}
 
 def hooks_missing(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     """A block that the hooks were not put on runs with what is in its slot at the time."""
-    stream = worker.stream
+    stream = worker.loaded.stream
     for handle in stream._hooks._handles[2 * index_of(stream) : 2 * index_of(stream) + 2]:
         handle.remove()
-    engine, move, index = worker.copy_engine, worker.copy_engine.move, index_of(stream)
+    engine, move, index = worker.loaded.copy_engine, worker.loaded.copy_engine.move, index_of(stream)
 
     def late(target: Tensor, source: Tensor) -> None:
         if holds(stream, index, target):
@@ -296,7 +296,7 @@ def turn_not_taken(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
 
 def copy_left_out(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     """As `load_left_out`, but noted as if it had been done."""
-    stream, engine = worker.stream, worker.copy_engine
+    stream, engine = worker.loaded.stream, worker.loaded.copy_engine
     move, index = engine.move, index_of(stream)
 
     def forgetful(target: Tensor, source: Tensor) -> None:
@@ -308,7 +308,7 @@ def copy_left_out(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
 
 def damaged_at_rest(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     """One byte, after it was compared."""
-    source = block_of(worker.stream).source
+    source = block_of(worker.loaded.stream).source
     assert isinstance(source, Tensor)
     source[1027] ^= 0x80
 
@@ -358,7 +358,7 @@ def _copied(source: Tensor | tuple[Piece, ...]) -> Tensor | tuple[Piece, ...]:
 def one_more_step(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     generate = RankWorker.generate
 
-    def longer(self: RankWorker, request: GenerateRequest) -> Any:
-        return generate(self, replace(request, steps=request.steps + 1))
+    def longer(self: RankWorker, request: RankRequest) -> Any:
+        return generate(self, replace(request, asked=replace(request.asked, steps=request.asked.steps + 1)))
 
     patch.setattr(RankWorker, "generate", longer)

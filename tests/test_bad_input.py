@@ -21,7 +21,7 @@ from crossdock.runtime.models.families import SPECS
 from crossdock.runtime.models.tiny.make_checkpoint import make_checkpoint
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.plan.request_checks import check_amounts, check_request
+from crossdock.runtime.plan.request_checks import check_request
 from crossdock.runtime.request import GenerateRequest
 
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
@@ -223,24 +223,26 @@ def test_xfuser_says_why_not(flux2_dir: Path) -> None:
 
 def test_a_negative_prompt_that_would_do_nothing(flux2_dir: Path) -> None:
     with pytest.raises(RequestError, match="negative_prompt: found 'blurred'; the guidance of flux2-klein takes none"):
-        check_request(_plan(flux2_dir), GenerateRequest(("x",), negative_prompt="blurred"))
+        check_request(_plan(flux2_dir), GenerateRequest.of("x", negative_prompt="blurred"))
 
 
 def test_guidance_that_a_distilled_model_lacks(flux2_dir: Path) -> None:
     plan = replace(_plan(flux2_dir), spec=SPECS["flux3-distilled"])
     with pytest.raises(RequestError, match="guidance_scale: found 4; flux3-distilled has no guidance: leave it out"):
-        check_request(plan, GenerateRequest(("x",), guidance_scale=4.0))
+        check_request(plan, GenerateRequest.of("x", guidance_scale=4.0))
 
 
-def test_a_pipeline_that_takes_one_prompt_at_a_time() -> None:
-    check_amounts(SPECS["flux3"], 3, 1)
-    with pytest.raises(RequestError, match="batch_size: found 2; flux3 takes one prompt at a time: leave it out"):
-        check_amounts(SPECS["flux3"], 3, 2)
+@pytest.mark.parametrize("family", ["flux3", "hunyuan-video-1.5"])
+def test_a_pipeline_that_takes_one_prompt_at_a_time(family: str, flux2_dir: Path) -> None:
+    plan = replace(_plan(flux2_dir), spec=SPECS[family])
+    check_request(plan, GenerateRequest.of("x", images_per_prompt=3))
+    with pytest.raises(RequestError, match=f"batch_size: found 2; {family} takes one prompt at a time: leave it out"):
+        check_request(plan, GenerateRequest.of("x", images_per_prompt=3, batch_size=2))
 
 
 @pytest.mark.parametrize(("frames", "near"), [(None, 0), (124, 0), (345, 0), (9, 124), (130, 124), (1000, 345)])
 def test_frames_of_which_a_model_has_a_few_counts(flux2_dir: Path, frames: int | None, near: int) -> None:
-    plan, request = replace(_plan(flux2_dir), spec=SPECS["minimax-h3"]), GenerateRequest(("x",), frames=frames)
+    plan, request = replace(_plan(flux2_dir), spec=SPECS["minimax-h3"]), GenerateRequest.of("x", frames=frames)
     if not near:
         check_request(plan, request)
         return
@@ -268,5 +270,5 @@ def test_a_component_of_another_workflow_is_left_out(flux2_dir: Path, tmp_path: 
 @pytest.mark.parametrize(("size", "text"), [((250, 256), "height: found 250"), ((256, 8), "width: found 8")])
 def test_size_that_does_not_divide(flux2_dir: Path, size: tuple[int, int], text: str) -> None:
     with pytest.raises(RequestError, match=text) as caught:
-        check_request(_plan(flux2_dir), GenerateRequest(("x",), height=size[0], width=size[1]))
+        check_request(_plan(flux2_dir), GenerateRequest.of("x", height=size[0], width=size[1]))
     assert "a multiple of 16" in str(caught.value)

@@ -94,7 +94,7 @@ def _check(directory: Path, *options: str, config: str = "layerwise") -> int:
 def _flip(place: int, worker: RankWorker, work: Any) -> None:
     """Another sign for one weight of a block, once everything was verified and before the probe."""
     if work is probe_numbers:
-        block = worker.weights.blocks[place]
+        block = worker.loaded.weights.blocks[place]
         assert isinstance(block.source, torch.Tensor)
         block.source[block.layout.entries[0].offset + 7] ^= 0x80
 
@@ -189,7 +189,7 @@ def test_a_violated_probe_names_the_block(
     assert _check(checkpoints["z-image"], "--probe") == 1
     printed = capsys.readouterr()
     assert printed.err == ""
-    name = gangs[0].worker.plan.blocks[4].name
+    name = gangs[0].worker.loaded.plan.blocks[4].name
     (line,) = [line for line in printed.out.splitlines() if line.startswith("same-numbers: ")]
     assert line.startswith(f"same-numbers: rank 0: {name}: expected the output without streaming (checksum 0x")
     assert "violated" in printed.out

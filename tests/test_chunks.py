@@ -92,7 +92,7 @@ def test_shapes_only_sends_no_values() -> None:
 def test_frames_are_whole_chunks(frames: int, told: str | None) -> None:
     held = {"device": "cpu", "pipeline_dtype": torch.float32, "decoder_features": 3, "config": RunConfig()}
     plan = SimpleNamespace(spec=HELIOS, pixel_multiple=16, frame_multiple=4, **held)
-    request = GenerateRequest(("a",), frames=frames)
+    request = GenerateRequest.of("a", frames=frames)
     if told is None:
         check_request(plan, request)  # type: ignore[arg-type]
     else:

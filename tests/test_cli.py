@@ -11,11 +11,11 @@ import pytest
 import typer
 
 from crossdock.launch import cli
-from crossdock.launch.commands.options import Amounts, Outputs, build_app, run_app
+from crossdock.launch.commands.options import Outputs, build_app, run_app
 from crossdock.runtime.contract.result import CompositionError
 from crossdock.runtime.errors import LaunchError, RankError, RequestError
 from crossdock.runtime.models.tiny.recipes import TINY
-from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.request import GenerateRequest, RequestItem
 
 
 class Recorder:
@@ -23,12 +23,10 @@ class Recorder:
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
-        self.calls: list[tuple[Path, Path, GenerateRequest, Outputs, Amounts]] = []
+        self.calls: list[tuple[Path, Path, GenerateRequest, Outputs]] = []
 
-    def __call__(
-        self, config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs, amounts: Amounts
-    ) -> None:
-        self.calls.append((config, model_dir, request, outputs, amounts))
+    def __call__(self, config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs) -> None:
+        self.calls.append((config, model_dir, request, outputs))
         if self.error is not None:
             raise self.error
 
@@ -55,7 +53,7 @@ def run_with(error: BaseException | None, arguments: list[str]) -> tuple[int, Re
 
 def test_generate_passes_everything_on(tmp_path: Path, arguments: list[str]) -> None:
     more = ["--prompt=a dog", "--seed=7", "--steps=2", "--height=208", "--width=176", "--guidance-scale=1.5"]
-    more += ["--negative-prompt=blur", "--frames=9", "--images-per-prompt=3", "--batch-size=2"]
+    more += ["--negative-prompt=blur", "--frames=9", "--images-per-prompt=3", "--batch-size=2", "--time-limit-s=60"]
     files = [f"--latents={tmp_path / 'l.safetensors'}", f"--report={tmp_path / 'r.json'}"]
     code, recorder = run_with(None, arguments + more + files)
     assert code == 0
@@ -63,16 +61,17 @@ def test_generate_passes_everything_on(tmp_path: Path, arguments: list[str]) -> 
         (
             tmp_path / "run.yaml",
             tmp_path / "model",
-            GenerateRequest(("a fox", "a dog"), 7, 2, 208, 176, 1.5, negative_prompt="blur", frames=9),
+            GenerateRequest(
+                (RequestItem("a fox", "blur", 7), RequestItem("a dog", "blur", 10)), 2, 208, 176, 1.5, 9, 3, 2, 60.0
+            ),
             Outputs(tmp_path / "out.png", tmp_path / "l.safetensors", tmp_path / "r.json"),
-            Amounts(images_per_prompt=3, batch_size=2),
         )
     ]
 
 
 def test_generate_defaults(arguments: list[str]) -> None:
     _, recorder = run_with(None, arguments)
-    assert recorder.calls[0][2] == GenerateRequest(("a fox",), seed=0, steps=4, height=256, width=256)
+    assert recorder.calls[0][2] == GenerateRequest((RequestItem("a fox", None, 0),), steps=4, height=256, width=256)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any, cast
 import diffusers
 import pytest
 import torch
-from one_rank import admitted
+from one_rank import admitted, rank_request
 from torch import Tensor
 
 import crossdock.runtime.plan.reschedule as rescheduling
@@ -34,7 +34,6 @@ from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.reschedule import RankObservation, reschedule
 from crossdock.runtime.rank.weights.load import HostPart
 from crossdock.runtime.rank.worker import RankWorker
-from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.watch.gang import Gang
 from layouts import FAMILIES
 from reference import ODD_SIZE, PROMPT, TOLERANCE, max_error, reference_latents
@@ -42,7 +41,7 @@ from toy_blocks import build
 
 Checkpoints = dict[str, Path]
 GangOf = Callable[[int], Gang]
-REQUEST = GenerateRequest((PROMPT,), height=ODD_SIZE[0], width=ODD_SIZE[1])
+REQUEST = rank_request(PROMPT, height=ODD_SIZE[0], width=ODD_SIZE[1])
 
 
 def _plan(directory: Path, **offload: Any) -> RunPlan:
@@ -58,8 +57,8 @@ def _minimum(directory: Path) -> int:
 
 def _device_bytes(worker: RankWorker) -> int:
     """Distinct storages behind the transformer, the text encoder and the VAE: all that can be used on the device."""
-    pipe = worker.pipeline.pipe
-    modules = [worker.model, pipe.vae, pipe.text_encoder]
+    pipe = worker.loaded.pipeline.pipe
+    modules = [worker.loaded.model, pipe.vae, pipe.text_encoder]
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
@@ -81,7 +80,7 @@ def test_ten_budgets(family: str, checkpoints: Checkpoints) -> None:
             latents = worker.generate(REQUEST).latents
             again = worker.generate(REQUEST)
             held = _device_bytes(worker)
-            encoder_bytes = sum(p.nbytes for p in worker.pipeline.pipe.text_encoder.parameters())
+            encoder_bytes = sum(p.nbytes for p in worker.loaded.pipeline.pipe.text_encoder.parameters())
         assert latents is not None
         first = latents if first is None else first
         assert torch.equal(latents, first)
@@ -253,11 +252,11 @@ def test_the_next_request_is_right(where: str, error: type[BaseException], check
     budget = f"{_minimum(directory) + 2**19}B"
     with admitted(_plan(directory, device_budget=budget)) as worker:
         expected = _latents(worker.generate(REQUEST))
-        pipe = worker.pipeline.pipe
+        pipe = worker.loaded.pipeline.pipe
         victim = {
             "encoder": pipe.text_encoder.model.layers[2].mlp,
-            "first block": worker.model.transformer_blocks[0],
-            "in a block": worker.model.single_transformer_blocks[2].attn,
+            "first block": worker.loaded.model.transformer_blocks[0],
+            "in a block": worker.loaded.model.single_transformer_blocks[2].attn,
             "vae": pipe.vae.decoder.mid_block,
         }.get(where)
 
@@ -317,7 +316,7 @@ def test_components_count_as_host_memory(host: str, flux2_dir: Path, monkeypatch
 
     plan = _plan(flux2_dir, host=host)
     with admitted(_plan(flux2_dir)) as worker:
-        components = [offloader._stores for offloader in cast(Any, worker.pipeline._components).values()]
+        components = [offloader._stores for offloader in cast(Any, worker.loaded.pipeline._components).values()]
         stores = sum(store.nbytes for of_one in components for store in of_one)
     encoder, vae = (flux2_dir / name for name in ("text_encoder", "vae"))
     files = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (encoder, vae)]

@@ -150,7 +150,7 @@ def _plant_in_request(planted: Planted) -> Callable[[RankWorker], None]:
         if worker.rank != rank:
             return
         if at is None:
-            worker.pipeline.turn = lambda *_: end()  # type: ignore[assignment, return-value]
+            worker.loaded.pipeline.turn = lambda *_: end()  # type: ignore[assignment, return-value]
             return
         passes = [0]
 
@@ -159,7 +159,7 @@ def _plant_in_request(planted: Planted) -> Callable[[RankWorker], None]:
             if passes[0] == 2 * at:  # guidance makes two passes of a step
                 end()
 
-        worker.model.single_transformer_blocks[1].attn.register_forward_pre_hook(count)
+        worker.loaded.model.single_transformer_blocks[1].attn.register_forward_pre_hook(count)
 
     return plant
 
@@ -177,7 +177,7 @@ class Run:
         seconds = PASS_S
 
         def slow(worker: RankWorker) -> None:
-            worker.model.register_forward_pre_hook(lambda *_: time.sleep(seconds))
+            worker.loaded.model.register_forward_pre_hook(lambda *_: time.sleep(seconds))
 
         self.gang.collective_rpc(slow, timeout_s=60)
         return self.engine.generate(PROMPT, steps=STEPS, height=SIZE, width=SIZE, **options)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from one_rank import admitted
+from one_rank import admitted, rank_request
 from test_recovery import LocalGang
 from torch import Tensor, nn
 
@@ -25,7 +25,6 @@ from crossdock.runtime.errors import RequestCancelled
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.worker import RankWorker
-from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.watch.gang import Gang
 from reference import ODD_SIZE, PROMPT
 from toy_blocks import build
@@ -34,12 +33,12 @@ GangOf = Callable[[int], Gang]
 BLOCK = "single_transformer_blocks.2"
 WEIGHT = f"{BLOCK}.attn.to_out.weight"
 SIZE = 64
-REQUEST = GenerateRequest((PROMPT,), height=ODD_SIZE[0], width=ODD_SIZE[1], steps=3, number=1)
+REQUEST = rank_request(PROMPT, height=ODD_SIZE[0], width=ODD_SIZE[1], steps=3, number=1)
 
 
 def damage(worker: Any, name: str = WEIGHT) -> None:
     """One byte, where it rests."""
-    block = next(block for block in worker.stream.blocks if name.startswith(f"{block.name}."))
+    block = next(block for block in worker.loaded.stream.blocks if name.startswith(f"{block.name}."))
     entry = next(entry for entry in block.layout.entries if f"{block.name}.{entry.name}" == name)
     entry.view(block.source)[0, 0] += 1
 
@@ -153,7 +152,7 @@ def test_wrong_bytes_end_the_request_with_its_first_step(flux2_dir: Path) -> Non
         damage(gang.worker)
         shown: list[int] = []
         decoded: list[Any] = []
-        gang.worker.pipeline.pipe.vae.decoder.register_forward_pre_hook(lambda *given: decoded.append(given))
+        gang.worker.loaded.pipeline.pipe.vae.decoder.register_forward_pre_hook(lambda *given: decoded.append(given))
         with pytest.raises(CompositionError, match=f"complete: rank 0: {WEIGHT}: expected the bytes of") as caught:
             _generate(engine, shown)
         assert {violation.where for violation in caught.value.violations} == {WEIGHT}
@@ -180,7 +179,7 @@ def test_a_resumed_request_looks_again(flux2_dir: Path) -> None:
             if passes[0] == 5:  # guidance makes two passes of a step
                 raise ValueError("planted")
 
-        gang.worker.model.register_forward_pre_hook(fail)
+        gang.worker.loaded.model.register_forward_pre_hook(fail)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(RankWorker, "setup", damaged)
             shown.clear()
@@ -193,13 +192,14 @@ def test_a_resumed_request_looks_again(flux2_dir: Path) -> None:
 def test_later_requests_compare_nothing(flux2_dir: Path) -> None:
     """It would cost every step, and a LoRA that was merged later would be a fault."""
     with admitted(_plan(flux2_dir)) as worker:
-        assert {record.fqn for record in worker.report().arrivals} == set(worker.plan.outside)
+        assert {record.fqn for record in worker.report().arrivals} == set(worker.loaded.plan.outside)
         first = worker.generate(REQUEST)
-        assert {record.fqn for record in first.arrivals} == set(worker.plan.dtypes) - set(worker.plan.outside)
+        plan = worker.loaded.plan
+        assert {record.fqn for record in first.arrivals} == set(plan.dtypes) - set(plan.outside)
         damage(worker)
         second = worker.generate(REQUEST)
         assert second.arrivals == ()
-        assert len(second.measurements.steps) == REQUEST.steps
+        assert len(second.measurements.steps) == REQUEST.asked.steps
 
 
 class _Skipped(nn.Module):
@@ -216,11 +216,11 @@ def test_a_block_that_was_skipped_is_compared_in_the_end(steps: int, damaged: bo
         coordinator = Coordinator(plan)
         coordinator.admit([worker.report()], rehearsed=False)
         layers, _, number = BLOCK.partition(".")
-        modules = worker.model.get_submodule(layers)._modules
+        modules = worker.loaded.model.get_submodule(layers)._modules
         modules[number], block = _Skipped(), modules[number]
         if damaged:
             damage(worker)
-        result = worker.generate(GenerateRequest((PROMPT,), height=SIZE, width=SIZE, steps=steps))
+        result = worker.generate(rank_request(PROMPT, height=SIZE, width=SIZE, steps=steps))
         modules[number] = block
         assert BLOCK not in {event.block for event in result.trace if event.kind == "compute_begin"}, "in no step"
         if damaged:
@@ -239,7 +239,7 @@ def test_a_cancelled_request_does_not_hide_what_came(flux2_dir: Path) -> None:
         worker.cancel("nobody wants it", REQUEST.number)
         with pytest.raises(RequestCancelled):
             worker.generate(REQUEST)
-        result = worker.generate(GenerateRequest((PROMPT,), height=SIZE, width=SIZE, steps=1, number=2))
+        result = worker.generate(rank_request(PROMPT, height=SIZE, width=SIZE, steps=1, number=2))
         assert {record.fqn for record in result.arrivals} == set(plan.dtypes) - set(plan.outside)
     with admitted(plan) as worker:
         damage(worker)
@@ -250,7 +250,7 @@ def test_a_cancelled_request_does_not_hide_what_came(flux2_dir: Path) -> None:
 def test_a_review_without_arrivals_is_refused(flux2_dir: Path) -> None:
     """A rank on which nobody looks: all is missed by name, and no picture leaves."""
     with _engine(flux2_dir) as (engine, gang):
-        gang.worker.stream._first_loads.observe(lambda *_: None, range(len(engine.plan.blocks)))
+        gang.worker.loaded.stream._first_loads.observe(lambda *_: None, range(len(engine.plan.blocks)))
         with pytest.raises(CompositionError) as caught:
             _generate(engine, [])
         texts = [str(violation) for violation in caught.value.violations]
@@ -286,7 +286,7 @@ def test_all_ranks_stop_together(parallel: dict[str, Any], rank: int, gang_of: G
 
         worker.stopping.agree = noted
         if worker.rank == rank:
-            block = next(block for block in worker.stream.blocks if block.name == BLOCK)
+            block = next(block for block in worker.loaded.stream.blocks if block.name == BLOCK)
             block.source[: block.source.nbytes // 4] ^= 0x10
 
     def steps(worker: Any) -> Any:

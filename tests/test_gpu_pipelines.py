@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from one_rank import rank_request
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,7 +20,6 @@ from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.rank.worker import RankWorker
-from crossdock.runtime.request import GenerateRequest
 from layouts import CONFIGS, ROWS, Row
 from reference import PROMPT, TOLERANCE, audio_error, max_error, max_levels, reference
 
@@ -50,7 +50,7 @@ def test_a_family_equals_diffusers(row: Row, checkpoint_of: Callable[[str], Path
         worker, coordinator = RankWorker(0, 1, torch.device("cuda:0")), Coordinator(plan)
         try:
             coordinator.admit([worker.setup(plan)], rehearsed=False)
-            result = worker.generate(GenerateRequest((prompt,), 0, row.steps, height, width, **row.wishes))
+            result = worker.generate(rank_request(prompt, steps=row.steps, height=height, width=width, **row.wishes))
             coordinator.review([result])
         finally:
             worker.teardown()

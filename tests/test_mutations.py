@@ -12,12 +12,13 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
 import pytest
+from one_rank import changed, rank_request
 
 import mutations
 import mutations_running as running
@@ -35,7 +36,7 @@ from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.probe import probe_numbers, probe_request
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.rank_result import RankResult
-from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.request import GenerateRequest, RankRequest
 from crossdock.runtime.watch.gang import Gang
 from layouts import COMBINED, FAMILIES, LAYOUTS, PARTLY_RESIDENT
 from mutations import BLOCK, NEXT, OUTSIDE, PACKED, TABLE, TO_Q, Mutation, Plant, Stage
@@ -52,8 +53,8 @@ Told = dict[Stage, list[Any]]
 Found = dict[Stage, list[Violation]]
 """Stage -> what the coordinator found in it; there is none after one in which something was found."""
 SIZE = 64
-REQUEST = GenerateRequest((PROMPT,), steps=1, height=SIZE, width=SIZE)
-TWO_STEPS = GenerateRequest((PROMPT,), steps=2, height=SIZE, width=SIZE)
+REQUEST = rank_request(PROMPT, steps=1, height=SIZE, width=SIZE)
+TWO_STEPS = rank_request(PROMPT, steps=2, height=SIZE, width=SIZE)
 TIMEOUT_S = 120.0
 
 _FROM_FILES = {"layerwise": True, "host": "mmap"}
@@ -395,7 +396,7 @@ def _on_ranks(
     """(stage, with a rehearsal) -> what a rank does then; the fault comes with `stage`, and stays until `_undo`."""
 
     def work_of(entered: Stage, rehearse: bool) -> Any:
-        def run(worker: RankWorker, plan: RunPlan, request: GenerateRequest, probing: GenerateRequest) -> Any:
+        def run(worker: RankWorker, plan: RunPlan, request: RankRequest, probing: GenerateRequest) -> Any:
             import pytest
 
             mine = rank is None or worker.rank == min(rank, worker.world_size - 1)
@@ -416,7 +417,7 @@ def _on_ranks(
 def _run(
     gang: Gang,
     plan: RunPlan,
-    request: GenerateRequest,
+    request: RankRequest,
     work_of: Callable[[Stage, bool], Any],
     *stages: Stage,
     rehearse: bool = False,
@@ -486,7 +487,7 @@ def test_mutation_is_caught(
         mutations.with_table(plan_module, monkeypatch)
         prepare = mutations.table_on_ranks
     plan = _plan(layout, checkpoints[mutation.family])
-    gang, request = gang_of(plan.mesh.world_size), replace(REQUEST, steps=mutation.steps)
+    gang, request = gang_of(plan.mesh.world_size), changed(REQUEST, steps=mutation.steps)
     work_of = _on_ranks(mutation.stage, mutation.plant, mutation.rank, prepare)
     if mutation.stage == "load":
         found, told = _run(gang, plan, request, work_of, "load", "request")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from one_rank import admitted
+from one_rank import admitted, rank_request
 
 from crossdock.launch.engine.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
@@ -26,14 +26,13 @@ from crossdock.runtime.rank.probe import probe_numbers, probe_request
 from crossdock.runtime.rank.weights.load import WeightLoader
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.records import ProbeReport
-from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.watch.gang import Gang
 from layouts import FAMILIES
 from reference import ODD_SIZE, PROMPT
 
 Checkpoints = dict[str, Path]
 GangOf = Callable[[int], Gang]
-REQUEST = GenerateRequest((PROMPT,), steps=2, height=ODD_SIZE[0], width=ODD_SIZE[1])
+REQUEST = rank_request(PROMPT, steps=2, height=ODD_SIZE[0], width=ODD_SIZE[1])
 STREAMED = {
     "shared": {"layerwise": True},
     "mmap": {"layerwise": True, "host": "mmap"},
@@ -52,11 +51,11 @@ def _worker(directory: Path, **offload: Any) -> AbstractContextManager[RankWorke
 
 
 def _probe(worker: RankWorker) -> ProbeReport:
-    return probe_numbers(worker, probe_request(worker.plan))
+    return probe_numbers(worker, probe_request(worker.loaded.plan))
 
 
 def _found(worker: RankWorker) -> list[Violation]:
-    return list(same_numbers(worker.plan, [_probe(worker)]))
+    return list(same_numbers(worker.loaded.plan, [_probe(worker)]))
 
 
 def _expect_first(violations: list[Violation], block: str) -> None:
@@ -78,8 +77,8 @@ def test_the_same_numbers_on_one_rank(offload: dict[str, Any], family: str, chec
     """No false alarm; every block is compared, and the checksums are of different things."""
     with _worker(checkpoints[family], **offload) as worker:
         probe = _probe(worker)
-        assert list(same_numbers(worker.plan, [probe])) == []
-        assert {name for name, _ in probe.on} == {block.name for block in worker.plan.blocks} | {FINAL_LATENTS}
+        assert list(same_numbers(worker.loaded.plan, [probe])) == []
+        assert {name for name, _ in probe.on} == {block.name for block in worker.loaded.plan.blocks} | {FINAL_LATENTS}
         assert probe.on[-1][0] == FINAL_LATENTS
         assert len({value for _, value in probe.on}) == len(probe.on)
         assert _probe(worker) == probe, "a second probe differs"
@@ -112,16 +111,16 @@ def test_a_probe_leaves_nothing_behind(offload: dict[str, Any], family: str, che
     results = []
     for probed in (False, True):
         with _worker(checkpoints[family], **offload) as worker:
-            before, trace = worker.report(), worker.stream.trace()
-            tensors = dict(worker.model.named_parameters())
+            before, trace = worker.report(), worker.loaded.stream.trace()
+            tensors = dict(worker.loaded.model.named_parameters())
             if probed:
                 _probe(worker)
                 assert worker.report() == before
-                assert worker.stream.trace() == trace
-                assert all(tensors[name] is tensor for name, tensor in worker.model.named_parameters())
+                assert worker.loaded.stream.trace() == trace
+                assert all(tensors[name] is tensor for name, tensor in worker.loaded.model.named_parameters())
                 assert worker.model_steps == 0
-                assert worker.stream.recorded_order is None
-            coordinator = Coordinator(worker.plan)
+                assert worker.loaded.stream.recorded_order is None
+            coordinator = Coordinator(worker.loaded.plan)
             for _ in range(2):
                 results.append(worker.generate(REQUEST))
                 coordinator.review([results[-1]])
@@ -142,18 +141,18 @@ def test_a_probe_that_fails_leaves_nothing_behind(moment: str, checkpoints: Chec
     """A block that raises in the middle: hooks, bindings and the order of running are as before."""
 
     def fail(*_: Any) -> None:
-        if worker.stream._hooks.suspended == (moment == "off"):
+        if worker.loaded.stream._hooks.suspended == (moment == "off"):
             raise ZeroDivisionError("planted")
 
     with _worker(checkpoints["flux2-klein"], **STREAMED["shared"]) as worker:
-        expected, before, trace = worker.generate(REQUEST).latents, worker.report(), worker.stream.trace()
-        handle = worker.weights.blocks[3].module.register_forward_pre_hook(fail)
+        expected, before, trace = worker.generate(REQUEST).latents, worker.report(), worker.loaded.stream.trace()
+        handle = worker.loaded.weights.blocks[3].module.register_forward_pre_hook(fail)
         with pytest.raises(ZeroDivisionError, match="planted"):
             _probe(worker)
         handle.remove()
-        assert not worker.stream._hooks.suspended
+        assert not worker.loaded.stream._hooks.suspended
         assert worker.report() == before
-        assert worker.stream.trace() == trace
+        assert worker.loaded.stream.trace() == trace
         again = worker.generate(REQUEST).latents
         assert expected is not None
         assert again is not None
@@ -163,10 +162,10 @@ def test_a_probe_that_fails_leaves_nothing_behind(moment: str, checkpoints: Chec
 def test_what_was_loaded_unrecorded_is_loaded_again(checkpoints: Checkpoints) -> None:
     """A block that a probe left in its slot would compute without a load in the trace: a false alarm of in-order."""
     with _worker(checkpoints["flux2-klein"], **STREAMED["shared"]) as worker:
-        with worker.stream.unrecorded():
-            worker.stream._before(worker.plan.order[0])
-        worker.stream.rehearse()
-        assert verify_composition(worker.plan, [worker.report()]) == []
+        with worker.loaded.stream.unrecorded():
+            worker.loaded.stream._before(worker.loaded.plan.order[0])
+        worker.loaded.stream.rehearse()
+        assert verify_composition(worker.loaded.plan, [worker.report()]) == []
 
 
 def test_one_block_at_a_time(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,8 +174,8 @@ def test_one_block_at_a_time(checkpoints: Checkpoints, monkeypatch: pytest.Monke
     elsewhere: list[int] = []
 
     def counted(loader: WeightLoader, block: Any) -> torch.Tensor:
-        ranges = [(m.data_ptr(), m.data_ptr() + m.nbytes) for m in worker.stream.slot_memory]
-        tensors = [t for b in worker.weights.blocks for t in b.tensors()]
+        ranges = [(m.data_ptr(), m.data_ptr() + m.nbytes) for m in worker.loaded.stream.slot_memory]
+        tensors = [t for b in worker.loaded.weights.blocks for t in b.tensors()]
         outside = [t for t in tensors if not any(low <= t.data_ptr() < high for low, high in ranges)]
         elsewhere.append(len(outside))
         return read(loader, block)
@@ -184,7 +183,7 @@ def test_one_block_at_a_time(checkpoints: Checkpoints, monkeypatch: pytest.Monke
     monkeypatch.setattr(WeightLoader, "read_block", counted)
     with _worker(checkpoints["z-image"], **STREAMED["shared"]) as worker:
         _probe(worker)
-    assert elsewhere == [0] * len(worker.plan.blocks)
+    assert elsewhere == [0] * len(worker.loaded.plan.blocks)
 
 
 # -- faults ------------------------------------------------------------------------------------------------------
@@ -198,25 +197,25 @@ def test_a_flipped_bit_names_its_block(
 ) -> None:
     """One sign of one weight, where the block rests: the blocks before it are right, and it is named."""
     with _worker(checkpoints[family], **offload) as worker:
-        block = worker.weights.blocks[place]
+        block = worker.loaded.weights.blocks[place]
         assert isinstance(block.source, torch.Tensor)
         entry = max(block.layout.entries, key=lambda entry: entry.nbytes)
         block.source[entry.offset + 7] ^= 0x80
         violations = _found(worker)
     _expect_first(violations, block.name)
-    behind = [other.name for other in worker.plan.blocks].index(block.name) - len(worker.plan.blocks) + 1
+    behind = [other.name for other in worker.loaded.plan.blocks].index(block.name) - len(worker.loaded.plan.blocks) + 1
     passes = 2 if family == "flux2-klein" else 1
-    calls = passes * len(worker.plan.blocks)
-    assert f"of the {calls - len(worker.plan.blocks) - behind} calls behind it" in violations[0].found
+    calls = passes * len(worker.loaded.plan.blocks)
+    assert f"of the {calls - len(worker.loaded.plan.blocks) - behind} calls behind it" in violations[0].found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pages_of_another_block_are_found(family: str, checkpoints: Checkpoints) -> None:
     """From the page cache a block comes in pieces: pieces of its neighbour have the right shapes and wrong numbers."""
     with _worker(checkpoints[family], **STREAMED["mmap"]) as worker:
-        blocks = list(worker.stream.blocks)
+        blocks = list(worker.loaded.stream.blocks)
         blocks[-1] = replace(blocks[-1], source=blocks[-2].source)
-        worker.stream.blocks = tuple(blocks)
+        worker.loaded.stream.blocks = tuple(blocks)
         _expect_first(_found(worker), blocks[-1].name)
 
 
@@ -226,18 +225,18 @@ def test_a_load_that_is_left_out_is_found(
 ) -> None:
     """A stale slot: the block runs with the weights of the one that was there before."""
     with _worker(checkpoints["flux2-klein"], **offload) as worker:
-        stale = worker.plan.streamed[-1].name
-        load = worker.stream._loader.load
+        stale = worker.loaded.plan.streamed[-1].name
+        load = worker.loaded.stream._loader.load
         left_out: list[str] = []
 
         def forgetful(block: Any, memory: Any, after: Any, slot: Any, done: Any, **more: Any) -> None:
             if block.name == stale and not left_out:
                 left_out.append(stale)
-                done(worker.copy_engine.record())
+                done(worker.loaded.copy_engine.record())
             else:
                 load(block, memory, after, slot, done, **more)
 
-        monkeypatch.setattr(worker.stream._loader, "load", forgetful)
+        monkeypatch.setattr(worker.loaded.stream._loader, "load", forgetful)
         _expect_first(_found(worker), stale)
         assert left_out == [stale]
 
@@ -248,8 +247,8 @@ def test_a_wait_that_is_left_out_is_found(
 ) -> None:
     """Copies that come late, and one block that does not wait for its own: it computes with what was there before."""
     with _worker(checkpoints["z-image"], **STREAMED["shared"]) as worker:
-        index = worker.plan.order[5]
-        wait, slots = worker.copy_engine.wait, worker.stream._slots
+        index = worker.loaded.plan.order[5]
+        wait, slots = worker.loaded.copy_engine.wait, worker.loaded.stream._slots
         left_out: list[int] = []
 
         def impatient(event: Any) -> None:
@@ -258,10 +257,10 @@ def test_a_wait_that_is_left_out_is_found(
             else:
                 wait(event)
 
-        worker.stream.poison_freed = poison
-        monkeypatch.setattr(worker.copy_engine, "_delay", lambda: time.sleep(0.02))
-        monkeypatch.setattr(worker.copy_engine, "wait", impatient)
-        _expect_first(_found(worker), worker.plan.blocks[index].name)
+        worker.loaded.stream.poison_freed = poison
+        monkeypatch.setattr(worker.loaded.copy_engine, "_delay", lambda: time.sleep(0.02))
+        monkeypatch.setattr(worker.loaded.copy_engine, "wait", impatient)
+        _expect_first(_found(worker), worker.loaded.plan.blocks[index].name)
         assert left_out == [index]
 
 
@@ -273,10 +272,10 @@ def test_the_part_of_another_rank_is_found(fault: str, gang_of: GangOf, checkpoi
         from crossdock.runtime.models.meta import build_on_meta
         from crossdock.runtime.rank.weights.load import WeightLoader
 
-        plan, block = worker.plan, worker.weights.blocks[3]
+        plan, block = worker.loaded.plan, worker.loaded.weights.blocks[3]
         if worker.rank == 1:
             fresh = build_on_meta(plan.spec.transformer, plan.model_dir / "transformer")
-            loader = WeightLoader(plan, worker.mesh, fresh, worker.device)
+            loader = WeightLoader(plan, worker.loaded.mesh, fresh, worker.device)
             loader._slices = plan.slices[0]
             whole = loader.read_block(next(planned for planned in plan.blocks if planned.name == block.name))
             block.source.copy_(whole[: block.source.nbytes])
@@ -296,13 +295,13 @@ def test_every_tensor_of_an_output_counts(checkpoints: Checkpoints) -> None:
     """Some blocks return a tuple: a fault that shows in its last part only is a fault, and so is another order."""
 
     def add(module: Any, args: Any, output: Any) -> Any:
-        return (*output[:-1], output[-1] + 1) if worker.stream._hooks.suspended else output
+        return (*output[:-1], output[-1] + 1) if worker.loaded.stream._hooks.suspended else output
 
     def swap(module: Any, args: Any, output: Any) -> Any:
-        return output[::-1] if worker.stream._hooks.suspended else output
+        return output[::-1] if worker.loaded.stream._hooks.suspended else output
 
     with _worker(checkpoints["flux2-klein"], **STREAMED["shared"]) as worker:
-        block = worker.weights.blocks[2]
+        block = worker.loaded.weights.blocks[2]
         assert block.name.startswith("transformer_blocks."), "this one returns text and image"
         for change in (add, swap):
             handle = block.module.register_forward_hook(change)

@@ -50,11 +50,11 @@ def test_a_violation_stops_the_run(ray_gang_of: Callable[[int], Gang], checkpoin
         def rebind(worker: Any) -> Any:
             import torch
 
-            linear = worker.model.get_submodule("layers.1.feed_forward.w1")
+            linear = worker.loaded.model.get_submodule("layers.1.feed_forward.w1")
             if worker.rank == 1:
                 linear.weight = torch.nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
             return worker.report()
 
         with pytest.raises(CompositionError) as caught:
-            engine._coordinator.admit(gang.collective_rpc(rebind, timeout_s=60), rehearsed=False)
+            engine._ranks.coordinator.admit(gang.collective_rpc(rebind, timeout_s=60), rehearsed=False)
     assert "single-owner: rank 1: layers.1.feed_forward.w1.weight: expected slot" in str(caught.value)

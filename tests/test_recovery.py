@@ -33,6 +33,7 @@ class LocalGang:
 
     world_size = 1
     can_restart = True
+    own_rank = None
 
     def __init__(self) -> None:
         self.starts = 0
@@ -83,7 +84,7 @@ def _fail(gang: LocalGang, error: BaseException, at: int = 5) -> None:
         if passes[0] == at:
             raise error
 
-    gang.worker.model.transformer_blocks[1].register_forward_pre_hook(count)
+    gang.worker.loaded.model.transformer_blocks[1].register_forward_pre_hook(count)
 
 
 def _generate(engine: Engine, **options: Any) -> Any:
@@ -115,7 +116,7 @@ def test_a_fault_after_the_last_step(flux2_dir: Path, capsys: pytest.CaptureFixt
         def fail(*_: Any) -> None:
             raise ValueError("planted")
 
-        gang.worker.pipeline.pipe.vae.decoder.register_forward_pre_hook(fail)
+        gang.worker.loaded.pipeline.pipe.vae.decoder.register_forward_pre_hook(fail)
         found = _generate(engine)
         assert torch.equal(found.latents[0], expected.latents[0])
         (fault,) = found.report["faults"]
@@ -199,7 +200,7 @@ def test_auto_that_took_too_much(flux2_dir: Path) -> None:
         def too_much(*_: Any) -> None:
             raise torch.OutOfMemoryError("planted")
 
-        gang.worker.pipeline.pipe.vae.decoder.register_forward_pre_hook(too_much)
+        gang.worker.loaded.pipeline.pipe.vae.decoder.register_forward_pre_hook(too_much)
         found = _generate(engine)
         (fault,) = found.report["faults"]
         assert fault["remedy"] == "device budget lowered from auto to as little as possible"
@@ -351,7 +352,7 @@ def test_what_happens_is_told_at_once(flux2_dir: Path) -> None:
     """A fault that is survived is only told when the picture is there."""
     with _engine(flux2_dir) as (engine, gang):
         told: list[str] = []
-        engine._notify = told.append
+        engine._ranks.notify = told.append
         seen_by_new_ranks: list[int] = []
         restart = gang.restart
 

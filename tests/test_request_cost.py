@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from one_rank import admitted
+from one_rank import admitted, rank_request
 from test_recovery import LocalGang
 
 from crossdock.launch.engine.engine import Engine
@@ -22,7 +22,6 @@ from crossdock.offload.stream.loader import EventLog
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.plan.make_plan import make_plan
-from crossdock.runtime.request import GenerateRequest
 from reference import ODD_SIZE, PROMPT
 from tiers import not_quick
 
@@ -141,16 +140,16 @@ def test_the_limit_is_for_what_was_before(engine: _CountingEngine) -> None:
 
 def test_all_of_a_long_request_is_judged(checkpoints: Checkpoints) -> None:
     """More events than the log has room for: none of this request's may be missing when its order is judged."""
-    request = GenerateRequest((PROMPT,), height=ODD_SIZE[0], width=ODD_SIZE[1], steps=STEPS, number=1)
+    request = rank_request(PROMPT, height=ODD_SIZE[0], width=ODD_SIZE[1], steps=STEPS, number=1)
     plan = make_plan(RunConfig.parse(STREAMED), checkpoints["flux2-klein"], "cpu")
     with admitted(plan) as worker:
         coordinator = Coordinator(plan)
         coordinator.admit([worker.report()], rehearsed=False)
-        worker.stream._log._limit = 20
+        worker.loaded.stream._log._limit = 20
         for _ in range(3):
             result = worker.generate(request)
             coordinator.review([result])
             computed = Counter(event.block for event in result.timeline.events if event.kind == "compute_begin")
-            assert len(result.timeline.events) > worker.stream._log._limit
+            assert len(result.timeline.events) > worker.loaded.stream._log._limit
             assert set(computed.values()) == {2 * STEPS}, "guidance makes two passes of a step"
             assert computed.keys() == {block.name for block in plan.blocks}

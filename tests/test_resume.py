@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import diffusers
 import numpy
 import pytest
 import torch
-from one_rank import admitted
+from one_rank import admitted, changed, rank_request
 from torch import Tensor
 
 from crossdock.launch.engine.engine import Engine
@@ -24,7 +23,7 @@ from crossdock.runtime.pipeline.snapshot import Snapshot, common_start
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.rank_result import RankResult
-from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.request import RankRequest, RequestItem
 from crossdock.runtime.watch.gang import Gang
 from layouts import FAMILIES
 from reference import ODD_SIZE, OTHER_PROMPT, PROMPT
@@ -32,7 +31,7 @@ from reference import ODD_SIZE, OTHER_PROMPT, PROMPT
 Checkpoints = dict[str, Path]
 GangOf = Callable[[int], Gang]
 STEPS = 5
-REQUEST = GenerateRequest((PROMPT,), seed=3, steps=STEPS, height=ODD_SIZE[0], width=ODD_SIZE[1], keep_every=1)
+REQUEST = rank_request(PROMPT, seed=3, steps=STEPS, height=ODD_SIZE[0], width=ODD_SIZE[1], keep_every=1)
 
 
 class _UniPC(diffusers.UniPCMultistepScheduler):
@@ -70,7 +69,7 @@ def _worker(directory: Path, scheduler: str = "euler", device: str = "cpu") -> I
     """A rank in this process, admitted; its blocks are streamed."""
     plan = make_plan(RunConfig.parse({"offload": {"layerwise": True}}), directory, device, device_bytes=2**33)
     with admitted(plan) as worker:
-        worker.pipeline.pipe.scheduler = SCHEDULERS[scheduler](worker.pipeline.pipe.scheduler)
+        worker.loaded.pipeline.pipe.scheduler = SCHEDULERS[scheduler](worker.loaded.pipeline.pipe.scheduler)
         yield worker
 
 
@@ -78,7 +77,7 @@ class _FaultError(Exception):
     """Plays what ends a request."""
 
 
-def _cut(worker: RankWorker, request: GenerateRequest) -> dict[int, Snapshot]:
+def _cut(worker: RankWorker, request: RankRequest) -> dict[int, Snapshot]:
     """Run `request`; what another thread could have read at each step's end, sent to another process afterwards."""
     found: dict[int, Snapshot] = {}
 
@@ -99,7 +98,7 @@ def _latents(result: RankResult) -> Tensor:
     return result.latents
 
 
-def _resume(worker: RankWorker, snapshot: Snapshot, request: GenerateRequest = REQUEST) -> tuple[RankResult, list[int]]:
+def _resume(worker: RankWorker, snapshot: Snapshot, request: RankRequest = REQUEST) -> tuple[RankResult, list[int]]:
     """The result, and the step numbers that were reported."""
     seen: list[int] = []
     worker.on_progress = seen.append
@@ -117,17 +116,18 @@ def test_every_step_can_be_resumed(family: str, scheduler: str, checkpoint_of: C
     with _worker(checkpoint_of(family), scheduler) as worker:
         snapshots = _cut(worker, REQUEST)
         expected = _latents(worker.generate(REQUEST))
-        assert not torch.equal(expected, _latents(worker.generate(replace(REQUEST, seed=4))))
+        other = changed(REQUEST, items=(RequestItem(PROMPT, seed=4),))
+        assert not torch.equal(expected, _latents(worker.generate(other)))
     assert sorted(snapshots) == list(range(1, STEPS + 1))
     assert all(snapshots[step].step == step for step in snapshots)
     torch.manual_seed(1234)  # another process has other random numbers
     with _worker(checkpoint_of(family), scheduler) as worker:
-        own = worker.pipeline.pipe.scheduler.set_timesteps
+        own = worker.loaded.pipeline.pipe.scheduler.set_timesteps
         for step, snapshot in snapshots.items():
             result, seen = _resume(worker, snapshot)
             assert torch.equal(_latents(result), expected), f"resumed after step {step}"
             assert seen == list(range(step + 1, STEPS + 1))
-            assert worker.pipeline.pipe.scheduler.set_timesteps == own
+            assert worker.loaded.pipeline.pipe.scheduler.set_timesteps == own
         assert torch.equal(_latents(worker.generate(REQUEST)), expected), "the next request"
 
 
@@ -146,7 +146,7 @@ def test_on_a_device(family: str, scheduler: str, checkpoints: Checkpoints) -> N
 @pytest.mark.parametrize("scheduler", ["euler", "unipc"])
 def test_guidance_off_and_another_size(scheduler: str, checkpoints: Checkpoints) -> None:
     """Without guidance the transformer runs once per step, on another batch."""
-    request = replace(REQUEST, height=256, width=128, guidance_scale=0.0)
+    request = changed(REQUEST, height=256, width=128, guidance_scale=0.0)
     for family in FAMILIES:
         with _worker(checkpoints[family], scheduler) as worker:
             snapshots, expected = _cut(worker, request), _latents(worker.generate(request))
@@ -181,7 +181,8 @@ def test_the_repeated_step_is_not_counted(flux2_dir: Path) -> None:
     with _worker(flux2_dir) as worker:
         snapshots = _cut(worker, REQUEST)
         worker.generate(REQUEST)
-        streamed = 2 * sum(block.layout.nbytes for block in worker.plan.streamed)  # twice per step, under guidance
+        plan = worker.loaded.plan
+        streamed = 2 * sum(block.layout.nbytes for block in plan.streamed)  # twice per step, under guidance
         finished = worker.model_steps
         part, _ = _resume(worker, snapshots[3])
         assert worker.model_steps == finished + STEPS - 3
@@ -201,7 +202,7 @@ def test_the_repeated_step_is_not_counted(flux2_dir: Path) -> None:
 @pytest.mark.parametrize("every", [0, 2, 3])
 def test_how_often_is_kept(every: int, flux2_dir: Path) -> None:
     """Kept without being asked, or not kept, or the wrong step's; kept beyond the request."""
-    request = replace(REQUEST, keep_every=every)
+    request = changed(REQUEST, keep_every=every)
     with _worker(flux2_dir) as worker:
         seen = []
         worker.on_progress = lambda _: seen.append(worker.kept.step if worker.kept else 0)
@@ -215,11 +216,11 @@ def test_a_snapshot_of_another_request_is_refused(flux2_dir: Path) -> None:
     with _worker(flux2_dir) as worker:
         snapshots, expected = _cut(worker, REQUEST), _latents(worker.generate(REQUEST))
         last = snapshots[STEPS]
-        for request in (replace(REQUEST, steps=STEPS + 1), replace(REQUEST, height=256)):
+        for request in (changed(REQUEST, steps=STEPS + 1), changed(REQUEST, height=256)):
             with pytest.raises(RequestError, match=r"resume: .* of another request"):
                 worker.generate(request, [snapshots[2]])
         with pytest.raises(RequestError, match=f"of step {STEPS}, but this request has 2"):
-            worker.generate(replace(REQUEST, steps=2), [last])
+            worker.generate(changed(REQUEST, steps=2), [last])
         with pytest.raises(RequestError, match=r"steps \[1, 2\]; allowed: one for each of 1"):
             worker.generate(REQUEST, [snapshots[1], snapshots[2]])
         assert torch.equal(_latents(worker.generate(REQUEST)), expected)
@@ -259,14 +260,14 @@ def test_several_ranks(config: dict[str, Any], gang_of: GangOf, checkpoints: Che
     """
     run = RunConfig.parse({"parallel": config, "offload": {"layerwise": True}})
     replicas = run.parallel.dp_degree
-    request = replace(REQUEST, prompts=(PROMPT, OTHER_PROMPT)[:replicas])
+    request = changed(REQUEST, items=(RequestItem(PROMPT, seed=3), RequestItem(OTHER_PROMPT, seed=4))[:replicas])
 
     def make_stochastic(worker: RankWorker) -> None:
-        own = worker.pipeline.pipe.scheduler
-        worker.pipeline.pipe.scheduler = type(own).from_config(own.config, stochastic_sampling=True)
+        own = worker.loaded.pipeline.pipe.scheduler
+        worker.loaded.pipeline.pipe.scheduler = type(own).from_config(own.config, stochastic_sampling=True)
         torch.manual_seed(worker.rank)
 
-    def cut(worker: RankWorker, request: GenerateRequest) -> tuple[Snapshot | None, Tensor | None]:
+    def cut(worker: RankWorker, request: RankRequest) -> tuple[Snapshot | None, Tensor | None]:
         found: list[Snapshot | None] = []
         worker.on_progress = lambda finished: found.append(worker.kept)
         try:

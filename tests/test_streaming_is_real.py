@@ -38,9 +38,9 @@ def _block_bytes(engine: Engine) -> list[int]:
     def measure(worker: Any) -> int:
         spans = sorted(
             (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
-            for block in worker.plan.blocks
+            for block in worker.loaded.plan.blocks
             for group in ("parameters", "buffers")
-            for tensor in getattr(worker.model.get_submodule(block.name), group)()
+            for tensor in getattr(worker.loaded.model.get_submodule(block.name), group)()
         )
         total, end = 0, 0
         for start, stop in spans:
@@ -90,7 +90,7 @@ def test_hsdp_holds_its_share_and_the_window(family: str, gang_of: GangOf, check
         window = _block_bytes(engine)
         report = engine.generate(PROMPT, steps=2).report
         shards = engine.gang.collective_rpc(
-            lambda worker: sum(b.source.nbytes for b in worker.weights.blocks), timeout_s=60
+            lambda worker: sum(b.source.nbytes for b in worker.loaded.weights.blocks), timeout_s=60
         )
     for row, in_slots, in_shards in zip(report["ranks"], window, shards, strict=True):
         assert in_shards == row["shard_bytes"] == sum(sizes) // 2
@@ -106,7 +106,7 @@ def test_where_blocks_rest_is_what_is_computed_with(layout: str, gang_of: GangOf
 
     def poison(worker: Any) -> None:
         if worker.rank == worker.world_size - 1:  # its node's store is shared: nobody else needs to
-            for block in worker.weights.blocks:
+            for block in worker.loaded.weights.blocks:
                 block.source.view(torch.float32).mul_(1.5)
 
     config = _config(layout)
@@ -127,13 +127,13 @@ def test_freed_slots_are_not_read(layout: str, family: str, gang_of: GangOf, che
     """NaN written into every slot as soon as its block has computed changes nothing: nobody reads freed weights."""
 
     def poison_freed(worker: Any) -> None:
-        worker.stream.poison_freed = True
+        worker.loaded.stream.poison_freed = True
 
     def freed_are_nan(worker: Any) -> bool:
-        worker.stream.rehearse()  # on the first rank, the VAE had the memory last
-        free = [slot for slot in worker.stream._shared if slot.holder is None]
+        worker.loaded.stream.rehearse()  # on the first rank, the VAE had the memory last
+        free = [slot for slot in worker.loaded.stream._shared if slot.holder is None]
         for slot in free:
-            worker.copy_engine.wait(slot.ready)
+            worker.loaded.copy_engine.wait(slot.ready)
         return bool(free) and all(bool((slot.memory == 0xFF).all()) for slot in free)
 
     config = _config(layout)
@@ -165,7 +165,7 @@ def test_a_rank_reads_only_its_own_bytes(gang_of: GangOf, checkpoints: Checkpoin
     config = _config("layerwise_hsdp")
     with Engine.start(config, checkpoints["z-image"], gang_of(config.world_size)) as engine:
         total = sum(block.layout.nbytes for block in engine.plan.blocks)
-        stores = engine.gang.collective_rpc(lambda worker: worker.weights.store.nbytes, timeout_s=60)
-        sharers = engine.gang.collective_rpc(lambda worker: worker.weights.shares_store_with, timeout_s=60)
+        stores = engine.gang.collective_rpc(lambda worker: worker.loaded.weights.store.nbytes, timeout_s=60)
+        sharers = engine.gang.collective_rpc(lambda worker: worker.loaded.weights.shares_store_with, timeout_s=60)
     assert stores == [total // 2] * 4
     assert sharers == [(0, 2), (1, 3), (0, 2), (1, 3)]

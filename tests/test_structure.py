@@ -184,3 +184,40 @@ def test_an_installation_has_every_package() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     found = [path.parent.relative_to(ROOT) for room in MAY_IMPORT for path in (ROOT / room).rglob("__init__.py")]
     assert sorted(listed) == sorted(".".join(("crossdock", *folder.parts)) for folder in found)
+
+
+def _of_self(node: ast.AST) -> Iterator[ast.Attribute]:
+    for found in ast.walk(node):
+        if isinstance(found, ast.Attribute) and isinstance(found.value, ast.Name) and found.value.id == "self":
+            yield found
+
+
+def _assigned(node: ast.AST) -> set[str]:
+    """What `node` assigns to `self`, however: also in a loop, a `with` or a tuple."""
+    return {found.attr for found in _of_self(node) if isinstance(found.ctx, ast.Store)}
+
+
+def _declared(kind: ast.ClassDef, methods: dict[str, ast.FunctionDef]) -> set[str]:
+    """In the class body, in `__init__`, or in the methods that finish the object there."""
+    lines = [line for line in kind.body if isinstance(line, ast.Assign | ast.AnnAssign)]
+    names = {n.id for line in lines for n in ast.walk(line) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    todo, seen = {"__init__"}, set[str]()
+    while todo:
+        seen.add(name := todo.pop())
+        if name in methods:
+            names |= _assigned(methods[name])
+            todo |= {found.attr for found in _of_self(methods[name])} - seen
+    return names
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_no_attribute_is_born_outside_init(room: str) -> None:
+    """What an object has must not depend on what was called on it: somebody would have to probe for it."""
+    for path in _modules(room):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for kind in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+            methods = {node.name: node for node in kind.body if isinstance(node, ast.FunctionDef)}
+            declared = _declared(kind, methods)
+            for method in methods.values():
+                born = set(_assigned(method)) - declared
+                assert not born, f"{path.relative_to(ROOT)}: {kind.name}.{method.name} makes {sorted(born)}"

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from one_rank import rank_request
 
 from crossdock.offload.stream.trace import BlockTimes, EventKind, TraceEvent, block_times, intervals, step_times
 from crossdock.runtime.config.schema import RunConfig
@@ -19,7 +20,6 @@ from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.records import RankTrace, Span
 from crossdock.runtime.reports.trace_file import TRACKS, chrome_trace
-from crossdock.runtime.request import GenerateRequest
 from toy_blocks import STREAMED, BlockError, build
 
 Json = dict[str, Any]
@@ -165,7 +165,7 @@ def test_a_request_of_one_rank(flux2_dir: Path) -> None:
     try:
         Coordinator(plan).admit([worker.setup(plan, rehearse=True)])
         for _ in range(2):  # the second keeps to one schedule
-            result = worker.generate(GenerateRequest(("a fox",), steps=3, height=64, width=64, guidance_scale=1.0))
+            result = worker.generate(rank_request("a fox", steps=3, height=64, width=64, guidance_scale=1.0))
     finally:
         worker.teardown()
     measured, trace, blocks = result.measurements, result.timeline, {block.name for block in plan.blocks}

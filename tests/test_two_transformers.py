@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from one_rank import admitted
+from one_rank import admitted, changed, rank_request
 from test_recovery import LocalGang
 from torch import Tensor
 
@@ -30,7 +29,6 @@ from crossdock.runtime.plan.reschedule import RankObservation, reschedule
 from crossdock.runtime.rank.probe import probe_numbers, probe_request
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.rank_result import RankResult
-from crossdock.runtime.request import GenerateRequest
 from reference import PROMPT, TOLERANCE, max_error, reference
 from tiers import not_quick
 
@@ -41,7 +39,7 @@ SWITCH = 2
 """After so many of the four steps the other transformer has its turn."""
 PASSES = 2
 """Of a step: guidance is two calls."""
-REQUEST = GenerateRequest((PROMPT,), height=SIZE[0], width=SIZE[1], frames=FRAMES, steps=STEPS, number=1)
+REQUEST = rank_request(PROMPT, height=SIZE[0], width=SIZE[1], frames=FRAMES, steps=STEPS, number=1)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +156,7 @@ def test_only_the_one_that_runs_is_streamed(
 
         def drained(loop: DenoiseLoop, *step: Any) -> dict[str, Any]:
             """What is brought ahead belongs to the step that asked for it, however busy the machine is."""
-            worker.stream.engine.drain()
+            worker.loaded.stream.engine.drain()
             return tick(loop, *step)
 
         monkeypatch.setattr(DenoiseLoop, "tick", drained)
@@ -169,7 +167,7 @@ def test_only_the_one_that_runs_is_streamed(
         assert torch.equal(result.latents, latents), "another request before it changes nothing"
         assert max_error(latents, reference(directory, PROMPT, SIZE, frames=FRAMES).latents) <= TOLERANCE
         assert result.measurements.misses == 0
-        plan = worker.plan
+        plan = worker.loaded.plan
     loads = _loads(result)
     for step, found in enumerate(loads):
         name = FIRST if step < SWITCH else SECOND
@@ -189,11 +187,11 @@ def test_a_request_may_end_before_the_switch(directory: Path) -> None:
     with admitted(plan) as worker:
         coordinator = Coordinator(plan)
         coordinator.admit([worker.report()], rehearsed=False)
-        short = worker.generate(dataclasses.replace(REQUEST, steps=1))
+        short = worker.generate(changed(REQUEST, steps=1))
         assert {_transformer_of(e.block) for e in short.timeline.events if e.kind == "compute_begin"} == {FIRST}
         assert {_transformer_of(record.fqn) for record in short.arrivals} == {FIRST, SECOND}
         coordinator.review([short])
-        result = worker.generate(dataclasses.replace(REQUEST, number=2))
+        result = worker.generate(changed(REQUEST, number=2))
         assert result.arrivals == ()
         coordinator.review([result])
         assert result.latents is not None
@@ -208,7 +206,7 @@ def test_wrong_bytes_end_the_request_at_their_first_step(name: str, directory: P
     """Of the second transformer, that is the step of the switch; no step follows, and no video is handed out."""
     config, gang = RunConfig.parse({"offload": {"layerwise": True}}), LocalGang()
     with Engine.start(config, directory, make_gang=lambda *_: gang) as engine:
-        block = next(block for block in gang.worker.stream.blocks if block.name == f"{name}.blocks.3")
+        block = next(block for block in gang.worker.loaded.stream.blocks if block.name == f"{name}.blocks.3")
         assert isinstance(block.source, Tensor)
         block.layout.entries[0].view(block.source).view(-1)[0] += 1
         shown: list[int] = []
@@ -226,7 +224,7 @@ def test_the_probe_runs_both(directory: Path) -> None:
         report = probe_numbers(worker, probe_request(plan))
         assert {block.name for block in plan.blocks} < {name for name, _ in report.on}
         assert list(same_numbers(plan, [report])) == []
-        second = next(block for block in worker.stream.blocks if block.name.startswith(SECOND))
+        second = next(block for block in worker.loaded.stream.blocks if block.name.startswith(SECOND))
         assert isinstance(second.source, Tensor)
         second.layout.entries[0].view(second.source).mul_(1.5)
         found = list(same_numbers(plan, [probe_numbers(worker, probe_request(plan))]))
@@ -237,7 +235,7 @@ def test_one_that_never_has_a_turn_is_told(directory: Path, monkeypatch: pytest.
     plan = _plan(directory)
     monkeypatch.setattr("crossdock.runtime.rank.probe._MOST_STEPS", 4)
     with admitted(plan) as worker:
-        worker.pipeline.pipe.register_to_config(boundary_ratio=None)
+        worker.loaded.pipeline.pipe.register_to_config(boundary_ratio=None)
         report = probe_numbers(worker, probe_request(plan))
     (violation,) = same_numbers(plan, [report])
     assert (violation.check, violation.where, violation.found) == ("same-numbers", SECOND, "none")
@@ -290,7 +288,7 @@ def test_a_changed_schedule_serves_both(budget: str, directory: Path, monkeypatc
         coordinator = Coordinator(plan)
         coordinator.admit([worker.report()], rehearsed=False)
         for number in (1, 2):
-            result = worker.generate(dataclasses.replace(REQUEST, number=number))
+            result = worker.generate(changed(REQUEST, number=number))
             assert result.schedule_note.startswith("improved after step 2"), result.schedule_note
             assert (result.plan is not None) == (number == 1)
             coordinator.review([result])
@@ -329,4 +327,4 @@ def _fail_at(worker: RankWorker, passes: int) -> None:
             raise ValueError("planted")
 
     for name in (FIRST, SECOND):
-        worker.model.get_submodule(f"{name}.blocks.1").register_forward_pre_hook(count)
+        worker.loaded.model.get_submodule(f"{name}.blocks.1").register_forward_pre_hook(count)

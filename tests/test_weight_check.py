@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from one_rank import rank_request
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -34,7 +35,6 @@ from crossdock.runtime.rank.weights.compare import WHOLE_BYTES, WeightCheck, sam
 from crossdock.runtime.rank.weights.load import WeightLoader
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.records import RankReport
-from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.watch.gang import Gang
 from layouts import FAMILIES
 from reference import ODD_SIZE, PROMPT
@@ -49,7 +49,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "all resident": {"layerwise": True, "device_budget": 1.0, "host": "mmap"},
     "off": {},
 }
-REQUEST = GenerateRequest((PROMPT,), height=ODD_SIZE[0], width=ODD_SIZE[1], steps=2)
+REQUEST = rank_request(PROMPT, height=ODD_SIZE[0], width=ODD_SIZE[1], steps=2)
 BLOCK = "single_transformer_blocks.2"
 WEIGHT = f"{BLOCK}.attn.to_out.weight"
 
@@ -134,12 +134,12 @@ def test_weights_that_were_changed_on_purpose_are_no_fault(rehearse: bool, flux2
     with _worker(plan, rehearse=rehearse) as (worker, report):
         coordinator = Coordinator(plan)
         coordinator.admit([report], rehearse)
-        with worker.stream.gathered(BLOCK, write_back=True) as weights:
+        with worker.loaded.stream.gathered(BLOCK, write_back=True) as weights:
             weights["attn.to_out.weight"].mul_(2)
         before = worker.report().arrivals
         assert {record.fqn for record in before} == set(plan.dtypes)
-        worker.stream.reschedule(plan.schedule, plan.resident, plan.order)
-        worker.stream.rehearse()
+        worker.loaded.stream.reschedule(plan.schedule, plan.resident, plan.order)
+        worker.loaded.stream.rehearse()
         again = worker.report()
         assert again.arrivals == before
         assert verify_composition(plan, [again]) == []

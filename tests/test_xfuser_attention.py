@@ -129,7 +129,7 @@ def test_the_worker_tells_its_stream_of_collectives(flux2_dir: Path, monkeypatch
     monkeypatch.setattr(ModelParallelism, "apply", applied)
     with admitted(make_plan(RunConfig.parse({"offload": {"layerwise": True}}), flux2_dir, "cpu")) as worker:
         calls: list[int] = []
-        monkeypatch.setattr(worker.stream, "collective_issued", lambda: calls.append(1))
+        monkeypatch.setattr(worker.loaded.stream, "collective_issued", lambda: calls.append(1))
         given[0]()
     assert calls == [1]
 

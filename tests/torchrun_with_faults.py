@@ -35,7 +35,7 @@ def note(name: str, text: str = "") -> None:
 
 
 def _skip_one(worker: RankWorker) -> None:
-    group = worker.mesh.groups["tp"]
+    group = worker.loaded.mesh.groups["tp"]
     assert group is not None
 
     def all_reduce(tensor: Any) -> None:
@@ -60,7 +60,7 @@ def _end(kind: str, worker: RankWorker) -> None:
 
 
 def _plant(worker: RankWorker, planted: dict[str, Any]) -> None:
-    worker.model.register_forward_pre_hook(lambda *_: time.sleep(STEP_S))
+    worker.loaded.model.register_forward_pre_hook(lambda *_: time.sleep(STEP_S))
     if worker.rank != planted["rank"]:
         return
 
@@ -74,8 +74,8 @@ def _plant(worker: RankWorker, planted: dict[str, Any]) -> None:
             time.sleep(STEP_S)  # until others know that it is here
             _end(planted["kind"], worker)
 
-    last = worker.model.single_transformer_blocks[-1].attn  # a collective that is left out is the last of the step
-    handle = last.register_forward_pre_hook(look)  # type: ignore[index, union-attr]
+    blocks = worker.loaded.model.single_transformer_blocks  # a collective that is left out is the last of the step
+    handle = blocks[-1].attn.register_forward_pre_hook(look)  # type: ignore[index, union-attr]
 
 
 def _ask_forever() -> None:

@@ -14,11 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from crossdock.launch.commands.options import Amounts, Outputs
+from crossdock.launch.commands.options import Outputs
 from crossdock.launch.commands.outputs import write_outputs
 from crossdock.launch.console import end
 from crossdock.launch.engine.engine import Engine
-from crossdock.launch.engine.generation import Generation
 from crossdock.launch.engine.recovery import brief
 from crossdock.launch.gangs.choose import Command, choose_gang, choose_launcher
 from crossdock.runtime.config.yaml_file import load_config, locate
@@ -32,7 +31,6 @@ def run_generate(
     model_dir: Path,
     request: GenerateRequest,
     outputs: Outputs,
-    amounts: Amounts,
     command: Command,
     quiet: bool = False,
 ) -> None:
@@ -53,7 +51,8 @@ def run_generate(
         with Engine.start(config, model_dir, make_gang=make_gang, first_request=request, notify=notify) as engine:
             verified = "composition verified, what arrives is compared in the first step"
             console.print(f"layout: {engine.plan.layout_name}; {verified}", markup=False)
-            generation = _generate(engine, request, amounts, console)
+            with _step_bar(console) as step:
+                generation = engine.run(request, step)
     if not quiet:
         for path in write_outputs(generation, outputs):
             console.print(f"wrote {path}", markup=False)
@@ -71,23 +70,6 @@ def locating(config_path: Path) -> Iterator[None]:
         if error.key is None:
             raise
         raise type(error)(f"{locate(config_path, error.key)}: {error}") from None
-
-
-def _generate(engine: Engine, request: GenerateRequest, amounts: Amounts, console: Console) -> Generation:
-    with _step_bar(console) as step:
-        return engine.generate(
-            request.prompts,
-            seed=request.seed,
-            steps=request.steps,
-            height=request.height,
-            width=request.width,
-            guidance_scale=request.guidance_scale,
-            negative_prompt=request.negative_prompt,
-            frames=request.frames,
-            images_per_prompt=amounts.images_per_prompt,
-            batch_size=amounts.batch_size,
-            progress=step,
-        )
 
 
 @contextmanager

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from crossdock.launch.console import INTERRUPTED, complain_on_stderr
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.errors import CheckpointError, CrossdockError, RequestError
-from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.request import GenerateRequest, RequestItem
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4",)
@@ -58,16 +59,8 @@ class Outputs:
         return [self.image.with_stem(f"{self.image.stem}_{index}") for index in range(images)]
 
 
-@dataclass(frozen=True)
-class Amounts:
-    """How many pictures of each prompt, and how many a replica computes at once."""
-
-    images_per_prompt: int = 1
-    batch_size: int = 1
-
-
-RunGenerate = Callable[[Path, Path, GenerateRequest, Outputs, Amounts], None]
-"""Takes the config file, the model directory, the request, the outputs and the amounts, all checked."""
+RunGenerate = Callable[[Path, Path, GenerateRequest, Outputs], None]
+"""Takes the config file, the model directory, the request and the outputs, all checked."""
 
 
 RunCheck = Callable[[Path, Path, bool, bool], None]
@@ -82,30 +75,11 @@ def build_app(run: RunGenerate) -> typer.Typer:
     def _group() -> None:
         """Distributed inference for diffusion transformers that are larger than one GPU."""
 
-    @app.command()
     def generate(
         model_dir: Annotated[
             Path, typer.Argument(metavar="MODEL_DIR", help="Checkpoint directory in the diffusers format.")
         ],
         config: Annotated[Path, typer.Option(help="YAML file with the layout; see `config-schema`.")],
-        prompt: Annotated[list[str], typer.Option(help="What to draw; repeat it for several pictures.")],
-        seed: Annotated[int, typer.Option(help="Seed of the initial noise, which is drawn on the CPU.")] = 0,
-        steps: Annotated[int, typer.Option(help="Denoising steps.")] = 4,
-        height: Annotated[int, typer.Option(help="Height in pixels.")] = 256,
-        width: Annotated[int, typer.Option(help="Width in pixels.")] = 256,
-        guidance_scale: Annotated[
-            float | None, typer.Option(help="Guidance; by default the pipeline's own.", show_default=False)
-        ] = None,
-        negative_prompt: Annotated[
-            str | None, typer.Option(help="What not to draw, where the pipeline has guidance.", show_default=False)
-        ] = None,
-        frames: Annotated[
-            int | None, typer.Option(help="Frames of a video; by default the pipeline's own.", show_default=False)
-        ] = None,
-        images_per_prompt: Annotated[
-            int, typer.Option(min=1, help="Pictures of each prompt; number i is drawn with seed + i.")
-        ] = 1,
-        batch_size: Annotated[int, typer.Option(min=1, help="Pictures that a replica computes at once.")] = 1,
         out: Annotated[
             Path, typer.Option(help="Picture, or video (.mp4); several get _0, _1, ... before the suffix.")
         ] = Path("out.png"),
@@ -116,18 +90,37 @@ def build_app(run: RunGenerate) -> typer.Typer:
         trace: Annotated[
             Path | None, typer.Option(help="Also write what every rank did when (JSON, for Perfetto and `timeline`).")
         ] = None,
+        **options: Any,
     ) -> None:
         """Draw one picture, or make one video, for each prompt."""
-        request = GenerateRequest(
-            tuple(prompt), seed, steps, height, width, guidance_scale, negative_prompt=negative_prompt, frames=frames
-        )
+        request = GenerateRequest.of(**options)
         outputs = Outputs(out, latents, report, trace)
         request.validate()
-        outputs.check(len(request.prompts) * images_per_prompt)
+        outputs.check(len(request.pictures))
         _check_inputs(config, model_dir)
-        run(config, model_dir, request, outputs, Amounts(images_per_prompt, batch_size))
+        run(config, model_dir, request, outputs)
 
+    app.command()(_with_request_options(generate))
     return app
+
+
+def _with_request_options(command: Callable[..., None]) -> Callable[..., None]:
+    """`command`, whose `options` are those of a request."""
+    hints = get_type_hints(RequestItem) | get_type_hints(GenerateRequest)
+    asked = []
+    for setting in (*fields(RequestItem), *fields(GenerateRequest)):
+        if "help" not in setting.metadata:
+            continue
+        option = typer.Option(help=setting.metadata["help"], show_default=setting.default is not None)
+        kind = list[str] if setting.name == "prompt" else hints[setting.name]
+        default = Parameter.empty if setting.default is MISSING else setting.default
+        asked.append(
+            Parameter(setting.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+        )
+    own = signature(command, eval_str=True).parameters.values()
+    named = [each.replace(kind=Parameter.KEYWORD_ONLY) for each in own if each.kind is not Parameter.VAR_KEYWORD]
+    command.__signature__ = Signature([*named[:2], *asked, *named[2:]])  # type: ignore[attr-defined]
+    return command
 
 
 def add_check(app: typer.Typer, run: RunCheck) -> typer.Typer:

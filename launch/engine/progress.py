@@ -16,7 +16,7 @@ Notify = Callable[[str], None]
 class Steps:
     """Reports the progress of a request: every finished step once, however often it is resumed."""
 
-    def __init__(self, progress: Progress | None, steps: int) -> None:
+    def __init__(self, progress: Progress, steps: int) -> None:
         self._progress = progress
         self._steps = steps
         self._reported = 0
@@ -31,8 +31,7 @@ class Steps:
     def _notify(self, finished: int) -> None:
         while self._reported < min(finished, self._steps):
             self._reported += 1
-            if self._progress is not None:
-                self._progress(self._reported, self._steps)
+            self._progress(self._reported, self._steps)
 
 
 class Delays:

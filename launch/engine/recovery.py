@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from crossdock.runtime.errors import CrossdockError, RankError
 from crossdock.runtime.pipeline.snapshot import Snapshot, common_start
@@ -40,6 +40,14 @@ class Fault:
     recovery_s: float
     remedy: str
     meanwhile: tuple[str, ...] = ()
+
+
+@dataclass
+class Survived:
+    """What one request, or the start of an engine, came through."""
+
+    faults: list[Fault] = field(default_factory=list)
+    budget_lowered: bool = False
 
 
 class Snapshots:

@@ -60,6 +60,10 @@ class LocalGang:
     def can_restart(self) -> bool:
         return True
 
+    @property
+    def own_rank(self) -> None:
+        return None
+
     def start(self) -> None:
         gpus = torch.cuda.device_count() if self._device == "cuda" else self.world_size
         if gpus < self.world_size:

@@ -114,9 +114,8 @@ class RayGang:
         self._actors: list[Any] = []
         self._places: list[Place] = []  # of every rank
 
-    @property
-    def can_restart(self) -> bool:
-        return True
+    can_restart = True
+    own_rank = None
 
     def start(self) -> None:
         self._connect()

@@ -37,9 +37,11 @@ class TorchrunGang:
         self._watch: RankWatch | None = None
         self._broken = False  # in the middle of a call: what the ranks hold cannot be given up together
 
+    can_restart = False  # torchrun restarts all ranks itself: `--max-restarts`
+
     @property
-    def can_restart(self) -> bool:
-        return False  # torchrun restarts all ranks itself: `--max-restarts`
+    def own_rank(self) -> int:
+        return self._worker.rank
 
     def start(self) -> None:
         there = int(os.environ["WORLD_SIZE"])

@@ -34,7 +34,7 @@ from crossdock.runtime.pipeline.replicate import replicated
 from crossdock.runtime.pipeline.snapshot import Snapshot, beginning_at
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import Span
-from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.request import GenerateRequest, RequestItem
 
 _MAX_REASON = 1000
 
@@ -146,8 +146,7 @@ class RankPipeline:
 
     def run(
         self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
+        items: Sequence[RequestItem],
         request: GenerateRequest,
         on_step: Callable[[StepEnd], None],
         resume: Snapshot | None = None,
@@ -159,6 +158,7 @@ class RankPipeline:
         it is the same on all ranks and in every run. An error that `on_step` raises leaves the pipeline usable.
 
         Args:
+            items: of `request`, for one batch.
             on_decode: called when the loop is done; whether this rank decodes. On the first rank of a replica only.
 
         Raises:
@@ -166,7 +166,7 @@ class RankPipeline:
         """
         self._encodes.clear()
         began = time.perf_counter()
-        drawn = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        drawn = [torch.Generator("cpu").manual_seed(item.seed) for item in items]
         late = nullcontext() if resume is None else beginning_at(self.pipe.scheduler, resume.step)
         ended: list[float] = []
 
@@ -177,11 +177,11 @@ class RankPipeline:
 
         self._on_decode = decodes
         output = None
-        with own_randomness(self._device, seeds[0]) as generators, late, self._active:
+        with own_randomness(self._device, items[0].seed) as generators, late, self._active:
             chunks = number_of_chunks(self._plan.spec, request.frames)
             loop = DenoiseLoop(self._device, (*drawn, *generators), on_step, resume, chunks)
             self._between_chunks = lambda: loop.between_chunks
-            arguments = self._arguments(prompts, drawn, request)
+            arguments = self._arguments(items, drawn, request)
             with (
                 loop.watching(*(getattr(self.pipe, name) for name in self._plan.transformers)),
                 loop.told_by(self.pipe) as tells,
@@ -195,7 +195,7 @@ class RankPipeline:
         encode_s = sum(span.end_s - span.begin_s for span in encodes)
         end_s = ended[0] if ended else time.perf_counter()
         return Denoised(
-            latents if len(latents) == len(prompts) else latents[None],  # a loop for one prompt may know no batch
+            latents if len(latents) == len(items) else latents[None],  # a loop for one prompt may know no batch
             None if output is None else self._media(output),
             encodes,
             encode_s,
@@ -205,27 +205,27 @@ class RankPipeline:
         )
 
     def _arguments(
-        self, prompts: Sequence[str], generators: list[torch.Generator], request: GenerateRequest
+        self, items: Sequence[RequestItem], generators: list[torch.Generator], request: GenerateRequest
     ) -> dict[str, Any]:
         """What the pipeline is called with."""
-        several = len(prompts) > 1
+        several = len(items) > 1
         return {
-            "prompt": list(prompts) if several else prompts[0],
+            "prompt": [item.prompt for item in items] if several else items[0].prompt,
             "num_inference_steps": request.steps + self._plan.spec.more_steps,
             "height": request.height,
             "width": request.width,
             "generator": generators if several else generators[0],
             "output_type": "pil" if self._plan.spec.fps is None else "np",
             "return_dict": False,
-            **self._wishes(request, len(prompts)),
+            **self._wishes(items, request),
         }
 
-    def _wishes(self, request: GenerateRequest, batch: int) -> dict[str, Any]:
+    def _wishes(self, items: Sequence[RequestItem], request: GenerateRequest) -> dict[str, Any]:
         """What else was asked for; for all else, the pipeline has its own defaults."""
-        negative = request.negative_prompt
+        negatives = [item.negative_prompt for item in items]
         wishes = {
             self._plan.spec.guidance: request.guidance_scale,
-            "negative_prompt": negative if negative is None or batch == 1 else [negative] * batch,
+            "negative_prompt": negatives[0] if len(items) == 1 or negatives[0] is None else negatives,
             "num_frames": request.frames,
         }
         return {name: value for name, value in wishes.items() if name and value is not None and "." not in name}

@@ -6,14 +6,11 @@ import torch
 
 from crossdock.offload.memory.device_memory import total_bytes
 from crossdock.runtime.errors import RequestError
-from crossdock.runtime.models.spec import ModelSpec
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.request import GenerateRequest, check_whole
+from crossdock.runtime.request import GenerateRequest
 
 MOST_DEVICE_BYTES = 2**40
 """No device has more."""
-MAX_PICTURES = 100_000
-"""Of one call."""
 
 
 def check_request(plan: RunPlan, request: GenerateRequest) -> None:
@@ -22,6 +19,10 @@ def check_request(plan: RunPlan, request: GenerateRequest) -> None:
         RequestError: no pipeline, or not this one, can do what is asked for, or no such device can hold it.
     """
     request.validate()
+    if request.batch_size > 1 and not plan.spec.batches:
+        raise RequestError(
+            f"batch_size: found {request.batch_size}; {plan.spec.family} takes one prompt at a time: leave it out"
+        )
     for name in ("height", "width"):
         pixels, multiple = getattr(request, name), plan.pixel_multiple
         if pixels % multiple:
@@ -33,10 +34,10 @@ def check_request(plan: RunPlan, request: GenerateRequest) -> None:
         raise RequestError(
             f"guidance_scale: found {request.guidance_scale:g}; {plan.spec.family} has no guidance: leave it out"
         )
-    if request.negative_prompt is not None and not plan.spec.negative_prompt:
+    negative = request.items[0].negative_prompt  # where one has none, all have none
+    if negative is not None and not plan.spec.negative_prompt:
         raise RequestError(
-            f"negative_prompt: found {request.negative_prompt!r}; the guidance of {plan.spec.family} takes none: "
-            "leave it out"
+            f"negative_prompt: found {negative!r}; the guidance of {plan.spec.family} takes none: leave it out"
         )
     if request.frames is not None:
         _check_frames(plan, request.frames)
@@ -80,14 +81,3 @@ def _check_frames(plan: RunPlan, frames: int) -> None:
         below = max((frames - more) // multiple, 1 - more) * multiple + more
         allowed = f"a multiple of {multiple}{', and one more' if more else ''}, such as {below}"
         raise RequestError(f"frames: found {frames}; allowed for {spec.family}: {allowed}")
-
-
-def check_amounts(spec: ModelSpec, images_per_prompt: int, batch_size: int) -> None:
-    """
-    Raises:
-        RequestError: nothing is to be made, or more at once than the pipeline does.
-    """
-    check_whole("images_per_prompt", images_per_prompt, 1, MAX_PICTURES)
-    check_whole("batch_size", batch_size, 1, MAX_PICTURES)
-    if batch_size > 1 and not spec.batches:
-        raise RequestError(f"batch_size: found {batch_size}; {spec.family} takes one prompt at a time: leave it out")

@@ -38,7 +38,7 @@ def probe_request(plan: RunPlan) -> GenerateRequest:
     side = _SIDE * plan.pixel_multiple
     spec = plan.spec
     fewest = spec.frame_counts[0] if spec.frame_counts else spec.chunk_frames or plan.frame_multiple + 1
-    return GenerateRequest((_PROMPT,), steps=1, height=side, width=side, frames=None if spec.fps is None else fewest)
+    return GenerateRequest.of(_PROMPT, steps=1, height=side, width=side, frames=None if spec.fps is None else fewest)
 
 
 def probe_numbers(worker: RankWorker, request: GenerateRequest) -> ProbeReport:
@@ -51,10 +51,10 @@ def probe_numbers(worker: RankWorker, request: GenerateRequest) -> ProbeReport:
     """
     try:
         on = _streamed(worker, request)
-        while not_called(worker.plan, on) and request.steps < _MOST_STEPS:
+        while not_called(worker.loaded.plan, on) and request.steps < _MOST_STEPS:
             request = replace(request, steps=2 * request.steps)
             on = _streamed(worker, request)
-        with worker.stream.suspended(), _weights_from_files(worker):
+        with worker.loaded.stream.suspended(), _weights_from_files(worker):
             off = _run(worker, request)
     finally:
         worker.phase = "idle"
@@ -62,34 +62,34 @@ def probe_numbers(worker: RankWorker, request: GenerateRequest) -> ProbeReport:
 
 
 def _streamed(worker: RankWorker, request: GenerateRequest) -> tuple[tuple[str, int], ...]:
-    with worker.stream.unrecorded():
+    with worker.loaded.stream.unrecorded():
         return _run(worker, request)
 
 
 def _run(worker: RankWorker, request: GenerateRequest) -> tuple[tuple[str, int], ...]:
     """(block, checksum of what it returned) of each call, and at the end that of the latents."""
     worker.phase = "encode"
-    calls: list[tuple[str, list[Tensor]]] = []
+    loaded, calls = worker.loaded, list[tuple[str, list[Tensor]]]()
 
     def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
         # the digests stay on the device: to read one is to wait for it, and that would hide a wait that is missing
         calls.append((name, [digest(tensor) for tensor in _tensors(output)]))
 
     with ExitStack() as hooks:
-        for block in worker.weights.blocks:
+        for block in loaded.weights.blocks:
             hooks.callback(block.module.register_forward_hook(partial(note, block.name)).remove)
-        done = worker.pipeline.run(request.prompts, [request.seed], request, lambda finished: None)
+        done = loaded.pipeline.run(request.items, request, lambda finished: None)
     return (*((name, _combined(digests)) for name, digests in calls), (FINAL_LATENTS, checksum(done.latents)))
 
 
 @contextmanager
 def _weights_from_files(worker: RankWorker) -> Iterator[None]:
     """Every block runs with its own copy of the checkpoint's bytes, which exists as long as it runs."""
-    plan = worker.plan
+    loaded, plan = worker.loaded, worker.loaded.plan
     planned = {block.name: block for block in plan.blocks}
     fresh = build_transformers(plan.spec.transformer, plan.model_dir, plan.transformers)
     # has the buffers that no file holds
-    loader = WeightLoader(plan, worker.mesh, fresh, worker.device)
+    loader = WeightLoader(plan, loaded.mesh, fresh, worker.device)
 
     with ExitStack() as cleanup, ExitStack() as bound:
         cleanup.callback(loader.close)
@@ -100,7 +100,7 @@ def _weights_from_files(worker: RankWorker) -> Iterator[None]:
         def after(*_: Any) -> None:
             bound.close()
 
-        for block in worker.weights.blocks:
+        for block in loaded.weights.blocks:
             cleanup.callback(block.module.register_forward_pre_hook(partial(before, block)).remove)
             cleanup.callback(block.module.register_forward_hook(after, always_call=True).remove)
         yield

@@ -14,7 +14,7 @@ import torch
 
 from crossdock.parallel.group import Group, exchange
 from crossdock.runtime.errors import RankError, RequestCancelled, RequestTimeout
-from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.request import RankRequest
 
 
 class _StopReason(IntEnum):
@@ -50,9 +50,9 @@ class Stopping:
         with self._lock:
             self._asked.setdefault(number, reason)
 
-    def begin(self, request: GenerateRequest) -> None:
+    def begin(self, request: RankRequest) -> None:
         """A request begins: its time runs, and what was asked of earlier ones is forgotten."""
-        self._limit_s, self._began = request.time_limit_s, time.monotonic() - request.spent_s
+        self._limit_s, self._began = request.asked.time_limit_s, time.monotonic() - request.spent_s
         with self._lock:
             self._number = request.number
             self._asked = {number: reason for number, reason in self._asked.items() if number >= request.number}

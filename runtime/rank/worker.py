@@ -7,53 +7,42 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from crossdock.offload.memory.arena import Arena
 from crossdock.offload.memory.copy_engine import make_copy_engine
 from crossdock.offload.memory.device_memory import allocated_bytes, spare_bytes, total_bytes
-from crossdock.offload.stream.block import Home
 from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.offload.stream.loader import Gather
-from crossdock.parallel.group import Group, GroupRecord, exchange
+from crossdock.parallel.group import Group, exchange
 from crossdock.parallel.hsdp import all_gather_bytes
 from crossdock.parallel.mesh import Mesh
-from crossdock.parallel.sequence import shard_lengths
 from crossdock.parallel.tensor import EXCHANGING
 from crossdock.runtime.errors import RequestCancelled
 from crossdock.runtime.models.transformers import build_transformers, transformers_in
 from crossdock.runtime.pipeline.denoise_loop import StepEnd
 from crossdock.runtime.pipeline.pipeline import Denoised, RankPipeline
-from crossdock.runtime.pipeline.snapshot import Snapshot, of_replica
+from crossdock.runtime.pipeline.snapshot import Snapshot
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.reschedule import MEASURED_STEPS, observe, reschedule
-from crossdock.runtime.rank.inspection import (
-    checksum,
-    foreign_hooks,
-    measure_device,
-    memory_span,
-    record_homes,
-    record_plain,
-    record_reads,
-    record_tensors,
-    sampled_checksum,
-)
+from crossdock.runtime.rank.inspection import checksum, record_reads, sampled_checksum
+from crossdock.runtime.rank.loaded_model import LoadedModel
 from crossdock.runtime.rank.parallelize import ModelParallelism
-from crossdock.runtime.rank.request_log import RequestLog
+from crossdock.runtime.rank.request_state import RequestState
 from crossdock.runtime.rank.stop import ArrivalsDifferError, Stopping
 from crossdock.runtime.rank.weights.compare import WeightCheck
-from crossdock.runtime.rank.weights.load import RankWeights, WeightLoader
+from crossdock.runtime.rank.weights.load import WeightLoader
 from crossdock.runtime.reports.rank_result import RankResult
 from crossdock.runtime.reports.records import RankReport, RankTrace
 from crossdock.runtime.reports.status import RankStatus
-from crossdock.runtime.request import GenerateRequest
+from crossdock.runtime.request import RankRequest
 
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Where gloo and NCCL listen; by default at the address of the machine's name. Whoever sets them knows better."""
@@ -72,12 +61,13 @@ class RankWorker:
         self.world_size = world_size
         self.device = device
         self.on_progress: Callable[[int], None] | None = None
-        self.ready = False
         self.phase = "idle"
         self.stopping = Stopping()
         self.world: Group | None = None  # all ranks, once they have met
-        self.snapshots: tuple[Snapshot, ...] = ()  # the newest two of the request under way, oldest first
-        self.log: RequestLog | None = None  # of the latest request
+        self.model_steps = 0  # of the model that is loaded
+        self._mesh: Mesh | None = None  # of the model that is loaded, or is being loaded
+        self._loaded: LoadedModel | None = None
+        self._state: RequestState | None = None  # of the request under way, or that a fault ended
         if device.type == "cuda":
             torch.cuda.set_device(device)
         else:
@@ -119,87 +109,79 @@ class RankWorker:
         """
         began = time.perf_counter()
         allocated = allocated_bytes(self.device)
+        rehearse = rehearse or probe
         self.phase = "connect"
-        self.total = checksum if probe else sampled_checksum
-        self.plan = plan
         timeout_s = plan.config.launch.timeouts.collective_s
-        self.mesh = Mesh.connect(plan.mesh, self.rank, timeout_s, self.world)
+        self._mesh = mesh = Mesh.connect(plan.mesh, self.rank, timeout_s, self.world)
         self.phase = "load"
-        self.model = build_transformers(plan.spec.transformer, plan.model_dir, plan.transformers)
-        self.parallelism = ModelParallelism.apply(self.model, plan, self.mesh, lambda: self.stream.collective_issued())
-        loader = WeightLoader(plan, self.mesh, self.model, self.device)
-        self.weights: RankWeights = loader.load_blocks()
+        model = build_transformers(plan.spec.transformer, plan.model_dir, plan.transformers)
+        parallelism = ModelParallelism.apply(model, plan, mesh, lambda: stream.collective_issued())
+        loader = WeightLoader(plan, mesh, model, self.device)
+        weights = loader.load_blocks()
         loader.load_outside()
         loader.close()
-        self.copy_engine = make_copy_engine(self.device, timeout_s)
-        self.arena = None if plan.arena_bytes is None else Arena(plan.arena_bytes, self.device)
-        self.stream = BlockStream(
-            self.weights.blocks,
+        copy_engine = make_copy_engine(self.device, timeout_s)
+        arena = None if plan.arena_bytes is None else Arena(plan.arena_bytes, self.device)
+        stream = BlockStream(
+            weights.blocks,
             plan.schedule,
             self.device,
-            self.copy_engine,
-            self._gather(),
+            copy_engine,
+            self._gather(mesh),
             resident=plan.resident,
             passes=plan.passes,
-            arena=self.arena,
+            arena=arena,
             yield_to_collectives=self.device.type == "cuda" and self.world_size > 1,
         )
-        self.stream.attach()
-        for pass_, transformer in enumerate(transformers_in(self.model).values()):
-            transformer.register_forward_pre_hook(partial(self._begin_forward, pass_))
-        for module in self.model.modules():
+        stream.attach()
+        for pass_, transformer in enumerate(transformers_in(model).values()):
+            transformer.register_forward_pre_hook(partial(self._begin_forward, stream, pass_))
+        for module in model.modules():
             if isinstance(module, EXCHANGING):
-                module.register_forward_hook(lambda *_: self.stream.collective_issued())
-        self.pipeline = RankPipeline(plan, self.mesh, self.model, self.device, self.copy_engine, self.arena)
-        self.weight_check = WeightCheck(plan, self.rank, self.model, full=probe)
-        self.schedule_note = "assumed costs: nothing was measured yet"
-        self.model_steps = 0  # of this model
-        self.ready = True
-        self.load_s = time.perf_counter() - began
-        self.phase = "rehearsal" if rehearse or probe else "verify"
-        self.weight_check.begin(self.stream, rehearse=rehearse or probe)
+                module.register_forward_hook(lambda *_: stream.collective_issued())
+        pipeline = RankPipeline(plan, mesh, model, self.device, copy_engine, arena)
+        check = WeightCheck(plan, self.rank, model, full=probe)
+        made = (mesh, model, parallelism, weights, copy_engine, arena, stream, pipeline, check)
+        total, load_s = checksum if probe else sampled_checksum, time.perf_counter() - began
+        self._loaded = loaded = LoadedModel(plan, self.device, *made, total, load_s)
+        self.model_steps = 0
+        self.phase = "rehearsal" if rehearse else "verify"
+        check.begin(stream, rehearse=rehearse)
         self.phase = "idle"
-        report = self.report(None if allocated is None else (allocated_bytes(self.device) or 0) - allocated)
-        if not (rehearse or probe):
-            self.weight_check.watch(self.stream)  # now, so that nobody waits while slots are being poisoned
+        report = loaded.report(None if allocated is None else (allocated_bytes(self.device) or 0) - allocated)
+        if not rehearse:
+            check.watch(stream)  # now, so that nobody waits while slots are being poisoned
         return report
 
-    def report(self, grown_bytes: int | None = None) -> RankReport:
-        """What this rank holds now, read off the live model.
+    @property
+    def ready(self) -> bool:
+        """Whether a model is loaded."""
+        return self._loaded is not None
 
-        Args:
-            grown_bytes: by how much loading made the device's allocator grow, where it is known.
+    @property
+    def loaded(self) -> LoadedModel:
         """
-        issued = self._issued()
-        weights, blocks = self.weights, self.stream.blocks
-        shards = [b.source for b in blocks if b.home is Home.DEVICE_SHARD and isinstance(b.source, Tensor)]
-        return RankReport(
-            rank=self.rank,
-            tensors=record_tensors(self.model, self.stream, weights.slices, weights.filled, self.total),
-            plain=record_plain(self.model, self.stream),
-            homes=record_homes(self.plan, self.stream, weights.ranges, weights.filled, self.total),
-            order=self.stream.order,
-            slot_bytes=tuple(memory.nbytes for memory in self.stream.slot_memory),
-            slots=tuple(span for memory in self.stream.slot_memory if (span := memory_span(memory)) is not None),
-            arrivals=tuple(self.weight_check.records),
-            device_bytes=measure_device(self.model, self.pipeline.on_device, shards, self.device, grown_bytes),
-            foreign_hooks=foreign_hooks(self.model),
-            trace=self.stream.trace(since=self.stream.scheduled_at),
-            collectives=issued,
-        )
+        Raises:
+            RuntimeError: nothing is loaded.
+        """
+        if self._loaded is None:
+            raise RuntimeError(f"rank {self.rank} has no model: setup comes first")
+        return self._loaded
+
+    def report(self) -> RankReport:
+        """What this rank holds now, read off the live model."""
+        return self.loaded.report()
 
     def status(self) -> RankStatus:
         """What this rank is doing right now; for another thread."""
-        stream = getattr(self, "stream", None) if self.ready else None
-        mesh = getattr(self, "mesh", None)
-        denoises = self.phase == "denoise"
-        latest = stream.latest if stream is not None and denoises else None
+        loaded, state, mesh, denoises = self._loaded, self._state, self._mesh, self.phase == "denoise"
+        latest = loaded.stream.latest if loaded is not None and denoises else None
         return RankStatus(
             self.rank,
             socket.gethostname(),
             os.getpid(),
             self.phase,
-            self.log.running if denoises and self.log is not None else None,
+            state.log.running if denoises and state is not None else None,
             latest[1] if latest else None,
             bool(latest and latest[0] == "wait_begin"),
             self.kept.step if self.kept is not None else 0,
@@ -207,16 +189,22 @@ class RankWorker:
         )
 
     @property
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """The newest two of the request under way, oldest first, on the first rank of a replica. For any thread."""
+        state = self._state
+        return state.snapshots if state is not None else ()
+
+    @property
     def kept(self) -> Snapshot | None:
-        """The newest snapshot of the request under way, on the first rank of a replica. For any thread."""
-        return self.snapshots[-1] if self.snapshots else None
+        """The newest of the snapshots. For any thread."""
+        return next(reversed(self.snapshots), None)
 
     def cancel(self, reason: str, request_number: int) -> None:
         """Stop that request, on all ranks, at the end of the step that runs. For any thread, on any rank."""
         self.stopping.cancel(reason, request_number)
 
-    def generate(self, request: GenerateRequest, resume: Sequence[Snapshot | None] | None = None) -> RankResult:
-        """The prompts, spread evenly over the replicas; one that has none computes a copy that is dropped. Collective.
+    def generate(self, request: RankRequest, resume: Sequence[Snapshot | None] | None = None) -> RankResult:
+        """The prompts, spread evenly over the replicas. Collective.
 
         Args:
             resume: per replica, where to go on, all after the same step; None: from the beginning.
@@ -227,80 +215,41 @@ class RankWorker:
             RankError: the ranks do not run the same steps.
         """
         self.phase = "encode"
-        self.copy_engine.reset_clock()
-        replica = self.mesh.shape.coordinates(self.rank)["dp"]
-        counts = shard_lengths(len(request.prompts), self.mesh.shape.dp)
-        first = sum(counts[:replica]) if counts[replica] else 0
-        numbers = range(first, first + max(counts[replica], 1))
+        loaded = self.loaded
+        loaded.copy_engine.reset_clock()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.stopping.begin(request)
-        snapshot = of_replica(resume, replica, self.mesh.shape.dp)
-        self.snapshots = ()
-        self.log = log = RequestLog(self.stream, snapshot.step if snapshot is not None else 0)
-        keeps = self.plan.spec.resumes and self.rank == self.mesh.ranks["replica"][0]
-        self.keep_every = request.keep_every if keeps else 0
-        self.changed: RankReport | None = None  # what the rank holds since it was rescheduled
-        prompts, seeds = [request.prompts[n] for n in numbers], [request.seed + n for n in numbers]
-        decodes = counts[replica] > 0 and self.rank == self.mesh.ranks["replica"][0]
+        self._state = state = RequestState.begin(request, loaded, resume)
+        on_step, on_decode = partial(self._on_step, state), partial(self._begin_decode, state)
         try:
-            done = self.pipeline.run(
-                prompts, seeds, request, partial(self._on_step, log), snapshot, partial(self._begin_decode, decodes)
-            )
+            done = loaded.pipeline.run(state.items, request.asked, on_step, state.resume, on_decode)
         except RequestCancelled:
             self._finish_request()
             raise
         except ArrivalsDifferError:
             self._finish_request()
-            return self._result(log, Denoised.nothing(time.perf_counter()), time.perf_counter())
-        result = self._result(log, done, time.perf_counter())
-        if decodes:
+            return self._result(state, Denoised.nothing(time.perf_counter()), time.perf_counter())
+        result = self._result(state, done, time.perf_counter())
+        if state.decodes:
             result.latents, result.media = done.latents, done.media or []
         self._finish_request()
         return result
 
-    def _result(self, log: RequestLog, done: Denoised, decoded: float) -> RankResult:
-        """What the coordinator judges; `decoded` of `time.perf_counter`. Collective where blocks have yet to come."""
-        issued = self._issued()  # first: the trace then has what gathers ahead noted, on all ranks alike
-        events, spans = log.events(), log.spans(done.encodes, done.end_s, decoded)
-        phases = {"load": self.load_s, "encode": done.encode_s, "denoise": done.denoise_s}
-        phases["decode"] = decoded - done.end_s
-        modules = (self.model, *self.pipeline.on_device)
-        measurements = log.measurements(self.rank, self.device, self.weights, modules, events, done.step_ms, phases)
-        timeline = RankTrace(self.rank, measurements.host, measurements.device, events, spans)
-        self.stream.rehearse(unseen=True)  # blocks that a cache skipped in the first request
-        result = RankResult(
-            self.rank,
-            measurements,
-            timeline,
-            log.before,
-            self.stream.scheduled_at,
-            issued,
-            record_reads(self.stream),
-            self.weight_check.unreported(),
-            self.schedule_note,
-        )
-        if self.changed is not None:
-            result.plan, result.report = self.plan, self.changed
-        return result
-
     def teardown(self) -> None:
         """Give the model up and leave the groups of its mesh; `setup` may follow."""
-        if not self.ready:
+        loaded, self._loaded, self._state = self._loaded, None, None
+        if loaded is None:
             return
-        self.ready = False
-        self.pipeline.discard()
-        self.stream.remove()
-        self.copy_engine.close()
-        self.parallelism.remove()
-        store = self.weights.store
-        del self.pipeline, self.stream, self.arena, self.weights, self.weight_check, self.model
+        loaded.detach()
+        store, mesh = loaded.weights.store, loaded.mesh
+        del loaded
         gc.collect()
         if store is not None:
             store.drop()
             store.close()
-        self.mesh.disconnect()
-        del self.mesh  # the records of its groups are not the next one's
+        mesh.disconnect()
+        self._mesh = None  # the records of its groups are not the next one's
 
     def leave(self) -> None:
         """Leave the world."""
@@ -309,67 +258,87 @@ class RankWorker:
 
     # -- parts of setup ------------------------------------------------------------------------------------------
 
-    def _gather(self) -> Gather | None:
-        group = self.mesh.groups["weights"]
+    def _gather(self, mesh: Mesh) -> Gather | None:
+        group = mesh.groups["weights"]
         if group is None:
             return None
         return Gather(
-            self.mesh.shape.hsdp_shard,
-            self.mesh.index_in("weights"),
+            mesh.shape.hsdp_shard,
+            mesh.index_in("weights"),
             lambda whole, shard: all_gather_bytes(whole, shard, group),
         )
 
     # -- parts of generate ---------------------------------------------------------------------------------------
 
-    def _issued(self) -> tuple[GroupRecord, ...]:
-        """Of gathers that run ahead, too: all ranks are asked at the same place."""
-        self.copy_engine.drain()
-        return self.mesh.records()
-
-    def _begin_forward(self, pass_: int, *_: Any) -> None:
+    def _begin_forward(self, stream: BlockStream, pass_: int, *_: Any) -> None:
         self.phase = "denoise"
-        self.stream.prepare(pass_)
+        stream.prepare(pass_)
 
-    def _begin_decode(self, here: bool) -> bool:
+    def _begin_decode(self, state: RequestState) -> bool:
         self.phase = "decode"
-        return here
+        return state.decodes
 
-    def _on_step(self, log: RequestLog, end: StepEnd) -> None:
+    def _on_step(self, state: RequestState, end: StepEnd) -> None:
         if end.repeated:
-            log.count_from_here()
+            state.log.count_from_here()
         else:
-            log.end_step()
+            state.log.end_step()
             self.model_steps += 1
-        self.stopping.agree(end.finished, end.total, self.weight_check.differ)
-        if self.keep_every and end.finished % self.keep_every == 0:
-            self.snapshots = (*self.snapshots[-1:], end.snapshot())
+        self.stopping.agree(end.finished, end.total, self.loaded.weight_check.differ)
+        state.keep(end)
         if end.repeated:
             return
-        if self.model_steps == MEASURED_STEPS and self.plan.order:
-            log.rehearsed = self._reschedule()
+        if self.model_steps == MEASURED_STEPS and self.loaded.plan.order:
+            self._reschedule(state)
         if self.on_progress is not None:
             self.on_progress(end.finished)
 
     def _finish_request(self) -> None:
         self.stopping.end()
-        self.snapshots = ()
+        self._state = None
         self.phase = "idle"
 
-    def _reschedule(self) -> range:
-        """Look at the schedule again, with what the first steps have shown. Collective; every rank decides alike.
-
-        Returns the numbers of the events that belong to no step.
-        """
-        seen = observe(self.plan, self.stream.recorded_order, self.stream.trace(), spare_bytes(self.device))
-        found = reschedule(self.plan, self.exchange(seen), self.model_steps)
-        self.schedule_note = found.schedule_note
+    def _reschedule(self, state: RequestState) -> None:
+        """Look at the schedule again, with what the first steps have shown. Collective; every rank decides alike."""
+        loaded = self.loaded
+        stream, arena = loaded.stream, loaded.arena
+        seen = observe(loaded.plan, stream.recorded_order, stream.trace(), spare_bytes(self.device))
+        found = reschedule(loaded.plan, self.exchange(seen), self.model_steps)
+        plan = found.plan or loaded.plan
+        self._loaded = loaded = replace(loaded, plan=plan, schedule_note=found.schedule_note)
         if found.plan is None:
-            return range(0)
-        self.plan = found.plan
-        if self.arena is not None and self.plan.arena_bytes != self.arena.nbytes:
-            self.arena.resize(self.plan.arena_bytes or 0)
-        self.stream.reschedule(self.plan.schedule, self.plan.resident, self.plan.order)
-        before = self.stream.upcoming
-        self.stream.rehearse()
-        self.changed = self.report()  # now: later, another component may have the memory
-        return range(before, self.stream.upcoming)  # with what it fetched ahead: the report waited for that
+            return
+        if arena is not None and plan.arena_bytes != arena.nbytes:
+            arena.resize(plan.arena_bytes or 0)
+        stream.reschedule(plan.schedule, plan.resident, plan.order)
+        before = stream.upcoming
+        stream.rehearse()
+        state.changed = loaded.report()  # now: later, another component may have the memory
+        # belongs to no step; with what it fetched ahead: the report waited for that
+        state.log.rehearsed = range(before, stream.upcoming)
+
+    def _result(self, state: RequestState, done: Denoised, decoded: float) -> RankResult:
+        """What the coordinator judges; `decoded` of `time.perf_counter`. Collective where blocks have yet to come."""
+        loaded, log = self.loaded, state.log
+        issued = loaded.issued()  # first: the trace then has what gathers ahead noted, on all ranks alike
+        events, spans = log.events(), log.spans(done.encodes, done.end_s, decoded)
+        phases = {"load": loaded.load_s, "encode": done.encode_s, "denoise": done.denoise_s}
+        phases["decode"] = decoded - done.end_s
+        held = self.rank, self.device, loaded.weights, loaded.modules
+        measurements = log.measurements(*held, events, done.step_ms, phases)
+        timeline = RankTrace(self.rank, measurements.host, measurements.device, events, spans)
+        loaded.stream.rehearse(unseen=True)  # blocks that a cache skipped in the first request
+        result = RankResult(
+            self.rank,
+            measurements,
+            timeline,
+            log.before,
+            loaded.stream.scheduled_at,
+            issued,
+            record_reads(loaded.stream),
+            loaded.weight_check.unreported(),
+            loaded.schedule_note,
+        )
+        if state.changed is not None:
+            result.plan, result.report = loaded.plan, state.changed
+        return result

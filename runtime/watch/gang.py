@@ -22,6 +22,13 @@ class Gang(Protocol):
     def can_restart(self) -> bool:
         """Whether lost ranks can be replaced from here."""
 
+    @property
+    def own_rank(self) -> int | None:
+        """The rank that this process is, where every rank runs the program that calls: all have to make the same calls
+        in the same order. None: the ranks are elsewhere, and any thread may call, one at a time, but for `rpc` and
+        `close`, which may come while a collective call is under way.
+        """
+
     def start(self) -> None:
         """Bring every rank up and let them meet.
 

@@ -113,11 +113,12 @@ def _load(engine: Engine, checked: bool, size: int) -> Load:
     engine.gang.collective_rpc(RankWorker.teardown, timeout_s=60)
     judged = dict.fromkeys(("verdict before the first step", "verdict on what arrived"), 0.0)
     before, arrived = judged
-    engine._coordinator = Coordinator(engine.plan)
+    engine._ranks.coordinator = Coordinator(engine.plan)
     began = time.perf_counter()
     reports = engine.gang.collective_rpc(_timed_setup, engine.plan, checked, timeout_s=600)
     if checked:
-        _timed(judged, before, engine._coordinator.admit)([report for report in reports if report is not None], False)
+        admit = _timed(judged, before, engine._ranks.coordinator.admit)
+        admit([report for report in reports if report is not None], False)
     setup_s = time.perf_counter() - began
     with patch.object(judging, "verify_arrivals", _timed(judged, arrived, judging.verify_arrivals)):
         ranks = engine.generate("a lighthouse", steps=1, height=size, width=size).report["ranks"]
@@ -147,6 +148,7 @@ _ONE_AFTER_THE_OTHER = ("comparing what stays, asking for poisoning", "report", 
 def _timed_setup(worker: RankWorker, plan: RunPlan, checked: bool) -> RankReport | None:
     """On a rank: `setup`, with all that is checked in it or without; `took` has what it and the first step spend."""
     import crossdock.offload.stream.slot_loads as loading
+    from crossdock.runtime.rank.loaded_model import LoadedModel
     from crossdock.runtime.rank.weights.compare import WeightCheck
 
     start, report, arriving = _ONE_AFTER_THE_OTHER
@@ -154,7 +156,7 @@ def _timed_setup(worker: RankWorker, plan: RunPlan, checked: bool) -> RankReport
     parts = (
         (start, WeightCheck, "begin"),
         (start, WeightCheck, "watch"),
-        (report, RankWorker, "report"),
+        (report, LoadedModel, "report"),
         (arriving, WeightCheck, "block"),
         ("poisoning, on the copy lane", loading, "poison"),
     )
@@ -264,7 +266,7 @@ def _unchecked(engine: Engine) -> Iterator[None]:
     try:
         with (
             patch.object(ray_gang, "_ASK_EVERY_S", 1e6),
-            patch.object(engine._coordinator, "review", lambda *_: None),
+            patch.object(engine._ranks.coordinator, "review", lambda *_: None),
         ):
             yield
     finally:

@@ -96,26 +96,26 @@ def _with_ray(
 
 
 def _drop_store(worker: RankWorker) -> None:
-    if worker.weights.store is not None:
-        worker.weights.store.drop()
+    if worker.loaded.weights.store is not None:
+        worker.loaded.weights.store.drop()
 
 
 def _fault(engine: Engine, rank: int, kind: str, note: Path) -> Row:
     engine.gang.collective_rpc(_plant, rank, kind, note, timeout_s=60)
     noticed: list[float] = []
-    replace_gang = engine._replace_gang
+    replace_gang = engine._ranks.replace
 
     def noting(*args: object) -> None:
         noticed.append(time.time())
         replace_gang(*args)  # type: ignore[arg-type]
 
-    engine._replace_gang = noting  # type: ignore[method-assign]
+    engine._ranks.replace = noting  # type: ignore[method-assign]
     try:
         report = engine.generate("a lighthouse", steps=STEPS, height=SIZE, width=SIZE).report
     finally:
-        engine._replace_gang = replace_gang  # type: ignore[method-assign]
+        engine._ranks.replace = replace_gang  # type: ignore[method-assign]
     (fault,) = report["faults"]
-    loads = engine.gang.collective_rpc(lambda worker: worker.load_s, timeout_s=60)
+    loads = engine.gang.collective_rpc(lambda worker: worker.loaded.load_s, timeout_s=60)
     return noticed[0] - float(note.read_text()), fault["recovery_s"], max(loads)
 
 
@@ -134,7 +134,7 @@ def _plant(worker: RankWorker, rank: int, kind: str, note: Path) -> None:
             raise ValueError("planted")
         os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
 
-    worker.model.single_transformer_blocks[1].register_forward_pre_hook(end)  # type: ignore[index, union-attr]
+    worker.loaded.model.single_transformer_blocks[1].register_forward_pre_hook(end)  # type: ignore[index, union-attr]
 
 
 def _under_torchrun(config: Path, ranks: int, checkpoint: Path, kind: str, number: int) -> float:

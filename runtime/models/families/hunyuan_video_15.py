@@ -39,6 +39,7 @@ SPEC = ModelSpec(
     ),
     branches="calls",
     guidance="guider.guidance_scale",
+    batches=False,  # its decoder's mask has one row of a batch (diffusers 0.42.1)
     encoders=("text_encoder", "text_encoder_2"),
     patch=1,
     fps=24,
