@@ -140,7 +140,7 @@ def _reschedule_at_random(choice: random.Random, stream: BlockStream, homes: Seq
     order = [index for index, home in enumerate(homes) if home.streamed]
     choice.shuffle(order)
     budget = choice.randint(0, stream.arena.nbytes)
-    sizes = [stream.blocks[index].layout.nbytes for index in order]
+    sizes = [stream.blocks[index].layout.slot_bytes for index in order]
     depth = choice.randint(1, 3)
     if budget >= minimum_bytes(sizes, (depth,)):
         residency = plan_residency(sizes, assumed_costs(sizes), budget, (depth,))
@@ -202,7 +202,7 @@ def test_device_bytes_stay_within_the_window(prefetch: int, home: Home) -> None:
     case.check(range(25))
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for _, t in _tensors(case.modules)}
     held = sum(storage.nbytes() for storage in storages.values())
-    largest = max(block.layout.nbytes for block in case.stream.blocks)
+    largest = max(block.layout.slot_bytes for block in case.stream.blocks)
     assert held <= (prefetch + 2) * largest + ALIGNMENT
     assert len(storages) == 1
     case.finish()
@@ -265,7 +265,7 @@ def test_counters_tell_the_bytes() -> None:
     h2d = gathered = 0
     for block in case.stream.blocks:
         h2d += events.count(("load_end", block.name)) * block.source.nbytes
-        gathered += events.count(("gather_end", block.name)) * (block.layout.nbytes - block.source.nbytes)
+        gathered += events.count(("gather_end", block.name)) * (block.layout.slot_bytes - block.source.nbytes)
     assert (case.stream.counters.h2d_bytes, case.stream.counters.gathered_bytes) == (h2d, gathered)
     assert h2d > 0
     case.finish()
@@ -293,7 +293,7 @@ def test_remove_restores_the_model_exactly() -> None:
     layouts = [BlockLayout.of(module) for module in modules]
     blocks = []
     for index, (module, layout) in enumerate(zip(modules, layouts, strict=True)):
-        source = aligned_bytes(layout.nbytes, torch.device("cpu"))
+        source = aligned_bytes(layout.slot_bytes, torch.device("cpu"))
         layout.pack(module, source)
         home = Home.RESIDENT if index == 3 else Home.HOST
         blocks.append(StreamedBlock(str(index), module, layout, home, source))

@@ -72,7 +72,7 @@ def test_ten_budgets(family: str, checkpoints: Checkpoints) -> None:
     """
     directory = checkpoints[family]
     least = _minimum(directory)
-    whole = sum(block.layout.nbytes for block in _plan(directory).blocks) + _plan(directory).outside_bytes
+    whole = sum(block.layout.slot_bytes for block in _plan(directory).blocks) + _plan(directory).outside_bytes
     budgets = [least + (whole + 4096 - least) * tenth // 9 for tenth in range(10)]
     expected = reference_latents(directory, size=ODD_SIZE)
     moved, first, encoder_bytes = [], None, 0
@@ -150,7 +150,7 @@ def test_what_a_class_keeps_in_fp32_counts_as_that(name: str, checkpoint_of: Cal
 def test_a_rank_without_a_component_evicts_for_it() -> None:
     """The first rank of a replica runs text encoder and VAE; all lose the same blocks, or some wait in a gather."""
     case = build([Home.HOST] * 4, 1, resident=range(4))
-    size = case.stream.blocks[0].layout.nbytes
+    size = case.stream.blocks[0].layout.slot_bytes
     pipeline = object.__new__(RankPipeline)
     pipeline._arena, pipeline._active = case.stream.arena, ActiveComponent({}, torch.device("cpu"))
     pipeline._plan = cast(RunPlan, SimpleNamespace(turn_bytes={"vae": size + 1}))
@@ -161,7 +161,7 @@ def test_a_rank_without_a_component_evicts_for_it() -> None:
         pass
     case.check(range(4))
     lost = case.stream.counters.h2d_bytes - before
-    assert lost == size + case.stream.blocks[1].layout.nbytes, "blocks 0 and 1 begin before the end of its part"
+    assert lost == size + case.stream.blocks[1].layout.slot_bytes, "blocks 0 and 1 begin before the end of its part"
     case.finish()
 
 

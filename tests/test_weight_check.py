@@ -254,7 +254,7 @@ def test_an_offload_that_saves_nothing_is_caught(flux2_dir: Path, monkeypatch: p
     with _worker(plan) as (_, report):
         violations = verify_composition(plan, [report])
     text = next(str(violation) for violation in violations if "bytes of weights" in violation.expected)
-    everything = sum(block.layout.nbytes for block in plan.blocks)
+    everything = sum(block.layout.slot_bytes for block in plan.blocks)
     assert report.device_bytes.weights >= everything
     assert f"found {report.device_bytes.weights} bytes" in text
 
@@ -461,7 +461,7 @@ class _Case:
                 value = torch.cat([value.narrow(part.dim, a, b - a) for a, b in part.ranges], part.dim)
             block.register_buffer(fqn.removeprefix("b."), value)
         self.layout = BlockLayout.of(block, multiple=shards)
-        self.memory = torch.full((self.layout.nbytes,), 0xFF, dtype=torch.uint8)
+        self.memory = torch.full((self.layout.slot_bytes,), 0xFF, dtype=torch.uint8)
         self.layout.pack(block, self.memory)
         mesh = SimpleNamespace(hsdp_shard=shards, coordinates=lambda rank: {"tp": 0})
         plan = SimpleNamespace(

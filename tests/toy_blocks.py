@@ -346,7 +346,7 @@ def build(
     blocks, wholes = [], []
     for index, (module, home) in enumerate(zip(modules, homes, strict=True)):
         layout = BlockLayout.of(module, multiple=parts)
-        whole = aligned_bytes(layout.nbytes, torch.device("cpu"))
+        whole = aligned_bytes(layout.slot_bytes, torch.device("cpu"))
         whole.random_(0, 256)  # so that shards of nothing but padding differ
         layout.pack(module, whole)
         source = group.shard_of(whole) if home.sharded else whole
@@ -355,7 +355,7 @@ def build(
     schedule = assign_slots(sum(home.streamed for home in homes) - len(resident), prefetch)
     if passes:
         assert budget is not None
-        sizes = place_sizes([[blocks[index].layout.nbytes for index in pass_] for pass_ in passes])
+        sizes = place_sizes([[blocks[index].layout.slot_bytes for index in pass_] for pass_ in passes])
         least = minimum_bytes(sizes, (prefetch,))
         allowed = least + int(budget * max(sum(sizes) - least, 0))
         residency = plan_residency(sizes, assumed_costs(sizes), allowed, (prefetch,))
@@ -363,7 +363,7 @@ def build(
         schedule = SlotSchedule(tuple(slots[i] for pass_ in passes for i in pass_), residency.schedule.prefetch)
     elif budget is not None:
         streamable = [index for index, home in enumerate(homes) if home.streamed]
-        sizes = [blocks[index].layout.nbytes for index in streamable]
+        sizes = [blocks[index].layout.slot_bytes for index in streamable]
         least = minimum_bytes(sizes, (prefetch,))
         allowed = least + int(budget * max(sum(sizes) - least, 0))
         residency = plan_residency(sizes, assumed_costs(sizes), allowed, (prefetch,))
