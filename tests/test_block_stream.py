@@ -17,7 +17,9 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from toy_codec import PACKED
 
+from crossdock.offload.memory.codec import IDENTITY
 from crossdock.offload.memory.copy_engine import CopyEngine, CpuCopyEngine, Event
 from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout, aligned_bytes
 from crossdock.offload.schedule.residency import assumed_costs, minimum_bytes, plan_residency
@@ -86,7 +88,8 @@ def _stress(seed: int) -> None:
     engine: Any = ImmediateEngine(delay) if choice.random() < 0.3 else FailingEngine(delay)
     budget = choice.random() if len(homes) <= 8 and choice.random() < 0.3 else None
     resident = _random_residents(choice, homes) if budget is None else []
-    case = build(homes, choice.randint(1, 4), seed, engine, choice.random() < 0.5, resident, budget=budget)
+    prefetch, poison, codec = choice.randint(1, 4), choice.random() < 0.5, (IDENTITY, PACKED)[seed % 2]
+    case = build(homes, prefetch, seed, engine, poison, resident, budget=budget, codec=codec)
     for module in case.modules:
         module.pause = stalls(seed, choice.choice((0, 0, 0.2)))
     if choice.random() < 0.5:
@@ -139,7 +142,7 @@ def _reschedule_at_random(choice: random.Random, stream: BlockStream, homes: Seq
     """Other residents, another order, another depth: what rescheduling between two steps may ask for."""
     order = [index for index, home in enumerate(homes) if home.streamed]
     choice.shuffle(order)
-    budget = choice.randint(0, stream.arena.nbytes)
+    budget = choice.randint(0, stream.arena.nbytes - sum(stream._staging))
     sizes = [stream.blocks[index].layout.slot_bytes for index in order]
     depth = choice.randint(1, 3)
     if budget >= minimum_bytes(sizes, (depth,)):
@@ -165,7 +168,8 @@ def test_random_cases_with_queued_compute(chunk: int) -> None:
         homes = _random_homes(choice, choice.choice((4, 20)))
         engine = QueuedEngine(stalls(seed, choice.choice((0.05, 0.3))))
         resident = _random_residents(choice, homes)
-        case = build(homes, choice.randint(1, 4), seed, cast(CopyEngine, engine), choice.random() < 0.5, resident)
+        prefetch, poison, codec = choice.randint(1, 4), choice.random() < 0.5, (IDENTITY, PACKED)[seed % 2]
+        case = build(homes, prefetch, seed, cast(CopyEngine, engine), poison, resident, codec=codec)
         order = [index for _ in range(2) for index in _random_order(choice, len(homes))]
         if choice.random() < 0.2:  # as on CUDA: it cannot be enqueued, while compute is still under way
             engine.submits_to_failure = choice.randrange(2 * len(homes))

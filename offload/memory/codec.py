@@ -7,6 +7,7 @@ Three numbers, of one part of a block (all of it, or one of the equal shards it 
     slot_bytes      what computes, in a slot: those of the layout
 
 They follow from the layout alone: everybody knows them before a byte is read, and shards of equal size can be gathered.
+All are multiples of `ALIGNMENT`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout, round_up
+from crossdock.offload.memory.layout import BlockLayout
 
 
 class Codec(Protocol):
@@ -71,4 +72,4 @@ IDENTITY = Identity()
 
 def staging_bytes(codec: Codec, layout: BlockLayout, parts: int) -> int:
     """Device memory in which a block's travelled bytes wait to be decoded."""
-    return 0 if codec.in_place else round_up(parts * codec.travel_bytes(layout, parts), ALIGNMENT)
+    return 0 if codec.in_place else parts * codec.travel_bytes(layout, parts)
