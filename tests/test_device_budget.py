@@ -19,6 +19,7 @@ from torch import Tensor
 
 import crossdock.runtime.plan.reschedule as rescheduling
 from crossdock.launch.engine.engine import Engine
+from crossdock.offload.memory.codec import Identity
 from crossdock.offload.schedule.residency import Costs, steady_step_s
 from crossdock.offload.stream.block import Home
 from crossdock.offload.stream.measured_costs import slowest
@@ -343,8 +344,8 @@ def test_bytes_of_another_kind_have_another_key(flux2_dir: Path, tmp_path: Path)
     """A kept host store is only found again for the same files, the same layout, and the same part of them."""
     directory = shutil.copytree(flux2_dir, tmp_path / "model")
 
-    def key(plan: RunPlan, tp: int = 0, shard: int = 0, nbytes: int = 100) -> str:
-        return HostPart("here", tp, shard).key(plan, nbytes)
+    def key(plan: RunPlan, tp: int = 0, shard: int = 0, held_bytes: int = 100) -> str:
+        return HostPart("here", tp, shard).key(plan, held_bytes)
 
     def of(config: dict[str, Any]) -> RunPlan:
         return make_plan(RunConfig.parse({"offload": {"layerwise": True}} | config), directory, "cpu")
@@ -352,8 +353,15 @@ def test_bytes_of_another_kind_have_another_key(flux2_dir: Path, tmp_path: Path)
     plan = of({})
     same = [key(plan), key(of({}))]
     shards = of({"parallel": {"dp_degree": 2, "hsdp": {"shard": 2}}})
-    other = [key(plan, tp=1), key(plan, shard=1), key(plan, nbytes=101), key(of({"dtype": "bfloat16"})), key(shards)]
+    other = [
+        key(plan, tp=1),
+        key(plan, shard=1),
+        key(plan, held_bytes=101),
+        key(of({"dtype": "bfloat16"})),
+        key(shards),
+    ]
     other.append(key(of({"parallel": {"tp_degree": 2}})))
+    other.append(key(replace(plan, blocks=tuple(replace(b, codec=Identity("another")) for b in plan.blocks))))
     file = next(iter(plan.stored.values())).file
     facts = file.stat()
     os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
