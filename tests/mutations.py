@@ -20,7 +20,6 @@ from crossdock.offload.stream.block import StreamedBlock
 from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.offload.stream.loader import BlockLoader
 from crossdock.parallel.mesh import Mesh
-from crossdock.runtime.models.checkpoint import TensorReader
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank import probe as probe_module
@@ -28,6 +27,7 @@ from crossdock.runtime.rank import worker as worker_module
 from crossdock.runtime.rank.weights import compare as arrival_module
 from crossdock.runtime.rank.weights.compare import WeightCheck
 from crossdock.runtime.rank.weights.load import WeightLoader
+from crossdock.runtime.rank.weights.source import WeightSource
 from crossdock.runtime.rank.worker import RankWorker
 
 BLOCK = "layers.2"
@@ -234,7 +234,7 @@ def whole_blocks_read(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     """The shard is a view of the whole block, which stays."""
 
     def source(loader: WeightLoader, block: Any, start: int, stop: int) -> Tensor:
-        return aligned_bytes(block.layout.nbytes, loader._device)[start:stop].zero_()
+        return aligned_bytes(block.layout.slot_bytes, loader._device)[start:stop].zero_()
 
     patch.setattr(WeightLoader, "_source", source)
 
@@ -256,12 +256,12 @@ def slice_of_another_rank(worker: RankWorker, patch: pytest.MonkeyPatch) -> None
 
 def parts_in_another_order(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     """The parts of a fused projection are put together from the last to the first."""
-    rows = TensorReader._rows
+    rows = WeightSource.rows
 
-    def backwards(reader: TensorReader, fqn: str, part: Any, first: int, last: int) -> Tensor:
-        return rows(reader, fqn, part and replace(part, ranges=part.ranges[::-1]), first, last)
+    def backwards(source: WeightSource, fqn: str, part: Any = None, first: int = 0, last: int | None = None) -> Tensor:
+        return rows(source, fqn, part and replace(part, ranges=part.ranges[::-1]), first, last)
 
-    patch.setattr(TensorReader, "_rows", backwards)
+    patch.setattr(WeightSource, "rows", backwards)
 
 
 def shard_of_the_neighbour(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
@@ -294,7 +294,7 @@ def gathered_without_slicing(worker: RankWorker, patch: pytest.MonkeyPatch) -> N
         assert true is not None
 
         def all_gather(whole: Tensor, shard: Tensor) -> None:
-            largest = max(block.layout.nbytes for block in self.loaded.plan.blocks)
+            largest = max(block.layout.slot_bytes for block in self.loaded.plan.blocks)
             padded, gathered = shard.new_zeros(largest // true.parts), whole.new_empty(largest)
             padded[: len(shard)] = shard
             true.all_gather(gathered, padded)

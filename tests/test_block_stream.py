@@ -17,7 +17,9 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from toy_codec import PACKED
 
+from crossdock.offload.memory.codec import IDENTITY
 from crossdock.offload.memory.copy_engine import CopyEngine, CpuCopyEngine, Event
 from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout, aligned_bytes
 from crossdock.offload.schedule.residency import assumed_costs, minimum_bytes, plan_residency
@@ -86,7 +88,8 @@ def _stress(seed: int) -> None:
     engine: Any = ImmediateEngine(delay) if choice.random() < 0.3 else FailingEngine(delay)
     budget = choice.random() if len(homes) <= 8 and choice.random() < 0.3 else None
     resident = _random_residents(choice, homes) if budget is None else []
-    case = build(homes, choice.randint(1, 4), seed, engine, choice.random() < 0.5, resident, budget=budget)
+    prefetch, poison, codec = choice.randint(1, 4), choice.random() < 0.5, (IDENTITY, PACKED)[seed % 2]
+    case = build(homes, prefetch, seed, engine, poison, resident, budget=budget, codec=codec)
     for module in case.modules:
         module.pause = stalls(seed, choice.choice((0, 0, 0.2)))
     if choice.random() < 0.5:
@@ -139,8 +142,8 @@ def _reschedule_at_random(choice: random.Random, stream: BlockStream, homes: Seq
     """Other residents, another order, another depth: what rescheduling between two steps may ask for."""
     order = [index for index, home in enumerate(homes) if home.streamed]
     choice.shuffle(order)
-    budget = choice.randint(0, stream.arena.nbytes)
-    sizes = [stream.blocks[index].layout.nbytes for index in order]
+    budget = choice.randint(0, stream.arena.nbytes - sum(stream._staging))
+    sizes = [stream.blocks[index].layout.slot_bytes for index in order]
     depth = choice.randint(1, 3)
     if budget >= minimum_bytes(sizes, (depth,)):
         residency = plan_residency(sizes, assumed_costs(sizes), budget, (depth,))
@@ -165,7 +168,8 @@ def test_random_cases_with_queued_compute(chunk: int) -> None:
         homes = _random_homes(choice, choice.choice((4, 20)))
         engine = QueuedEngine(stalls(seed, choice.choice((0.05, 0.3))))
         resident = _random_residents(choice, homes)
-        case = build(homes, choice.randint(1, 4), seed, cast(CopyEngine, engine), choice.random() < 0.5, resident)
+        prefetch, poison, codec = choice.randint(1, 4), choice.random() < 0.5, (IDENTITY, PACKED)[seed % 2]
+        case = build(homes, prefetch, seed, cast(CopyEngine, engine), poison, resident, codec=codec)
         order = [index for _ in range(2) for index in _random_order(choice, len(homes))]
         if choice.random() < 0.2:  # as on CUDA: it cannot be enqueued, while compute is still under way
             engine.submits_to_failure = choice.randrange(2 * len(homes))
@@ -202,7 +206,7 @@ def test_device_bytes_stay_within_the_window(prefetch: int, home: Home) -> None:
     case.check(range(25))
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for _, t in _tensors(case.modules)}
     held = sum(storage.nbytes() for storage in storages.values())
-    largest = max(block.layout.nbytes for block in case.stream.blocks)
+    largest = max(block.layout.slot_bytes for block in case.stream.blocks)
     assert held <= (prefetch + 2) * largest + ALIGNMENT
     assert len(storages) == 1
     case.finish()
@@ -265,7 +269,7 @@ def test_counters_tell_the_bytes() -> None:
     h2d = gathered = 0
     for block in case.stream.blocks:
         h2d += events.count(("load_end", block.name)) * block.source.nbytes
-        gathered += events.count(("gather_end", block.name)) * (block.layout.nbytes - block.source.nbytes)
+        gathered += events.count(("gather_end", block.name)) * (block.layout.slot_bytes - block.source.nbytes)
     assert (case.stream.counters.h2d_bytes, case.stream.counters.gathered_bytes) == (h2d, gathered)
     assert h2d > 0
     case.finish()
@@ -293,7 +297,7 @@ def test_remove_restores_the_model_exactly() -> None:
     layouts = [BlockLayout.of(module) for module in modules]
     blocks = []
     for index, (module, layout) in enumerate(zip(modules, layouts, strict=True)):
-        source = aligned_bytes(layout.nbytes, torch.device("cpu"))
+        source = aligned_bytes(layout.slot_bytes, torch.device("cpu"))
         layout.pack(module, source)
         home = Home.RESIDENT if index == 3 else Home.HOST
         blocks.append(StreamedBlock(str(index), module, layout, home, source))

@@ -30,12 +30,13 @@ from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.tensor import TensorParallelism, TensorSlice
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.models import checkpoint
-from crossdock.runtime.models.checkpoint import TensorReader, stored_tensors
+from crossdock.runtime.models.checkpoint import stored_tensors
 from crossdock.runtime.models.meta import build_config_on_meta, build_on_meta, non_persistent_buffers
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.weights import load as weights
 from crossdock.runtime.rank.weights.load import RankWeights, WeightLoader
+from crossdock.runtime.rank.weights.source import WeightSource
 
 # -- the reader ----------------------------------------------------------------------------------------------------
 
@@ -101,7 +102,7 @@ class _CountedFile:
         return self._reads.add(fqn, self._inner.get_tensor(fqn))
 
 
-def _count(reader: TensorReader) -> Reads:
+def _count(reader: WeightSource) -> Reads:
     """What `reader` reads from now on."""
     reads, plain = Reads(), reader._open
     reader._open = lambda fqn: _CountedFile(plain(fqn), reads)  # type: ignore[method-assign]
@@ -109,38 +110,38 @@ def _count(reader: TensorReader) -> Reads:
 
 
 @pytest.fixture
-def reader(tmp_path: Path) -> TensorReader:
+def reader(tmp_path: Path) -> WeightSource:
     """Of `TENSORS`, spread over two files."""
     names = sorted(TENSORS)
     for number, part in enumerate((names[:3], names[3:])):
         save_file({name: TENSORS[name] for name in part}, tmp_path / f"model-{number}.safetensors")
-    return TensorReader(stored_tensors(tmp_path))
+    return WeightSource(stored_tensors(tmp_path))
 
 
 @pytest.mark.parametrize(("fqn", "part"), CUTS)
-def test_every_range_of_every_slice(fqn: str, part: TensorSlice | None, reader: TensorReader) -> None:
+def test_every_range_of_every_slice(fqn: str, part: TensorSlice | None, reader: WeightSource) -> None:
     """An off-by-one at the border of two parts or rows: all ranges, against the whole tensor sliced by torch."""
     expected = _take(part, TENSORS[fqn])
-    found = reader.read(fqn, part)
+    found = reader.rows(fqn, part)
     assert found.dtype == expected.dtype
     assert torch.equal(found, expected)
     flat = expected.reshape(-1)
     for start, stop in itertools.combinations(range(flat.numel() + 1), 2):
-        assert torch.equal(reader.read_flat(fqn, part, start, stop), flat[start:stop]), (start, stop)
+        assert torch.equal(reader.flat(fqn, part, start, stop), flat[start:stop]), (start, stop)
 
 
 @pytest.mark.parametrize(("fqn", "part"), [cut for cut in CUTS if TENSORS[cut[0]].ndim])
-def test_only_touched_rows_are_read(fqn: str, part: TensorSlice | None, reader: TensorReader) -> None:
+def test_only_touched_rows_are_read(fqn: str, part: TensorSlice | None, reader: WeightSource) -> None:
     """Pitfall 6, in small: a rank that reads the whole tensor and throws most of it away."""
     expected = _take(part, TENSORS[fqn])
     width = max(math.prod(expected.shape[1:]), 1)
     reads = _count(reader)
     for start, stop in itertools.combinations(range(expected.numel() + 1), 2):
         reads.elements.clear()
-        reader.read_flat(fqn, part, start, stop)
+        reader.flat(fqn, part, start, stop)
         assert reads.elements == {fqn: (-(-stop // width) - start // width) * width}
     reads.elements.clear()
-    reader.read(fqn, part)
+    reader.rows(fqn, part)
     assert reads.elements == {fqn: expected.numel()}
 
 
@@ -210,7 +211,7 @@ def _loaded(plan: RunPlan) -> Iterator[list[Rank]]:
         at = plan.mesh.coordinates(rank)["tp"]
         TensorParallelism.apply(model, plan.spec.tensor_plan, at, plan.mesh.tp, group=None)
         loader = WeightLoader(plan, mesh, model, torch.device("cpu"))
-        ready.append((mesh, model, loader, _count(loader._reader)))
+        ready.append((mesh, model, loader, _count(loader._files)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "exchange", world.exchange)
         held: list[RankWeights] = world.run(lambda rank: ready[rank][2].load_blocks())
@@ -236,7 +237,7 @@ def _whole(plan: RunPlan) -> dict[str, Tensor]:
 def _packed(plan: RunPlan, number: int, tp: int, whole: Mapping[str, Tensor]) -> Tensor:
     """The bytes of block `number` on TP rank `tp`, put together from whole tensors."""
     block = plan.blocks[number]
-    memory = torch.zeros(block.layout.nbytes, dtype=torch.uint8)
+    memory = torch.zeros(block.layout.slot_bytes, dtype=torch.uint8)
     for entry in block.layout.entries:
         fqn = f"{block.name}.{entry.name}"
         value = _take(plan.slices[tp].get(fqn), whole[fqn]).to(plan.dtypes[fqn]).contiguous()
@@ -320,7 +321,7 @@ def test_a_rank_reads_its_share_and_no_more(name: str, flux2_dir: Path) -> None:
                 if any(fqn.startswith(f"{block.name}.") for block in filled)
             )
             assert share / plan.mesh.hsdp_shard * 0.5 < sum(rank.reads.elements.values())
-            padding = sum(block.layout.nbytes for block in filled) / 4 - share
+            padding = sum(block.layout.slot_bytes for block in filled) / 4 - share
             assert sum(rank.reads.elements.values()) <= (share + padding) / plan.mesh.hsdp_shard + rows
             assert rank.reads.elements.keys() <= inside.keys()
 

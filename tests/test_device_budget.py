@@ -19,6 +19,7 @@ from torch import Tensor
 
 import crossdock.runtime.plan.reschedule as rescheduling
 from crossdock.launch.engine.engine import Engine
+from crossdock.offload.memory.codec import Identity
 from crossdock.offload.schedule.residency import Costs, steady_step_s
 from crossdock.offload.stream.block import Home
 from crossdock.offload.stream.measured_costs import slowest
@@ -71,7 +72,7 @@ def test_ten_budgets(family: str, checkpoints: Checkpoints) -> None:
     """
     directory = checkpoints[family]
     least = _minimum(directory)
-    whole = sum(block.layout.nbytes for block in _plan(directory).blocks) + _plan(directory).outside_bytes
+    whole = sum(block.layout.slot_bytes for block in _plan(directory).blocks) + _plan(directory).outside_bytes
     budgets = [least + (whole + 4096 - least) * tenth // 9 for tenth in range(10)]
     expected = reference_latents(directory, size=ODD_SIZE)
     moved, first, encoder_bytes = [], None, 0
@@ -149,7 +150,7 @@ def test_what_a_class_keeps_in_fp32_counts_as_that(name: str, checkpoint_of: Cal
 def test_a_rank_without_a_component_evicts_for_it() -> None:
     """The first rank of a replica runs text encoder and VAE; all lose the same blocks, or some wait in a gather."""
     case = build([Home.HOST] * 4, 1, resident=range(4))
-    size = case.stream.blocks[0].layout.nbytes
+    size = case.stream.blocks[0].layout.slot_bytes
     pipeline = object.__new__(RankPipeline)
     pipeline._arena, pipeline._active = case.stream.arena, ActiveComponent({}, torch.device("cpu"))
     pipeline._plan = cast(RunPlan, SimpleNamespace(turn_bytes={"vae": size + 1}))
@@ -160,7 +161,7 @@ def test_a_rank_without_a_component_evicts_for_it() -> None:
         pass
     case.check(range(4))
     lost = case.stream.counters.h2d_bytes - before
-    assert lost == size + case.stream.blocks[1].layout.nbytes, "blocks 0 and 1 begin before the end of its part"
+    assert lost == size + case.stream.blocks[1].layout.slot_bytes, "blocks 0 and 1 begin before the end of its part"
     case.finish()
 
 
@@ -342,8 +343,8 @@ def test_bytes_of_another_kind_have_another_key(flux2_dir: Path, tmp_path: Path)
     """A kept host store is only found again for the same files, the same layout, and the same part of them."""
     directory = shutil.copytree(flux2_dir, tmp_path / "model")
 
-    def key(plan: RunPlan, tp: int = 0, shard: int = 0, nbytes: int = 100) -> str:
-        return HostPart("here", tp, shard).key(plan, nbytes)
+    def key(plan: RunPlan, tp: int = 0, shard: int = 0, held_bytes: int = 100) -> str:
+        return HostPart("here", tp, shard).key(plan, held_bytes)
 
     def of(config: dict[str, Any]) -> RunPlan:
         return make_plan(RunConfig.parse({"offload": {"layerwise": True}} | config), directory, "cpu")
@@ -351,8 +352,15 @@ def test_bytes_of_another_kind_have_another_key(flux2_dir: Path, tmp_path: Path)
     plan = of({})
     same = [key(plan), key(of({}))]
     shards = of({"parallel": {"dp_degree": 2, "hsdp": {"shard": 2}}})
-    other = [key(plan, tp=1), key(plan, shard=1), key(plan, nbytes=101), key(of({"dtype": "bfloat16"})), key(shards)]
+    other = [
+        key(plan, tp=1),
+        key(plan, shard=1),
+        key(plan, held_bytes=101),
+        key(of({"dtype": "bfloat16"})),
+        key(shards),
+    ]
     other.append(key(of({"parallel": {"tp_degree": 2}})))
+    other.append(key(replace(plan, blocks=tuple(replace(b, codec=Identity("another")) for b in plan.blocks))))
     file = next(iter(plan.stored.values())).file
     facts = file.stat()
     os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))

@@ -71,7 +71,7 @@ def test_each_block_is_seen_once_before_it_computes(home: Home, residents: tuple
 
     def look(block: StreamedBlock, memory: Tensor) -> None:
         told.append(("seen", block.name))
-        assert len(memory) == block.layout.nbytes
+        assert len(memory) == block.layout.slot_bytes
         assert torch.equal(block.layout.entries[0].view(memory), next(iter(block.tensors())))
         assert not bool(memory[:4].eq(0xFF).all()), "poisoned: it has not come"
 

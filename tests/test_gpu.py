@@ -39,13 +39,13 @@ class _Block(nn.Module):
 
 def _stream(blocks: list[_Block], device: torch.device, home: Home, prefetch: int) -> tuple[BlockStream, HostStore]:
     layouts = [BlockLayout.of(block) for block in blocks]
-    store, offset, streamed = HostStore.create(sum(layout.nbytes for layout in layouts)), 0, []
+    store, offset, streamed = HostStore.create(sum(layout.slot_bytes for layout in layouts)), 0, []
     for number, (block, layout) in enumerate(zip(blocks, layouts, strict=True)):
-        host = store.bytes[offset : offset + layout.nbytes]
+        host = store.bytes[offset : offset + layout.slot_bytes]
         layout.pack(block, host)
-        source = host if home is Home.HOST else aligned_bytes(layout.nbytes, device).copy_(host)
+        source = host if home is Home.HOST else aligned_bytes(layout.slot_bytes, device).copy_(host)
         streamed.append(StreamedBlock(f"blocks.{number}", block, layout, home, source))
-        offset += layout.nbytes
+        offset += layout.slot_bytes
     store.register()
     schedule = assign_slots(len(blocks) if home is Home.HOST else 0, prefetch)
     stream = BlockStream(streamed, schedule, device, make_copy_engine(device))
@@ -83,7 +83,7 @@ def test_device_memory_falls() -> None:
     blocks = [_Block(2048) for _ in range(12)]
     before = torch.cuda.memory_allocated()
     stream, store = _stream(blocks, device, Home.HOST, prefetch=1)
-    held, largest = torch.cuda.memory_allocated() - before, max(b.layout.nbytes for b in stream.blocks)
+    held, largest = torch.cuda.memory_allocated() - before, max(b.layout.slot_bytes for b in stream.blocks)
     stream.remove()
     store.close()
     print(f"held {held / 2**20:.1f} MiB of {store.nbytes / 2**20:.1f} MiB")

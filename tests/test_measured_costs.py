@@ -122,7 +122,7 @@ def test_auto_takes_what_is_spare_on_every_rank(flux2_dir: Path) -> None:
     everything = reschedule(plan, [_seen(plan, large)], 2).plan
     assert everything is not None
     assert len(everything.resident) == len(everything.blocks), "and it takes no more than all blocks"
-    assert everything.arena_bytes == max(plan.arena_bytes, sum(block.layout.nbytes for block in plan.blocks))
+    assert everything.arena_bytes == max(plan.arena_bytes, sum(block.layout.slot_bytes for block in plan.blocks))
 
 
 def test_ranks_that_disagree_change_nothing(flux2_dir: Path) -> None:
@@ -141,7 +141,7 @@ def test_slots_of_another_order_fit_its_blocks(flux2_dir: Path) -> None:
     """Sizes in the order of the plan, costs in the order of the run: the slots would not be as planned."""
     plan = _plan(flux2_dir, prefetch=2)
     seen = _seen(plan, 0)
-    sizes = [block.layout.nbytes for block in plan.blocks]
+    sizes = [block.layout.slot_bytes for block in plan.blocks]
     slots = plan.schedule.slots
     largest_first = sorted(plan.order, key=lambda index: -sizes[index])
     by_slot = sorted(range(len(slots)), key=lambda place: slots[place])
@@ -152,8 +152,8 @@ def test_slots_of_another_order_fit_its_blocks(flux2_dir: Path) -> None:
         assert found is not None
         assert found.order == order
         places = [block.slot for block in found.streamed if block.slot is not None]
-        held = sum(slot_sizes([block.layout.nbytes for block in found.streamed], places))
-        held += sum(found.blocks[index].layout.nbytes for index in found.resident)
+        held = sum(slot_sizes([block.layout.slot_bytes for block in found.streamed], places))
+        held += sum(found.blocks[index].layout.slot_bytes for index in found.resident)
         assert held == found.residency.device_bytes
 
 
@@ -188,5 +188,5 @@ def test_the_blocks_are_observed_in_the_order_of_the_run(flux2_dir: Path) -> Non
     assert seen is not None
     assert (seen.order, seen.spare_bytes) == (order, 77)
     assert seen.costs.compute_s == pytest.approx([1.0 + index for index in order])
-    assert seen.costs.copy_s == pytest.approx([plan.blocks[index].layout.nbytes * 1e-3 for index in order])
+    assert seen.costs.copy_s == pytest.approx([plan.blocks[index].layout.slot_bytes * 1e-3 for index in order])
     assert observe(plan, None, _trace(facts), 77) is None

@@ -83,7 +83,7 @@ def test_a_turn_costs_only_what_was_overwritten() -> None:
     before = transformer.stream.counters.h2d_bytes
     transformer.check(range(12))
     again = transformer.stream.counters.h2d_bytes - before
-    kept = sum(transformer.stream.blocks[index].layout.nbytes for index in range(4, 8))
+    kept = sum(transformer.stream.blocks[index].layout.slot_bytes for index in range(4, 8))
     assert again < per_pass + kept, "the residents were loaded again"
     _finish([transformer, encoder])
 
@@ -217,7 +217,7 @@ def test_eviction_forgets_what_lies_before_its_end() -> None:
     """Ranks that do not run a component must lose the same blocks as the one that does: gathers are collective."""
     case = build([Home.HOST] * 6, 1, resident=range(6))
     case.check(range(6))
-    sizes = [block.layout.nbytes for block in case.stream.blocks]
+    sizes = [block.layout.slot_bytes for block in case.stream.blocks]
     for blocks, inside in [(0, 0), (3, 0), (2, 1), (6, 0)]:
         before = case.stream.counters.h2d_bytes
         case.stream.arena.evict(sum(sizes[:blocks]) + inside)

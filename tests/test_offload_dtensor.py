@@ -217,7 +217,7 @@ def device_bytes_fall(mesh: DeviceMesh) -> None:
     model = _parallelized(mesh)
     locals_of = [_local(tensor) for tensor in {id(t): t for t in _tensors(model).values()}.values()]
     own = [StorageWeakRef(local.untyped_storage()) for local in locals_of if local.numel()]
-    whole = sum(BlockLayout.of(block).nbytes for block in model.blocks)
+    whole = sum(BlockLayout.of(block).slot_bytes for block in model.blocks)
     del locals_of
     with LayerwiseOffloader(model, CPU) as offloader:
         model(X)

@@ -69,10 +69,10 @@ def _check_layout(layout: BlockLayout, block: nn.Module, parts: int) -> None:
     for entry in sorted(layout.entries, key=lambda entry: (entry.offset, entry.nbytes)):
         assert entry.offset >= end, f"{entry.name} lies over the tensor before it"
         end = entry.offset + entry.nbytes
-    assert end <= layout.nbytes
-    assert layout.shard_nbytes(parts) % ALIGNMENT == 0
-    assert layout.shard_nbytes(parts) * parts == layout.nbytes
-    assert layout.nbytes - end < ALIGNMENT * (parts + 1), "more padding than alignment needs"
+    assert end <= layout.slot_bytes
+    assert layout.shard_bytes(parts) % ALIGNMENT == 0
+    assert layout.shard_bytes(parts) * parts == layout.slot_bytes
+    assert layout.slot_bytes - end < ALIGNMENT * (parts + 1), "more padding than alignment needs"
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 7])
@@ -87,9 +87,9 @@ def test_round_trip_is_bit_exact(seed: int) -> None:
     """Pitfall 22: flattening through one dtype rounds, and flattening without strides transposes."""
     block = Mixed(seed)
     layout = BlockLayout.of(block)
-    memory = aligned_bytes(layout.nbytes, CPU).random_(0, 256)
+    memory = aligned_bytes(layout.slot_bytes, CPU).random_(0, 256)
     layout.pack(block, memory)
-    moved = aligned_bytes(layout.nbytes, CPU).copy_(memory)  # as a copy or a gather moves it: as bytes
+    moved = aligned_bytes(layout.slot_bytes, CPU).copy_(memory)  # as a copy or a gather moves it: as bytes
     originals = dict(_tensors(block))
     for entry in layout.entries:
         view, original = entry.view(moved), originals[entry.name]
@@ -106,7 +106,7 @@ def test_column_major_stays_column_major() -> None:
     block = nn.Module()
     block.weight = _parameter(_random_bytes((16, 32), torch.float8_e4m3fn).t())
     layout = BlockLayout.of(block)
-    memory = aligned_bytes(layout.nbytes, CPU)
+    memory = aligned_bytes(layout.slot_bytes, CPU)
     layout.pack(block, memory)
     view = layout.entries[0].view(memory)
     assert view.stride() == (1, 32)
@@ -121,8 +121,8 @@ def test_zero_size_tensors_take_no_bytes() -> None:
     layout = BlockLayout.of(block)
     _check_layout(layout, block, 1)
     assert [entry.nbytes for entry in layout.entries] == [0, 12, 0, 0]
-    assert layout.nbytes == ALIGNMENT
-    memory = aligned_bytes(layout.nbytes, CPU)
+    assert layout.slot_bytes == ALIGNMENT
+    memory = aligned_bytes(layout.slot_bytes, CPU)
     layout.pack(block, memory)
     assert [tuple(entry.view(memory).shape) for entry in layout.entries] == [(0,), (3,), (0,), (0, 5)]
 
@@ -131,10 +131,10 @@ def test_zero_size_tensors_take_no_bytes() -> None:
 def test_a_block_without_bytes(parts: int) -> None:
     """A block of only empty tensors, or of none, has an empty range that can still be viewed and cut."""
     block = nn.Module()
-    assert BlockLayout.of(block, multiple=parts).nbytes == 0
+    assert BlockLayout.of(block, multiple=parts).slot_bytes == 0
     block.empty = _parameter(torch.empty(0, 2, dtype=torch.bfloat16))
     layout = BlockLayout.of(block, multiple=parts)
-    assert layout.shard_nbytes(parts) == 0
+    assert layout.shard_bytes(parts) == 0
     assert layout.entries[0].view(aligned_bytes(0, CPU)).shape == (0, 2)
 
 
@@ -154,7 +154,7 @@ def test_tied_tensors_are_placed_once_with_all_names() -> None:
         {"first.bias", "shared.bias"},
         {"table", "second.table"},
     ]
-    assert layout.nbytes == 3 * ALIGNMENT
+    assert layout.slot_bytes == 3 * ALIGNMENT
 
 
 def test_equal_tensors_are_not_tied() -> None:
@@ -178,10 +178,10 @@ def test_packing_leaves_other_bytes_alone() -> None:
     """`pack` into a window of a larger store must not write a byte outside the block's own range."""
     block = Mixed()
     layout = BlockLayout.of(block)
-    store = torch.full((layout.nbytes + 2 * ALIGNMENT,), 0xA5, dtype=torch.uint8)
-    layout.pack(block, store[ALIGNMENT : ALIGNMENT + layout.nbytes])
+    store = torch.full((layout.slot_bytes + 2 * ALIGNMENT,), 0xA5, dtype=torch.uint8)
+    layout.pack(block, store[ALIGNMENT : ALIGNMENT + layout.slot_bytes])
     assert bool((store[:ALIGNMENT] == 0xA5).all())
-    assert bool((store[ALIGNMENT + layout.nbytes :] == 0xA5).all())
+    assert bool((store[ALIGNMENT + layout.slot_bytes :] == 0xA5).all())
 
 
 def test_a_layout_is_only_cut_as_it_was_laid_out() -> None:
@@ -189,9 +189,9 @@ def test_a_layout_is_only_cut_as_it_was_laid_out() -> None:
     block = nn.Module()
     block.weight = _parameter(torch.zeros(3 * ALIGNMENT, dtype=torch.uint8))
     layout = BlockLayout.of(block)
-    assert layout.shard_nbytes(3) == ALIGNMENT
-    with pytest.raises(ValueError, match=f"{layout.nbytes} bytes .* 2 shards"):
-        layout.shard_nbytes(2)
+    assert layout.shard_bytes(3) == ALIGNMENT
+    with pytest.raises(ValueError, match=f"{layout.slot_bytes} bytes .* 2 shards"):
+        layout.shard_bytes(2)
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 255, 256, 257, 10_000])

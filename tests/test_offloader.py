@@ -190,7 +190,7 @@ def test_what_fails_late_is_undone(model: Model, place: str, outside: Any, monke
 def test_too_little_host_memory_is_refused(model: Model, outside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pitfall 30: past the cgroup's limit there is no exception, but a SIGKILL."""
     layouts, rest = component_layouts(model, discover_blocks(model))
-    needed = sum(layout.nbytes for layout in layouts) + (rest.nbytes if outside == "held" else 0)
+    needed = sum(layout.slot_bytes for layout in layouts) + (rest.slot_bytes if outside == "held" else 0)
     before, files = _facts(model), len(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(offloader_module, "host_memory", lambda: HostMemory(needed - 1, 2**33, "/sys/fs/cgroup/job"))
     with pytest.raises(HostMemoryError, match=r"Model: a host copy of its weights: needs 0\.\d+ GiB .*cgroup/job"):
@@ -254,11 +254,11 @@ def test_what_blocks_really_cost_decides_what_stays(outside: Any) -> None:
     expected, slow, before = copy.deepcopy(model)(X), range(2, 8), _facts(model)
     handles = [model.blocks[n].register_forward_hook(lambda *_: time.sleep(0.02)) for n in slow]
     layouts, rest = component_layouts(model, discover_blocks(model))
-    budget = sum(layout.nbytes for layout in layouts) + rest.nbytes - 2 * layouts[2].nbytes
+    budget = sum(layout.slot_bytes for layout in layouts) + rest.slot_bytes - 2 * layouts[2].slot_bytes
     engine = _SlowLink()
     with LayerwiseOffloader(model, CPU, budget_bytes=budget, outside=outside, engine=engine) as offloader:
         held = _device_bytes(offloader)
-        assert held > budget - layouts[0].nbytes, "another choice may need all of it"
+        assert held > budget - layouts[0].slot_bytes, "another choice may need all of it"
         assert offloader.reschedule() is None, "nothing has run"
         for turn in range(5):
             with offloader.present():

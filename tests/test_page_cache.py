@@ -18,11 +18,12 @@ from crossdock.parallel.hsdp import shard_range
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import ConfigError
-from crossdock.runtime.models.checkpoint import stored_tensors
+from crossdock.runtime.models.checkpoint import StoredTensor, stored_tensors
 from crossdock.runtime.plan.checks import check_pages
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import PlannedBlock
 from crossdock.runtime.rank.weights.mmap_pages import CheckpointPages
+from crossdock.runtime.rank.weights.source import WeightSource
 from crossdock.runtime.watch.gang import Gang
 from layouts import FAMILIES
 from reference import ODD_SIZE, PROMPT, TOLERANCE, max_error, reference_latents
@@ -84,8 +85,8 @@ def test_pieces_fill_every_byte(cut: int, shards: int, checkpoint: Path) -> None
     parts = {n.removeprefix("b."): _cut(t, slices.get(n)) for n, t in whole.items() if n.startswith("b.")}
     layout = BlockLayout.of(_Block(parts | {"table": table}), multiple=shards)
     block = PlannedBlock("b", layout, Home.HOST, 0)
-    pages, size = CheckpointPages(stored), layout.shard_nbytes(shards)
-    memory = torch.full((layout.nbytes,), 0xEE, dtype=torch.uint8)
+    pages, size = _pages(stored), layout.shard_bytes(shards)
+    memory = torch.full((layout.slot_bytes,), 0xEE, dtype=torch.uint8)
     for shard in range(shards):
         target = memory[shard * size : (shard + 1) * size]
         for piece in pages.pieces(block, slices, {"b.table": table}, shard * size, (shard + 1) * size):
@@ -96,14 +97,18 @@ def test_pieces_fill_every_byte(cut: int, shards: int, checkpoint: Path) -> None
         found, wanted = (t.contiguous().reshape(-1).view(torch.uint8) for t in (entry.view(memory), expected))
         assert torch.equal(found, wanted), entry.name
     used = sum(entry.nbytes for entry in layout.entries)
-    assert int((memory == 0xEE).sum()) >= layout.nbytes - used, "padding was written to"
+    assert int((memory == 0xEE).sum()) >= layout.slot_bytes - used, "padding was written to"
+
+
+def _pages(stored: Mapping[str, StoredTensor]) -> CheckpointPages:
+    return CheckpointPages(WeightSource(stored), stored)
 
 
 def _filled(pages: CheckpointPages, block: PlannedBlock, slices: Mapping[str, TensorSlice], shards: int) -> Tensor:
     """The whole block, put together from the pieces of every shard."""
-    memory = torch.full((block.layout.nbytes,), 0xEE, dtype=torch.uint8)
+    memory = torch.full((block.layout.slot_bytes,), 0xEE, dtype=torch.uint8)
     for shard in range(shards):
-        start, stop = shard_range(block.layout.nbytes, shards, shard)
+        start, stop = shard_range(block.layout.slot_bytes, shards, shard)
         for piece in pages.pieces(block, slices, {}, start, stop):
             piece.target(memory[start:stop]).copy_(piece.source)
     return memory
@@ -119,7 +124,7 @@ def test_every_rank_of_a_model(family: str, tp: int, shards: int, checkpoints: d
     plan = make_plan(config, checkpoints[family], "cpu")
     files = (plan.model_dir / "transformer").glob("*.safetensors")
     whole = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    pages = CheckpointPages(plan.stored)
+    pages = _pages(plan.stored)
     for slices in plan.slices:
         for block in plan.blocks:
             memory = _filled(pages, block, slices, shards)
@@ -133,7 +138,7 @@ def test_a_tied_tensor_is_found_under_any_name(tmp_path: Path) -> None:
     save_file({"b.second": torch.arange(5.0)}, tmp_path / "model.safetensors")
     entry = TensorEntry(("first", "second"), "parameter", torch.float32, (5,), (1,), 0, 20)
     block = PlannedBlock("b", BlockLayout((entry,), 256), Home.HOST, 0)
-    memory = _filled(CheckpointPages(stored_tensors(tmp_path)), block, {}, 1)
+    memory = _filled(_pages(stored_tensors(tmp_path)), block, {}, 1)
     assert torch.equal(entry.view(memory), torch.arange(5.0))
 
 
@@ -142,7 +147,7 @@ def test_a_slice_without_elements(tmp_path: Path) -> None:
     save_file({"b.none": torch.ones(3, 4), "b.some": torch.ones(3, 4)}, tmp_path / "model.safetensors")
     slices = {"b.none": TensorSlice(1, ((2, 2),), 4), "b.some": TensorSlice(1, ((1, 1), (2, 4)), 4)}
     layout = BlockLayout.of(_Block({"some": torch.ones(3, 2), "none": torch.ones(3, 0), "more": torch.ones(1)}))
-    pages = CheckpointPages(stored_tensors(tmp_path))
+    pages = _pages(stored_tensors(tmp_path))
     (piece, _) = pages.pieces(PlannedBlock("b", layout, Home.HOST, 0), slices, {"b.more": torch.ones(1)}, 0, 768)
     assert piece.source.shape == (3, 8)
 
@@ -151,7 +156,7 @@ def test_a_leftover_in_the_file_does_not_replace_a_buffer(tmp_path: Path) -> Non
     """Pitfall 14: a table that the model computes, in an old checkpoint: with another length, other tensors' bytes."""
     save_file({"b.table": torch.zeros(3)}, tmp_path / "model.safetensors")
     layout = BlockLayout.of(_Block({"table": torch.empty(5)}))
-    pages = CheckpointPages(stored_tensors(tmp_path))
+    pages = _pages(stored_tensors(tmp_path))
     (piece,) = pages.pieces(PlannedBlock("b", layout, Home.HOST, 0), {}, {"b.table": torch.arange(5.0)}, 0, 256)
     assert torch.equal(piece.source.view(torch.float32).reshape(-1), torch.arange(5.0))
 
@@ -161,8 +166,8 @@ def test_nothing_is_copied_before_it_is_streamed(tmp_path: Path) -> None:
     save_file({"b.large": torch.ones(2**24)}, tmp_path / "model.safetensors")
     layout = BlockLayout.of(_Block({"large": torch.empty(2**24, device="meta")}))
     before = _anonymous_bytes()
-    pages = CheckpointPages(stored_tensors(tmp_path))
-    (piece,) = pages.pieces(PlannedBlock("b", layout, Home.HOST, 0), {}, {}, 0, layout.nbytes)
+    pages = _pages(stored_tensors(tmp_path))
+    (piece,) = pages.pieces(PlannedBlock("b", layout, Home.HOST, 0), {}, {}, 0, layout.slot_bytes)
     assert int(piece.source.sum(dtype=torch.int64)) == 2**24 * (0x80 + 0x3F)
     assert _anonymous_bytes() - before < 2**24
     assert piece.source.shape == (2**26,), "a copy of one dimension can be cut into chunks"

@@ -147,7 +147,7 @@ def test_copies_yield_to_collectives() -> None:
         case.check(range(6))
     for before in enqueued[-6:]:
         assert before[0] < before[1] < before[2], "nothing was held back"
-        assert before[1] - before[0] < case.stream.blocks[0].layout.nbytes // 2 + ALIGNMENT
+        assert before[1] - before[0] < case.stream.blocks[0].layout.slot_bytes // 2 + ALIGNMENT
     case.finish()
 
 
@@ -155,7 +155,7 @@ def test_a_held_chunk_waits_for_the_collective() -> None:
     """Pitfall 32: a chunk that only the host sees behind the collective would run beside it on the device."""
     case = build([Home.HOST], 1)
     engine, (block,), done = CpuCopyEngine(60), case.stream.blocks, list[Event]()
-    memory, late = aligned_bytes(block.layout.nbytes, torch.device("cpu")), threading.Event()
+    memory, late = aligned_bytes(block.layout.slot_bytes, torch.device("cpu")), threading.Event()
     collective = engine.submit("gather", lambda: late.wait(60) and None, ())
     engine.record = lambda: collective  # type: ignore[method-assign]
     loader = BlockLoader(engine, None, EventLog(engine, 100), yield_to_collectives=True)
@@ -167,7 +167,7 @@ def test_a_held_chunk_waits_for_the_collective() -> None:
     assert torch.equal(memory, before)
     late.set()
     engine.wait(done[0])
-    assert torch.equal(memory[: block.source_bytes], case.wholes[0])
+    assert torch.equal(memory[: block.held_bytes], case.wholes[0])
     engine.close()
     case.finish()
 
@@ -176,11 +176,11 @@ def test_a_copy_fails_with_any_of_its_chunks() -> None:
     """A block whose first half did not arrive would compute with what was there before."""
     case = build([Home.HOST], 1)
     engine, (block,) = FailingEngine(), case.stream.blocks
-    memory = aligned_bytes(block.layout.nbytes, torch.device("cpu"))
+    memory = aligned_bytes(block.layout.slot_bytes, torch.device("cpu"))
     for chunk in range(3):
         done: list[Event] = []
         loader = BlockLoader(engine, None, EventLog(engine, 100), yield_to_collectives=True)
-        size = round_up(-(-block.layout.nbytes // 3), ALIGNMENT)
+        size = round_up(-(-block.layout.slot_bytes // 3), ALIGNMENT)
         engine.fail.add(case.wholes[0].data_ptr() + chunk * size)
         loader.load(block, memory, (), None, done.append, chunks=3)
         loader.flush()
@@ -255,8 +255,8 @@ def test_residents_are_asked_for_ahead() -> None:
     before = case.stream.counters.h2d_bytes
     case.stream.prepare()
     asked = case.stream.counters.h2d_bytes - before
-    assert asked > case.stream.blocks[0].layout.nbytes, "the first block alone"
-    assert asked <= 4 * max(block.layout.nbytes for block in case.stream.blocks), "not the whole model at once"
+    assert asked > case.stream.blocks[0].layout.slot_bytes, "the first block alone"
+    assert asked <= 4 * max(block.layout.slot_bytes for block in case.stream.blocks), "not the whole model at once"
     case.check(range(12))
     case.finish()
 

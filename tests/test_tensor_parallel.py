@@ -25,8 +25,9 @@ from crossdock.parallel.tensor import (
     matching_modules,
     tensor_slices,
 )
-from crossdock.runtime.models.checkpoint import TensorReader, stored_tensors
+from crossdock.runtime.models.checkpoint import stored_tensors
 from crossdock.runtime.models.families import SPECS
+from crossdock.runtime.rank.weights.source import WeightSource
 
 MODELS = {"flux2-klein": Flux2Transformer2DModel, "z-image": ZImageTransformer2DModel}
 
@@ -307,14 +308,14 @@ def test_the_reader_reads_slices_and_ranges(family: str, degree: int, checkpoint
     """Every rank's bytes, whole and in odd pieces, against slicing the whole tensors loaded by safetensors."""
     folder = checkpoints[family] / "transformer"
     whole = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    model, reader = _load(family, checkpoints[family]), TensorReader(stored_tensors(folder))
+    model, reader = _load(family, checkpoints[family]), WeightSource(stored_tensors(folder))
     generator = torch.Generator().manual_seed(degree)
     for rank in range(degree):
         slices = tensor_slices(model, SPECS[family].tensor_plan, rank, degree)
         for fqn, tensor in whole.items():
             part = slices.get(fqn)
             expected = tensor if part is None else _take(part, tensor)
-            assert torch.equal(reader.read(fqn, part), expected), fqn
+            assert torch.equal(reader.rows(fqn, part), expected), fqn
             start, stop = sorted(torch.randint(0, expected.numel() + 1, (2,), generator=generator).tolist())
             if start < stop:
-                assert torch.equal(reader.read_flat(fqn, part, start, stop), expected.reshape(-1)[start:stop]), fqn
+                assert torch.equal(reader.flat(fqn, part, start, stop), expected.reshape(-1)[start:stop]), fqn

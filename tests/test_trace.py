@@ -49,7 +49,7 @@ SPANS = (Span("encode", 1.0, 1.0005), Span("step 1", 1.001, 1.020), Span("step 2
 
 def test_intervals_of_interleaved_blocks() -> None:
     """Begins paired with the end of another block or lane; a wait for a resident block; the wrong bytes or slot."""
-    found = [f"{i.kind} {i.block} {i.slot} {i.ms:.4g} {i.nbytes} {i.sequence}" for i in intervals(EVENTS)]
+    found = [f"{i.kind} {i.block} {i.slot} {i.ms:.4g} {i.travel_bytes} {i.sequence}" for i in intervals(EVENTS)]
     expected = """copy a 0 2 64 0, gather a 0 4 192 3, wait a 0 5 0 1, copy b 1 4 32 4, compute a 0 10 0 6,
         compute r None 2 0 9, wait b 1 1 0 11, compute b 1 1 0 13, copy a 0 6 64 12, wait a 0 5 0 16,
         compute a 0 5 0 17, copy c 1 1 8 19"""

@@ -52,7 +52,7 @@ def _plan(directory: Path, **offload: Any) -> RunPlan:
 
 
 def _blocks_bytes(plan: RunPlan, name: str = "") -> int:
-    return sum(block.layout.nbytes for block in plan.blocks if block.name.startswith(name))
+    return sum(block.layout.slot_bytes for block in plan.blocks if block.name.startswith(name))
 
 
 def _budget(directory: Path, share: float) -> str:
@@ -174,7 +174,7 @@ def test_only_the_one_that_runs_is_streamed(
         assert {_transformer_of(block) for block in found} <= {name}, f"step {step + 1}"
         pass_ = plan.passes[step >= SWITCH]
         slots = [plan.blocks[index].slot for index in pass_]
-        passing = sum(plan.blocks[i].layout.nbytes for i in pass_ if slots.count(plan.blocks[i].slot) > 1)
+        passing = sum(plan.blocks[i].layout.slot_bytes for i in pass_ if slots.count(plan.blocks[i].slot) > 1)
         if step in (1, 3):  # a turn's first step brings what stays in it, too
             assert result.measurements.steps[step].h2d_bytes == PASSES * passing
     assert share != 0.7 or 0 < result.measurements.steps[1].h2d_bytes < PASSES * _blocks_bytes(plan, f"{FIRST}.")

@@ -25,6 +25,7 @@ from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.contract.result import CompositionError, Violation
 from crossdock.runtime.contract.verify import verify_composition
+from crossdock.runtime.errors import CheckpointError
 from crossdock.runtime.models import transformers as transformers_module
 from crossdock.runtime.models.checkpoint import stored_tensors
 from crossdock.runtime.plan import make_plan as plan_module
@@ -33,6 +34,7 @@ from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.weights import compare as arrival
 from crossdock.runtime.rank.weights.compare import WHOLE_BYTES, WeightCheck, sampled_rows
 from crossdock.runtime.rank.weights.load import WeightLoader
+from crossdock.runtime.rank.weights.source import WeightSource
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.records import RankReport
 from crossdock.runtime.watch.gang import Gang
@@ -51,6 +53,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 REQUEST = rank_request(PROMPT, height=ODD_SIZE[0], width=ODD_SIZE[1], steps=2)
 BLOCK = "single_transformer_blocks.2"
+NEXT = "single_transformer_blocks.3"
 WEIGHT = f"{BLOCK}.attn.to_out.weight"
 
 
@@ -254,9 +257,34 @@ def test_an_offload_that_saves_nothing_is_caught(flux2_dir: Path, monkeypatch: p
     with _worker(plan) as (_, report):
         violations = verify_composition(plan, [report])
     text = next(str(violation) for violation in violations if "bytes of weights" in violation.expected)
-    everything = sum(block.layout.nbytes for block in plan.blocks)
+    everything = sum(block.layout.slot_bytes for block in plan.blocks)
     assert report.device_bytes.weights >= everything
     assert f"found {report.device_bytes.weights} bytes" in text
+
+
+@pytest.mark.parametrize("way", ["shared", "mmap", "off"])
+def test_a_loader_that_reads_wrong_rows_is_caught(way: str, flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check reads the files itself, through a source of its own: what went wrong in the loader's is not in it."""
+    begin = WeightLoader.__init__
+
+    def misled(self: WeightLoader, *args: Any) -> None:
+        begin(self, *args)
+        other = f"{NEXT}.attn.to_out.weight"
+        self._files._stored = {**self._files._stored, WEIGHT: self._files._stored[other]}
+
+    monkeypatch.setattr(WeightLoader, "__init__", misled)
+    assert _named(_violations(_plan(flux2_dir, WAYS[way])), "complete") == [WEIGHT]
+
+
+def test_a_checkpoint_that_was_replaced_after_planning(tmp_path: Path) -> None:
+    """Another file under the same name: refused with its name when it is opened, not read at the planned shape."""
+    save_file({"a": torch.zeros(4, 3), "b": torch.zeros(5)}, tmp_path / "model.safetensors")
+    stored = stored_tensors(tmp_path)
+    assert torch.equal(WeightSource(stored).rows("a", None, 1, 3), torch.zeros(2, 3))
+    for changed in ({"a": torch.zeros(3, 4)}, {"a": torch.zeros(4, 3).half()}, {"c": torch.zeros(4, 3)}):
+        save_file({"b": torch.zeros(5), **changed}, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: a is not what it was when the run was planned"):
+            WeightSource(stored).rows("b")
 
 
 @pytest.mark.parametrize("keep", ["attribute", "list"])
@@ -461,7 +489,7 @@ class _Case:
                 value = torch.cat([value.narrow(part.dim, a, b - a) for a, b in part.ranges], part.dim)
             block.register_buffer(fqn.removeprefix("b."), value)
         self.layout = BlockLayout.of(block, multiple=shards)
-        self.memory = torch.full((self.layout.nbytes,), 0xFF, dtype=torch.uint8)
+        self.memory = torch.full((self.layout.slot_bytes,), 0xFF, dtype=torch.uint8)
         self.layout.pack(block, self.memory)
         mesh = SimpleNamespace(hsdp_shard=shards, coordinates=lambda rank: {"tp": 0})
         plan = SimpleNamespace(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from crossdock.offload.memory.arena import Arena
+from crossdock.offload.memory.codec import IDENTITY, Codec
 from crossdock.offload.memory.copy_engine import CopyEngine, CpuCopyEngine, Event
 from crossdock.offload.memory.layout import BlockLayout, aligned_bytes
 from crossdock.offload.schedule.residency import assumed_costs, minimum_bytes, plan_residency
@@ -194,10 +195,17 @@ class ShardGroup:
         self.fail: set[int] = set()
         self._wholes: dict[bytes, Tensor] = {}
 
-    def shard_of(self, whole: Tensor) -> Tensor:
-        shard = whole.chunk(self.parts)[self.index].clone()
-        self._wholes[shard.numpy().tobytes()] = whole
-        return shard
+    def shard_of(self, whole: Tensor, layout: BlockLayout | None = None, codec: Codec = IDENTITY) -> Tensor:
+        """What this rank holds of `whole`; `layout`: needed with a codec."""
+        if layout is None or codec.in_place:
+            shard = whole.chunk(self.parts)[self.index].clone()
+            self._wholes[shard.numpy().tobytes()] = whole
+            return shard
+        raw = whole.chunk(self.parts)
+        held = [codec.encode(layout, self.parts, index, part) for index, part in enumerate(raw)]
+        travelling = [part[: codec.travel_bytes(layout, self.parts)] for part in held]
+        self._wholes[travelling[self.index].numpy().tobytes()] = torch.cat(travelling)
+        return held[self.index]
 
     def gather(self) -> Gather:
         return Gather(self.parts, self.index, self._all_gather)
@@ -330,12 +338,14 @@ def build(
     arena: Arena | None = None,
     budget: float | None = None,
     passes: Sequence[Sequence[int]] = (),
+    codec: Codec = IDENTITY,
 ) -> Case:
     """An attached stream over one toy block per home.
 
     Args:
         budget: residents and slots as planned for it, from the minimum (0.0) to everything (1.0).
         passes: blocks that take turns; with a budget, all of them streamable.
+        codec: of all that is streamed.
     """
     choice = random.Random(seed)
     torch.manual_seed(seed)
@@ -346,16 +356,20 @@ def build(
     blocks, wholes = [], []
     for index, (module, home) in enumerate(zip(modules, homes, strict=True)):
         layout = BlockLayout.of(module, multiple=parts)
-        whole = aligned_bytes(layout.nbytes, torch.device("cpu"))
+        whole = aligned_bytes(layout.slot_bytes, torch.device("cpu"))
         whole.random_(0, 256)  # so that shards of nothing but padding differ
         layout.pack(module, whole)
-        source = group.shard_of(whole) if home.sharded else whole
-        blocks.append(StreamedBlock(f"blocks.{index}", module, layout, home, source))
+        if home.sharded:
+            source = group.shard_of(whole, layout, codec)
+        else:
+            source = codec.encode(layout, 1, 0, whole) if home.streamed else whole
+        own = codec if home.streamed else IDENTITY
+        blocks.append(StreamedBlock(f"blocks.{index}", module, layout, home, source, codec=own))
         wholes.append(whole)
     schedule = assign_slots(sum(home.streamed for home in homes) - len(resident), prefetch)
     if passes:
         assert budget is not None
-        sizes = place_sizes([[blocks[index].layout.nbytes for index in pass_] for pass_ in passes])
+        sizes = place_sizes([[blocks[index].layout.slot_bytes for index in pass_] for pass_ in passes])
         least = minimum_bytes(sizes, (prefetch,))
         allowed = least + int(budget * max(sum(sizes) - least, 0))
         residency = plan_residency(sizes, assumed_costs(sizes), allowed, (prefetch,))
@@ -363,7 +377,7 @@ def build(
         schedule = SlotSchedule(tuple(slots[i] for pass_ in passes for i in pass_), residency.schedule.prefetch)
     elif budget is not None:
         streamable = [index for index, home in enumerate(homes) if home.streamed]
-        sizes = [blocks[index].layout.nbytes for index in streamable]
+        sizes = [blocks[index].layout.slot_bytes for index in streamable]
         least = minimum_bytes(sizes, (prefetch,))
         allowed = least + int(budget * max(sum(sizes) - least, 0))
         residency = plan_residency(sizes, assumed_costs(sizes), allowed, (prefetch,))

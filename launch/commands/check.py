@@ -60,8 +60,8 @@ class Holdings:
     def of(cls, report: RankReport) -> Holdings:
         """Added up from what the rank reported."""
         stay = [home for home in report.homes if home.slot is None]
-        on_device = sum(home.stop - home.start for home in report.homes if home.home == "device_shard")
-        on_device += sum(home.nbytes for home in stay) + sum(report.slot_bytes)
+        on_device = sum(home.held_bytes for home in report.homes if home.home == "device_shard")
+        on_device += sum(home.slot_bytes for home in stay) + sum(report.slot_bytes)
         on_device += sum(_nbytes(record) for record in report.tensors if record.place == "outside")
         return cls(
             report.rank,
@@ -70,7 +70,7 @@ class Holdings:
             len(report.slot_bytes),
             sum(report.slot_bytes),
             on_device,
-            sum(home.stop - home.start for home in report.homes if home.home.on_host),
+            sum(home.held_bytes for home in report.homes if home.home.on_host),
         )
 
 

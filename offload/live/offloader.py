@@ -31,6 +31,7 @@ from crossdock.offload.live.discovery import (
 )
 from crossdock.offload.live.foreign import refuse_foreign
 from crossdock.offload.memory.arena import Arena
+from crossdock.offload.memory.codec import IDENTITY
 from crossdock.offload.memory.copy_engine import CopyEngine, make_copy_engine
 from crossdock.offload.memory.host_memory import host_memory, require
 from crossdock.offload.memory.host_store import HostStore
@@ -95,9 +96,9 @@ class LayerwiseOffloader:
         refuse_foreign(model, device)
         found = [] if stacks is not None and not stacks else discover_blocks(model, stacks)
         layouts, rest = component_layouts(model, found)
-        sizes = [layout.nbytes for layout in layouts]
+        sizes = [layout.slot_bytes for layout in layouts]
         if budget_bytes is not None:
-            budget_bytes = _for_blocks(budget_bytes, rest.nbytes, minimum_bytes(sizes, (prefetch,)))
+            budget_bytes = _for_blocks(budget_bytes, rest.slot_bytes, minimum_bytes(sizes, (prefetch,)))
         self._residency = plan_residency(sizes, assumed_costs(sizes), budget_bytes, (prefetch,))
         self._order = tuple(range(len(sizes)))
         self._budget_bytes, self._prefetch = budget_bytes, prefetch
@@ -113,7 +114,7 @@ class LayerwiseOffloader:
             blocks = self._place(model, found, layouts, rest)
             self._plain = move_plain_tensors(model, device)
             if arena is None and budget_bytes is not None:  # all of it: another choice may need more than this one
-                arena = Arena(min(budget_bytes, sum(sizes)) + (rest.nbytes if self._held else 0), device)
+                arena = Arena(min(budget_bytes, sum(sizes)) + (rest.slot_bytes if self._held else 0), device)
             self.stream = BlockStream(
                 blocks,
                 self._residency.schedule,
@@ -157,8 +158,9 @@ class LayerwiseOffloader:
         if self._budget_bytes is None or order is None:
             return None
         blocks = [self.stream.blocks[index] for index in order]
-        sizes = [block.layout.nbytes for block in blocks]
-        costs = measured_costs(self.stream.trace(), [block.name for block in blocks], sizes)
+        sizes = [block.layout.slot_bytes for block in blocks]
+        travel_sizes = [block.held_bytes for block in blocks]
+        costs = measured_costs(self.stream.trace(), [block.name for block in blocks], travel_sizes)
         if costs is None:
             return None
         better = plan_residency(sizes, costs, self._budget_bytes, (self._prefetch,))
@@ -222,7 +224,7 @@ class LayerwiseOffloader:
         self, model: nn.Module, found: Sequence[FoundBlock], layouts: Sequence[BlockLayout], rest: BlockLayout
     ) -> list[StreamedBlock]:
         """The bytes of the blocks and of the rest, copied to where they will rest."""
-        needed = sum(layout.nbytes for layout in layouts) + (rest.nbytes if self._held else 0)
+        needed = sum(map(held_bytes, [*layouts, *([rest] if self._held else [])]))
         require(needed, f"{type(model).__name__}: a host copy of its weights", host_memory(), _WAY_OUT)
         blocks = [self._on_host(block.name, block.module, layout) for block, layout in zip(found, layouts, strict=True)]
         if self._held:
@@ -243,7 +245,7 @@ class LayerwiseOffloader:
 
     def _on_host(self, name: str, module: nn.Module, layout: BlockLayout, is_called: bool = True) -> StreamedBlock:
         """One store per block, so that `remove` never holds the model twice."""
-        store = HostStore.create(layout.nbytes, name="crossdock-component")
+        store = HostStore.create(held_bytes(layout), name="crossdock-component")
         self._stores.append(store)
         layout.pack(module, store.bytes)
         if self._device.type == "cuda":
@@ -261,14 +263,18 @@ class _Lent:
     block: StreamedBlock
 
     def at_rest(self) -> Tensor:
-        assert isinstance(self.block.source, Tensor)
-        return self.entry.view(self.block.source)
+        return self.block.at_rest(self.entry)
 
     def give_back(self) -> None:
         assert isinstance(self.block.source, Tensor)
         raw = self.block.source[self.entry.offset : self.entry.offset + self.entry.nbytes]
         own = raw.to(self.device, copy=True).view(self.entry.dtype)
         set_local_part(self.tensor, own.as_strided(self.entry.shape, self.entry.stride))
+
+
+def held_bytes(layout: BlockLayout) -> int:
+    """Of a block's, or of the outside's, host copy: a live model's weights rest as they compute."""
+    return IDENTITY.held_bytes(layout, 1)
 
 
 def component_layouts(model: nn.Module, found: Sequence[FoundBlock]) -> tuple[list[BlockLayout], BlockLayout]:
@@ -295,7 +301,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _on_device(model: nn.Module, layout: BlockLayout, device: torch.device) -> StreamedBlock:
-    memory = aligned_bytes(layout.nbytes, device)
+    memory = aligned_bytes(layout.slot_bytes, device)
     layout.pack(model, memory)
     return StreamedBlock(OUTSIDE, model, layout, Home.RESIDENT, memory, is_called=False)
 

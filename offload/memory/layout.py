@@ -104,10 +104,10 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Where each tensor of a block lies in its byte range of `nbytes` bytes."""
+    """Where each tensor of a block lies in the `slot_bytes` that compute. What rests and travels, `codec` says."""
 
     entries: tuple[TensorEntry, ...]
-    nbytes: int
+    slot_bytes: int
 
     @classmethod
     def of(
@@ -138,13 +138,14 @@ class BlockLayout:
             offset = round_up(offset + nbytes, ALIGNMENT)
         return cls(tuple(entries), round_up(offset, ALIGNMENT * multiple))
 
-    def shard_nbytes(self, parts: int) -> int:
-        if self.nbytes % (parts * ALIGNMENT):
-            raise ValueError(f"a layout of {self.nbytes} bytes was not laid out for {parts} shards")
-        return self.nbytes // parts
+    def shard_bytes(self, parts: int) -> int:
+        """Of `slot_bytes`, those of one shard."""
+        if self.slot_bytes % (parts * ALIGNMENT):
+            raise ValueError(f"a layout of {self.slot_bytes} bytes was not laid out for {parts} shards")
+        return self.slot_bytes // parts
 
     def pack(self, block: nn.Module, memory: Tensor) -> None:
-        """Copy this rank's part of the block's live tensors into `memory` (uint8, `nbytes` long)."""
+        """Copy this rank's part of the block's live tensors into `memory` (uint8, `slot_bytes` long)."""
         for entry in self.entries:
             find = block.get_parameter if entry.kind == "parameter" else block.get_buffer
             entry.view(memory).copy_(local_part(find(entry.name)))

@@ -78,14 +78,15 @@ class Residency:
         return self.step_s <= self.bound_s * (1 + 1e-9)
 
 
-def assumed_costs(sizes: Sequence[int]) -> Costs:
+def assumed_costs(sizes: Sequence[int], travel_sizes: Sequence[int] | None = None) -> Costs:
     """Before anything was measured: computing and copying in proportion to bytes, and copying takes twice as long.
+
+    `sizes`: bytes of each block in its slot; `travel_sizes`: those that are copied, where they are others.
 
     Assumed faster, copies look hidden wherever they are, and what is streamed may be one clump; assumed slower, only
     bytes count, and nothing is spread. The same for every budget: more memory is then never expected to be slower.
     """
-    seconds = tuple(size * 1e-9 for size in sizes)
-    return Costs(seconds, tuple(2 * each for each in seconds))
+    return Costs(tuple(size * 1e-9 for size in sizes), tuple(2 * (size * 1e-9) for size in travel_sizes or sizes))
 
 
 def steady_step_s(costs: Costs, resident: Sequence[int], schedule: SlotSchedule) -> float:
@@ -106,16 +107,23 @@ def minimum_bytes(sizes: Sequence[int], depths: Sequence[int]) -> int:
     return min(device_bytes(sizes, least_memory(tuple(sizes), depth), depth) for depth in depths)
 
 
-def plan_residency(sizes: Sequence[int], costs: Costs, budget_bytes: int | None, depths: Sequence[int]) -> Residency:
+def plan_residency(
+    sizes: Sequence[int],
+    costs: Costs,
+    budget_bytes: int | None,
+    depths: Sequence[int],
+    travel_sizes: Sequence[int] | None = None,
+) -> Residency:
     """The blocks to keep and the prefetch distance with the shortest step; then the fewest bytes copied, and held.
 
     Few blocks are searched exhaustively by branch and bound. With many, the search stops after a fixed amount of work
     and `bound_s` tells how much better any other choice could be.
 
     Args:
-        sizes: bytes of each block, in the order in which they run.
+        sizes: bytes of each block in its slot, in the order in which they run.
         budget_bytes: device memory for slots and resident blocks; None: nothing stays, with the least prefetch.
         depths: prefetch distances to choose from.
+        travel_sizes: bytes of each that are copied, where they are others than `sizes`.
 
     Raises:
         ValueError: the budget is below `minimum_bytes`, or the costs are of another number of blocks.
@@ -128,7 +136,7 @@ def plan_residency(sizes: Sequence[int], costs: Costs, budget_bytes: int | None,
         return _residency(sizes, costs, everything, min(depths), step, step)
     if budget_bytes < (least := minimum_bytes(sizes, depths)):
         raise ValueError(f"{budget_bytes} bytes are below the minimum of {least} bytes")
-    search = _Search(_Problem(tuple(sizes), *costs._ticks(), budget_bytes), depths)
+    search = _Search(_Problem(tuple(sizes), *costs._ticks(), budget_bytes, tuple(travel_sizes or ())), depths)
     bound = search.run()
     return _residency(sizes, costs, search.best[-1], search.best[-2], search.best[0], bound)
 
@@ -149,6 +157,8 @@ class _Problem:
     compute: tuple[int, ...]
     copy: tuple[int, ...]
     budget: int
+    travel_sizes: tuple[int, ...] = ()
+    """where they are others than `sizes`"""
 
     @cached_property
     def total(self) -> int:
@@ -279,7 +289,7 @@ class _Search:
         if (depth, streamed) in self._seen:
             return False
         self._seen.add((depth, streamed))
-        copied = sum(problem.sizes[index] for index in streamed)
+        copied = sum((problem.travel_sizes or problem.sizes)[index] for index in streamed)
         floor = max(problem.whole_compute, sum(problem.copy[index] for index in streamed))
         if (floor, copied) > self.best[:2]:
             return False

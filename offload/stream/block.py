@@ -9,7 +9,8 @@ from enum import StrEnum
 
 from torch import Tensor, nn
 
-from crossdock.offload.memory.layout import BlockLayout
+from crossdock.offload.memory.codec import IDENTITY, Codec
+from crossdock.offload.memory.layout import BlockLayout, TensorEntry
 
 
 class Home(StrEnum):
@@ -66,6 +67,7 @@ class StreamedBlock:
     Attributes:
         source: the bytes at rest, uint8: the whole block, or this rank's shard; or the pieces that make it up.
         is_called: its module is called; otherwise it is brought in by `BlockStream.hold` only.
+        codec: between `source` and the slot.
     """
 
     name: str
@@ -74,12 +76,34 @@ class StreamedBlock:
     home: Home
     source: Tensor | tuple[Piece, ...]
     is_called: bool = True
+    codec: Codec = IDENTITY
+
+    def __post_init__(self) -> None:
+        if not (self.home.streamed or self.codec.in_place):
+            raise ValueError(f"{self.name} stays on the device: what computes rests there, not what a codec made")
 
     @property
-    def source_bytes(self) -> int:
+    def held_bytes(self) -> int:
+        """What rests here of it."""
         if isinstance(self.source, Tensor):
             return self.source.nbytes
         return sum(piece.source.nbytes for piece in self.source)
+
+    @property
+    def rests_plain(self) -> bool:
+        """Whole, as it computes, in one place."""
+        return isinstance(self.source, Tensor) and not self.home.sharded and self.codec.in_place
+
+    def at_rest(self, entry: TensorEntry) -> Tensor:
+        """This rank's part of a tensor where it rests: the very memory.
+
+        Raises:
+            RuntimeError: there is none: the block is cut, encoded, or scattered over the checkpoint's files.
+        """
+        if not self.rests_plain:
+            raise RuntimeError(f"{self.name} ({self.home}, codec {self.codec.name}) has no place for a tensor alone")
+        assert isinstance(self.source, Tensor)
+        return entry.view(self.source)
 
     def owners(self) -> Iterator[tuple[nn.Module, str]]:
         """(module, attribute) of every name of every tensor."""

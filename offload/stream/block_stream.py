@@ -72,14 +72,13 @@ class BlockStream:
         self.counters: StreamCounters = self._loader.counters
         self._loads = SlotLoads(engine, self._loader)
         self._collectives, self._chunks = 0, 1  # of the block that is running
-        if gather is None and any(block.home.sharded for block in self.blocks):
-            raise ValueError("a sharded home needs a shard group")
+        self._staging = [most] if (most := max(map(self._loader.staging_bytes, self.blocks), default=0)) else []
         self._index = {block.name: index for index, block in enumerate(self.blocks)}
         self._run_order = RunOrder([i for i, b in enumerate(self.blocks) if b.home.streamed and b.is_called], passes)
         self._held = [i for i, block in enumerate(self.blocks) if block.home.streamed and not block.is_called]
         self._reading: int | None = None
-        self._hooks = BlockHooks()
-        self._first_loads = FirstLoadObserver()
+        self._hooks, self._first_loads = BlockHooks(), FirstLoadObserver()
+        self._leased: list[Slot] = []
         self._shared: list[Slot] = []
         self._own: dict[int, Slot] = {}
         self._slots: dict[int, Slot] = {}
@@ -137,8 +136,8 @@ class BlockStream:
 
     def vacate(self) -> None:
         self._end_loads()
-        self.arena.release([*self._shared, *self._own.values()])
-        self._shared, self._own, self._slots = [], {}, {}
+        self.arena.release(self._leased)
+        self._leased, self._shared, self._own, self._slots = [], [], {}, {}
 
     @contextmanager
     def unrecorded(self) -> Iterator[None]:
@@ -360,22 +359,23 @@ class BlockStream:
         self._ahead = self._run_order.ahead(self._prefetch, self._staying)
 
     def _sizes(self) -> tuple[list[int], list[int], list[int]]:
-        """Bytes of the shared slots; the blocks with a slot of their own, and their bytes."""
-        sizes = slot_sizes([self.blocks[i].layout.nbytes for i in self._shared_slot], list(self._shared_slot.values()))
+        """Bytes of the shared slots; the blocks with a slot of their own, and the bytes of these and of the staging."""
+        sizes = slot_sizes([self.blocks[i].layout.slot_bytes for i in self._shared_slot], [*self._shared_slot.values()])
         alone = [*self._held, *(i for i in self._run_order.order if i in self._residents)]
-        return sizes, alone, [self.blocks[i].layout.nbytes for i in alone]
+        return sizes, alone, [self.blocks[i].layout.slot_bytes for i in alone] + self._staging
 
     @property
     def slots_bytes(self) -> int:
-        """Device bytes of all slots."""
+        """Device bytes of all slots, and of what is decoded into them."""
         shared, _, own = self._sizes()
         return sum(shared) + sum(own)
 
     def _lease(self) -> None:
         shared, alone, own = self._sizes()
-        slots = self.arena.lease(self, [*shared, *own], self.engine.record())
+        self._leased = slots = self.arena.lease(self, [*shared, *own], self.engine.record())
+        self._loads.staging = slots[-1] if self._staging else None
         self._shared = slots[: len(shared)]
-        self._own = dict(zip(alone, slots[len(shared) :], strict=True))
+        self._own = dict(zip(alone, slots[len(shared) :], strict=False))
         self._slots = {i: self._shared[slot] for i, slot in self._shared_slot.items()} | self._own
 
     def _end_loads(self) -> None:

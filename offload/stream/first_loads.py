@@ -32,7 +32,7 @@ class FirstLoadObserver:
         """`memory`: the block's slot."""
         if self._callback is None or index not in self.unseen:
             return
-        self._callback(block, memory[: block.layout.nbytes])
+        self._callback(block, memory[: block.layout.slot_bytes])
         self.unseen.remove(index)
         if not self.unseen:
             self._callback = None

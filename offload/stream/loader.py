@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from crossdock.offload.memory.codec import staging_bytes
 from crossdock.offload.memory.copy_engine import CopyEngine, Event, Lane, Mark
 from crossdock.offload.memory.layout import ALIGNMENT, round_up
 from crossdock.offload.stream.block import Home, StreamedBlock
@@ -47,11 +48,11 @@ class EventLog:
         block: str,
         slot: int | None,
         lane: Lane | Literal["compute"],
-        nbytes: int = 0,
+        travel_bytes: int = 0,
         missed: bool = False,
     ) -> None:
         with self._lock:
-            self._events.append((self.upcoming, kind, block, slot, self._engine.mark(lane), nbytes, missed))
+            self._events.append((self.upcoming, kind, block, slot, self._engine.mark(lane), travel_bytes, missed))
             self.upcoming += 1
             while len(self._events) > self._limit and self._events[0][0] < self._kept_since:
                 self._events.popleft()
@@ -77,8 +78,8 @@ class EventLog:
             newest_first = islice(reversed(self._events), last)
             events = list(takewhile(lambda event: event[0] >= since, newest_first))[::-1]
         return tuple(
-            TraceEvent(number, kind, block, slot, self._engine.seconds(mark), nbytes, missed)
-            for number, kind, block, slot, mark, nbytes, missed in events
+            TraceEvent(number, kind, block, slot, self._engine.seconds(mark), travel_bytes, missed)
+            for number, kind, block, slot, mark, travel_bytes, missed in events
         )
 
 
@@ -90,6 +91,9 @@ class BlockLoader:
 
     Where copies and collectives share a link, a copy is cut into chunks: the first is enqueued at once, each of the
     others behind a collective (`release`), so that the copy uses the link while the collectives do not.
+
+    What travels as it computes goes straight into the slot. What a codec made goes to a staging buffer, and from there
+    it is decoded into the slot, as the end of the work that brought the last of its bytes.
     """
 
     def __init__(self, engine: CopyEngine, gather: Gather | None, log: EventLog, yield_to_collectives: bool) -> None:
@@ -112,28 +116,41 @@ class BlockLoader:
         *,
         chunks: int = 1,
         noted: bool = True,
+        staging: Tensor | None = None,
     ) -> None:
         """Fill `memory` (uint8, at least the block's bytes) behind the events `after`. Collective when sharded.
 
         Args:
             done: gets the event of completion as soon as all of it is enqueued: at once, or from `release` or `flush`.
             chunks: how many parts the copy is cut into.
+            staging: uint8, at least `staging_bytes` of the block, on the device; nobody's until `done`'s event.
         """
-        whole = memory[: block.layout.nbytes]
-        job = _Job(block, slot, self._log if noted else None)
+        parts, index = self._part(block)
+        whole, size = memory[: block.layout.slot_bytes], block.codec.travel_bytes(block.layout, parts)
+        travelled = whole
+        if not block.codec.in_place:
+            assert staging is not None
+            travelled = staging[: parts * size]
+        job = _Job(block, slot, self._log if noted else None, parts, travelled, whole)
         if block.home is Home.HOST:
-            self._copy(job, whole, after, done, chunks)
+            self._copy(job, travelled, after, done, chunks)
             return
-        assert self._gather is not None
         if block.home is Home.DEVICE_SHARD:
             assert isinstance(block.source, Tensor)
-            done(self._all_gather(job, whole, block.source, after, needs=()))
+            done(self._all_gather(job, block.source[:size], after, needs=()))
             return
-        size = block.layout.shard_nbytes(self._gather.parts)
-        mine = whole[self._gather.index * size : (self._gather.index + 1) * size]
+        mine = travelled[index * size : (index + 1) * size]
         if self._last_gather is not None:
             after = (*after, self._last_gather)
-        self._copy(job, mine, after, lambda copied: done(self._all_gather(job, whole, mine, (), (copied,))), chunks)
+        self._copy(job, mine, after, lambda copied: done(self._all_gather(job, mine, (), (copied,))), chunks)
+
+    def staging_bytes(self, block: StreamedBlock) -> int:
+        """Device memory that a load of `block` needs beside its slot.
+
+        Raises:
+            ValueError: its home is sharded, and there is no shard group.
+        """
+        return staging_bytes(block.codec, block.layout, self._part(block)[0])
 
     def release(self) -> None:
         """A collective was just given to the compute stream: enqueue one more chunk behind it."""
@@ -149,8 +166,17 @@ class BlockLoader:
         """Write `memory` (the whole block) back to where the block rests: this rank's part of it."""
         if not isinstance(block.source, Tensor):
             raise RuntimeError(f"{block.name} rests in the checkpoint's files, which are not written to")
-        start = block.source.nbytes * self._gather.index if self._gather is not None and block.home.sharded else 0
-        block.source.copy_(memory[start : start + block.source.nbytes])
+        parts, index = self._part(block)
+        raw = memory[: block.layout.slot_bytes].chunk(parts)[index]
+        block.source.copy_(block.codec.encode(block.layout, parts, index, raw))
+
+    def _part(self, block: StreamedBlock) -> tuple[int, int]:
+        """How many parts a block is cut into, and which of them rests here."""
+        if not block.home.sharded:
+            return 1, 0
+        if self._gather is None:
+            raise ValueError("a sharded home needs a shard group")
+        return self._gather.parts, self._gather.index
 
     def _copy(
         self,
@@ -160,18 +186,21 @@ class BlockLoader:
         done: Callable[[Event], None],
         chunks: int,
     ) -> None:
-        nbytes = job.block.source_bytes
-        moves = _cut(_moves(job.block, target), chunks)
+        whole_moves = _moves(job.block, target)
+        travel_bytes = sum(source.nbytes for _, source in whole_moves)
+        moves = _cut(whole_moves, chunks)
 
         def enqueue(place: int, needs: Sequence[Event], behind: Sequence[Event]) -> None:
             def work() -> None:
                 if place == 0:
-                    job.note("load_begin", "copy", nbytes)
+                    job.note("load_begin", "copy", travel_bytes)
                     self.read[job.block.name] = []
                 for part, source in moves[place]:
                     self.engine.move(part, source)
                     self.read[job.block.name].append(source)
                 if place == len(moves) - 1:
+                    if not job.block.home.sharded:
+                        job.decode()
                     job.note("load_end", "copy")
 
             event = self.engine.submit("copy", work, behind, needs)
@@ -180,23 +209,22 @@ class BlockLoader:
             else:  # the rest of a copy goes before that of a later one
                 (self._held.appendleft if place else self._held.append)(partial(enqueue, place + 1, (event,)))
 
-        self.counters.h2d_bytes += nbytes
+        self.counters.h2d_bytes += travel_bytes
         enqueue(0, (), after)
 
-    def _all_gather(
-        self, job: _Job, whole: Tensor, shard: Tensor, after: Sequence[Event], needs: Sequence[Event]
-    ) -> Event:
-        gather, nbytes = self._gather, whole.nbytes - shard.nbytes
+    def _all_gather(self, job: _Job, shard: Tensor, after: Sequence[Event], needs: Sequence[Event]) -> Event:
+        gather, travel_bytes = self._gather, job.travelled.nbytes - shard.nbytes
         assert gather is not None
 
         def work() -> None:
-            job.note("gather_begin", "gather", nbytes)
-            gather.all_gather(whole, shard)
+            job.note("gather_begin", "gather", travel_bytes)
+            gather.all_gather(job.travelled, shard)
             if job.block.home is Home.DEVICE_SHARD:
                 self.read[job.block.name] = [shard]
+            job.decode()
             job.note("gather_end", "gather")
 
-        self.counters.gathered_bytes += nbytes
+        self.counters.gathered_bytes += travel_bytes
         gathered = self.engine.submit("gather", work, after, needs)
         if self.yield_to_collectives:
             self._last_gather = gathered
@@ -205,15 +233,22 @@ class BlockLoader:
 
 @dataclass(frozen=True)
 class _Job:
-    """A load, and where it is noted."""
+    """A load, and where it is noted. `travelled` gets the bytes of all `parts`; of them `whole`, the block, is made."""
 
     block: StreamedBlock
     slot: int | None
     log: EventLog | None
+    parts: int
+    travelled: Tensor
+    whole: Tensor
 
-    def note(self, kind: EventKind, lane: Lane, nbytes: int = 0) -> None:
+    def decode(self) -> None:
+        if not self.block.codec.in_place:
+            self.block.codec.decode(self.block.layout, self.parts, self.travelled, self.whole)
+
+    def note(self, kind: EventKind, lane: Lane, travel_bytes: int = 0) -> None:
         if self.log is not None:
-            self.log.note(kind, self.block.name, self.slot, lane, nbytes)
+            self.log.note(kind, self.block.name, self.slot, lane, travel_bytes)
 
 
 def _cut(moves: list[tuple[Tensor, Tensor]], chunks: int) -> list[list[tuple[Tensor, Tensor]]]:
@@ -229,7 +264,7 @@ def _cut(moves: list[tuple[Tensor, Tensor]], chunks: int) -> list[list[tuple[Ten
 def _moves(block: StreamedBlock, target: Tensor) -> list[tuple[Tensor, Tensor]]:
     """(target, source) of each copy that brings the bytes at rest; uint8, of one shape."""
     if isinstance(block.source, Tensor):
-        return [(target, block.source)]
+        return [(target, block.source[: len(target)])]
     return [(piece.target(target), piece.source) for piece in block.source]
 
 

@@ -9,7 +9,7 @@ from crossdock.offload.schedule.residency import Costs
 from crossdock.offload.stream.trace import TraceEvent
 
 
-def measured_costs(trace: Sequence[TraceEvent], order: Sequence[str], sizes: Sequence[int]) -> Costs | None:
+def measured_costs(trace: Sequence[TraceEvent], order: Sequence[str], travel_sizes: Sequence[int]) -> Costs | None:
     """Seconds per block, in the order `order`; None while a block has not run and been followed by another.
 
     A block's compute time reaches from when it has its bytes to when the next block asks for its own, so that what
@@ -17,13 +17,13 @@ def measured_costs(trace: Sequence[TraceEvent], order: Sequence[str], sizes: Seq
     taken: the first one also warms up.
 
     Args:
-        sizes: bytes of the blocks, as in `order`.
+        travel_sizes: bytes that make each block present, as in `order`.
     """
     compute = _compute_s(trace)
     rate = _seconds_per_byte(trace)
     if rate is None or any(name not in compute for name in order):
         return None
-    return Costs(tuple(compute[name] for name in order), tuple(size * rate for size in sizes))
+    return Costs(tuple(compute[name] for name in order), tuple(size * rate for size in travel_sizes))
 
 
 def slowest(costs: Sequence[Costs]) -> Costs:
@@ -46,7 +46,7 @@ def _compute_s(trace: Sequence[TraceEvent]) -> dict[str, float]:
 
 
 def _seconds_per_byte(trace: Sequence[TraceEvent]) -> float | None:
-    """Of all loads: copying, and gathering where there are shards, per byte of the block they make present."""
+    """Of all loads: copying, and gathering where there are shards, decoding included, per byte that travels."""
     begun: dict[tuple[str, str], TraceEvent] = {}
     moved: dict[str, int] = defaultdict(int)
     spent_s = 0.0
@@ -58,6 +58,6 @@ def _seconds_per_byte(trace: Sequence[TraceEvent]) -> float | None:
             begun[lane, event.block] = event
         elif (begin := begun.pop((lane, event.block), None)) is not None:
             spent_s += event.at_s - begin.at_s
-            moved[event.block] += begin.nbytes
+            moved[event.block] += begin.travel_bytes
     total = sum(moved.values())  # of a sharded block: its shard by copy, the rest by gather
     return spent_s / total if total else None

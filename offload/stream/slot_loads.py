@@ -17,6 +17,7 @@ class SlotLoads:
         self._engine = engine
         self._loader = loader
         self._pending: set[Slot] = set()  # claimed for a load of which not all is enqueued
+        self.staging: Slot | None = None  # where what travels encoded waits to be decoded
 
     def enqueue(self, slot: Slot, holder: int, block: StreamedBlock, number: int | None, chunks: int = 1) -> None:
         """Load `block` into `slot`, behind the slot's last reader and its last load; not if it is there.
@@ -27,15 +28,21 @@ class SlotLoads:
         """
         if slot.holder == holder:
             return
+        staging = None if block.codec.in_place else self.staging
 
         def done(ready: Event) -> None:
             slot.ready = ready
+            if staging is not None:
+                staging.ready = ready
             self._pending.discard(slot)
 
         try:
-            waits = slot.claim(holder)
+            if staging is not None:
+                self.flush()  # what was held back of the load before goes through the staging first
+            waits = slot.claim(holder) + ([] if staging is None else staging.claim(holder))
             self._pending.add(slot)
-            self._loader.load(block, slot.memory, waits, number, done, chunks=chunks)
+            memory = None if staging is None else staging.memory
+            self._loader.load(block, slot.memory, waits, number, done, chunks=chunks, staging=memory)
         except BaseException:
             slot.holder = None  # half filled at best: whoever asks for the block loads it again
             raise
@@ -48,6 +55,8 @@ class SlotLoads:
         ended = self._engine.submit("gather", _nothing, (self._engine.submit("copy", _nothing, ()),))
         for slot in self._pending:  # what was enqueued of such a load may still write to the slot
             slot.holder, slot.ready = None, ended
+        if self.staging is not None:
+            self.staging.ready = ended
         self._pending.clear()
 
     def wait(self, slot: Slot) -> None:

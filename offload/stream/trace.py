@@ -21,7 +21,7 @@ class TraceEvent:
         kind: `wait_begin`: the compute stream reached the block and waits for its bytes; `compute_begin`: it has them.
         slot: where the block is streamed into; None for one that stays on the device.
         at_s: seconds on the node's monotonic clock (`time.perf_counter`), when it happened on the device.
-        nbytes: of a `load_begin` or `gather_begin`: the bytes it moves.
+        travel_bytes: of a `load_begin` or `gather_begin`: the bytes it moves.
         missed: of a `wait_begin`: the block was neither there nor on its way.
     """
 
@@ -30,13 +30,13 @@ class TraceEvent:
     block: str
     slot: int | None
     at_s: float = 0.0
-    nbytes: int = 0
+    travel_bytes: int = 0
     missed: bool = False
 
 
 @dataclass
 class StreamCounters:
-    """Totals since the stream was attached."""
+    """Totals since the stream was attached: the bytes are those that travelled."""
 
     h2d_bytes: int = 0
     gathered_bytes: int = 0
@@ -68,7 +68,7 @@ class Interval:
     slot: int | None
     begin_s: float
     end_s: float
-    nbytes: int
+    travel_bytes: int
     sequence: int
     """of its begin"""
     missed: bool = False
@@ -91,7 +91,7 @@ def intervals(trace: Sequence[TraceEvent]) -> Iterator[Interval]:
             begin = begun.pop((ended, event.block), None)
             if begin is not None:
                 times = begin.at_s, event.at_s
-                yield Interval(ended, event.block, event.slot, *times, begin.nbytes, begin.sequence, begin.missed)
+                yield Interval(ended, event.block, event.slot, *times, begin.travel_bytes, begin.sequence, begin.missed)
         if (begins := _BEGINS.get(event.kind)) is not None:
             begun[begins, event.block] = event
 
@@ -119,8 +119,8 @@ class BlockTimes:
         self.runs += interval.kind == "compute"
         self.loads += interval.kind == "copy"
         self.misses += interval.missed
-        self.h2d_bytes += interval.nbytes if interval.kind == "copy" else 0
-        self.gathered_bytes += interval.nbytes if interval.kind == "gather" else 0
+        self.h2d_bytes += interval.travel_bytes if interval.kind == "copy" else 0
+        self.gathered_bytes += interval.travel_bytes if interval.kind == "gather" else 0
 
 
 def block_times(trace: Sequence[TraceEvent]) -> dict[str, BlockTimes]:

@@ -38,9 +38,10 @@ class TrueWeights:
     def of(cls, index: int, blocks: Sequence[StreamedBlock], loader: BlockLoader, device: torch.device) -> Self:
         """Of `blocks[index]`. Collective when sharded."""
         block = blocks[index]
-        memory = aligned_bytes(block.layout.nbytes, device)
+        memory = aligned_bytes(block.layout.slot_bytes, device)
         if block.home.streamed:
-            loader.load(block, memory, (loader.engine.record(),), None, loader.engine.wait, noted=False)
+            staging, after = aligned_bytes(loader.staging_bytes(block), device), (loader.engine.record(),)
+            loader.load(block, memory, after, None, loader.engine.wait, noted=False, staging=staging)
         else:
             assert isinstance(block.source, Tensor)
             memory.copy_(block.source)
@@ -103,5 +104,5 @@ def _shared(
             continue
         owners = part.owners()
         entry = next(entry for entry in part.layout.entries for _ in entry.names if next(owners) == place)
-        return SharedTensor(names, entry.view(part.source), entry.distributed, number if part.home.streamed else None)
+        return SharedTensor(names, part.at_rest(entry), entry.distributed, number if part.home.streamed else None)
     return SharedTensor(names, local_part(tensor), Distribution.of(tensor), None)

@@ -72,7 +72,8 @@ def _tiles(fqn: str, parts: Sequence[tuple[int, TensorSlice]]) -> Iterator[Viola
 
 def _shards_cover(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[Violation]:
     """The shards of a group tile every block, in group order: that is the order of the all-gather."""
-    sizes = {block.name: block.layout.nbytes for block in plan.blocks}
+    sizes = {block.name: block.layout.slot_bytes for block in plan.blocks}
+    held = {block.name: plan.held_bytes(block) for block in plan.blocks}
     for group in _groups(plan, "weights"):
         for index, rank in enumerate(group):
             for home in by_rank[rank].homes:
@@ -88,6 +89,9 @@ def _shards_cover(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[Vio
                     yield Violation(
                         "complete", rank, where, f"bytes {expected} {of_block}", f"bytes {found} {of_block}", REPORT_IT
                     )
+                elif home.rest is not None and home.rest.nbytes != held[home.block]:
+                    wanted, rests = f"{held[home.block]} bytes at rest", f"{home.rest.nbytes} bytes"
+                    yield Violation("complete", rank, home.block, wanted, rests, REPORT_IT)
 
 
 def _replicas_agree(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[Violation]:

@@ -17,8 +17,8 @@ def same_schedule(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Viol
     """Every rank streams the same blocks in the same order through the same slots, as planned."""
     check = "same-schedule"
     order = tuple(block.name for block in plan.streamed)
-    homes = [(b.name, _described(b.name, b.home, b.slot, b.layout.nbytes)) for b in plan.blocks]
-    sizes = slot_sizes([block.layout.nbytes for block in plan.streamed], plan.schedule.slots)
+    homes = [(b.name, _described(b.name, b.home, b.slot, b.layout.slot_bytes)) for b in plan.blocks]
+    sizes = slot_sizes([block.layout.slot_bytes for block in plan.streamed], plan.schedule.slots)
     for report in reports:
         for place, (expected, found) in enumerate(zip_longest(order, report.order)):
             if expected != found:
@@ -26,7 +26,7 @@ def same_schedule(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Viol
                 yield Violation(
                     check, report.rank, str(expected or found), wanted, f"{found or 'nothing'} there", REPORT_IT
                 )
-        held = [(home.block, _described(home.block, home.home, home.slot, home.nbytes)) for home in report.homes]
+        held = [(home.block, _described(home.block, home.home, home.slot, home.slot_bytes)) for home in report.homes]
         for (name, wanted_home), (other, found_home) in zip_longest(homes, held, fillvalue=("", "no block")):
             if wanted_home != found_home:
                 yield Violation(check, report.rank, name or other, wanted_home, found_home, REPORT_IT)
@@ -37,9 +37,9 @@ def same_schedule(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Viol
                 yield Violation(check, report.rank, where, f"{planned} bytes", f"{size} bytes", REPORT_IT)
 
 
-def _described(block: str, home: Home, slot: int | None, nbytes: int) -> str:
+def _described(block: str, home: Home, slot: int | None, slot_bytes: int) -> str:
     place = "memory of its own" if slot is None else f"slot {slot}"
-    return f"{block} ({nbytes} bytes, {home}) in {place}"
+    return f"{block} ({slot_bytes} bytes, {home}) in {place}"
 
 
 def in_order(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:

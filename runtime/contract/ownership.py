@@ -105,7 +105,7 @@ def _check_freed(plan: RunPlan, report: RankReport) -> Iterator[Violation]:
         own = [record for record in held if record.place != f"slot {block.slot}" and record.span is not None]
         if own:
             kept = sum(span.nbytes for span in {record.span for record in own} if span is not None)
-            expected = f"all {block.layout.nbytes} bytes in slot {block.slot}, which the next block takes"
+            expected = f"all {block.layout.slot_bytes} bytes in slot {block.slot}, which the next block takes"
             found = f"{kept} bytes elsewhere that are never freed, of {own[0].fqn} first"
             yield Violation("single-owner", report.rank, block.name, expected, found, _LET_GO)
 
@@ -133,11 +133,11 @@ def planned_device_bytes(plan: RunPlan, report: RankReport) -> int:
     blocks = plan.blocks
     slots = plan.arena_bytes
     if slots is None:
-        streamed = [block.layout.nbytes for block in plan.streamed]
+        streamed = [block.layout.slot_bytes for block in plan.streamed]
         slots = sum(slot_sizes(streamed, plan.schedule.slots))
-        slots += sum(blocks[index].layout.nbytes for index in plan.resident)
-    resident = sum(block.layout.nbytes for block in blocks if not block.home.streamed)
-    shards = sum(b.layout.shard_nbytes(plan.mesh.hsdp_shard) for b in blocks if b.home is Home.DEVICE_SHARD)
+        slots += sum(blocks[index].layout.slot_bytes for index in plan.resident) + plan.staging_bytes
+    resident = sum(block.layout.slot_bytes for block in blocks if not block.home.streamed)
+    shards = sum(plan.held_bytes(block) for block in blocks if block.home is Home.DEVICE_SHARD)
     slices = plan.slices[plan.mesh.coordinates(report.rank)["tp"]]
     shapes = {record.fqn: record.shape for record in report.tensors}
     outside = 0

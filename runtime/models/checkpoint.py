@@ -1,4 +1,4 @@
-"""Reading a diffusers model directory: what is in it, whether it is whole, and just the bytes that a rank needs.
+"""Reading a diffusers model directory: what is in it, and whether it is whole.
 
 Format: https://github.com/huggingface/safetensors#format; sharded files with an index as written by diffusers.
 """
@@ -6,7 +6,6 @@ Format: https://github.com/huggingface/safetensors#format; sharded files with an
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,9 +14,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
-from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.config.bounded_files import parse_json, printable, read_bounded
 from crossdock.runtime.errors import CheckpointError
 
@@ -213,14 +211,8 @@ def _header(file: Path) -> dict[str, StoredTensor]:
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file, but the index lists it; download the checkpoint again")
     try:
-        with safe_open(file, framework="pt") as opened:
-            if (count := len(opened.keys())) > MAX_TENSORS:
-                raise CheckpointError(f"{file}: holds {count} tensors; no file of a model has more than {MAX_TENSORS}")
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-            return {
-                name: StoredTensor(file, name, _dtype(file, name, part.get_dtype()), tuple(part.get_shape()))
-                for name, part in slices.items()
-            }
+        with open_weights(file) as opened:
+            return stored_in(file, opened)
     except (SafetensorError, OSError) as error:
         size = file.stat().st_size
         raise CheckpointError(
@@ -228,63 +220,34 @@ def _header(file: Path) -> dict[str, StoredTensor]:
         ) from None
 
 
+def open_weights(file: Path) -> Any:
+    """A safetensors file, mapped; its header is checked: every tensor has its bytes.
+
+    Raises:
+        SafetensorError, OSError: it is none, or not whole.
+    """
+    return safe_open(file, framework="pt")
+
+
+def stored_in(file: Path, opened: Any) -> dict[str, StoredTensor]:
+    """What an opened file has, by the names that it uses.
+
+    Raises:
+        CheckpointError: more than any model has, or of an unknown dtype.
+    """
+    if (count := len(opened.keys())) > MAX_TENSORS:
+        raise CheckpointError(f"{file}: holds {count} tensors; no file of a model has more than {MAX_TENSORS}")
+    slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+    return {
+        name: StoredTensor(file, name, _dtype(file, name, part.get_dtype()), tuple(part.get_shape()))
+        for name, part in slices.items()
+    }
+
+
 def _dtype(file: Path, name: str, code: str) -> torch.dtype:
     if code not in _DTYPES:
         raise CheckpointError(f"{file}: {name[:100]} is stored as {code}, which is not supported: {', '.join(_DTYPES)}")
     return _DTYPES[code]
-
-
-class TensorReader:
-    """Reads tensors and parts of tensors; files are memory-mapped, so only the touched pages come from disk."""
-
-    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
-        self._stored = stored
-        self._files: dict[Path, Any] = {}
-
-    def read(self, fqn: str, part: TensorSlice | None = None) -> Tensor:
-        """The tensor, or this rank's slice of it, in its stored dtype."""
-        shape = self._stored[fqn].shape
-        if not shape:
-            return self._open(fqn).get_tensor(self._stored[fqn].name)  # type: ignore[no-any-return]
-        rows = part.size if part is not None and part.dim == 0 else shape[0]
-        return self._rows(fqn, part, 0, rows)
-
-    def read_flat(self, fqn: str, part: TensorSlice | None, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the (sliced) tensor in C order, as a 1-d tensor; reads only their rows."""
-        stored = self._stored[fqn]
-        if not stored.shape:
-            return self.read(fqn).reshape(1)[start:stop]
-        shape = list(stored.shape)
-        if part is not None:
-            shape[part.dim] = part.size
-        width = max(math.prod(shape[1:]), 1)
-        first, last = start // width, -(-stop // width)
-        flat = self._rows(fqn, part, first, last).reshape(-1)
-        return flat[start - first * width : stop - first * width]
-
-    def _rows(self, fqn: str, part: TensorSlice | None, first: int, last: int) -> Tensor:
-        """Rows [first, last) of the sliced tensor."""
-        opened = self._open(fqn).get_slice(self._stored[fqn].name)
-        if part is None:
-            return opened[first:last]  # type: ignore[no-any-return]
-        if part.dim == 1:
-            return torch.cat([opened[first:last, start:stop] for start, stop in part.ranges], dim=1)
-        pieces, offset = [], 0
-        for start, stop in part.ranges:
-            low, high = max(first - offset, 0), min(last - offset, stop - start)
-            if low < high:
-                pieces.append(opened[start + low : start + high])
-            offset += stop - start
-        return torch.cat(pieces)
-
-    def _open(self, fqn: str) -> Any:
-        file = self._stored[fqn].file
-        if file not in self._files:
-            self._files[file] = safe_open(file, framework="pt")
-        return self._files[file]
-
-    def close(self) -> None:
-        self._files.clear()
 
 
 def check_tensors(model: nn.Module, stored: Mapping[str, StoredTensor], folder: Path) -> None:

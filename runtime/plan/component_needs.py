@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from crossdock.offload.live.discovery import DiscoveryError, FoundBlock, discover_blocks
-from crossdock.offload.live.offloader import component_layouts
+from crossdock.offload.live.offloader import component_layouts, held_bytes
 from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout
 from crossdock.offload.schedule.slots import device_bytes
 from crossdock.runtime.models.build_limits import bounded
@@ -77,12 +77,12 @@ def component_needs(
         parts = vae_parts(module) if name in decoders else ()
         found = discover_blocks(module, parts) if parts else component_blocks(module)
         layouts, rest = component_layouts(module, found)
-        sizes = [layout.nbytes for layout in layouts]
+        sizes = [layout.slot_bytes for layout in layouts]
         if parts:
-            needs.append(_need(name, max(sizes), rest.nbytes + ALIGNMENT, layouts, module))
+            needs.append(_need(name, max(sizes), rest.slot_bytes + ALIGNMENT, layouts, module))
         else:
             streamed = device_bytes(sizes, tuple(range(len(sizes))), prefetch)  # without a budget, all of it is
-            needs.append(_need(name, rest.nbytes + streamed, 0, [*layouts, rest], module))
+            needs.append(_need(name, rest.slot_bytes + streamed, 0, [*layouts, rest], module))
     return tuple(needs)
 
 
@@ -90,7 +90,7 @@ def _need(
     name: str, turn_bytes: int, resident_bytes: int, on_host: Sequence[BlockLayout], module: nn.Module
 ) -> ComponentNeed:
     loaded = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-    return ComponentNeed(name, turn_bytes, resident_bytes, sum(layout.nbytes for layout in on_host), loaded)
+    return ComponentNeed(name, turn_bytes, resident_bytes, sum(map(held_bytes, on_host)), loaded)
 
 
 def component_blocks(module: nn.Module) -> list[FoundBlock]:

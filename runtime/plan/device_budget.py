@@ -32,6 +32,8 @@ def divide_device(
     device_bytes: int | None,
     outside_bytes: int,
     passes: Sequence[Sequence[int]],
+    travel: Sequence[Sequence[int]],
+    staging_bytes: int,
     others: Sequence[ComponentNeed],
 ) -> DeviceSpace:
     """Divide a device.
@@ -39,27 +41,30 @@ def divide_device(
     Args:
         device_bytes: memory of the smallest device; None: not known yet, and a relative budget is not judged.
         outside_bytes: of what never leaves the device.
-        passes: of each transformer's blocks that can be streamed, in bytes, as they run.
+        passes: of each transformer's blocks that can be streamed, the bytes in a slot, as they run.
+        travel: of the same blocks, the bytes that travel.
+        staging_bytes: what the blocks need of the device besides slots, as long as one of them is streamed.
         others: the components that take turns with the transformer.
 
     Raises:
         ConfigError: the budget is below the minimum, which the message names.
     """
-    block_sizes = place_sizes(passes)
-    costs, depths = assumed_costs(block_sizes), offload.depths
+    block_sizes, travel_sizes, depths = place_sizes(passes), place_sizes(travel), offload.depths
+    costs = assumed_costs(block_sizes, travel_sizes)
     if not offload.layerwise:
-        return DeviceSpace(plan_residency(block_sizes, costs, None, depths), None, None)
-    least = minimum_bytes(block_sizes, depths)
+        return DeviceSpace(plan_residency(block_sizes, costs, None, depths, travel_sizes), None, None)
+    least = minimum_bytes(block_sizes, depths) + staging_bytes
     largest = max((need.turn_bytes for need in others), default=0)
     budget = offload.budget_bytes(device_bytes)
     if budget is None:
-        residency = plan_residency(block_sizes, costs, None, depths)
-        return DeviceSpace(residency, None, max(residency.device_bytes, largest))
+        residency = plan_residency(block_sizes, costs, None, depths, travel_sizes)
+        return DeviceSpace(residency, None, max(residency.device_bytes + staging_bytes, largest))
     arena_bytes = budget - outside_bytes - ALIGNMENT
     if arena_bytes < max(least, largest):
         raise _too_small(offload, budget, outside_bytes, least, others)
-    residency = plan_residency(block_sizes, costs, arena_bytes, depths)
-    return DeviceSpace(residency, budget, min(arena_bytes, max(usable_bytes(passes, arena_bytes), largest)))
+    room = arena_bytes - staging_bytes
+    residency = plan_residency(block_sizes, costs, room, depths, travel_sizes)
+    return DeviceSpace(residency, budget, min(arena_bytes, max(usable_bytes(passes, room) + staging_bytes, largest)))
 
 
 def _too_small(

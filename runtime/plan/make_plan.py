@@ -15,6 +15,7 @@ from torch import nn
 
 from crossdock.offload.live.discovery import DiscoveryError, FoundBlock, discover_blocks
 from crossdock.offload.live.offloader import shared_tensors
+from crossdock.offload.memory.codec import IDENTITY
 from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout
 from crossdock.offload.stream.block import Home
 from crossdock.parallel.mesh import MeshShape
@@ -37,6 +38,9 @@ from crossdock.runtime.plan.checks import check_attention, check_degree, check_g
 from crossdock.runtime.plan.component_needs import component_needs, host_peak_bytes
 from crossdock.runtime.plan.device_budget import divide_device
 from crossdock.runtime.plan.plan import PlannedBlock, RunPlan, in_slots, passes_of
+
+CODEC = IDENTITY
+"""Of every streamed block: what rests, travels and computes is the same."""
 
 
 def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int | None = None) -> RunPlan:
@@ -90,10 +94,19 @@ def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int
     home = _home(config, mesh)
     order = tuple(range(len(found))) if home.streamed else ()
     passes = passes_of(block_names, order, transformers)
-    sizes = [[layouts[index].nbytes for index in pass_] for pass_ in passes]
-    space = divide_device(config.offload, device_bytes, outside_bytes, passes=sizes, others=others)
-    blocks = [PlannedBlock(name, layout, home, None) for name, layout in zip(block_names, layouts, strict=True)]
-    budget = None if space.budget_bytes is None else space.budget_bytes - outside_bytes - ALIGNMENT
+    codec = CODEC if home.streamed else IDENTITY
+    blocks = [PlannedBlock(name, layout, home, None, codec) for name, layout in zip(block_names, layouts, strict=True)]
+    staging = max((block.staging_bytes(mesh.hsdp_shard) for block in blocks), default=0)
+    space = divide_device(
+        config.offload,
+        device_bytes,
+        outside_bytes,
+        passes=[[blocks[index].layout.slot_bytes for index in pass_] for pass_ in passes],
+        travel=[[blocks[index].travel_bytes(mesh.hsdp_shard) for index in pass_] for pass_ in passes],
+        staging_bytes=staging,
+        others=others,
+    )
+    budget = None if space.budget_bytes is None else space.budget_bytes - outside_bytes - ALIGNMENT - staging
     return RunPlan(
         config,
         model_dir,

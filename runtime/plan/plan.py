@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from crossdock.offload.memory.codec import IDENTITY, Codec, staging_bytes
 from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout
 from crossdock.offload.schedule.residency import Residency, minimum_bytes
 from crossdock.offload.schedule.shared_slots import place_sizes, shared_slots
@@ -30,6 +31,23 @@ class PlannedBlock:
     layout: BlockLayout
     home: Home
     slot: int | None
+    codec: Codec = IDENTITY
+
+    def parts(self, shards: int) -> int:
+        """How many parts it is cut into; `shards`: the size of the shard groups."""
+        return shards if self.home.sharded else 1
+
+    def held_bytes(self, shards: int) -> int:
+        """What rests of it on a rank, or in the host store that the rank shares."""
+        return self.codec.held_bytes(self.layout, self.parts(shards))
+
+    def travel_bytes(self, shards: int) -> int:
+        """What is copied and gathered to make it present."""
+        return self.parts(shards) * self.codec.travel_bytes(self.layout, self.parts(shards))
+
+    def staging_bytes(self, shards: int) -> int:
+        """Device memory in which it is decoded."""
+        return staging_bytes(self.codec, self.layout, self.parts(shards))
 
 
 @dataclass(frozen=True)
@@ -121,9 +139,22 @@ class RunPlan:
         """`order` of each transformer: the others do not run in its pass."""
         return passes_of([block.name for block in self.blocks], self.order, self.transformers)
 
-    def sizes_of(self, indices: Sequence[int]) -> list[int]:
-        """Bytes of these blocks."""
-        return [self.blocks[index].layout.nbytes for index in indices]
+    def slot_sizes_of(self, indices: Sequence[int]) -> list[int]:
+        """Bytes that these blocks take on the device."""
+        return [self.blocks[index].layout.slot_bytes for index in indices]
+
+    def travel_sizes_of(self, indices: Sequence[int]) -> list[int]:
+        """Bytes that make each of these blocks present."""
+        return [self.blocks[index].travel_bytes(self.mesh.hsdp_shard) for index in indices]
+
+    def held_bytes(self, block: PlannedBlock) -> int:
+        """What rests of a block on a rank."""
+        return block.held_bytes(self.mesh.hsdp_shard)
+
+    @property
+    def staging_bytes(self) -> int:
+        """Of the blocks' device memory, where what travels encoded is decoded."""
+        return max((block.staging_bytes(self.mesh.hsdp_shard) for block in self.blocks), default=0)
 
     @property
     def schedule(self) -> SlotSchedule:
@@ -133,15 +164,16 @@ class RunPlan:
 
     @property
     def blocks_budget_bytes(self) -> int | None:
-        """What of the budget is left for the blocks."""
-        return None if self.budget_bytes is None else self.budget_bytes - self.outside_bytes - ALIGNMENT
+        """What of the budget is left for slots and for the blocks that stay."""
+        fixed = self.outside_bytes + ALIGNMENT + self.staging_bytes
+        return None if self.budget_bytes is None else self.budget_bytes - fixed
 
     @property
     def least_budget_bytes(self) -> int:
         """No budget can be below it."""
-        sizes = place_sizes([self.sizes_of(pass_) for pass_ in self.passes])
-        turns = max(self.turn_bytes.values(), default=0)
-        return self.outside_bytes + ALIGNMENT + max(minimum_bytes(sizes, self.config.offload.depths), turns)
+        sizes = place_sizes([self.slot_sizes_of(pass_) for pass_ in self.passes])
+        blocks = minimum_bytes(sizes, self.config.offload.depths) + self.staging_bytes
+        return self.outside_bytes + ALIGNMENT + max([blocks, *self.turn_bytes.values()])
 
     def schedule_report(self, schedule_note: str) -> ScheduleReport:
         """`schedule_note`: what became of the schedule when the first steps were measured."""
@@ -183,7 +215,9 @@ class RunPlan:
     @property
     def host_bytes(self) -> int:
         """Host memory for block bytes on one node that holds every slice: each once."""
-        return self.mesh.tp * sum(block.layout.nbytes for block in self.blocks if block.home.on_host)
+        on_host = [block for block in self.blocks if block.home.on_host]
+        shards = self.mesh.hsdp_shard
+        return self.mesh.tp * sum(block.parts(shards) * block.held_bytes(shards) for block in on_host)
 
     def owner_of(self, fqn: str) -> PlannedBlock | None:
         """The block that `fqn` belongs to; None outside the blocks."""
@@ -207,7 +241,7 @@ def in_slots(
     blocks: Sequence[PlannedBlock], residency: Residency, passes: Sequence[Sequence[int]], budget_bytes: int | None
 ) -> tuple[PlannedBlock, ...]:
     """`blocks` in the slots of a residency of their places; where the budget holds all of them, in none."""
-    everything = sum(blocks[index].layout.nbytes for pass_ in passes for index in pass_)
+    everything = sum(blocks[index].layout.slot_bytes for pass_ in passes for index in pass_)
     fits = budget_bytes is not None and budget_bytes >= everything
     slots = {} if fits else shared_slots(residency, passes)
     return tuple(replace(block, slot=slots.get(index)) for index, block in enumerate(blocks))

@@ -47,7 +47,7 @@ def observe(
     if order is None:
         return None
     names = [plan.blocks[index].name for index in order]
-    costs = measured_costs(trace, names, plan.sizes_of(order))
+    costs = measured_costs(trace, names, plan.travel_sizes_of(order))
     return None if costs is None else RankObservation(order, costs, spare)
 
 
@@ -58,13 +58,14 @@ def reschedule(plan: RunPlan, observations: Sequence[RankObservation | None], st
         return Rescheduling(None, f"kept after step {step}: the blocks did not all run in one order")
     order, costs = seen[0].order, slowest([observation.costs for observation in seen])
     pass_ = next(pass_ for pass_ in plan.passes if set(pass_) == set(order))
-    if any(plan.sizes_of(other) != plan.sizes_of(pass_) for other in plan.passes):
+    if any(plan.slot_sizes_of(other) != plan.slot_sizes_of(pass_) for other in plan.passes):
         return Rescheduling(None, f"kept after step {step}: the transformers' blocks differ in size")
     wider = _with_spare(plan, min(observation.spare_bytes for observation in seen))
-    sizes = plan.sizes_of(order)
+    sizes = plan.slot_sizes_of(order)
     places = [pass_.index(index) for index in order]  # the transformers are of one class, and run alike
     orders = chain.from_iterable([other[place] for place in places] for other in plan.passes)
-    better = plan_residency(sizes, costs, wider.blocks_budget_bytes, plan.config.offload.depths)
+    travel_sizes, depths = plan.travel_sizes_of(order), plan.config.offload.depths
+    better = plan_residency(sizes, costs, wider.blocks_budget_bytes, depths, travel_sizes)
     changed = wider.rescheduled(better, tuple(orders))
     if order != pass_:
         return Rescheduling(changed, f"improved after step {step}: slots in the order of the run")
@@ -80,6 +81,7 @@ def _with_spare(plan: RunPlan, spare_bytes: int) -> RunPlan:
     """`auto`: the blocks may also take what the first steps left free."""
     if plan.config.offload.device_budget != "auto" or plan.arena_bytes is None or spare_bytes == 0:
         return plan
-    passes = [plan.sizes_of(pass_) for pass_ in plan.passes]
-    arena = max(plan.arena_bytes, usable_bytes(passes, plan.arena_bytes + spare_bytes))
+    passes = [plan.slot_sizes_of(pass_) for pass_ in plan.passes]
+    room = plan.arena_bytes - plan.staging_bytes + spare_bytes
+    arena = max(plan.arena_bytes, usable_bytes(passes, room) + plan.staging_bytes)
     return replace(plan, arena_bytes=arena, budget_bytes=plan.outside_bytes + ALIGNMENT + arena)

@@ -152,9 +152,9 @@ def _replicated_on_host(
     if not slices:
         return {}
     return {
-        f"{block.name}.{name}": entry.view(block.source)
+        f"{block.name}.{name}": block.at_rest(entry)
         for block in stream.blocks
-        if block.home is Home.HOST and block.name in filled and isinstance(block.source, Tensor)
+        if block.home is Home.HOST and block.rests_plain and block.name in filled
         for entry in block.layout.entries
         for name in entry.names
         if f"{block.name}.{name}" not in slices
@@ -181,7 +181,7 @@ def record_homes(
             block.name,
             block.home,
             stream.slot_of(block.name),
-            planned[block.name].layout.nbytes,
+            planned[block.name].layout.slot_bytes,
             *ranges[block.name],
             total(block.source) if block.name in filled and isinstance(block.source, Tensor) else None,
             memory_span(block.source) if isinstance(block.source, Tensor) else None,

@@ -92,7 +92,7 @@ class RequestLog:
         """`modules`: all that this rank runs; `events`, `step_ms`: of the request's own steps."""
         counters, before = self._stream.counters, self._before
         steps = max(len(self._step_ends), 1)  # none, where only the decoding was left
-        shards = sum(b.source_bytes for b in weights.blocks if b.home is Home.DEVICE_SHARD)
+        shards = sum(b.held_bytes for b in weights.blocks if b.home is Home.DEVICE_SHARD)
         slot_bytes = sum(memory.nbytes for memory in self._stream.slot_memory)
         held = device_weight_bytes(modules, device)
         cuda = device.type == "cuda"

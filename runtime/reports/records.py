@@ -60,17 +60,17 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class HomeRecord:
-    """Where one block rests. `start` and `stop` are the bytes of its `nbytes` that this rank holds.
+    """Where one block rests. `start` and `stop` are the bytes of its `slot_bytes` that this rank holds, maybe encoded.
 
-    `checksum` is of those bytes; None where another rank read them into the store that both share. `rest` is where
-    they lie, None in the page cache, where they are scattered: `pages`. `stays` is the device memory that the block has
+    `checksum` is of what is held; None where another rank read it into the store that both share. `rest` is where
+    it lies, None in the page cache, where it is scattered: `pages`. `stays` is the device memory that the block has
     for itself, None where it shares a slot. `read` is what the copies of its last load really read.
     """
 
     block: str
     home: Home
     slot: int | None
-    nbytes: int
+    slot_bytes: int
     start: int
     stop: int
     checksum: int | None
@@ -78,6 +78,11 @@ class HomeRecord:
     stays: MemorySpan | None
     pages: tuple[MemorySpan, ...]
     read: tuple[MemorySpan, ...]
+
+    @property
+    def held_bytes(self) -> int:
+        """What rests here: in the page cache as it computes."""
+        return self.stop - self.start if self.rest is None else self.rest.nbytes
 
 
 @dataclass(frozen=True)

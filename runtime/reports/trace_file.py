@@ -56,10 +56,10 @@ def _slices(trace: RankTrace, start_s: float) -> Iterator[dict[str, Any]]:
 
 def _facts(interval: Interval) -> dict[str, Any]:
     facts: dict[str, Any] = {"block": interval.block, "slot": interval.slot}
-    if interval.nbytes:
-        facts["bytes"] = interval.nbytes
-    if interval.nbytes and interval.ms > 0:
-        facts["GiB/s"] = round(interval.nbytes / 2**30 / interval.ms * 1e3, 2)
+    if interval.travel_bytes:
+        facts["bytes"] = interval.travel_bytes
+    if interval.travel_bytes and interval.ms > 0:
+        facts["GiB/s"] = round(interval.travel_bytes / 2**30 / interval.ms * 1e3, 2)
     return facts
 
 

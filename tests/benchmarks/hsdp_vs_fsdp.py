@@ -150,9 +150,9 @@ def crossdock_side(name: str, plain: nn.Module, home: Home, rank: int, group: Gr
 
 
 def _shard(layout: BlockLayout, block: nn.Module, rank: int) -> Tensor:
-    whole = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    whole = torch.zeros(layout.slot_bytes, dtype=torch.uint8)
     layout.pack(block, whole)
-    start, stop = shard_range(layout.nbytes, RANKS, rank)
+    start, stop = shard_range(layout.slot_bytes, RANKS, rank)
     mine = aligned_bytes(stop - start, CPU)
     mine.copy_(whole[start:stop])
     return mine

@@ -149,8 +149,8 @@ def inputs_for(size: Size, tokens: int, device: torch.device) -> dict[str, Tenso
 def equal_steps(model: Any, count: int) -> list[int]:
     """So many budgets in bytes, from the least that will do to the whole model."""
     layouts, rest = component_layouts(model, discover_blocks(model, STACKS))
-    sizes = [layout.nbytes for layout in layouts]
-    fixed = rest.nbytes + 2 * ALIGNMENT
+    sizes = [layout.slot_bytes for layout in layouts]
+    fixed = rest.slot_bytes + 2 * ALIGNMENT
     least, whole = fixed + minimum_bytes(sizes, (PREFETCH,)), fixed + sum(sizes)
     return [least + (whole - least) * number // max(count - 1, 1) for number in range(count)]
 

@@ -12,11 +12,8 @@ import itertools
 import zlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from crossdock.offload.stream.block import StreamedBlock
@@ -25,6 +22,7 @@ from crossdock.parallel.tensor import TensorSlice, part_shape
 from crossdock.runtime.models.meta import non_persistent_buffers
 from crossdock.runtime.models.transformers import build_transformers
 from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.rank.weights.source import WeightSource
 from crossdock.runtime.reports.records import ArrivalRecord
 
 WHOLE_BYTES = 32 * 1024
@@ -50,7 +48,7 @@ class WeightCheck:
         self._full = full
         self._slices = plan.slices[plan.mesh.coordinates(rank)["tp"]]
         self._unstored = non_persistent_buffers(model)
-        self._files: dict[Path, Any] = {}
+        self._source = WeightSource(plan.stored)  # its own: nothing that the loader has read or kept
 
     def begin(self, stream: BlockStream, *, rehearse: bool) -> None:
         """Compare what is on the device to stay.
@@ -73,14 +71,14 @@ class WeightCheck:
 
     def unreported(self) -> tuple[ArrivalRecord, ...]:
         """The records that are new since the last call."""
-        self._files.clear()
+        self._source.close()
         start, self._reported = self._reported, len(self.records)
         return tuple(self.records[start:])
 
     def block(self, block: StreamedBlock, memory: Tensor) -> None:
         """`memory`: uint8, on the device: all of the block's bytes."""
         parts = self._plan.mesh.hsdp_shard if block.home.sharded else 1
-        size = block.layout.nbytes // parts
+        size = block.layout.slot_bytes // parts
         found = []
         for entry in block.layout.entries:
             names = [f"{block.name}.{name}" for name in entry.names]
@@ -124,17 +122,8 @@ class WeightCheck:
         if fqn in self._unstored:
             whole, part = self._recomputed.get_buffer(fqn), None
         else:
-            whole, part = self._stored(fqn), self._slices.get(fqn)
+            whole, part = self._source.rows(fqn), self._slices.get(fqn)
         return _rows_of_part(whole, part, rows).to(self._plan.dtypes[fqn])
-
-    def _stored(self, fqn: str) -> Tensor:
-        """The file's tensor, mapped: only the pages that are used are read."""
-        stored = self._plan.stored[fqn]
-        if stored.file not in self._files:
-            self._files[stored.file] = safe_open(stored.file, framework="pt")
-        if not stored.shape:
-            return self._files[stored.file].get_tensor(stored.name)  # type: ignore[no-any-return]
-        return self._files[stored.file].get_slice(stored.name)[:]  # type: ignore[no-any-return]
 
     @cached_property
     def _recomputed(self) -> nn.Module:

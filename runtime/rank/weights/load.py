@@ -22,10 +22,10 @@ from crossdock.parallel.hsdp import shard_range
 from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.errors import LaunchError
-from crossdock.runtime.models.checkpoint import TensorReader
 from crossdock.runtime.models.meta import non_persistent_buffers
 from crossdock.runtime.plan.plan import PlannedBlock, RunPlan
 from crossdock.runtime.rank.weights.mmap_pages import CheckpointPages
+from crossdock.runtime.rank.weights.source import WeightSource
 
 
 def node_id() -> str:
@@ -37,7 +37,7 @@ def node_id() -> str:
 class RankWeights:
     """What a rank holds of the transformer, outside the module itself.
 
-    `ranges`: block -> which of its bytes rest here. `slices`: fqn -> the part that was read, of what is cut.
+    `ranges`: block -> which of its slot's bytes rest here. `slices`: fqn -> the part that was read, of what is cut.
     `filled`: the blocks whose bytes this rank read itself; the ranks that share a store divide that work.
     """
 
@@ -65,13 +65,13 @@ class HostPart:
     tp: int
     shard: int
 
-    def key(self, plan: RunPlan, nbytes: int) -> str:
-        """A digest of everything that decides the bytes: the files, the layout, the part."""
+    def key(self, plan: RunPlan, held_bytes: int) -> str:
+        """A digest of everything that decides the bytes: the files, the layout, the codec, the part."""
         digest = hashlib.sha256()
         files = sorted({stored.file for stored in plan.stored.values()})
-        facts: list[object] = [self.tp, self.shard, nbytes, plan.mesh.tp, plan.mesh.hsdp_shard]
+        facts: list[object] = [self.tp, self.shard, held_bytes, plan.mesh.tp, plan.mesh.hsdp_shard]
         facts += [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        facts += [(block.name, block.layout) for block in plan.blocks]
+        facts += [(block.name, block.layout, block.codec.name) for block in plan.blocks]
         for fact in facts:
             digest.update(repr(fact).encode())
         return digest.hexdigest()
@@ -91,13 +91,13 @@ class WeightLoader:
         self._model = model
         self._device = device
         self._slices: Mapping[str, TensorSlice] = plan.slices[mesh.shape.coordinates(mesh.rank)["tp"]]
-        self._reader = TensorReader(plan.stored)
+        self._files = WeightSource(plan.stored)
         self._unstored = non_persistent_buffers(model)
         self._buffers = {fqn: model.get_buffer(fqn) for fqn in self._unstored}
         self._found_filled = False
         self._free: Tensor | None = None
         in_files = plan.config.offload.host == "mmap"
-        self._pages = CheckpointPages(plan.stored) if in_files else None
+        self._pages = CheckpointPages(self._files, plan.stored) if in_files else None
 
     def load_blocks(self) -> RankWeights:
         """Fill every block's home. Collective over the world where blocks or components rest in host memory.
@@ -116,10 +116,10 @@ class WeightLoader:
             source = self._source(block, start, stop)
             if isinstance(source, Tensor) and number % len(sharers) == sharers.index(self._mesh.rank):
                 if not (block.home.on_host and self._found_filled):
-                    self._fill(block, source, start, stop)
+                    self._fill_home(block, source, start, stop)
                 filled.append(block.name)
             module = self._model.get_submodule(block.name)
-            blocks.append(StreamedBlock(block.name, module, block.layout, block.home, source))
+            blocks.append(StreamedBlock(block.name, module, block.layout, block.home, source, codec=block.codec))
         if store is not None:
             exchange("filled", self._mesh.world)
             store.seal()
@@ -129,18 +129,19 @@ class WeightLoader:
 
     def _source(self, block: PlannedBlock, start: int, stop: int) -> Tensor | tuple[Piece, ...]:
         """Where bytes [start, stop) of the block rest: still empty, but in the page cache."""
+        held_bytes = self._plan.held_bytes(block)
         if not block.home.on_host:
-            return aligned_bytes(stop - start, self._device).zero_()
+            return aligned_bytes(held_bytes, self._device).zero_()
         if self._pages is not None:
             return self._pages.pieces(block, self._slices, self._buffers, start, stop)
         assert self._free is not None
-        source, self._free = self._free[: stop - start], self._free[stop - start :]
+        source, self._free = self._free[:held_bytes], self._free[held_bytes:]
         return source
 
     def read_block(self, block: PlannedBlock) -> Tensor:
         """All bytes of the block (of this rank's TP slice), straight from the files into fresh device memory; uint8."""
-        memory = aligned_bytes(block.layout.nbytes, self._device)
-        self._fill(block, memory, 0, block.layout.nbytes)
+        memory = aligned_bytes(block.layout.slot_bytes, self._device)
+        self._fill(block, memory, 0, block.layout.slot_bytes)
         return memory
 
     def load_outside(self) -> None:
@@ -156,14 +157,14 @@ class WeightLoader:
         move_plain_tensors(self._model, self._device)
 
     def close(self) -> None:
-        self._reader.close()
+        self._files.close()
 
     def _range(self, block: PlannedBlock) -> tuple[int, int]:
-        """The bytes of the block that rest on this rank."""
+        """Which of the bytes of the block's slot rest on this rank."""
         if not block.home.sharded:
-            return 0, block.layout.nbytes
+            return 0, block.layout.slot_bytes
         parts = self._mesh.shape.hsdp_shard
-        return shard_range(block.layout.nbytes, parts, self._mesh.index_in("weights"))
+        return shard_range(block.layout.slot_bytes, parts, self._mesh.index_in("weights"))
 
     def _component_bytes(self) -> int:
         """Host memory that text encoders and VAEs need on this node: the first rank of each replica runs them."""
@@ -180,17 +181,17 @@ class WeightLoader:
             return None, (self._mesh.rank,)
         world_size, rank = self._mesh.shape.world_size, self._mesh.rank
         shard = self._mesh.index_in("weights") if on_host[0].home is Home.HOST_SHARD else 0
-        nbytes = sum(stop - start for start, stop in map(self._range, on_host))
+        held_bytes = sum(map(self._plan.held_bytes, on_host))
         part = HostPart(node_id(), self._mesh.shape.coordinates(rank)["tp"], shard)
         parts = exchange(part, self._mesh.world)
         sharers = tuple(other for other in range(world_size) if parts[other] == part)
         owner = rank == sharers[0]
-        key = part.key(self._plan, nbytes)
-        store = HostStore.find(key, nbytes) if owner else None
+        key = part.key(self._plan, held_bytes)
+        store = HostStore.find(key, held_bytes) if owner else None
         found = exchange(store is not None, self._mesh.world)
-        self._check_memory(nbytes * sum(not found[first] for first in _firsts(parts, part.node)), components)
+        self._check_memory(held_bytes * sum(not found[first] for first in _firsts(parts, part.node)), components)
         if owner and store is None:
-            store = HostStore.create(nbytes, key)
+            store = HostStore.create(held_bytes, key)
         self._found_filled = found[sharers[0]]
         handles = exchange(store.handle if store else None, self._mesh.world)
         return store or HostStore.attach(handles[sharers[0]]), sharers
@@ -210,6 +211,16 @@ class WeightLoader:
         except HostMemoryError as error:
             raise LaunchError(str(error), "offload.host") from None
 
+    def _fill_home(self, block: PlannedBlock, source: Tensor, start: int, stop: int) -> None:
+        """Bytes [start, stop) of the block, encoded, into `source` (uint8, all that is held of them)."""
+        if block.codec.in_place:
+            self._fill(block, source, start, stop)
+            return
+        raw = torch.zeros(stop - start, dtype=torch.uint8)  # what lies between tensors is the same on all ranks
+        self._fill(block, raw, start, stop)
+        parts = block.parts(self._plan.mesh.hsdp_shard)
+        source.copy_(block.codec.encode(block.layout, parts, start // len(raw) if len(raw) else 0, raw))
+
     def _fill(self, block: PlannedBlock, target: Tensor, start: int, stop: int) -> None:
         """Bytes [start, stop) of the block into `target` (uint8, stop - start long)."""
         for entry in block.layout.entries:
@@ -224,9 +235,9 @@ class WeightLoader:
     def _flat(self, fqn: str, start: int, stop: int) -> Tensor:
         if fqn in self._unstored:
             return self._model.get_buffer(fqn).reshape(-1)[start:stop]
-        return self._reader.read_flat(fqn, self._slices.get(fqn), start, stop)
+        return self._files.flat(fqn, self._slices.get(fqn), start, stop)
 
     def _value(self, fqn: str) -> Tensor:
         if fqn in self._unstored:
             return self._model.get_buffer(fqn)
-        return self._reader.read(fqn, self._slices.get(fqn))
+        return self._files.rows(fqn, self._slices.get(fqn))

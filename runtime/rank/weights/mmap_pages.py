@@ -2,19 +2,13 @@
 
 The checkpoint's files are mapped, and a block is copied into its slot tensor by tensor from where the files have it.
 No anonymous host memory is used; the kernel keeps what fits of the files in memory, and reads the rest again from disk.
-
-Format: https://github.com/huggingface/safetensors#format. Files that change while they are mapped are not noticed.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import mmap
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,6 +18,7 @@ from crossdock.offload.stream.block import Piece
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.models.checkpoint import StoredTensor
 from crossdock.runtime.plan.plan import PlannedBlock
+from crossdock.runtime.rank.weights.source import WeightSource
 
 
 @dataclass(frozen=True)
@@ -69,11 +64,11 @@ class _Rows:
 
 
 class CheckpointPages:
-    """The mapped files of a checkpoint."""
+    """Blocks made of what `source` maps; `stored`: what it has."""
 
-    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, source: WeightSource, stored: Mapping[str, StoredTensor]) -> None:
+        self._source = source
         self._stored = stored
-        self._files: dict[Path, tuple[Tensor, dict[str, int]]] = {}
 
     def pieces(
         self,
@@ -106,58 +101,32 @@ class CheckpointPages:
             yield _stretch(entry.offset, value, 0, value.nbytes)
             return
         fqn = next((name for name in names if name in self._stored), names[0])
-        source, base = self._bytes_of(fqn)
+        source = self._source.mapped(fqn)
         shape, size = self._stored[fqn].shape, entry.dtype.itemsize
         part = slices.get(fqn)
         if part is None:
-            yield _stretch(entry.offset, source, base, entry.nbytes)
+            yield _stretch(entry.offset, source, 0, entry.nbytes)
         else:
-            yield from (_along_first if part.dim == 0 else _along_second)(entry.offset, source, base, part, shape, size)
-
-    def _bytes_of(self, fqn: str) -> tuple[Tensor, int]:
-        """The mapped file of a tensor, uint8, and its first byte there."""
-        file, name = self._stored[fqn].file, self._stored[fqn].name
-        if file not in self._files:
-            self._files[file] = _map(file)
-        source, offsets = self._files[file]
-        return source, offsets[name]
+            yield from (_along_first if part.dim == 0 else _along_second)(entry.offset, source, part, shape, size)
 
 
 def _stretch(offset: int, source: Tensor, start: int, nbytes: int) -> _Rows:
     return _Rows(offset, source, start, min(nbytes, 1), nbytes, nbytes, max(nbytes, 1))
 
 
-def _along_first(
-    offset: int, source: Tensor, base: int, part: TensorSlice, shape: tuple[int, ...], size: int
-) -> Iterator[_Rows]:
+def _along_first(offset: int, source: Tensor, part: TensorSlice, shape: tuple[int, ...], size: int) -> Iterator[_Rows]:
     """A cut along dim 0: one stretch for every range."""
     row_bytes = math.prod(shape[1:]) * size
     for first, last in part.ranges:
-        yield _stretch(offset, source, base + first * row_bytes, (last - first) * row_bytes)
+        yield _stretch(offset, source, first * row_bytes, (last - first) * row_bytes)
         offset += (last - first) * row_bytes
 
 
-def _along_second(
-    offset: int, source: Tensor, base: int, part: TensorSlice, shape: tuple[int, ...], size: int
-) -> Iterator[_Rows]:
+def _along_second(offset: int, source: Tensor, part: TensorSlice, shape: tuple[int, ...], size: int) -> Iterator[_Rows]:
     """A cut along dim 1: in every row, one stretch for every range."""
     inner = math.prod(shape[2:]) * size
     for first, last in part.ranges:
         width = (last - first) * inner
         if width:
-            yield _Rows(offset, source, base + first * inner, shape[0], width, shape[1] * inner, part.size * inner)
+            yield _Rows(offset, source, first * inner, shape[0], width, shape[1] * inner, part.size * inner)
         offset += width
-
-
-def _map(file: Path) -> tuple[Tensor, dict[str, int]]:
-    """The file's bytes, and where each tensor begins."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-        mapped = mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")  # nobody writes to a source
-        source = torch.frombuffer(mapped, dtype=torch.uint8)
-    return source, {
-        name: 8 + length + facts["data_offsets"][0] for name, facts in header.items() if name != "__metadata__"
-    }

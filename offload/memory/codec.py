@@ -1,0 +1,75 @@
+"""What stands between the bytes of a block that rest and travel and those that compute.
+
+Three numbers, of one part of a block (all of it, or one of the equal shards it is cut into):
+
+    held_bytes      what rests, in host memory or in a shard on the device
+    travel_bytes    what is copied over the link and gathered: the first of the held bytes
+    slot_bytes      what computes, in a slot: those of the layout
+
+They follow from the layout alone: everybody knows them before a byte is read, and shards of equal size can be gathered.
+All are multiples of `ALIGNMENT`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from crossdock.offload.memory.layout import BlockLayout
+
+
+class Codec(Protocol):
+    """Stateless, and the same on all ranks, wherever it was made: it comes with the plan."""
+
+    @property
+    def name(self) -> str:
+        """Of the code, its version included: what was encoded under another name is not read."""
+
+    @property
+    def in_place(self) -> bool:
+        """What travels is what computes: it goes straight into the slot, and nothing is decoded."""
+
+    def held_bytes(self, layout: BlockLayout, parts: int) -> int:
+        """Of one of `parts` equal parts."""
+
+    def travel_bytes(self, layout: BlockLayout, parts: int) -> int:
+        """Of one of `parts` equal parts."""
+
+    def encode(self, layout: BlockLayout, parts: int, index: int, raw: Tensor) -> Tensor:
+        """The held bytes of part number `index`. `raw`: uint8 `[slot_bytes / parts]`, on any device."""
+
+    def decode(self, layout: BlockLayout, parts: int, travelled: Tensor, slot: Tensor) -> None:
+        """Fill `slot` (uint8 `[slot_bytes]`), on its device, on the lane that the last of the bytes came by.
+
+        `travelled`: uint8 `[parts * travel_bytes]`, all parts, one after the other.
+        """
+
+
+@dataclass(frozen=True)
+class Identity:
+    """One number: what rests is what travels is what computes."""
+
+    name: str = "none"
+    in_place: bool = True
+
+    def held_bytes(self, layout: BlockLayout, parts: int) -> int:
+        return layout.shard_bytes(parts)
+
+    def travel_bytes(self, layout: BlockLayout, parts: int) -> int:
+        return layout.shard_bytes(parts)
+
+    def encode(self, layout: BlockLayout, parts: int, index: int, raw: Tensor) -> Tensor:
+        return raw
+
+    def decode(self, layout: BlockLayout, parts: int, travelled: Tensor, slot: Tensor) -> None:
+        """Nothing to do: the bytes are there."""
+
+
+IDENTITY = Identity()
+
+
+def staging_bytes(codec: Codec, layout: BlockLayout, parts: int) -> int:
+    """Device memory in which a block's travelled bytes wait to be decoded."""
+    return 0 if codec.in_place else parts * codec.travel_bytes(layout, parts)
