@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch.utils.hooks import RemovableHandle
 
 
@@ -53,7 +55,16 @@ def hook_arguments(
         act(arguments)
         return tuple(arguments.args), arguments.kwargs
 
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
+    return module.register_forward_pre_hook(beside(hook), with_kwargs=True)
+
+
+def beside(hook: FunctionType) -> FunctionType:
+    """`hook`, which runs as it is where its own module is compiled; where a module around that is, it is traced.
+
+    Left to itself, torch makes graphs of such a hook, one for each block and size, until there are too many.
+    """
+    set_code_exec_strategy(hook.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    return hook
 
 
 def map_tensors(act: Callable[[Tensor], Tensor], value: Any) -> Any:

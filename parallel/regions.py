@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from crossdock.parallel.arguments import Arguments, hook_arguments, map_tensors
+from crossdock.parallel.arguments import Arguments, beside, hook_arguments, map_tensors
 from crossdock.parallel.attention import Ulysses
 from crossdock.parallel.group import Group
 from crossdock.parallel.sequence import SequenceLayout, gather_shards, shard_lengths, take_shard
@@ -208,7 +208,7 @@ class SequenceParallelism:
                 act = partial(self._cut_along, region)
                 self._handles.append(hook_arguments(model.get_submodule(path), names, act, region.segments))
         leave = _submodule(model, region.leave)
-        self._handles.append(leave.register_forward_hook(lambda _m, _a, output: self._leave(region, output)))
+        self._handles.append(leave.register_forward_hook(beside(lambda _m, _a, output: self._leave(region, output))))
         for pattern in region.cross:
             self._cross.update(matching_modules(model, pattern))
         for pattern, scope in region.scopes.items():

@@ -7,12 +7,13 @@ the gathered order. `SequenceLayout.order` leads from one to the other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from crossdock.parallel.group import Group
 
@@ -25,7 +26,7 @@ def shard_lengths(total: int, parts: int) -> tuple[int, ...]:
     """
     if parts < 1 or total < 0:
         raise ValueError(f"cannot cut {total} into {parts} parts")
-    share, rest = divmod(total, parts)
+    share, rest = total // parts, total % parts  # no divmod: these may be symbols of `torch.compile`
     return tuple(share + (part < rest) for part in range(parts))
 
 
@@ -36,41 +37,43 @@ class SequenceLayout:
     Attributes:
         segments: global lengths, in the order in which attention sees them: (text, image), or (unified,).
         parts: ranks that the sequence is cut over.
+        lengths: tokens per part, all segments together.
+        bounds: where the parts begin and end in gathered order: part r is `[bounds[r], bounds[r + 1])`.
     """
 
     segments: tuple[int, ...]
     parts: int
+    lengths: tuple[int, ...] = field(init=False, compare=False)
+    bounds: tuple[int, ...] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:  # no cached properties: `torch.compile` does not see through them
+        per_segment = [shard_lengths(segment, self.parts) for segment in self.segments]
+        lengths = tuple(sum(lengths[part] for lengths in per_segment) for part in range(self.parts))
+        object.__setattr__(self, "lengths", lengths)
+        object.__setattr__(self, "bounds", (0, *accumulate(lengths)))
 
     @property
     def total(self) -> int:
         return sum(self.segments)
-
-    @cached_property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens per part, all segments together."""
-        per_segment = [shard_lengths(segment, self.parts) for segment in self.segments]
-        return tuple(sum(lengths[part] for lengths in per_segment) for part in range(self.parts))
-
-    @cached_property
-    def bounds(self) -> tuple[int, ...]:
-        """Where the parts begin and end in gathered order: part r is `[bounds[r], bounds[r + 1])`."""
-        return (0, *accumulate(self.lengths))
 
     def order(self, device: torch.device | str = "cpu") -> Tensor:
         """The model's index of every token, in gathered order: int64 `[total]`.
 
         `mask.index_select(-1, layout.order(mask.device))` brings a mask into gathered order.
         """
-        return _order(self.segments, self.parts, torch.device(device))
+        made = _order if is_dynamo_compiling() else _kept_order
+        return made(self.segments, self.parts, torch.device(device))
 
 
-@lru_cache(maxsize=64)
 def _order(segments: tuple[int, ...], parts: int, device: torch.device) -> Tensor:
     ends = accumulate(segments)
-    indices = [torch.arange(end - size, end) for size, end in zip(segments, ends, strict=True)]
+    indices = [torch.arange(end - size, end, device=device) for size, end in zip(segments, ends, strict=True)]
     shards = [index.split_with_sizes(shard_lengths(len(index), parts)) for index in indices]
-    empty = torch.empty(0, dtype=torch.int64)
-    return torch.cat([empty, *(shard[part] for part in range(parts) for shard in shards)]).to(device)
+    empty = torch.empty(0, dtype=torch.int64, device=device)
+    return torch.cat([empty, *(shard[part] for part in range(parts) for shard in shards)])
+
+
+_kept_order = lru_cache(maxsize=64)(_order)
 
 
 def take_shard(tensor: Tensor, dim: int, parts: int, index: int) -> Tensor:
