@@ -55,6 +55,7 @@ bench: .venv/.installed
 	$(BIN)/python tests/benchmarks/layerwise.py --budgets 10 --tokens 256
 	$(BIN)/python tests/benchmarks/checking.py
 	$(BIN)/python tests/benchmarks/recovery.py
+	$(BIN)/python tests/benchmarks/startup.py
 
 bench-gpu: .typecheck/crossdock
 	PYTHONPATH=$(GPU_PATH) $(GPU_PYTHON) tests/benchmarks/layerwise.py --size flux-dev

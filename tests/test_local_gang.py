@@ -216,7 +216,11 @@ def _meet_its_end(number: int) -> Callable[[RankWorker], None]:
     ("number", "kind", "text"),
     [
         (signal.SIGKILL, "died", "its process died: killed, or out of host memory"),
-        (signal.SIGSEGV, "died", "signal SIGSEGV; it wrote last: Fatal Python error: Segmentation fault"),
+        (
+            signal.SIGSEGV,
+            "died",
+            "signal 11 (Segmentation fault); it wrote last: Fatal Python error: Seg",
+        ),
         (signal.SIGSTOP, "stopped", "is stopped"),
     ],
     ids=["killed", "crashed", "stopped"],
@@ -260,6 +264,17 @@ def test_without_its_server(gang: LocalGang) -> None:
     gang.restart()
     assert not set(_pids(gang)) & set(before)
     assert _server(gang) != server
+
+
+def test_an_answer_that_nobody_waits_for(gang: LocalGang, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is taken for that to the next command: a pid that is none, ranks that live on."""
+    (pid, _), server = _pids(gang), gang._server
+    assert server is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(local_gang, "_ANSWER_S", 0.1)
+        assert server.how_ended(pid) is None, "it runs: the server waits for a second, to be sure"
+    gang.restart()
+    assert pid not in _pids(gang)
 
 
 def test_a_server_that_does_not_come_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,9 +159,9 @@ class _Server:
         self._control = own
         self._lock = threading.Lock()
         self._number = 0  # of the latest command
-        self._output, output = os.pipe()
+        self._output = os.memfd_create("crossdock-output")  # of imports; nobody has to read it, as a pipe
         modules = sorted(name for name in list(sys.modules) if name.startswith(_LIBRARIES))
-        told = json.dumps([sys.path, theirs.fileno(), os.getpid(), modules])
+        told = json.dumps([[*map(str, sys.path)], theirs.fileno(), os.getpid(), modules])
         try:
             with theirs, open(os.memfd_create("crossdock-told"), "w+", encoding="utf-8") as stdin:
                 stdin.write(told)
@@ -170,8 +170,8 @@ class _Server:
                     [sys.executable, "-c", _PROGRAM],
                     env=environment,
                     stdin=stdin,
-                    stdout=output,
-                    stderr=output,
+                    stdout=self._output,
+                    stderr=self._output,
                     pass_fds=(theirs.fileno(),),
                     start_new_session=True,
                 )
@@ -181,8 +181,6 @@ class _Server:
             if isinstance(error, OSError):
                 raise LaunchError(f"the process that starts the ranks cannot be started: {error}") from None
             raise
-        finally:
-            os.close(output)
         try:
             if self._receive(deadline - time.monotonic()) is None:
                 raise LaunchError(f"the process that starts the ranks did not come up: {self._tail()}")
@@ -199,12 +197,16 @@ class _Server:
         own, theirs = socket.socketpair()
         reads, writes = os.pipe()
         command = {"do": "fork", "rank": rank, "world_size": world_size, "device": device}
-        with theirs:
+        answer = None
+        try:
             answer = self._ask(command, [theirs.fileno(), writes])
-        os.close(writes)
+        finally:
+            theirs.close()
+            os.close(writes)
+            if answer is None:
+                own.close()
+                os.close(reads)
         if answer is None:
-            own.close()
-            os.close(reads)
             raise RankError(rank, "was not started: the process that starts the ranks is gone", "died")
         return answer["pid"], own, reads
 
@@ -256,10 +258,9 @@ class _Server:
 
     def _tail(self) -> str:
         self._end()
-        os.set_blocking(self._output, False)
-        with contextlib.suppress(BlockingIOError):
-            return os.read(self._output, 2**16)[-TAIL_BYTES:].decode(errors="replace").strip()
-        return "it said nothing"
+        length = os.fstat(self._output).st_size
+        text = os.pread(self._output, TAIL_BYTES, max(0, length - TAIL_BYTES)).decode(errors="replace").strip()
+        return text or "it said nothing"
 
 
 class _Ranks:
@@ -318,6 +319,6 @@ class _Ranks:
             return "killed, crashed, or out of host memory"
         if status == -signal.SIGKILL:
             return "killed, or out of host memory"
-        what = f"exit code {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
+        what = f"exit code {status}" if status >= 0 else f"signal {-status} ({signal.strsignal(-status)})"
         tail = self.channel.tail(rank)
         return f"{what}; it wrote last: {tail}" if tail else what

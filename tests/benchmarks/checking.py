@@ -35,7 +35,7 @@ from figures import median_interval, verdict
 from rich.console import Console
 from rich.table import Table
 
-import crossdock.launch.gangs.ray_gang as ray_gang
+import crossdock.launch.gangs.ranks.watcher as watcher
 import crossdock.runtime.contract.coordinator as judging
 from crossdock.launch.engine.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
@@ -265,7 +265,7 @@ def _unchecked(engine: Engine) -> Iterator[None]:
     engine.gang.collective_rpc(_switch_off, timeout_s=60)
     try:
         with (
-            patch.object(ray_gang, "_ASK_EVERY_S", 1e6),
+            patch.object(watcher, "ASK_EVERY_S", 1e6),
             patch.object(engine._ranks.coordinator, "review", lambda *_: None),
         ):
             yield
