@@ -68,7 +68,7 @@ class FakeRank:
         self._stopping.begin(request)
         steps = request.asked.steps
         for step in range(1, steps + 1):
-            if notice is not None:
+            if notice is not None and not self._gang.quiet:
                 notice({0: RankStatus(0, "", 0, "denoise", step)})
             self._gang.at_step(request, step)
             self._stopping.agree(step, steps)
@@ -99,6 +99,7 @@ class FakeGang:
         self.entered = threading.Semaphore(0)  # released when a step begins
         self.faults: list[BaseException] = []  # raised by the next steps, one each
         self.deaf = False
+        self.quiet = False  # nothing is heard of it meanwhile
         self._rank = FakeRank(self)
 
     def start(self) -> None:
@@ -351,6 +352,7 @@ def test_a_cancel_just_before_the_ranks_begin(engine: Engine, gang: FakeGang) ->
             handle.cancel("just then")
 
     engine._stop_if_asked = then_cancelled  # type: ignore[method-assign]
+    gang.quiet = True
     gang.gate.clear()
     busy = engine.submit(_request(0))
     _begun(gang)

@@ -37,10 +37,6 @@ class RequestQueue:
         self._closed: str | None = None  # why
 
     @property
-    def closed(self) -> bool:
-        return self._closed is not None
-
-    @property
     def current(self) -> RequestRun | None:
         """The request under way."""
         return self._current
