@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from crossdock.launch.engine.engine import Engine
     from crossdock.launch.engine.generation import Generation
+    from crossdock.launch.engine.request_run import RequestHandle
 
-__all__ = ["Engine", "Generation"]
+__all__ = ["Engine", "Generation", "RequestHandle"]
 
 
 def __getattr__(name: str) -> Any:

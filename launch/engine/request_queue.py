@@ -2,7 +2,8 @@
 
 One thread at a time drives the queue. It is the caller's own where it waits for its request and nobody else is at work:
 a program with one thread stays one, its callbacks come on that thread, and Ctrl-C ends the wait for the ranks itself.
-Otherwise it is a thread of the queue's, which is there as long as there are requests.
+Otherwise it is a thread of the queue's, which then stays until the queue is closed: processes that it started may be
+bound to it (Linux: prctl, PR_SET_PDEATHSIG).
 
 Under torchrun there is no such thread. Every rank runs the same program, and what the ranks do has to come in the same
 order on all of them; only the programs' own order is. Whoever waits for a result drives the queue up to it.
@@ -31,12 +32,9 @@ class RequestQueue:
         self._changed = threading.Condition()
         self._waiting: deque[RequestRun] = deque()
         self._driver: threading.Thread | None = None
+        self._server: threading.Thread | None = None
         self._current: RequestRun | None = None
         self._closed: str | None = None  # why
-
-    @property
-    def closed(self) -> bool:
-        return self._closed is not None
 
     @property
     def current(self) -> RequestRun | None:
@@ -53,7 +51,8 @@ class RequestQueue:
         try:
             with self._changed:
                 self._enter(run)
-                if drives := self._driver is None:
+                first = not self._threaded or len(self._waiting) == 1  # Ctrl-C here is not for requests before it
+                if drives := first and self._driver is None:
                     self._driver = threading.current_thread()
             if drives:
                 self._drive(run)
@@ -96,6 +95,7 @@ class RequestQueue:
         with self._changed:
             self._closed = self._closed or why
             ended, self._waiting = self._waiting, deque()
+            self._changed.notify_all()
         for run in ended:
             run.outcome.set_exception(EngineClosedError(self._closed))
 
@@ -132,10 +132,19 @@ class RequestQueue:
             if self._driver is threading.current_thread():
                 self._driver = self._current = None
                 self._hand_over()
-                self._changed.notify_all()
 
     def _hand_over(self) -> None:
-        if self._threaded and self._waiting and self._driver is None:
-            thread = threading.Thread(target=self._drive, name="crossdock requests", daemon=True)
-            thread.start()  # begins to work when the lock is free
-            self._driver = thread
+        if self._threaded and self._waiting and self._server is None:
+            server = threading.Thread(target=self._serve, name="crossdock requests", daemon=True)
+            server.start()
+            self._server = server
+        self._changed.notify_all()
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or (self._waiting and self._driver is None))
+                if self._closed:
+                    return
+                self._driver = threading.current_thread()
+            self._drive()
