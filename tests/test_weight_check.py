@@ -264,7 +264,7 @@ def test_an_offload_that_saves_nothing_is_caught(flux2_dir: Path, monkeypatch: p
 
 @pytest.mark.parametrize("way", ["shared", "mmap", "off"])
 def test_a_loader_that_reads_wrong_rows_is_caught(way: str, flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check reads the files itself, through a source of its own: nothing that went wrong in the loader's is in it."""
+    """The check reads the files itself, through a source of its own: what went wrong in the loader's is not in it."""
     begin = WeightLoader.__init__
 
     def misled(self: WeightLoader, *args: Any) -> None:
