@@ -17,7 +17,8 @@ from toy_codec import HEADER, PACKED
 from crossdock.launch.engine.engine import Engine
 from crossdock.offload.memory.arena import Arena
 from crossdock.offload.memory.codec import IDENTITY, Codec
-from crossdock.offload.schedule.residency import Costs, assumed_costs, minimum_bytes, plan_residency
+from crossdock.offload.schedule import residency
+from crossdock.offload.schedule.residency import assumed_costs
 from crossdock.offload.stream.block import Home
 from crossdock.offload.stream.measured_costs import measured_costs
 from crossdock.runtime.config.schema import RunConfig
@@ -158,22 +159,14 @@ def test_a_wrong_part_does_not_pass() -> None:
 
 
 def test_costs_and_traffic_are_of_what_travels() -> None:
-    """Of two blocks of one size, the one that travels smaller is streamed."""
-    sizes, travel = [100, 100], [75, 100]
-    assert assumed_costs(sizes, travel).copy_s == tuple(2 * (size * 1e-9) for size in travel)
-    assert assumed_costs(sizes, travel).compute_s == assumed_costs(sizes).compute_s
-    equal = Costs((10.0,) * 3, (1.0,) * 3)
-    for travel in ([3, 1, 2], [1, 2, 3], [2, 3, 1]):
-        found = plan_residency([5, 5, 5], equal, 15 if minimum_bytes([5, 5, 5], (1,)) > 10 else 10, (1,), travel)
-        streamed = set(range(3)) - set(found.resident)
-        assert sum(travel[index] for index in streamed) == min(
-            sum(travel[index] for index in range(3) if index not in stay) for stay in _stays(found.resident)
-        )
-
-
-def _stays(resident: tuple[int, ...]) -> list[set[int]]:
-    """All choices of as many residents."""
-    return [{i for i in range(3) if bits >> i & 1} for bits in range(8) if bits.bit_count() == len(resident)]
+    """Of two choices that are equally fast, the one with less on the link, whatever the blocks take in their slots."""
+    assert assumed_costs([100, 100], [75, 100]).copy_s == tuple(2 * (size * 1e-9) for size in (75, 100))
+    assert assumed_costs([100, 100], [75, 100]).compute_s == assumed_costs([100, 100]).compute_s
+    for travel, better in (((), False), ((4, 4, 5, 5, 3, 3), True), ((3, 3, 5, 5, 4, 4), False)):
+        search = residency._Search(residency._Problem((5,) * 6, (10,) * 6, (1,) * 6, 20, travel), (1,))
+        search._work = 1_000
+        assert search._offer(1, (0, 1, 2, 3))
+        assert search._offer(1, (2, 3, 4, 5)) == better
 
 
 # -- a run -----------------------------------------------------------------------------------------------------------

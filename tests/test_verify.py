@@ -120,6 +120,12 @@ def _over(span: MemorySpan | None) -> MemorySpan:
     return MemorySpan(span.start, span.start + 4)
 
 
+def _less_at_rest(report: RankReport) -> RankReport:
+    rest = report.homes[0].rest
+    assert rest is not None
+    return _home(report, 0, rest=replace(rest, stop=rest.stop - 256))
+
+
 def _astride(span: MemorySpan | None) -> MemorySpan:
     """Ends inside of `span`."""
     assert span is not None
@@ -347,6 +353,7 @@ FAULTS = (
         lambda r: _home(r, 0, start=0, stop=r.homes[0].slot_bytes // 2),
         ("hsdp", "layerwise_hsdp"),
     ),
+    Fault("less at rest", "complete", "noise_refiner.0", _less_at_rest, ANY),
     Fault("half a block", "complete", "noise_refiner.0", lambda r: _home(r, 0, stop=8), ("layerwise_ulysses2_ring2",)),
     Fault("replicas differ", "complete", "noise_refiner.0", lambda r: _home(r, 0, checksum=1), ("hsdp",)),
     Fault("replicated tensor differs", "complete", OUTSIDE, partial(_tensor, fqn=OUTSIDE, checksum=1), ANY),

@@ -55,8 +55,6 @@ class SlotLoads:
         ended = self._engine.submit("gather", _nothing, (self._engine.submit("copy", _nothing, ()),))
         for slot in self._pending:  # what was enqueued of such a load may still write to the slot
             slot.holder, slot.ready = None, ended
-        if self.staging is not None:
-            self.staging.ready = ended
         self._pending.clear()
 
     def wait(self, slot: Slot) -> None:
