@@ -22,7 +22,7 @@ from crossdock.offload.memory.device_memory import allocated_bytes, spare_bytes,
 from crossdock.offload.stream.block import Home
 from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.offload.stream.loader import Gather
-from crossdock.parallel.group import Group, GroupRecord, exchange
+from crossdock.parallel.group import AtRunTime, Group, GroupRecord, exchange
 from crossdock.parallel.hsdp import all_gather_bytes
 from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.sequence import shard_lengths
@@ -126,7 +126,8 @@ class RankWorker:
         self.mesh = Mesh.connect(plan.mesh, self.rank, timeout_s, self.world)
         self.phase = "load"
         self.model = build_transformers(plan.spec.transformer, plan.model_dir, plan.transformers)
-        self.parallelism = ModelParallelism.apply(self.model, plan, self.mesh, lambda: self.stream.collective_issued())
+        issued = AtRunTime(lambda: self.stream.collective_issued())
+        self.parallelism = ModelParallelism.apply(self.model, plan, self.mesh, issued)
         loader = WeightLoader(plan, self.mesh, self.model, self.device)
         self.weights: RankWeights = loader.load_blocks()
         loader.load_outside()
@@ -149,7 +150,7 @@ class RankWorker:
             transformer.register_forward_pre_hook(partial(self._begin_forward, pass_))
         for module in self.model.modules():
             if isinstance(module, EXCHANGING):
-                module.register_forward_hook(lambda *_: self.stream.collective_issued())
+                module.register_forward_hook(lambda *_: issued())
         self.pipeline = RankPipeline(plan, self.mesh, self.model, self.device, self.copy_engine, self.arena)
         self.weight_check = WeightCheck(plan, self.rank, self.model, full=probe)
         self.schedule_note = "assumed costs: nothing was measured yet"
