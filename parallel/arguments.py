@@ -58,11 +58,12 @@ def hook_arguments(
     return module.register_forward_pre_hook(beside(hook), with_kwargs=True)
 
 
-def beside(hook: FunctionType) -> FunctionType:
+def beside(hook: Callable[..., Any]) -> Callable[..., Any]:
     """`hook`, which runs as it is where its own module is compiled; where a module around that is, it is traced.
 
     Left to itself, torch makes graphs of such a hook, one for each block and size, until there are too many.
     """
+    assert isinstance(hook, FunctionType)
     set_code_exec_strategy(hook.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
     return hook
 

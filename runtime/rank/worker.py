@@ -21,7 +21,7 @@ from crossdock.offload.memory.copy_engine import make_copy_engine
 from crossdock.offload.memory.device_memory import allocated_bytes, spare_bytes, total_bytes
 from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.offload.stream.loader import Gather
-from crossdock.parallel.group import Group, exchange
+from crossdock.parallel.group import AtRunTime, Group, exchange
 from crossdock.parallel.hsdp import all_gather_bytes
 from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.tensor import EXCHANGING
@@ -115,7 +115,8 @@ class RankWorker:
         self._mesh = mesh = Mesh.connect(plan.mesh, self.rank, timeout_s, self.world)
         self.phase = "load"
         model = build_transformers(plan.spec.transformer, plan.model_dir, plan.transformers)
-        parallelism = ModelParallelism.apply(model, plan, mesh, lambda: stream.collective_issued())
+        issued = AtRunTime(lambda: stream.collective_issued())
+        parallelism = ModelParallelism.apply(model, plan, mesh, issued)
         loader = WeightLoader(plan, mesh, model, self.device)
         weights = loader.load_blocks()
         loader.load_outside()
@@ -138,7 +139,7 @@ class RankWorker:
             transformer.register_forward_pre_hook(partial(self._begin_forward, stream, pass_))
         for module in model.modules():
             if isinstance(module, EXCHANGING):
-                module.register_forward_hook(lambda *_: stream.collective_issued())
+                module.register_forward_hook(lambda *_: issued())
         pipeline = RankPipeline(plan, mesh, model, self.device, copy_engine, arena)
         check = WeightCheck(plan, self.rank, model, full=probe)
         made = (mesh, model, parallelism, weights, copy_engine, arena, stream, pipeline, check)
