@@ -30,7 +30,8 @@ from crossdock.runtime.request import (
     RequestOptions,
     as_prompts,
 )
-from layouts import ALL, ROWS
+from layouts import ROWS
+from tiers import ALL
 
 NEGATIVE = ("z-image", "sd3.5", "longcat-image", "ovis-image", "wan2.1", "qwen-image", "krea2", "helios", "ltx2")
 """Whose guidance takes a negative prompt, in a batch."""
