@@ -24,7 +24,7 @@ from crossdock.offload.live.offloader import LayerwiseOffloader
 from crossdock.parallel.group import Group
 from crossdock.parallel.tensor import COLUMN, ROW, LinearStyle, TensorParallelism, TensorPlan
 from crossdock.runtime.models.families import SPECS
-from crossdock.runtime.models.spec import ModelSpec
+from crossdock.runtime.models.inferred.spec import infer_spec
 from tiny_transformers import TINY, build, make_inputs, tensors_of
 
 CPU = torch.device("cpu")
@@ -140,7 +140,7 @@ def test_the_stacks_of_every_default_configuration(name: str) -> None:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         model = getattr(diffusers, name)()
-    spec = ModelSpec.from_model(model)
+    spec = infer_spec(model)
     assert {stack: len(model.get_submodule(stack)) for stack in spec.block_stacks} == STACKS[name]
     assert list(spec.block_stacks) == list(STACKS[name]), "in the order in which they run"
 
@@ -166,8 +166,8 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def test_a_tiny_model_is_streamed_bit_identically_in_the_order_that_was_inferred(case: Case) -> None:
-    spec = ModelSpec.from_model(case.model)
-    from_run = ModelSpec.from_model(case.model, make_inputs(case.name, case.model))
+    spec = infer_spec(case.model)
+    from_run = infer_spec(case.model, make_inputs(case.name, case.model))
     with LayerwiseOffloader(case.model, CPU) as offloader:
         for _ in range(2):
             assert all(map(torch.equal, case.run(), case.expected))
@@ -198,7 +198,7 @@ def test_every_streamed_block_matters(case: Case) -> None:
 
 
 def test_the_tensor_plan_that_is_inferred_computes_the_same_on_two_ranks(case: Case) -> None:
-    spec = ModelSpec.from_model(case.model)
+    spec = infer_spec(case.model)
     assert bool(spec.tensor_plan.linears) == (case.name not in NOT_CUT)
     if case.name in WRONG_PLAN:
         with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
@@ -279,7 +279,7 @@ def _cut(model: nn.Module, plan: TensorPlan, rank: int, degree: int, group: Grou
 
 def test_flux2_is_what_its_spec_says() -> None:
     model = build("Flux2Transformer2DModel")
-    spec = ModelSpec.from_model(model, make_inputs("Flux2Transformer2DModel", model))
+    spec = infer_spec(model, make_inputs("Flux2Transformer2DModel", model))
     assert spec.block_stacks == SPECS["flux2-klein"].block_stacks
     assert spec.tensor_plan == SPECS["flux2-klein"].tensor_plan
     assert spec.regions == SPECS["flux2-klein"].regions
@@ -287,7 +287,7 @@ def test_flux2_is_what_its_spec_says() -> None:
 
 
 def test_z_image_is_what_its_spec_says_but_for_the_regions() -> None:
-    spec = ModelSpec.from_model(build("ZImageTransformer2DModel"))
+    spec = infer_spec(build("ZImageTransformer2DModel"))
     assert spec.block_stacks == SPECS["z-image"].block_stacks
     assert spec.tensor_plan == SPECS["z-image"].tensor_plan
     assert spec.regions == ()
@@ -345,11 +345,11 @@ def _model(*blocks: nn.Module) -> nn.Module:
 
 
 def _said(model: nn.Module, what: str, inputs: dict[str, Any] | None = None) -> list[str]:
-    return [line for line in ModelSpec.from_model(model, inputs).missing if line.startswith(f"{what}: ")]
+    return [line for line in infer_spec(model, inputs).missing if line.startswith(f"{what}: ")]
 
 
 def test_a_model_without_lists_has_no_stacks_and_says_so() -> None:
-    spec = ModelSpec.from_model(nn.Sequential(Block(), Block()))
+    spec = infer_spec(nn.Sequential(Block(), Block()))
     assert spec.block_stacks == spec.regions == spec.run_order == ()
     assert spec.tensor_plan.linears == {}
     assert "declares no block stack, and no module list looks like one" in spec.missing[0]
@@ -369,8 +369,8 @@ def test_a_declaration_is_the_users_word() -> None:
                 x = block(x)
             return x
 
-    assert ModelSpec.from_model(Declares()).block_stacks == ("second", "first")
-    assert ModelSpec.from_model(Declares(), {"x": torch.ones(1, 8)}).block_stacks == ("first", "second")
+    assert infer_spec(Declares()).block_stacks == ("second", "first")
+    assert infer_spec(Declares(), {"x": torch.ones(1, 8)}).block_stacks == ("first", "second")
 
 
 @pytest.mark.parametrize(
@@ -390,7 +390,7 @@ def test_a_declaration_is_the_users_word() -> None:
 )
 def test_an_attention_that_cannot_be_cut_stays_whole_and_says_why(attention: nn.Module, why: str) -> None:
     model = _model(AttentionBlock(attention), AttentionBlock(attention))
-    assert ModelSpec.from_model(model).tensor_plan.linears == {}
+    assert infer_spec(model).tensor_plan.linears == {}
     assert any(
         line.startswith("Tensor parallelism: blocks.*.attn stays whole on every rank: ") and why in line
         for line in _said(model, "Tensor parallelism")
@@ -408,10 +408,8 @@ def test_an_attention_that_reads_the_size_of_all_heads_stays_whole() -> None:
 
 def test_what_one_block_of_a_stack_cannot_do_none_does() -> None:
     blocks = [AttentionBlock(Attention()), AttentionBlock(Attention(norm_q=nn.RMSNorm(8)))]
-    assert ModelSpec.from_model(_model(*blocks)).tensor_plan.linears == {}
-    assert ModelSpec.from_model(_model(blocks[0], AttentionBlock(Attention()))).tensor_plan.heads == {
-        "blocks.*.attn": ("heads",)
-    }
+    assert infer_spec(_model(*blocks)).tensor_plan.linears == {}
+    assert infer_spec(_model(blocks[0], AttentionBlock(Attention()))).tensor_plan.heads == {"blocks.*.attn": ("heads",)}
 
 
 class Mlp(nn.Module):
@@ -451,7 +449,7 @@ class NeedsMore(Mlp):
 
 @pytest.mark.parametrize(("mlp", "up"), [(Mlp(16), COLUMN), (Gated(32), LinearStyle("column", (1, 1)))])
 def test_an_mlp_is_cut_by_what_it_does(mlp: nn.Module, up: LinearStyle) -> None:
-    plan = ModelSpec.from_model(_model(AttentionBlock(mlp), AttentionBlock(mlp))).tensor_plan
+    plan = infer_spec(_model(AttentionBlock(mlp), AttentionBlock(mlp))).tensor_plan
     assert plan.linears == {"blocks.*.attn.up": up, "blocks.*.attn.down": ROW}
 
 
@@ -465,7 +463,7 @@ def test_an_mlp_is_cut_by_what_it_does(mlp: nn.Module, up: LinearStyle) -> None:
 )
 def test_an_mlp_whose_halves_do_not_add_up_stays_whole(mlp: nn.Module, why: str) -> None:
     model = _model(AttentionBlock(mlp), AttentionBlock(mlp))
-    assert ModelSpec.from_model(model).tensor_plan.linears == {}
+    assert infer_spec(model).tensor_plan.linears == {}
     assert any(why in line for line in _said(model, "Tensor parallelism"))
 
 
@@ -477,7 +475,7 @@ def test_linears_that_are_not_recognised_are_named() -> None:
 def test_entries_of_a_declared_plan_that_do_not_fit_are_left_out() -> None:
     model = _model(Block(), Block())
     model._tp_plan = {"blocks.*.linear": "colwise", "blocks.*.gone": "rowwise", "blocks.*": "rowwise", "x": "sliced"}
-    spec = ModelSpec.from_model(model)
+    spec = infer_spec(model)
     assert spec.tensor_plan.linears == {"blocks.*.linear": COLUMN}
     said = "\n".join(_said(model, "Tensor parallelism"))
     assert "blocks.*.gone of _tp_plan is left out: no module of Module matches" in said
@@ -501,12 +499,12 @@ def test_a_plan_that_does_not_run_on_the_shapes_of_the_inputs_is_dropped() -> No
                 x = block(x)
             return x
 
-    assert ModelSpec.from_model(Model()).tensor_plan.linears
-    spec = ModelSpec.from_model(Model(), {"x": torch.ones(1, 8)})
+    assert infer_spec(Model()).tensor_plan.linears
+    spec = infer_spec(Model(), {"x": torch.ones(1, 8)})
     assert spec.tensor_plan.linears == {}
     assert any("cut as its layers suggest, Model does not run: RuntimeError: shape" in line for line in spec.missing)
     meta = Model().to("meta")
-    assert ModelSpec.from_model(meta, {"x": torch.ones(1, 8, device="meta")}).missing == spec.missing
+    assert infer_spec(meta, {"x": torch.ones(1, 8, device="meta")}).missing == spec.missing
 
 
 def test_a_plan_that_cannot_be_tried_says_so() -> None:
@@ -525,7 +523,7 @@ def test_a_small_list_and_blocks_that_did_not_run_are_named() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.blocks[2](self.blocks[0](x))
 
-    spec = ModelSpec.from_model(Model(), {"x": torch.ones(1, 32)})
+    spec = infer_spec(Model(), {"x": torch.ones(1, 32)})
     assert spec.run_order == ("blocks.0", "blocks.2")
     assert "Order: on these inputs blocks.1 did not run." in spec.missing
     assert "Block stacks: small (2 x Block) is taken for no stack and stays on the device." in spec.missing

@@ -58,8 +58,6 @@ ROOMS: dict[str, dict[str, set[str]]] = {
 """Hall -> room -> the rooms of that hall that it may import. A file that stands in the hall is a room of its own; a
 hall's `__init__.py` is its door, which hands out what is in the rooms.
 """
-CALLED_LATE = {("runtime/models/spec.py", "models/inferred")}
-"""`ModelSpec.from_model` is how a spec is asked for, also one that is inferred: it imports that when it is called."""
 MOST_THINGS = 11
 """Files and folders in a room: about ten can be seen at once."""
 LISTS = {"runtime/models/families", "runtime/models/tiny"}
@@ -119,8 +117,7 @@ def test_rooms_import_one_way(hall: str) -> None:
     for path in _modules(hall):
         room, name = _room(hall, path), path.relative_to(ROOT).as_posix()
         if room:
-            late = {other for module, other in CALLED_LATE if module == name}
-            others = {other or "the door" for other in _rooms_imported(hall, path)} - {room} - late
+            others = {other or "the door" for other in _rooms_imported(hall, path)} - {room}
             assert room in ROOMS[hall], f"{name}: which rooms may it import?"
             assert others <= ROOMS[hall][room], f"{name} imports {others - ROOMS[hall][room]}"
 

@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from crossdock.parallel.guidance import Branches
 from crossdock.parallel.regions import SequenceRegion
 from crossdock.parallel.tensor import COLUMN, ROW, LinearStyle, TensorPlan
 
 if TYPE_CHECKING:
-    from crossdock.runtime.models.inferred.spec import InferredSpec
+    pass
 
 
 @dataclass(frozen=True)
@@ -100,13 +98,6 @@ class ModelSpec:
     resumes: bool = True
     published: tuple[Published, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def from_model(cls, model: nn.Module, inputs: Mapping[str, Any] | None = None) -> InferredSpec:
-        """What a live transformer, which may be on meta, says of itself; see `inferred.spec.infer_spec`."""
-        from crossdock.runtime.models.inferred.spec import infer_spec
-
-        return infer_spec(model, inputs)
 
 
 def attention_plan(attention: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> dict[str, LinearStyle]:
