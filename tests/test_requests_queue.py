@@ -457,10 +457,12 @@ def test_closing_ends_what_waits(engine: Engine, gang: FakeGang) -> None:
     assert gang.starts == 1
 
 
+@pytest.mark.parametrize("owned", [True, False])
 def test_closing_does_not_wait_for_a_step_that_never_ends(
-    engine: Engine, gang: FakeGang, monkeypatch: pytest.MonkeyPatch
+    owned: bool, engine: Engine, gang: FakeGang, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And what the ranks' end looks like is no fault that is to be survived."""
+    """And what the ranks' end looks like is no fault that is to be survived. Borrowed ranks end as well: they hang."""
+    engine._ranks._owns_gang = owned
     monkeypatch.setattr(engine_module, "CLOSE_S", 0.2)
     gang.gate.clear()
     handle = engine.submit(_request())
