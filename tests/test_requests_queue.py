@@ -457,19 +457,43 @@ def test_closing_ends_what_waits(engine: Engine, gang: FakeGang) -> None:
     assert gang.starts == 1
 
 
+@pytest.mark.parametrize("owned", [True, False])
 def test_closing_does_not_wait_for_a_step_that_never_ends(
-    engine: Engine, gang: FakeGang, monkeypatch: pytest.MonkeyPatch
+    owned: bool, engine: Engine, gang: FakeGang, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And what the ranks' end looks like is no fault that is to be survived."""
+    """And what the ranks' end looks like is no fault that is to be survived. Borrowed ranks end as well: they hang."""
+    engine._ranks._owns_gang = owned
     monkeypatch.setattr(engine_module, "CLOSE_S", 0.2)
     gang.gate.clear()
     handle = engine.submit(_request())
     _begun(gang)
     began = time.monotonic()
     engine.close()
-    assert time.monotonic() - began < 5
-    assert isinstance(_ended(handle), EngineClosedError)
+    with pytest.raises(EngineClosedError):
+        handle.result(5)
+    assert time.monotonic() - began < 10
     assert (gang.starts, gang.closed) == (1, True)
+
+
+def test_ranks_that_come_up_after_the_close(engine: Engine, gang: FakeGang, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would end them: `close` is over."""
+    monkeypatch.setattr(engine_module, "CLOSE_S", 0.2)
+    restart, comes, goes_on = gang.restart, threading.Event(), threading.Event()
+
+    def slowly() -> None:
+        comes.set()
+        assert goes_on.wait(LIMIT_S)
+        restart()
+
+    gang.restart = slowly  # type: ignore[method-assign]
+    gang.faults = [RankError(0, "its process died", "died")]
+    handle = engine.submit(_request())
+    assert comes.wait(LIMIT_S)
+    engine.close()
+    goes_on.set()
+    with pytest.raises(RequestCancelled, match="the engine was closed"):
+        handle.result(5)
+    assert (gang.starts, gang.closed) == (2, True)
 
 
 def test_an_interrupt_in_the_middle_of_a_request(engine: Engine, gang: FakeGang) -> None:
