@@ -344,6 +344,8 @@ def test_nobody_listens_outside_loopback(gang: LocalGang) -> None:
     ranks = {pid: listening(pid) for pid in _pids(gang)}
     print(ranks)
     assert {address for found in ranks.values() for address, _ in found} <= {"127.0.0.1", "::1"}
+    told = gang.collective_rpc(lambda worker: os.environ.get("GLOO_SOCKET_IFNAME"), timeout_s=30)
+    assert told == ["lo", "lo"], "gloo listens where the machine's name is, which may be anywhere"
     assert listening(_pids(gang)[0]), "the rendezvous is not where it was looked for"
     assert listening(_server(gang).pid) == []
     for pid in (_server(gang).pid, *ranks):
