@@ -116,7 +116,10 @@ NO_DEFAULT = {
 """Classes that cannot be built without arguments."""
 
 INTERLEAVED = {"LatteTransformer3DModel", "WanAnimateTransformer3DModel"}
-"""One stack runs within the loop over another: the source tells that, and only a run tells the order of the blocks."""
+"""One stack runs within the loop over another."""
+
+REGISTERED_LATER = {"Flux3Transformer2DModel", "Lumina2Transformer2DModel", "WanVACETransformer3DModel"}
+"""A stack that runs first is registered after one that does not."""
 
 NOT_CUT = {"PRXTransformer2DModel", "SanaVideoTransformer3DModel", "SanaWMTransformer3DModel"}
 """Classes of whose blocks nothing can be cut."""
@@ -142,7 +145,8 @@ def test_the_stacks_of_every_default_configuration(name: str) -> None:
         model = getattr(diffusers, name)()
     spec = infer_spec(model)
     assert {stack: len(model.get_submodule(stack)) for stack in spec.block_stacks} == STACKS[name]
-    assert list(spec.block_stacks) == list(STACKS[name]), "in the order in which they run"
+    as_run = list(spec.block_stacks) == list(STACKS[name])
+    assert as_run == (name not in REGISTERED_LATER)
 
 
 @dataclass
@@ -165,22 +169,26 @@ def case(request: pytest.FixtureRequest) -> Case:
     return case
 
 
-def test_a_tiny_model_is_streamed_bit_identically_in_the_order_that_was_inferred(case: Case) -> None:
+def test_a_tiny_model_is_streamed_bit_identically_in_the_order_that_is_recorded(case: Case) -> None:
     spec = infer_spec(case.model)
     from_run = infer_spec(case.model, make_inputs(case.name, case.model))
     with LayerwiseOffloader(case.model, CPU) as offloader:
-        for _ in range(2):
-            assert all(map(torch.equal, case.run(), case.expected))
         stream = offloader.stream
+        for _ in range(3):
+            misses = stream.counters.misses
+            assert all(map(torch.equal, case.run(), case.expected))
+        assert case.name in INTERLEAVED or stream.counters.misses == misses, "the order that was recorded is not used"
         recorded = stream.recorded_order
         assert recorded is not None, "every block ran"
         ran = [stream.blocks[index].name for index in recorded]
     assert list(from_run.run_order) == ran
     listed = [block.name for block in discover_blocks(case.model, spec.block_stacks)]
     assert sorted(listed) == sorted(ran)
-    assert (listed == ran) == (case.name not in INTERLEAVED)
-    assert any("runs within the loop" in sentence for sentence in spec.missing) == (case.name in INTERLEAVED)
-    assert from_run.block_stacks == spec.block_stacks
+    assert (listed == ran) == (case.name not in INTERLEAVED | REGISTERED_LATER)
+    open_order = any(sentence.startswith("Order") for sentence in spec.missing)
+    assert open_order == (len(spec.block_stacks) > 1), "only a run tells"
+    as_run = tuple(STACKS[case.name]) if case.name in REGISTERED_LATER else spec.block_stacks
+    assert from_run.block_stacks == as_run
     assert [block.name for block in discover_blocks(case.model, from_run.run_order)] == ran
     assert not any(sentence.startswith("Order") for sentence in from_run.missing)
 

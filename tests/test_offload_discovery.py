@@ -296,7 +296,7 @@ def test_small_lists_and_lists_of_different_classes_are_no_stacks() -> None:
     assert infer_stacks(model) == ("blocks", "inner.layers", "containers.0")
 
 
-def test_inferred_stacks_of_a_model_without_a_forward_stand_in_module_order_whether_named_or_not() -> None:
+def test_inferred_stacks_stand_in_module_order_whether_named_or_not() -> None:
     model = Model()
     model.others = nn.ModuleList(OtherBlock() for _ in range(2))
     model._no_split_modules = ["OtherBlock"]
@@ -349,7 +349,7 @@ DIFFUSERS = {
     "ZImageTransformer2DModel": {"noise_refiner": 2, "context_refiner": 2, "layers": 30},
     "QwenImageTransformer2DModel": {"transformer_blocks": 60},
     "WanTransformer3DModel": {"blocks": 40},
-    "WanVACETransformer3DModel": {"vace_blocks": 8, "blocks": 40},
+    "WanVACETransformer3DModel": {"blocks": 40, "vace_blocks": 8},
     "Kandinsky6Transformer3DModel": {
         "video_text_transformer_blocks": 4,
         "audio_text_transformer_blocks": 4,
@@ -383,7 +383,7 @@ TRANSFORMERS = {
     ],
 )
 def test_the_stacks_of_published_classes_are_inferred(library: str, name: str, expected: dict[str, int]) -> None:
-    """Default configurations, on meta; they declare nothing of their own. In execution order. No storage is shared."""
+    """Default configurations, on meta; they declare nothing of their own. No storage is shared."""
     module = getattr(importlib.import_module(library), name)
     with torch.device("meta"):
         model = module() if library == "diffusers" else module(module.config_class())

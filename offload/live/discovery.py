@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crossdock.offload.live.source_order import source_order
-
 CURRENT, DEPRECATED = "_layerwise_offload_blocks_attrs", "_layerwise_offload_blocks_attr"
 
 _CLASS_LISTS = ("_no_split_modules", "_repeated_blocks")
@@ -95,9 +93,9 @@ def stack_paths(model: nn.Module, stacks: Sequence[str] | None = None) -> tuple[
 
 
 def infer_stacks(model: nn.Module) -> tuple[str, ...]:
-    """Paths of the block stacks of a model that declares none, in the order in which its source names them.
+    """Paths of the block stacks of a model that declares none, in the order in which they are registered.
 
-    Empty where nothing looks like one. Where the source cannot be read, they stand in module order.
+    Empty where nothing looks like one. The order in which they run is recorded in the first pass.
     A stack is a ModuleList of blocks whose classes the model (or a model inside it) names in `_no_split_modules` or
     `_repeated_blocks`; or of at least two modules of one class that hold 5% of the model's bytes or more. Lists that
     overlap are taken once: those of named classes first, then the outermost.
@@ -111,7 +109,7 @@ def infer_stacks(model: nn.Module) -> tuple[str, ...]:
     for path in candidates:
         if not any(_overlap(lists[path], lists[other]) for other in chosen):
             chosen.append(path)
-    return source_order(model, [path for path in lists if path in chosen]).stacks
+    return tuple(path for path in lists if path in chosen)
 
 
 def shared_storage(model: nn.Module, blocks: Iterable[FoundBlock]) -> list[SharedStorage]:

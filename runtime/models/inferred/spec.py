@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from crossdock.offload.live.discovery import DiscoveryError, FoundBlock, discover_blocks, stack_paths
-from crossdock.offload.live.source_order import source_order
 from crossdock.runtime.models.inferred.regions import infer_regions
 from crossdock.runtime.models.inferred.tensor_plan import infer_tensor_plan
 from crossdock.runtime.models.spec import ModelSpec
@@ -36,7 +35,7 @@ def infer_spec(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Inf
     """What `model` says of itself.
 
     Stacks are those that the model declares, else those that its structure shows (`live.discovery`), in the order
-    in which its source names them. A run on `inputs` decides over both, tries a tensor plan that no class declares,
+    in which they are registered. A run on `inputs` decides over both, tries a tensor plan that no class declares,
     and shows what a `_cp_plan` leaves open.
 
     Args:
@@ -55,7 +54,7 @@ def infer_spec(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Inf
         missing.append(f"Block stacks: {error}.")
     ran = _first_runs(model, blocks, inputs) if inputs is not None else ()
     if inputs is None:
-        missing += _open_order(model, stacks)
+        missing += _open_order(stacks)
     else:
         stacks = _as_run(stacks, ran)
         missing += _did_not_run(blocks, ran)
@@ -101,14 +100,11 @@ def _as_run(stacks: Sequence[str], ran: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(stacks, key=lambda stack: first.get(stack, len(ran))))
 
 
-def _open_order(model: nn.Module, stacks: Sequence[str]) -> list[str]:
-    """What the source does not tell."""
-    order = source_order(model, stacks)
-    missing = [f"Order: {inner} runs within the loop over {outer}; give inputs." for outer, inner in order.interleaved]
-    missing += [f"Order: {' and '.join(group)} are reached together; give inputs." for group in order.together]
-    if len(stacks) > 1:
-        missing += [f"Order: no source names {stack}; its place is the declared one." for stack in order.unnamed]
-    return missing
+def _open_order(stacks: Sequence[str]) -> list[str]:
+    """What only a run tells."""
+    if len(stacks) < 2:
+        return []
+    return [f"Order: {', '.join(stacks)} stand as they are registered or declared; give inputs."]
 
 
 def _did_not_run(blocks: Sequence[FoundBlock], ran: Sequence[str]) -> list[str]:
