@@ -9,7 +9,6 @@ import copy
 import gc
 import json
 import multiprocessing
-import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -35,8 +34,9 @@ from crossdock.parallel.mesh import Mesh, MeshShape
 from crossdock.parallel.regions import SequenceParallelism
 from crossdock.parallel.tensor import EXCHANGING, TensorParallelism
 from crossdock.runtime.rank.attention_backend import AttentionBinding
+from tiers import ALL, not_quick
 
-ALL = bool(os.environ.get("CROSSDOCK_ALL"))
+pytestmark = not_quick
 TIME_LIMIT_S = 1500 if ALL else 240
 LAYOUTS = {
     "tp 2": MeshShape(tp=2),
