@@ -116,6 +116,20 @@ def test_bytes_in_use_are_not_taken() -> None:
     _finish(cases)
 
 
+def test_an_interrupted_block_keeps_no_activation() -> None:
+    homes = [[Home.HOST] * 3]
+    (case,) = _tenants(homes, CpuCopyEngine(60), Arena(_space(homes), CPU))
+    case.modules[0].fail_at, case.modules[0].error = 1, KeyboardInterrupt
+    activation = torch.ones(2, WIDTH)
+    gone = weakref.ref(activation)
+    with pytest.raises(KeyboardInterrupt):
+        case.modules[0](activation)
+    del activation
+    gc.collect()
+    assert gone() is None
+    _finish([case])
+
+
 def test_a_turn_begins_while_the_last_one_still_computes() -> None:
     """On CUDA the host enters the next component while the device is still in the one before: its bytes are in use."""
     homes = [[Home.HOST] * 5, [Home.HOST_SHARD] * 4]
@@ -138,7 +152,7 @@ def test_a_turn_begins_while_the_last_one_still_computes() -> None:
 class _Idle:
     """A tenant of which nothing is asked."""
 
-    def settle(self) -> None: ...
+    def settle_interrupted(self) -> None: ...
 
     def flush(self) -> None: ...
 

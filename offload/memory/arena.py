@@ -9,9 +9,7 @@ allocation when the turn passes, and every parameter keeps its address.
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Iterable
-from types import FrameType
 from typing import Protocol
 
 import torch
@@ -21,8 +19,8 @@ from crossdock.offload.memory.layout import aligned_bytes
 
 
 class Tenant(Protocol):
-    def settle(self) -> None:
-        """End the reading of a block that was thrown out of its forward."""
+    def settle_interrupted(self) -> None:
+        """End the reading of a block that was thrown out of its forward without a hook."""
 
     def flush(self) -> None:
         """Enqueue what was held back: others wait for it."""
@@ -46,17 +44,13 @@ class Slot:
         self.rivals: list[Slot] = []
         self._arena = arena
         self._tenant = tenant
-        self._reader: FrameType | None = None
         self._used = 0
 
-    def begin_reading(self, reader: FrameType | None = None) -> None:
-        """`reader`: the call that reads; an interrupt may end it without `end_reading`."""
+    def begin_reading(self) -> None:
         self.free = None
-        self._reader = reader
 
     def end_reading(self, done: Event) -> None:
         self.free = done
-        self._reader = None
         self._used = self._arena.tick()
 
     def claim(self, block: int) -> list[Event]:
@@ -70,8 +64,8 @@ class Slot:
         waits = [self.free, self.ready]
         for rival in self.rivals:
             rival._tenant.flush()
-            if rival.free is None and rival._reader is not None and not _is_running(rival._reader):
-                rival._tenant.settle()
+            if rival.free is None:
+                rival._tenant.settle_interrupted()
             if rival.free is None:
                 raise RuntimeError(f"another component is computing with the bytes that block {block} wants")
             rival.holder = None
@@ -144,11 +138,3 @@ class Arena:
         self.memory = aligned_bytes(nbytes, self.device)
         for tenant in self._tenants:
             tenant.move_in()
-
-
-def _is_running(call: FrameType) -> bool:
-    """Whether `call` is on this thread's stack."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame is not call:
-        frame = frame.f_back
-    return frame is not None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from types import FrameType
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from crossdock.offload.memory.copy_engine import CopyEngine
 from crossdock.offload.schedule.slots import SlotSchedule, slot_sizes
 from crossdock.offload.stream.block import StreamedBlock
 from crossdock.offload.stream.first_loads import FirstLoadCallback, FirstLoadObserver
-from crossdock.offload.stream.hooks import BlockHooks
+from crossdock.offload.stream.hooks import BlockHooks, is_running
 from crossdock.offload.stream.loader import BlockLoader, EventLog, Gather, fill_nan
 from crossdock.offload.stream.run_order import RunOrder
 from crossdock.offload.stream.slot_loads import SlotLoads
@@ -94,8 +94,8 @@ class BlockStream:
         if self._hooks.attached:
             raise RuntimeError("this block stream is attached already")
         for index, block in enumerate(self.blocks):
-            before, after = (self._before, self._after) if block.home.streamed else (self._begin, self._end)
-            self._hooks.attach(index, block, before, after)
+            noted = partial(self._note, "compute_begin"), partial(self._note, "compute_end")
+            self._hooks.attach(index, block, *((self._before, self._after) if block.home.streamed else noted))
         self._bind()
 
     def remove(self) -> None:
@@ -282,18 +282,12 @@ class BlockStream:
                 self._loads.forget(self._slots[part])
             weights.write_back()
 
-    def _begin(self, index: int, call: FrameType | None = None) -> None:
-        self._note("compute_begin", index)
-
-    def _end(self, index: int, call: FrameType | None = None) -> None:
-        self._note("compute_end", index)
-
-    def _before(self, index: int, call: FrameType | None = None) -> None:
+    def _before(self, index: int) -> None:
         if self._run_order.learn(index):
             self._look_ahead()
-        self._bring(index, call)
+        self._bring(index)
 
-    def _bring(self, index: int, call: FrameType | None = None) -> None:
+    def _bring(self, index: int) -> None:
         self.settle()
         slot = self._slots[index]
         missed = slot.holder != index
@@ -303,12 +297,12 @@ class BlockStream:
             self._enqueue(index)
         self._fetch_ahead(index)
         self._loads.wait(slot)
-        slot.begin_reading(call)
+        slot.begin_reading()
         self._reading = index
-        self._begin(index)
+        self._note("compute_begin", index)
         self._first_loads.loaded(index, self.blocks[index], slot.memory)
 
-    def _after(self, index: int, call: FrameType | None = None) -> None:
+    def _after(self, index: int) -> None:
         if self._reading != index:
             return  # the block never began: its own load failed
         self.settle()
@@ -320,13 +314,18 @@ class BlockStream:
             return
         self._chunks, self._collectives = 1 + self._collectives, 0
         index, self._reading = self._reading, None
-        self._end(index)
+        self._note("compute_end", index)
         slot = self._slots[index]
         done = self.engine.record()
         slot.end_reading(done)
         if self.poison_freed and index not in self._staying:
             slot.holder = None
             slot.ready = self.engine.submit("copy", lambda: fill_nan(slot.memory), (done,))
+
+    def settle_interrupted(self) -> None:
+        """`settle`, unless the block is still at it."""
+        if self._reading is not None and not is_running(self.blocks[self._reading].module):
+            self.settle()
 
     def _fetch_ahead(self, index: int) -> None:
         taken = {self._slots[index]}

@@ -8,12 +8,14 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from crossdock.offload.stream.block import Bound, StreamedBlock, put_back
 
-Act = Callable[[int, FrameType | None], None]
-"""Gets the block's index and the call of its module that is about to run, or has run."""
+Act = Callable[[int], None]
+"""Gets the index of the block that is about to run, or has run."""
+_CALL = nn.Module._wrapped_call_impl.__code__  # also where the module or its caller is compiled
 
 
 class BlockHooks:
@@ -50,7 +52,17 @@ class BlockHooks:
 
         def hook(*_: Any) -> None:
             if not self.suspended:
-                act(index, sys._getframe(2))  # beyond the wrapper: the module's own call
+                act(index)
 
         disabled: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
         return disabled
+
+
+def is_running(module: nn.Module) -> bool:
+    """Whether a call of it is on this thread's stack. An interrupt ends one without hooks, and a frame that were kept to
+    see it would keep activations alive.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and not (frame.f_code is _CALL and frame.f_locals["self"] is module):
+        frame = frame.f_back
+    return frame is not None
