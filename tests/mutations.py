@@ -57,8 +57,7 @@ class Mutation:
     Attributes:
         pitfalls: numbers in the list of what goes wrong elsewhere when offload meets sharding; empty: none of these.
         check: what must catch it: a row of the composition contract.
-        sooner: what may refuse it where there is no rehearsal, at once, before `check` has seen anything: of two
-            replicas that differ nobody knows then which is right.
+        sooner: what may refuse it where there is no rehearsal, at once, before `check` has seen anything.
         where: the violation says it: block, parameter, slot or group.
         rank: where it is planted, the only rank of a layout that has one; None: on all.
         steps: of the request.

@@ -172,7 +172,6 @@ MUTATIONS = (
         HSDP,
         mutations.shard_off_by_the_alignment,
         needs="sharded",
-        sooner="complete",
     ),
     Mutation(
         "gathered without slicing",
@@ -203,7 +202,6 @@ MUTATIONS = (
         ("layerwise_tp2", "hsdp"),
         mutations.table_not_rebuilt,
         needs="!one_store",
-        sooner="complete",
     ),
     Mutation(
         "cached view",

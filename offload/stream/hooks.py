@@ -59,8 +59,8 @@ class BlockHooks:
 
 
 def is_running(module: nn.Module) -> bool:
-    """Whether a call of it is on this thread's stack. An interrupt ends one without hooks, and a frame that were kept to
-    see it would keep activations alive.
+    """Whether a call of it is on this thread's stack. An interrupt ends one without hooks; a frame that were kept to
+    see that would keep activations alive.
     """
     frame: FrameType | None = sys._getframe()
     while frame is not None and not (frame.f_code is _CALL and frame.f_locals["self"] is module):

@@ -12,7 +12,7 @@ from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import REPORT_IT, RankReport
 
 _WRONG_BYTES = "what is at rest or the way to the device is wrong: load the model again; if it stays, report it"
-_RELOAD = "load the model again; if it stays, the checkpoint differs between nodes"
+_OTHER_FILE = "the checkpoint differs between nodes: copy it again"
 
 
 def complete(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:
@@ -20,7 +20,6 @@ def complete(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation
     by_rank = {report.rank: report for report in reports}
     yield from _slices_cover(plan, by_rank)
     yield from _shards_cover(plan, by_rank)
-    yield from _replicas_agree(plan, by_rank)
     yield from all_equal(plan, reports)
 
 
@@ -94,26 +93,20 @@ def _shards_cover(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[Vio
                     yield Violation("complete", rank, home.block, wanted, rests, REPORT_IT)
 
 
-def _replicas_agree(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[Violation]:
-    """Equal checksums: the same part of a block, and the same part of a tensor, wherever it is held."""
-    sums: dict[object, dict[int, tuple[int, str]]] = defaultdict(dict)
-    for rank, report in by_rank.items():
-        tp = plan.mesh.coordinates(rank)["tp"]
-        for home in report.homes:
-            if home.checksum is not None:
-                where = plan.tensor_at(home.block, home.start)  # the first of those bytes; the sum is of all
-                sums[("block", home.block, tp, home.start, home.stop)][rank] = (home.checksum, where)
-        for record in report.tensors:
-            if record.checksum is not None:
-                part = record.part.ranges if record.part else None
-                sums[("tensor", record.fqn, part)][rank] = (record.checksum, record.fqn)
-    for holders in sums.values():
-        common, _ = Counter(checksum for checksum, _ in holders.values()).most_common(1)[0]
-        agreeing = [rank for rank, (checksum, _) in holders.items() if checksum == common]
-        for rank, (checksum, name) in holders.items():
+def _replicas_agree(reports: Sequence[RankReport]) -> Iterator[Violation]:
+    """The same part of a tensor was compared with the same bytes, wherever they were read."""
+    sums: dict[tuple[str, TensorSlice | None], dict[int, int]] = defaultdict(dict)
+    for report in reports:
+        parts = {record.fqn: record.part for record in report.tensors}
+        for arrival in report.arrivals:
+            sums[arrival.fqn, parts.get(arrival.fqn)][report.rank] = arrival.expected
+    for (fqn, _), holders in sums.items():
+        common, _ = Counter(holders.values()).most_common(1)[0]
+        agreeing = [rank for rank, checksum in holders.items() if checksum == common]
+        for rank, checksum in holders.items():
             if checksum != common:
                 expected = f"the bytes of rank {agreeing[0]} (checksum {common:#x})"
-                yield Violation("complete", rank, name, expected, f"{checksum:#x}", _RELOAD)
+                yield Violation("complete", rank, fqn, expected, f"{checksum:#x}", _OTHER_FILE)
 
 
 def all_compared(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:
@@ -133,7 +126,8 @@ def all_compared(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Viola
 
 
 def all_equal(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:
-    """Every tensor that was compared so far was equal to the checkpoint's."""
+    """Every tensor that was compared so far was equal to the checkpoint's, which is the same on all ranks."""
+    yield from _replicas_agree(reports)
     for report in reports:
         for arrival in report.arrivals:
             if arrival.found == arrival.expected:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from crossdock.offload.live.discovery import named_plain_tensors
 from crossdock.offload.live.foreign import foreign_mechanisms
 from crossdock.offload.memory.layout import local_part
-from crossdock.offload.stream.block import Home
 from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.plan.plan import RunPlan
@@ -18,7 +17,6 @@ from crossdock.runtime.reports.records import DeviceBytes, HomeRecord, MemorySpa
 
 _CHUNK = 2**20
 _MASK = 2**63 - 1
-_STRETCH_BYTES, _WINDOW_BYTES = 2**20, 2**12
 _LARGE = 2**20
 """Bytes from which on CUDA's allocator may leave as much unused behind what it hands out; below it, it rounds up to"""
 _SMALL_ROUNDING = 512
@@ -27,16 +25,6 @@ _SMALL_ROUNDING = 512
 def checksum(tensor: Tensor) -> int:
     """A checksum of the tensor's bytes that depends on their order; runs at memory speed, on the tensor's device."""
     return int(digest(tensor)) & _MASK
-
-
-def sampled_checksum(tensor: Tensor) -> int:
-    """The checksum of a window in every stretch of the tensor's bytes; of all of them where they are few."""
-    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    stretches = raw.numel() // _STRETCH_BYTES
-    if stretches < 2:
-        return checksum(raw)
-    windows = raw[: stretches * _STRETCH_BYTES].view(stretches, _STRETCH_BYTES)[:, :_WINDOW_BYTES]
-    return checksum(torch.cat([windows.reshape(-1), raw[-_WINDOW_BYTES:]]))
 
 
 def digest(tensor: Tensor) -> Tensor:
@@ -108,71 +96,35 @@ class Places:
 
 
 def record_tensors(
-    model: nn.Module,
-    stream: BlockStream,
-    slices: Mapping[str, TensorSlice],
-    filled: Collection[str],
-    total: Callable[[Tensor], int] = checksum,
+    model: nn.Module, stream: BlockStream, slices: Mapping[str, TensorSlice]
 ) -> tuple[TensorRecord, ...]:
     """
     Args:
         slices: what was read of the tensors that are cut.
-        filled: the blocks that this rank answers for.
-        total: `checksum` or `sampled_checksum`.
     """
     places = Places(stream)
-    resting = _replicated_on_host(stream, slices, filled)
-    at_rest = {"outside", *(f"block {block.name}" for block in stream.blocks if not block.home.streamed)}
-    records = []
-    for fqn, tensor in named_tensors(model):
-        place, offset = places.find(tensor)
-        steady = tensor if place in at_rest else resting.get(fqn)
-        summed = None if steady is None else total(steady)
-        records.append(_record(fqn, tensor, (place, offset), slices.get(fqn), summed))
-    return tuple(records)
+    return tuple(_record(fqn, tensor, places.find(tensor), slices.get(fqn)) for fqn, tensor in named_tensors(model))
 
 
 def record_plain(model: nn.Module, stream: BlockStream) -> tuple[TensorRecord, ...]:
     """The tensors that the model keeps as plain attributes."""
     places = Places(stream)
-    return tuple(_record(fqn, tensor, places.find(tensor), None, None) for fqn, tensor in named_plain_tensors(model))
+    return tuple(_record(fqn, tensor, places.find(tensor), None) for fqn, tensor in named_plain_tensors(model))
 
 
-def _record(
-    fqn: str, tensor: Tensor, place: tuple[str, int], part: TensorSlice | None, summed: int | None
-) -> TensorRecord:
+def _record(fqn: str, tensor: Tensor, place: tuple[str, int], part: TensorSlice | None) -> TensorRecord:
     shape, span = tuple(tensor.shape), memory_span(tensor)
-    return TensorRecord(fqn, *place, str(tensor.device), str(tensor.dtype), shape, part, summed, span)
-
-
-def _replicated_on_host(
-    stream: BlockStream, slices: Mapping[str, TensorSlice], filled: Collection[str]
-) -> dict[str, Tensor]:
-    """fqn -> its bytes in the host store, for what tensor parallelism leaves whole: it must be equal on all ranks."""
-    if not slices:
-        return {}
-    return {
-        f"{block.name}.{name}": block.at_rest(entry)
-        for block in stream.blocks
-        if block.home is Home.HOST and block.rests_plain and block.name in filled
-        for entry in block.layout.entries
-        for name in entry.names
-        if f"{block.name}.{name}" not in slices
-    }
+    return TensorRecord(fqn, *place, str(tensor.device), str(tensor.dtype), shape, part, span)
 
 
 def record_homes(
     plan: RunPlan,
     stream: BlockStream,
     ranges: Mapping[str, tuple[int, int]],
-    filled: Collection[str],
-    total: Callable[[Tensor], int] = checksum,
 ) -> tuple[HomeRecord, ...]:
     """
     Args:
         ranges: block -> the bytes of it that this rank holds.
-        filled: the blocks that it answers for.
-        total: `checksum` or `sampled_checksum`.
     """
     planned = {block.name: block for block in plan.blocks}
     stays, reads = stream.resident_memory, record_reads(stream)
@@ -183,7 +135,6 @@ def record_homes(
             stream.slot_of(block.name),
             planned[block.name].layout.slot_bytes,
             *ranges[block.name],
-            total(block.source) if block.name in filled and isinstance(block.source, Tensor) else None,
             memory_span(block.source) if isinstance(block.source, Tensor) else None,
             memory_span(stays[block.name]) if block.name in stays else None,
             () if isinstance(block.source, Tensor) else memory_spans(piece.source for piece in block.source),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +35,6 @@ class LoadedModel:
     Attributes:
         plan: what is held now; another one after a rescheduling.
         schedule_note: what was made of the measured costs.
-        total: the checksum of a tensor, for reports: of all its bytes or of a sample.
         load_s: how long it took to connect and load.
     """
 
@@ -51,7 +49,6 @@ class LoadedModel:
     stream: BlockStream
     pipeline: RankPipeline
     weight_check: WeightCheck
-    total: Callable[[Tensor], int]
     load_s: float
     schedule_note: str = "assumed costs: nothing was measured yet"
 
@@ -76,9 +73,9 @@ class LoadedModel:
         shards = [b.source for b in stream.blocks if b.home is Home.DEVICE_SHARD and isinstance(b.source, Tensor)]
         return RankReport(
             rank=self.mesh.rank,
-            tensors=record_tensors(self.model, stream, weights.slices, weights.filled, self.total),
+            tensors=record_tensors(self.model, stream, weights.slices),
             plain=record_plain(self.model, stream),
-            homes=record_homes(self.plan, stream, weights.ranges, weights.filled, self.total),
+            homes=record_homes(self.plan, stream, weights.ranges),
             order=stream.order,
             slot_bytes=tuple(memory.nbytes for memory in stream.slot_memory),
             slots=tuple(span for memory in stream.slot_memory if (span := memory_span(memory)) is not None),

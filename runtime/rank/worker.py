@@ -32,7 +32,7 @@ from crossdock.runtime.pipeline.pipeline import Denoised, RankPipeline
 from crossdock.runtime.pipeline.snapshot import Snapshot
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.reschedule import MEASURED_STEPS, observe, reschedule
-from crossdock.runtime.rank.inspection import checksum, record_reads, sampled_checksum
+from crossdock.runtime.rank.inspection import record_reads
 from crossdock.runtime.rank.loaded_model import LoadedModel
 from crossdock.runtime.rank.parallelize import ModelParallelism
 from crossdock.runtime.rank.request_state import RequestState
@@ -103,8 +103,7 @@ class RankWorker:
         """Load, shard and stream the model of `plan`; the report says what this rank now holds. Collective.
 
         Args:
-            probe: compare all bytes that arrive on the device with the checkpoint, and all replicas' bytes, not a
-                sample of them. With a rehearsal.
+            probe: compare all bytes that arrive on the device with the checkpoint, not a sample. With a rehearsal.
             rehearse: stream every block once and compare it, instead of in the first step.
         """
         began = time.perf_counter()
@@ -143,8 +142,7 @@ class RankWorker:
         pipeline = RankPipeline(plan, mesh, model, self.device, copy_engine, arena)
         check = WeightCheck(plan, self.rank, model, full=probe)
         made = (mesh, model, parallelism, weights, copy_engine, arena, stream, pipeline, check)
-        total, load_s = checksum if probe else sampled_checksum, time.perf_counter() - began
-        self._loaded = loaded = LoadedModel(plan, self.device, *made, total, load_s)
+        self._loaded = loaded = LoadedModel(plan, self.device, *made, time.perf_counter() - began)
         self.model_steps = 0
         self.phase = "rehearsal" if rehearse else "verify"
         check.begin(stream, rehearse=rehearse)

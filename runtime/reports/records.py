@@ -42,8 +42,6 @@ class TensorRecord:
         offset: bytes from the start of that slot or block; 0 outside.
         device: as torch prints it; "meta" where it was never loaded.
         part: the slice of the checkpoint's tensor that was read; None: all of it.
-        checksum: of its bytes where they rest; None for a cut tensor of a streamed block, and where another rank
-            answers for it.
         span: its bytes, from the first element to the last; None where it has none.
     """
 
@@ -54,7 +52,6 @@ class TensorRecord:
     dtype: str
     shape: tuple[int, ...]
     part: TensorSlice | None
-    checksum: int | None
     span: MemorySpan | None
 
 
@@ -62,9 +59,8 @@ class TensorRecord:
 class HomeRecord:
     """Where one block rests. `start` and `stop` are the bytes of its `slot_bytes` that this rank holds, maybe encoded.
 
-    `checksum` is of what is held; None where another rank read it into the store that both share. `rest` is where
-    it lies, None in the page cache, where it is scattered: `pages`. `stays` is the device memory that the block has
-    for itself, None where it shares a slot. `read` is what the copies of its last load really read.
+    `rest` is where it lies, None in the page cache, where it is scattered: `pages`. `stays` is the device memory that
+    the block has for itself, None where it shares a slot. `read` is what the copies of its last load really read.
     """
 
     block: str
@@ -73,7 +69,6 @@ class HomeRecord:
     slot_bytes: int
     start: int
     stop: int
-    checksum: int | None
     rest: MemorySpan | None
     stays: MemorySpan | None
     pages: tuple[MemorySpan, ...]
