@@ -27,7 +27,6 @@ STARTS_RANKS = {
     "test_lost_node",
     "test_nothing_left_behind",
     "test_rank_messages",
-    "test_store_keeper",
     "test_torchrun_faults",
     "test_video_file",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from crossdock.offload.memory.store_handle import PREFIX
 
 
 def run_ranks(program: str, folder: Path, ranks: int, limit_s: float) -> list[Any]:
@@ -47,3 +50,25 @@ def descendants(pid: int) -> list[psutil.Process]:
         return psutil.Process(pid).children(recursive=True)
     except psutil.Error:
         return []
+
+
+def store_holders(inode: int) -> set[int]:
+    """Processes that map or hold open the host store with this inode."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            lines = (process / "maps").read_text().splitlines()
+            files = list((process / "fd").iterdir())
+        except OSError:  # it ended, or is not ours
+            continue
+        mapped = any(PREFIX in line and line.split()[4] == str(inode) for line in lines)
+        if mapped or any(_is_store(file, inode) for file in files):
+            found.add(int(process.name))
+    return found
+
+
+def _is_store(file: Path, inode: int) -> bool:
+    try:
+        return PREFIX in os.readlink(file) and file.stat().st_ino == inode
+    except OSError:  # closed meanwhile
+        return False

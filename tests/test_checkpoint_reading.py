@@ -225,7 +225,6 @@ def _loaded(plan: RunPlan) -> Iterator[list[Rank]]:
             rank.loader.close()
         for store in stores:
             if store is not None:
-                store.drop()
                 store.close()
 
 

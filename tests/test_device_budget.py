@@ -33,6 +33,7 @@ from crossdock.runtime.plan.component_needs import component_needs
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.reschedule import RankObservation, reschedule
+from crossdock.runtime.rank.weights.kept_stores import KeptStores, StoreHolder
 from crossdock.runtime.rank.weights.load import HostPart
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.watch.gang import Gang
@@ -370,13 +371,13 @@ def test_bytes_of_another_kind_have_another_key(flux2_dir: Path, tmp_path: Path)
 
 
 def test_a_crashed_gang_starts_again_without_reading(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the ranks had in host memory is kept for a while; a changed file is not taken for the old one."""
+    """Whoever starts the ranks keeps what they had in host memory."""
     from crossdock.runtime.rank.weights import load as weights
 
-    plan = _plan(flux2_dir)
-    worker = RankWorker(0, 1, torch.device("cpu"))
-    worker.setup(plan)
-    expected = _latents(worker.generate(REQUEST))
+    plan, kept = _plan(flux2_dir), KeptStores()
+    first, second, third = (RankWorker(0, 1, torch.device("cpu"), StoreHolder(kept.answer)) for _ in range(3))
+    first.setup(plan)
+    expected = _latents(first.generate(REQUEST))
     read: list[str] = []
     fill = weights.WeightLoader._fill
 
@@ -385,10 +386,12 @@ def test_a_crashed_gang_starts_again_without_reading(flux2_dir: Path, monkeypatc
         fill(self, *args)
 
     monkeypatch.setattr(weights.WeightLoader, "_fill", counted)
-    with admitted(plan) as second:  # the first one was never torn down: as if it had been killed
-        assert torch.equal(_latents(second.generate(REQUEST)), expected)
-        assert read == []
-    with admitted(replace(plan, dtypes=plan.dtypes)) as third:
-        assert torch.equal(_latents(third.generate(REQUEST)), expected)
+    second.setup(plan)  # the first one was never torn down: as if it had been killed
+    assert torch.equal(_latents(second.generate(REQUEST)), expected)
+    assert read == []
+    second.teardown()
+    third.setup(plan)
+    assert torch.equal(_latents(third.generate(REQUEST)), expected)
     assert len(read) == len(plan.blocks), "an orderly end gives the memory up"
-    worker.teardown()
+    first.teardown()
+    third.teardown()

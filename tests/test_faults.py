@@ -261,15 +261,8 @@ def run(
 
 
 def _left() -> set[int | str]:
-    """Rank processes, keepers of host memory, and files of shared memory; not those of tests that run beside."""
-    mine = os.environ.get("PYTEST_XDIST_WORKER")
-    keepers = set()
-    for process in psutil.process_iter(["cmdline"]):
-        with suppress(psutil.Error):
-            keeps = any("store_keeper" in part for part in process.info["cmdline"] or ())
-            if keeps and process.environ().get("PYTEST_XDIST_WORKER") == mine:
-                keepers.add(process.pid)
-    return _ranks() | keepers | {name for name in os.listdir("/dev/shm") if "plasma" not in name}
+    """Rank processes, and files of shared memory; not those of tests that run beside."""
+    return _ranks() | {name for name in os.listdir("/dev/shm") if "plasma" not in name}
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from processes import descendants, listening
+from processes import descendants, listening, store_holders
 
 import crossdock.launch.gangs.choose as choose
 import crossdock.launch.gangs.local_gang as local_gang
@@ -318,6 +318,42 @@ def _handles() -> set[tuple[str, str]]:
         except FileNotFoundError:  # that of the listing
             continue
     return found
+
+
+def test_host_memory_outlives_the_ranks(gang: LocalGang) -> None:
+    """The server holds what they had, and nobody else: not the next ranks, which it forks; it goes with the server."""
+
+    def keep(worker: Any) -> int:
+        from crossdock.offload.memory.host_store import HostStore
+
+        worker.filled = HostStore.create(2**20)
+        worker.filled.bytes.fill_(1 + worker.rank)
+        worker.holder.keep(str(worker.rank), "key", worker.filled.handle)
+        return os.fstat(worker.filled.handle.fd).st_ino
+
+    def find(worker: Any) -> set[int] | None:
+        from crossdock.offload.memory.host_store import HostStore
+
+        handle = worker.holder.find(str(worker.rank), "key")
+        if handle is None:
+            return None
+        store = HostStore.attach(handle)
+        found = set(store.bytes.tolist())
+        store.close()
+        return found
+
+    inodes = gang.collective_rpc(keep, timeout_s=30)
+    os.kill(_pids(gang)[1], signal.SIGKILL)
+    gang.restart()
+    server = _server(gang).pid
+    assert gang.collective_rpc(find, timeout_s=30) == [{1}, {2}]
+    assert [store_holders(inode) for inode in inodes] == [{server}] * 2
+    gang.rpc(0, lambda worker: worker.holder.drop(), timeout_s=30)
+    assert [store_holders(inode) for inode in inodes] == [set()] * 2
+    assert gang.collective_rpc(find, timeout_s=30) == [None, None]
+    inodes = gang.collective_rpc(keep, timeout_s=30)
+    os.kill(server, signal.SIGKILL)
+    _await(lambda: not any(map(store_holders, inodes)))
 
 
 def test_close_leaves_nothing() -> None:

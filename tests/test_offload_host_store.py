@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from processes import store_holders
 
-from crossdock.offload.memory import store_keeper
-from crossdock.offload.memory.host_store import PREFIX, HostStore, HostStoreHandle, mapped_share_bytes
+from crossdock.offload.memory.host_store import HostStore, mapped_share_bytes
+from crossdock.offload.memory.store_handle import PREFIX, HostStoreHandle
+from crossdock.runtime.rank.weights.kept_stores import KeptStores, StoreHolder
 
 MIB = 2**20
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -32,15 +32,10 @@ for line in sys.stdin:
 """
 ATTACHER = """
 import sys
-from crossdock.offload.memory.host_store import HostStore, HostStoreHandle, mapped_share_bytes
+from crossdock.offload.memory.host_store import HostStore, mapped_share_bytes
+from crossdock.offload.memory.store_handle import HostStoreHandle
 store = HostStore.attach(HostStoreHandle(*map(int, sys.argv[1:])))
 print("mapped", flush=True)
-"""
-
-KEYED = """
-import sys
-from crossdock.offload.memory.host_store import HostStore
-print("ready", flush=True)
 """
 
 
@@ -91,38 +86,8 @@ def peers() -> Iterator[list[Peer]]:
                 pipe.close()
 
 
-@pytest.fixture
-def key() -> Iterator[str]:
-    """A key of its own for every test; its keeper is ended afterwards."""
-    key = secrets.token_hex(32)
-    yield key
-    store_keeper.drop(key)
-
-
 def _inode(handle: HostStoreHandle) -> int:
     return os.stat(f"/proc/{handle.pid}/fd/{handle.fd}").st_ino
-
-
-def _mappers(inode: int) -> set[int]:
-    """Processes that map or hold open the store with this inode."""
-    found = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            lines = (process / "maps").read_text().splitlines()
-            files = list((process / "fd").iterdir())
-        except OSError:  # it ended, or is not ours
-            continue
-        mapped = any(PREFIX in line and line.split()[4] == str(inode) for line in lines)
-        if mapped or any(_is_store(file, inode) for file in files):
-            found.add(int(process.name))
-    return found
-
-
-def _is_store(file: Path, inode: int) -> bool:
-    try:
-        return PREFIX in os.readlink(file) and file.stat().st_ino == inode
-    except OSError:  # closed meanwhile
-        return False
 
 
 def test_two_processes_share_one_copy(peers: list[Peer]) -> None:
@@ -139,7 +104,7 @@ def test_two_processes_share_one_copy(peers: list[Peer]) -> None:
     store.close()
 
 
-def test_share_halves_with_two_mappers(peers: list[Peer]) -> None:
+def test_share_halves_with_twostore_holders(peers: list[Peer]) -> None:
     """Pitfall 31: the number reported must be what the node pays: shared pages divided by their users."""
     nbytes = 8 * MIB
     owner, handle = _owner(nbytes)
@@ -174,10 +139,10 @@ def test_close_gives_the_memory_back() -> None:
     store = HostStore.create(PAGE * 4)
     handle, inode = store.handle, _inode(store.handle)
     store.bytes.fill_(1)
-    assert _mappers(inode) == {os.getpid()}
+    assert store_holders(inode) == {os.getpid()}
     store.close()
     assert mapped_share_bytes() == 0
-    assert _mappers(inode) == set()
+    assert store_holders(inode) == set()
     with pytest.raises(OSError, match=rf"/proc/{handle.pid}/fd/{handle.fd}"):
         HostStore.attach(handle)
 
@@ -213,12 +178,12 @@ def test_memory_goes_with_killed_processes(peers: list[Peer]) -> None:
     attached = Peer(ATTACHER, handle.pid, handle.fd, handle.nbytes)
     peers.append(attached)
     inode = _inode(handle)
-    assert _mappers(inode) == {owner.process.pid, attached.process.pid}
+    assert store_holders(inode) == {owner.process.pid, attached.process.pid}
     owner.kill()
-    assert _mappers(inode) == {attached.process.pid}
+    assert store_holders(inode) == {attached.process.pid}
     assert attached.ask("int(store.bytes[-1])") == "7"
     attached.kill()
-    assert _mappers(inode) == set()
+    assert store_holders(inode) == set()
 
 
 def test_a_forgotten_store_goes_with_its_process(peers: list[Peer]) -> None:
@@ -230,7 +195,7 @@ def test_a_forgotten_store_goes_with_its_process(peers: list[Peer]) -> None:
     owner.process.stdin.close()
     owner.process.stdin = None
     assert owner.process.wait(10) == 0
-    assert _mappers(inode) == set()
+    assert store_holders(inode) == set()
 
 
 def test_attach_to_a_dead_owner(peers: list[Peer]) -> None:
@@ -258,107 +223,66 @@ def test_nobody_can_change_the_size(peers: list[Peer]) -> None:
     store.close()
 
 
-# -- stores with a key -------------------------------------------------------------------------------------------
+# -- kept beyond its ranks ---------------------------------------------------------------------------------------
 
 
-def _fill_with(value: int, key: str, nbytes: int) -> str:
-    return f"(s := HostStore.create({nbytes}, '{key}', grace_s=60)).bytes.fill_({value}) is not None and s.key"
+@pytest.fixture
+def holder() -> Iterator[StoreHolder]:
+    kept = KeptStores()
+    yield StoreHolder(kept.answer)
+    kept.drop()
 
 
-def test_a_sealed_store_outlives_its_creator(peers: list[Peer], key: str) -> None:
-    """kill -9 of the rank that read the checkpoint; the next one maps the very same pages, in exactly this size."""
-    nbytes = 3 * MIB + 5
-    creator = Peer(KEYED)
-    peers.append(creator)
-    assert creator.ask(_fill_with(7, key, nbytes)) == key
-    assert HostStore.find(key, nbytes) is None
-    assert creator.ask("s.seal()") == "None"
-    pid, fd = map(int, creator.ask("(s.handle.pid, s.handle.fd)").strip("()").split(","))
-    inode = _inode(HostStoreHandle(pid, fd, nbytes))
-    creator.kill()
-    assert HostStore.find(key, nbytes - 1) is None
-    assert HostStore.find(key[:-1], nbytes) is None
-    store = HostStore.find(key, nbytes)
-    assert store is not None
-    assert (store.nbytes, store.key, _inode(store.handle)) == (nbytes, key, inode)
-    assert bool((store.bytes == 7).all())
-    assert nbytes <= mapped_share_bytes() < nbytes + PAGE  # the keeper maps nothing: it takes no share
-    attached = Peer(ATTACHER, store.handle.pid, store.handle.fd, nbytes)
-    peers.append(attached)
-    assert attached.ask("int(store.bytes[-1])") == "7"
-    attached.kill()
-    store.drop()
-    store.close()
-    assert _mappers(inode) == set()
-
-
-def test_an_unsealed_store_dies_with_its_creator(peers: list[Peer], key: str) -> None:
-    creator = Peer(KEYED)
-    peers.append(creator)
-    assert creator.ask(_fill_with(7, key, MIB)) == key
-    creator.kill()
-    assert HostStore.find(key, MIB) is None
-
-
-def test_two_creators_at_once(peers: list[Peer], key: str) -> None:
-    """One store gets the key; the other is an ordinary one, whose seal and drop do not touch the kept one."""
-    both = [Peer(KEYED), Peer(KEYED)]
-    peers.extend(both)
-    for value, peer in enumerate(both):
-        assert peer.process.stdin is not None
-        peer.process.stdin.write(_fill_with(value, key, MIB) + "\n")
-        peer.process.stdin.flush()
-    keys = [peer._line() for peer in both]
-    assert sorted(keys) == sorted([key, "None"])
-    winner = keys.index(key)
-    assert both[1 - winner].ask("s.seal()") == "None"
-    assert HostStore.find(key, MIB) is None
-    assert both[winner].ask("s.seal()") == "None"
-    assert both[1 - winner].ask("s.drop()") == "None"
-    for peer in both:
-        assert peer.ask(f"set(HostStore.find('{key}', {MIB}).bytes.tolist())") == f"{{{winner}}}"
-
-
-def test_close_keeps_and_drop_ends(key: str) -> None:
-    """Closing and starting again in one process finds the bytes; a normal end leaves nothing."""
-    store = HostStore.create(MIB, key)
-    store.bytes.fill_(3)
-    store.seal()
-    inode = _inode(store.handle)
-    store.close()
-    assert len(_mappers(inode)) == 1
-    again = HostStore.find(key, MIB)
-    assert again is not None
-    assert int(again.bytes[-1]) == 3
-    again.drop()
-    again.drop()
-    assert again.key is None
-    assert int(again.bytes[-1]) == 3
-    assert _mappers(inode) == {os.getpid()}
-    again.close()
-    assert _mappers(inode) == set()
-    assert HostStore.find(key, MIB) is None
-
-
-def test_an_empty_store_is_kept_too(key: str) -> None:
-    store = HostStore.create(0, key)
-    store.seal()
-    found = HostStore.find(key, 0)
+def test_a_kept_store_outlives_its_creator(peers: list[Peer], holder: StoreHolder) -> None:
+    """kill -9 of the rank that read the checkpoint; the next one maps the very same pages."""
+    owner, handle = _owner(3 * MIB + 5)
+    peers.append(owner)
+    assert holder.find("part", "key") is None
+    holder.keep("part", "key", handle)
+    inode = _inode(handle)
+    assert mapped_share_bytes() == 0, "the holder maps nothing: it takes no share"
+    owner.kill()
+    assert holder.find("another part", "key") is None
+    found = holder.find("part", "key")
     assert found is not None
-    assert found.bytes.shape == (0,)
-    store.drop()
-    store.close()
-    found.close()
+    assert (found.pid, found.nbytes, _inode(found)) == (os.getpid(), handle.nbytes, inode)
+    attached = Peer(ATTACHER, found.pid, found.fd, found.nbytes)
+    peers.append(attached)
+    assert attached.ask("set(store.bytes.tolist())") == "{7}"
+    attached.kill()
+    assert store_holders(inode) == {os.getpid()}
+    holder.drop()
+    assert store_holders(inode) == set()
+    assert holder.find("part", "key") is None
 
 
-def test_a_store_without_a_keeper_is_an_ordinary_one(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That a crash would cost the reading again is no reason to fail a run."""
-    monkeypatch.setattr(sys, "executable", "/nonexistent")
-    store = HostStore.create(MIB, key)
-    assert store.key is None
-    store.bytes.fill_(3)
-    store.seal()
-    store.drop()
-    assert int(store.bytes[-1]) == 3
-    store.close()
-    assert mapped_share_bytes() == 0
+def test_bytes_that_nobody_will_need_are_given_up(holder: StoreHolder) -> None:
+    """Before others of the same part take as much. Those of another part stay."""
+    stores = [HostStore.create(MIB) for _ in range(2)]
+    inodes = [_inode(store.handle) for store in stores]
+    for part, store in zip(("0", "1"), stores, strict=True):
+        holder.keep(part, "old", store.handle)
+        store.close()
+    assert holder.find("0", "new") is None
+    assert [store_holders(inode) for inode in inodes] == [set(), {os.getpid()}]
+    assert holder.find("0", "old") is None
+    assert holder.find("1", "old") is not None
+
+
+def test_what_cannot_be_kept(peers: list[Peer], holder: StoreHolder) -> None:
+    """Its owner has died, or what it names is no store; that is no reason to fail a run, nor is a holder's end."""
+    owner, handle = _owner(MIB)
+    peers.append(owner)
+    owner.kill()
+    with open("/dev/null") as other:
+        for wrong in (handle, HostStoreHandle(os.getpid(), other.fileno(), MIB)):
+            holder.keep("part", "key", wrong)
+            assert holder.find("part", "key") is None
+
+    def gone(question: str) -> str:
+        raise ConnectionError
+
+    alone = StoreHolder(gone)
+    alone.keep("part", "key", handle)
+    alone.drop()
+    assert alone.find("part", "key") is None

@@ -1,7 +1,7 @@
 """What torchrun starts in `test_torchrun_faults`: the real program, with a fault planted in one try of the run.
 
 PLANTED is JSON: per try `{"rank", "kind", "step"}`, or null, where only a thread is left behind. Into the folder NOTES
-go the processes and the moment of the fault of every try, and how often a host store was made.
+go the processes and the moment of the fault of every try.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 
 from crossdock.launch.gangs.torchrun_gang import connect_store
 from crossdock.launch.torchrun import main
-from crossdock.offload.memory.host_store import HostStore
 from crossdock.runtime.rank.worker import RankWorker
 
 STORE_S = 5.0
@@ -94,15 +93,6 @@ def _with_fault(generate: Callable[..., Any], planted: dict[str, Any]) -> Callab
     return faulty
 
 
-def _counted(create: Callable[..., Any]) -> Callable[..., Any]:
-    def counted(nbytes: int, *key: str, **more: Any) -> Any:
-        if key:
-            note("made a store")
-        return create(nbytes, *key, **more)
-
-    return counted
-
-
 if __name__ == "__main__":
     note(f"rank{os.environ['RANK']}.pid", str(os.getpid()))
     planted = json.loads(os.environ["PLANTED"])[TRY]
@@ -110,5 +100,4 @@ if __name__ == "__main__":
         threading.Thread(target=_ask_forever, daemon=True).start()
     else:
         RankWorker.generate = _with_fault(RankWorker.generate, planted)  # type: ignore[method-assign]
-    HostStore.create = _counted(HostStore.create)  # type: ignore[method-assign]
     main()

@@ -22,7 +22,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import cloudpickle
@@ -30,6 +31,7 @@ import cloudpickle
 from crossdock.launch.gangs.local_channel import ANSWER, CALL, ERROR, HEADER, PACKET_BYTES
 from crossdock.launch.gangs.ranks.host import RankHost
 from crossdock.runtime.errors import CrossdockError, RankError
+from crossdock.runtime.rank.weights.kept_stores import ANSWER_S, KeptStores, StoreHolder
 from crossdock.runtime.watch.faults import rank_error
 
 _LOOK_EVERY_S = 0.5
@@ -65,16 +67,15 @@ class _Server:
         self._control = control
         self._launcher = launcher
         self._selector = selectors.DefaultSelector()
-        self._selector.register(control, selectors.EVENT_READ)
-        self._ranks: dict[int, int] = {}  # pid -> pidfd
+        self._selector.register(control, selectors.EVENT_READ, self._obey)
+        self._ranks: dict[int, tuple[int, socket.socket]] = {}  # pid -> pidfd, and what it asks of the stores
         self._statuses: dict[int, int] = {}  # pid -> how it ended: an exit code, or a signal's number, negative
+        self._stores = KeptStores()
 
     def run(self) -> None:
         while os.getppid() == self._launcher:
             for key, _ in self._selector.select(_LOOK_EVERY_S):
-                if key.fileobj is not self._control:
-                    self._reap(key.data)
-                elif not self._obey():
+                if key.data() is False:
                     return
 
     def _obey(self) -> bool:
@@ -98,24 +99,40 @@ class _Server:
 
     def _fork(self, command: dict[str, Any], handles: list[int]) -> int:
         server = os.getpid()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         pid = os.fork()
         if pid == 0:
             try:
                 _die_with(server)
                 self._selector.close()
                 self._control.close()
-                for other in self._ranks.values():
+                self._stores.drop()  # the server's are not closed by that
+                ours.close()
+                for other, asks in self._ranks.values():
                     os.close(other)
-                _run_rank(command["rank"], command["world_size"], command["device"], *handles)
+                    asks.close()
+                _run_rank(command["rank"], command["world_size"], command["device"], theirs, *handles)
             except BaseException:
                 traceback.print_exc()
             finally:
                 os._exit(1)
+        theirs.close()
         for handle in handles:
             os.close(handle)
-        self._ranks[pid] = os.pidfd_open(pid)
-        self._selector.register(self._ranks[pid], selectors.EVENT_READ, pid)
+        ours.setblocking(False)
+        self._ranks[pid] = os.pidfd_open(pid), ours
+        self._selector.register(self._ranks[pid][0], selectors.EVENT_READ, partial(self._reap, pid))
+        self._selector.register(ours, selectors.EVENT_READ, partial(self._answer, ours))
         return pid
+
+    def _answer(self, rank: socket.socket) -> None:
+        """What a rank asks of the stores."""
+        try:
+            question = rank.recv(PACKET_BYTES)
+            rank.send(self._stores.answer(question.decode()).encode())
+        except (OSError, ValueError):  # it has ended, or given up
+            with contextlib.suppress(KeyError, ValueError):
+                self._selector.unregister(rank)
 
     def _await_end(self, pid: int) -> int | None:
         """How a rank ended whose connection is closed; None: it runs."""
@@ -126,10 +143,15 @@ class _Server:
         return self._statuses.get(pid)
 
     def _reap(self, pid: int) -> None:
+        if pid not in self._ranks:  # two have seen it end
+            return
         ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended and (handle := self._ranks.pop(pid, None)) is not None:
-            self._selector.unregister(handle)
-            os.close(handle)
+        if ended and (known := self._ranks.pop(pid, None)) is not None:
+            for each in known:
+                with contextlib.suppress(KeyError):
+                    self._selector.unregister(each)
+            os.close(known[0])
+            known[1].close()
             self._statuses[pid] = os.waitstatus_to_exitcode(status)
 
     def end_ranks(self) -> None:
@@ -159,14 +181,29 @@ def _name(what: str) -> None:
         file.write(f"crossdock-{what}")
 
 
-def _run_rank(rank: int, world_size: int, device: str, connection: int, output: int) -> NoReturn:
+def _run_rank(rank: int, world_size: int, device: str, asks: socket.socket, connection: int, output: int) -> NoReturn:
     for stream in (1, 2):
         os.dup2(output, stream)
     os.close(output)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     faulthandler.enable()
     _name(f"rank{rank}")
-    _Rank(RankHost(rank, world_size, device), socket.socket(fileno=connection)).run()
+    _Rank(RankHost(rank, world_size, device, StoreHolder(_asking(asks))), socket.socket(fileno=connection)).run()
+
+
+def _asking(server: socket.socket) -> Callable[[str], str]:
+    """`ask` of a `StoreHolder`."""
+    server.settimeout(ANSWER_S)
+
+    def ask(question: str) -> str:
+        try:
+            server.send(question.encode())
+            return server.recv(PACKET_BYTES).decode()
+        except OSError:
+            server.close()  # an answer that came late would be taken for the next one's
+            raise
+
+    return ask
 
 
 class _Rank:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from crossdock.launch.gangs.ranks.host import RankHost
 from crossdock.launch.gangs.ranks.process_state import process_state
@@ -28,6 +28,7 @@ from crossdock.launch.gangs.ranks.rendezvous import LOOPBACK
 from crossdock.launch.gangs.ranks.watcher import Watcher, await_results
 from crossdock.runtime.config.schema import LaunchConfig
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError
+from crossdock.runtime.rank.weights.kept_stores import ANSWER_S, KeptStores, StoreHolder
 from crossdock.runtime.rank.weights.load import node_id
 from crossdock.runtime.rank.worker import compute_threads
 from crossdock.runtime.watch.gang import Notice
@@ -44,6 +45,7 @@ class Place(NamedTuple):
     host: str
     pid: int
     node: str
+    ray_node: str
 
 
 class _RankActor(RankHost):
@@ -54,7 +56,19 @@ class _RankActor(RankHost):
         return address
 
     def where(self) -> Place:
-        return Place(socket.gethostname(), os.getpid(), node_id())
+        return Place(socket.gethostname(), os.getpid(), node_id(), ray.get_runtime_context().get_node_id())
+
+    def keep_with(self, stores: Any) -> None:
+        """`stores`: the actor that holds this node's host memory."""
+
+        def ask(question: str) -> str:
+            try:
+                answer: str = ray.get(stores.answer.remote(question), timeout=ANSWER_S)
+                return answer
+            except ray.exceptions.RayError as error:
+                raise ConnectionError(str(error)) from None
+
+        self._worker.holder = StoreHolder(ask)
 
     def sees_stopped(self, pid: int) -> bool:
         return process_state(pid) == "stopped"
@@ -90,7 +104,7 @@ class _Actors:
 
     def stopped(self, rank: int, silent: set[int]) -> str | None:
         """Looked up here, or by another rank of the same machine."""
-        host, pid, _ = self._places[rank]
+        host, pid, *_ = self._places[rank]
         where = f"{pid} on {host}"
         if host == socket.gethostname():
             return where if process_state(pid) == "stopped" else None
@@ -113,6 +127,7 @@ class RayGang:
         self._group: PlacementGroup | None = None
         self._actors: list[Any] = []
         self._places: list[Place] = []  # of every rank
+        self._stores: dict[str, Any] = {}  # by Ray's node: who holds the host memory there
 
     can_restart = True
     own_rank = None
@@ -129,6 +144,7 @@ class RayGang:
             self._place(deadline)
             places = [actor.where.remote() for actor in self._actors]
             self._places = await_results(_Actors(self._actors), places, deadline)
+            self._keep_stores()
             self._meet(deadline)
         except RankError:  # may be tried again, in the same Ray
             self._end_actors()
@@ -156,6 +172,9 @@ class RayGang:
 
     def close(self) -> None:
         self._end_actors()
+        while self._stores:
+            with contextlib.suppress(Exception):
+                ray.kill(self._stores.popitem()[1])
         if self._owns_ray:
             self._owns_ray = False
             ray.shutdown()
@@ -164,7 +183,7 @@ class RayGang:
         for actor in self._actors:
             with contextlib.suppress(Exception):
                 ray.kill(actor, no_restart=True)
-        for host, pid, _ in self._places:
+        for host, pid, *_ in self._places:
             if host == socket.gethostname() and process_state(pid) == "stopped":  # it does not hear Ray's request
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
@@ -229,6 +248,18 @@ class RayGang:
             if self._device == "cpu":  # OpenMP reads it when a thread starts; torch.set_num_threads comes too late
                 options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
             self._actors.append(remote.options(**options).remote(rank, self.world_size, device))
+
+    def _keep_stores(self) -> None:
+        """On each node an actor holds the host memory; who comes later finds it."""
+        for node in {place.ray_node for place in self._places}:
+            if (stores := self._stores.get(node)) is not None:
+                with contextlib.suppress(ray.exceptions.RayError):
+                    ray.get(stores.__ray_ready__.remote(), timeout=ANSWER_S)
+                    continue
+            options = {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+            self._stores[node] = ray.remote(KeptStores).options(**options).remote()
+        for actor, place in zip(self._actors, self._places, strict=True):
+            actor.keep_with.remote(self._stores[place.ray_node])
 
     def _meet(self, deadline: float) -> None:
         """Let the ranks find each other; they are watched from here on."""

@@ -38,6 +38,7 @@ from crossdock.runtime.rank.parallelize import ModelParallelism
 from crossdock.runtime.rank.request_state import RequestState
 from crossdock.runtime.rank.stop import ArrivalsDifferError, Stopping
 from crossdock.runtime.rank.weights.compare import WeightCheck
+from crossdock.runtime.rank.weights.kept_stores import StoreHolder
 from crossdock.runtime.rank.weights.load import WeightLoader
 from crossdock.runtime.reports.rank_result import RankResult
 from crossdock.runtime.reports.records import RankReport, RankTrace
@@ -56,10 +57,12 @@ def compute_threads(world_size: int) -> int:
 class RankWorker:
     """Hosted by a Ray actor or a torchrun process, which tell it its place and how to meet the others."""
 
-    def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
+    def __init__(self, rank: int, world_size: int, device: torch.device, holder: StoreHolder | None = None) -> None:
+        """`holder`: keeps host memory beyond this rank."""
         self.rank = rank
         self.world_size = world_size
         self.device = device
+        self.holder = holder
         self.on_progress: Callable[[int], None] | None = None
         self.phase = "idle"
         self.stopping = Stopping()
@@ -116,7 +119,7 @@ class RankWorker:
         model = build_transformers(plan.spec.transformer, plan.model_dir, plan.transformers)
         issued = AtRunTime(lambda: stream.collective_issued())
         parallelism = ModelParallelism.apply(model, plan, mesh, issued)
-        loader = WeightLoader(plan, mesh, model, self.device)
+        loader = WeightLoader(plan, mesh, model, self.device, self.holder)
         weights = loader.load_blocks()
         loader.load_outside()
         loader.close()
@@ -245,7 +248,8 @@ class RankWorker:
         del loaded
         gc.collect()
         if store is not None:
-            store.drop()
+            if self.holder is not None:
+                self.holder.drop()
             store.close()
         mesh.disconnect()
         self._mesh = None  # the records of its groups are not the next one's

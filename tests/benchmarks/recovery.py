@@ -3,8 +3,8 @@
     python tests/benchmarks/recovery.py [--kind kill,stop,raise] [--rounds 3] [--heads 8] [--no-torchrun]
 
 Four Ray ranks on the CPU (`layerwise_ulysses2_ring2`) hold the pipeline of `checking.py`. In the middle of a request,
-which then goes on, one rank after the other is killed, stopped, or raises; in turn with the host store that a keeper
-holds, and with the keeper ended, so that the checkpoint is read again. The files are in the page cache: from a disk,
+which then goes on, one rank after the other is killed, stopped, or raises; in turn with the host store that is
+kept, and with it dropped, so that the checkpoint is read again. The files are in the page cache: from a disk,
 reading takes longer. Under torchrun, which starts all ranks again itself, the same faults are timed until every process
 of the run has gone.
 """
@@ -96,8 +96,8 @@ def _with_ray(
 
 
 def _drop_store(worker: RankWorker) -> None:
-    if worker.loaded.weights.store is not None:
-        worker.loaded.weights.store.drop()
+    if worker.holder is not None:
+        worker.holder.drop()
 
 
 def _fault(engine: Engine, rank: int, kind: str, note: Path) -> Row:

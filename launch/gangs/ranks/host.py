@@ -12,6 +12,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from crossdock.launch.gangs.ranks.rendezvous import open_store
 from crossdock.runtime.errors import RankError
+from crossdock.runtime.rank.weights.kept_stores import StoreHolder
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.status import RankStatus
 from crossdock.runtime.watch.faults import rank_error
@@ -32,10 +33,10 @@ RENDEZVOUS_VARIABLES = (
 class RankHost:
     """Hosts one `RankWorker`; `rpc` and `status` are for another thread than the rest."""
 
-    def __init__(self, rank: int, world_size: int, device: str) -> None:
+    def __init__(self, rank: int, world_size: int, device: str, holder: StoreHolder | None = None) -> None:
         for name in RENDEZVOUS_VARIABLES:
             os.environ.pop(name, None)
-        self._worker = RankWorker(rank, world_size, torch.device(device))
+        self._worker = RankWorker(rank, world_size, torch.device(device), holder)
         self._store: TCPStore | None = None
 
     def open_store(self, host: str, port: int) -> int:

@@ -24,6 +24,7 @@ from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.errors import LaunchError
 from crossdock.runtime.models.meta import non_persistent_buffers
 from crossdock.runtime.plan.plan import PlannedBlock, RunPlan
+from crossdock.runtime.rank.weights.kept_stores import StoreHolder
 from crossdock.runtime.rank.weights.mmap_pages import CheckpointPages
 from crossdock.runtime.rank.weights.source import WeightSource
 
@@ -85,16 +86,21 @@ def _firsts(parts: Sequence[HostPart], node: str) -> list[int]:
 class WeightLoader:
     """Reads one rank's part of the transformer: TP slices, HSDP shards, and nothing else."""
 
-    def __init__(self, plan: RunPlan, mesh: Mesh, model: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self, plan: RunPlan, mesh: Mesh, model: nn.Module, device: torch.device, holder: StoreHolder | None = None
+    ) -> None:
+        """`holder`: keeps the host memory beyond this rank."""
         self._plan = plan
         self._mesh = mesh
         self._model = model
         self._device = device
+        self._holder = holder
         self._slices: Mapping[str, TensorSlice] = plan.slices[mesh.shape.coordinates(mesh.rank)["tp"]]
         self._files = WeightSource(plan.stored)
         self._unstored = non_persistent_buffers(model)
         self._buffers = {fqn: model.get_buffer(fqn) for fqn in self._unstored}
         self._found_filled = False
+        self._kept_as = "", ""
         self._free: Tensor | None = None
         in_files = plan.config.offload.host == "mmap"
         self._pages = CheckpointPages(self._files, plan.stored) if in_files else None
@@ -122,7 +128,8 @@ class WeightLoader:
             blocks.append(StreamedBlock(block.name, module, block.layout, block.home, source, codec=block.codec))
         if store is not None:
             exchange("filled", self._mesh.world)
-            store.seal()
+            if self._holder and self._mesh.rank == sharers[0]:
+                self._holder.keep(*self._kept_as, store.handle)
             if self._device.type == "cuda":
                 store.register()
         return RankWeights(blocks, ranges, self._slices, frozenset(filled), store, sharers)
@@ -186,15 +193,23 @@ class WeightLoader:
         parts = exchange(part, self._mesh.world)
         sharers = tuple(other for other in range(world_size) if parts[other] == part)
         owner = rank == sharers[0]
-        key = part.key(self._plan, held_bytes)
-        store = HostStore.find(key, held_bytes) if owner else None
+        self._kept_as = f"tp {part.tp}, shard {part.shard}", part.key(self._plan, held_bytes)
+        store = self._kept() if owner else None
         found = exchange(store is not None, self._mesh.world)
         self._check_memory(held_bytes * sum(not found[first] for first in _firsts(parts, part.node)), components)
         if owner and store is None:
-            store = HostStore.create(held_bytes, key)
+            store = HostStore.create(held_bytes)
         self._found_filled = found[sharers[0]]
         handles = exchange(store.handle if store else None, self._mesh.world)
         return store or HostStore.attach(handles[sharers[0]]), sharers
+
+    def _kept(self) -> HostStore | None:
+        """What ranks before this one had filled."""
+        handle = self._holder and self._holder.find(*self._kept_as)
+        try:
+            return HostStore.attach(handle) if handle else None
+        except OSError:  # its holder has ended meanwhile
+            return None
 
     def _check_memory(self, blocks: int, components: int) -> None:
         """Before a byte is read: too little memory would end in a SIGKILL. The same verdict on all ranks of a node.
