@@ -84,7 +84,7 @@ def _start(span: MemorySpan) -> int:
 
 
 def record_reads(stream: BlockStream) -> dict[str, tuple[MemorySpan, ...]]:
-    """Block -> what the copies of its last load really read, seen where they are made."""
+    """Block -> what the copies of its loads really read, seen where they are made."""
     return {block: memory_spans(sources) for block, sources in stream.read.items()}
 
 

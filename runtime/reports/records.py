@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from crossdock.offload.stream.block import Home
 from crossdock.offload.stream.trace import BlockTimes, TraceEvent
@@ -64,7 +64,8 @@ class HomeRecord:
 
     `checksum` is of what is held; None where another rank read it into the store that both share. `rest` is where
     it lies, None in the page cache, where it is scattered: `pages`. `stays` is the device memory that the block has
-    for itself, None where it shares a slot. `read` is what the copies of its last load really read.
+    for itself, None where it shares a slot. `read` is what the copies of its loads really read in the
+    request, or those of the last one before it.
     """
 
     block: str
@@ -145,6 +146,46 @@ class RankReport:
     foreign_hooks: tuple[tuple[str, str], ...]
     trace: tuple[TraceEvent, ...]
     collectives: tuple[GroupRecord, ...]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A denoise step on one rank.
+
+    Attributes:
+        step: of the request, counted from 1.
+        finite: so were its latents.
+        not_finite_from: where the latents were not, the first block, or argument of the transformer, that was not;
+            empty: none.
+        not_finite_place: how many of these were looked at before it.
+        state: quantity -> checksum, in the order in which they came up; of what all ranks of a replica have alike.
+        branch: the same, of what the ranks of a guidance branch have alike.
+        computed: the blocks that were called: a key of `RunRecord.orders`.
+    """
+
+    step: int
+    finite: bool
+    not_finite_from: str
+    not_finite_place: int
+    state: dict[str, int]
+    branch: dict[str, int]
+    computed: int
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a rank saw in the steps of a request, beside the block stream.
+
+    Attributes:
+        orders: the sequences in which blocks were called in a step, each once.
+        unhooked: modules that have lost a hook since the load.
+        changed: tensors of the checkpoint outside the blocks that are not what they were after the load.
+    """
+
+    steps: tuple[StepRecord, ...] = ()
+    orders: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    unhooked: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
