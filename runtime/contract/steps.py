@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Protocol
 
@@ -58,27 +58,28 @@ def same_state(plan: RunPlan, results: Sequence[Saw]) -> Iterator[Violation]:
         for fqn in result.seen.changed:
             expected = "the bytes that it had after the load"
             yield Violation("same-state", result.rank, fqn, expected, "others at the request's end", REPORT_IT)
-    told = set[int]()
-    for axes in (("dp", "cfg"), ("dp",)):
-        for group in _groups(plan, results, *axes):
-            if told.isdisjoint(result.rank for result in group):
-                differing = list(_first_difference(group, branch=len(axes) > 1))
-                told |= {result.rank for result in group} if differing else set()
-                yield from differing
+    for replica in _groups(plan, results, "dp"):
+        branches = _groups(plan, replica, "dp", "cfg")
+        for steps in range(min(len(result.seen.steps) for result in replica)):
+            inputs = list(_first_difference(replica, steps, lambda step: step.inputs))
+            inside = [v for branch in branches for v in _first_difference(branch, steps, lambda step: step.branch)]
+            latents = list(_first_difference(replica, steps, lambda step: step.latents))
+            if found := inputs or inside or latents:
+                yield from found
+                break
 
 
-def _first_difference(group: Sequence[Saw], branch: bool) -> Iterator[Violation]:
-    for steps in zip(*(result.seen.steps for result in group), strict=False):
-        values = [_values(step, branch) for step in steps]
-        for name in dict.fromkeys(name for of_rank in values for name in of_rank):
-            found = {result.rank: of_rank.get(name) for result, of_rank in zip(group, values, strict=True)}
-            if len(set(found.values())) > 1:
-                yield from _outvoted("same-state", f"step {steps[0].step}: {name}", found, _ALIKE)
-                return
-
-
-def _values(step: StepRecord, branch: bool) -> Mapping[str, int]:
-    return step.branch if branch else step.state
+def _first_difference(
+    group: Sequence[Saw], place: int, read: Callable[[StepRecord], Mapping[str, int]]
+) -> Iterator[Violation]:
+    """Of what was read of the step in this place."""
+    steps = {result.rank: result.seen.steps[place] for result in group}
+    values = {rank: read(step) for rank, step in steps.items()}
+    for name in dict.fromkeys(name for of_rank in values.values() for name in of_rank):
+        found = {rank: of_rank.get(name) for rank, of_rank in values.items()}
+        if len(set(found.values())) > 1:
+            yield from _outvoted("same-state", f"step {next(iter(steps.values())).step}: {name}", found, _ALIKE)
+            return
 
 
 def same_order(plan: RunPlan, results: Sequence[Saw]) -> Iterator[Violation]:

@@ -35,8 +35,9 @@ class _Step:
 
     number: int = 0
     given: dict[str, Any] = field(default_factory=dict)
-    state: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
     branch: dict[str, Any] = field(default_factory=dict)
+    latents: dict[str, Any] = field(default_factory=dict)
     computed: list[str] = field(default_factory=list)
     sums: list[tuple[str, Tensor]] = field(default_factory=list)  # finite as long as all that is in them
     calls: int = 0
@@ -107,8 +108,8 @@ class StepWatch(Observer):
             self._note(step.given, "sigmas", getattr(end.pipe.scheduler, "sigmas", None))
             self._note(step.given, "the step's timestep", end.timestep)
             self._note(step.given, "the pipeline's guidance scale", self._guidance(end.pipe))
-            self._note(step.state, "the latents", end.latents)
-        step.state = step.given | step.state
+            self._note(step.latents, "the latents", end.latents)
+        step.inputs = step.given | step.inputs
         step.read = self._on_host(step)
         self._step, self._ended = _Step(), [*self._ended, step]
         if len(self._ended) > self._cuda:
@@ -116,7 +117,8 @@ class StepWatch(Observer):
         if not self._steps:
             return True, (0, 0)
         read = self._steps[-1]
-        return read.finite, (_joined([*read.state.values(), read.computed]), _joined([*read.branch.values()]))
+        state = _joined([*read.inputs.values(), *read.latents.values(), read.computed])
+        return read.finite, (state, _joined([*read.branch.values()]))
 
     def _guidance(self, pipe: Any) -> Any:
         path = self._spec.guidance or ""
@@ -135,7 +137,7 @@ class StepWatch(Observer):
         step.calls += 1
         for name, value in _named(transformer, args, kwargs):
             if self._compares:
-                self._note(step.state, f"{name}, given to the transformer (call {step.calls})", value)
+                self._note(step.inputs, f"{name}, given to the transformer (call {step.calls})", value)
             if self._verify.finite:
                 step.sums += [(f"{name}, given to the transformer", total) for total in self._sums(value)]
 
@@ -204,7 +206,11 @@ class StepWatch(Observer):
     def _on_host(self, step: _Step) -> Callable[[], list[int]]:
         """Send the step's checksums to the host; what reads them there, in order, that of `finite` first."""
         tensors = [] if step.finite is None else [step.finite.long()]
-        tensors += [value for value in (*step.state.values(), *step.branch.values()) if isinstance(value, Tensor)]
+        tensors += [
+            value
+            for value in (*step.inputs.values(), *step.branch.values(), *step.latents.values())
+            if isinstance(value, Tensor)
+        ]
         if not self._cuda:
             return lambda: [int(tensor) for tensor in tensors]
         device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
@@ -226,13 +232,13 @@ class StepWatch(Observer):
         step = self._ended.pop(0)
         values = iter(step.read())
         finite = step.finite is None or bool(next(values))
-        sums = {
-            kind: {
+        inputs, branch, latents = (
+            {
                 sys.intern(name): (next(values) if isinstance(value, Tensor) else value) & _MASK
                 for name, value in found.items()
             }
-            for kind, found in (("state", step.state), ("branch", step.branch))
-        }
+            for found in (step.inputs, step.branch, step.latents)
+        )
         first, place = "", 0
         if not finite:
             faulty = (n for n, (_, total) in enumerate(step.sums) if not torch.isfinite(total))
@@ -240,7 +246,7 @@ class StepWatch(Observer):
                 first = step.sums[place][0]
         computed = _joined([zlib.crc32(name.encode()) for name in step.computed])
         self._orders.setdefault(computed, tuple(step.computed))
-        self._steps.append(StepRecord(step.number, finite, first, place, sums["state"], sums["branch"], computed))
+        self._steps.append(StepRecord(step.number, finite, first, place, inputs, branch, latents, computed))
 
     def _digests(self, names: Sequence[str] | Mapping[str, int]) -> list[int]:
         found = [digest(attrgetter(name)(self._model)) for name in names]

@@ -158,8 +158,9 @@ class StepRecord:
         not_finite_from: where the latents were not, the first block, or argument of the transformer, that was not;
             empty: none.
         not_finite_place: how many of these were looked at before it.
-        state: quantity -> checksum, in the order in which they came up; of what all ranks of a replica have alike.
-        branch: the same, of what the ranks of a guidance branch have alike.
+        inputs: quantity -> checksum, in the order in which they came up; alike on all ranks of a replica.
+        branch: of what blocks were given; alike on the ranks of a guidance branch.
+        latents: like `inputs`, at the step's end.
         computed: the blocks that were called: a key of `RunRecord.orders`.
     """
 
@@ -167,8 +168,9 @@ class StepRecord:
     finite: bool
     not_finite_from: str
     not_finite_place: int
-    state: dict[str, int]
+    inputs: dict[str, int]
     branch: dict[str, int]
+    latents: dict[str, int]
     computed: int
 
 
