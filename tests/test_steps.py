@@ -78,7 +78,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "one": (NAN, HOME, HOOKS, SOME_TIME, WEIGHT),
     "tp2": (LATENTS, EMBEDDINGS, BROADCAST, *NUMBERS, TABLE, WEIGHT, HOME),
     "cfg2": (NAN, LATENTS, EMBEDDINGS, SKIPPED, HOOKS, SOME_TIME, WEIGHT),
-    "sequence4": (NAN, LATENTS, EMBEDDINGS, BROADCAST, *NUMBERS, TABLE),
+    "sequence4": (NAN, LATENTS, EMBEDDINGS, BROADCAST, *NUMBERS),
 }
 
 
@@ -124,6 +124,23 @@ def _review(plan: RunPlan, reports: Any, results: Sequence[RankResult]) -> list[
     except CompositionError as error:
         return list(error.violations)
     return []
+
+
+def test_the_other_transformer(gang_of: GangOf, checkpoint_of: Callable[[str], Path]) -> None:
+    """One rank runs the transformer of the other steps, from `at` on."""
+    plan = _plan(checkpoint_of("wan2.2-a14b"), PARALLEL["cfg2"])
+    gang, request = gang_of(2), rank_request(PROMPT, steps=STEPS, height=64, width=128, frames=9)
+    try:
+        reports = gang.collective_rpc(RankWorker.setup, plan, False, True, timeout_s=TIMEOUT_S)
+        for plant, at in ((None, 0), (faults.other_transformer, 2), (faults.other_transformer, STEPS), (None, 0)):
+            results = gang.collective_rpc(_with(plant, 1, at), request, timeout_s=TIMEOUT_S)
+            found = _review(plan, reports, results)
+            print(at, *found[:4], sep="\n   ")
+            order = [one for one in found if one.check == "same-order"]
+            assert {one.rank for one in order} == (set() if plant is None else {0, 1}), (at, found)
+            assert all(f"step {at}: " in one.where for one in order)
+    finally:
+        gang.collective_rpc(RankWorker.teardown, timeout_s=TIMEOUT_S)
 
 
 @pytest.mark.parametrize("layout", FAULTS)

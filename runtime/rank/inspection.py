@@ -31,7 +31,7 @@ def checksum(tensor: Tensor) -> int:
 
 def sampled_checksum(tensor: Tensor) -> int:
     """The checksum of a window in every stretch of the tensor's bytes; of all of them where they are few."""
-    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    raw = _raw(tensor)
     stretches = raw.numel() // _STRETCH_BYTES
     if stretches < 2:
         return checksum(raw)
@@ -41,7 +41,7 @@ def sampled_checksum(tensor: Tensor) -> int:
 
 def digest(tensor: Tensor) -> Tensor:
     """The checksum as int64 `[]` on the tensor's device, for whoever must not wait for the device yet."""
-    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    raw = _raw(tensor)
     whole = raw.numel() // 8 * 8
     total = torch.zeros((), dtype=torch.int64, device=raw.device)
     for start in range(0, whole, 8 * _CHUNK):
@@ -52,6 +52,13 @@ def digest(tensor: Tensor) -> Tensor:
     tail = raw[whole:].to(torch.int64)
     places = torch.arange(1, len(tail) + 1, dtype=torch.int64, device=raw.device)
     return total * 1_000_003 + (tail * places).sum() + raw.numel()
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    """Its bytes: uint8 `[n]`, a view where that can be."""
+    flat = tensor.detach().contiguous()
+    flat = flat.reshape(()) if flat.numel() == 1 else flat  # which may have any stride
+    return flat.reshape(-1).view(torch.uint8)
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

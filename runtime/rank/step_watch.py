@@ -206,11 +206,8 @@ class StepWatch(Observer):
     def _on_host(self, step: _Step) -> Callable[[], list[int]]:
         """Send the step's checksums to the host; what reads them there, in order, that of `finite` first."""
         tensors = [] if step.finite is None else [step.finite.long()]
-        tensors += [
-            value
-            for value in (*step.inputs.values(), *step.branch.values(), *step.latents.values())
-            if isinstance(value, Tensor)
-        ]
+        found = (*step.inputs.values(), *step.branch.values(), *step.latents.values())
+        tensors += [value for value in found if isinstance(value, Tensor)]
         if not self._cuda:
             return lambda: [int(tensor) for tensor in tensors]
         device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
