@@ -25,6 +25,7 @@ from crossdock.runtime.contract.coordinator import SHOWN
 from crossdock.runtime.contract.numbers import SAME_NUMBERS
 from crossdock.runtime.contract.verify import CHECKS
 from crossdock.runtime.errors import LaunchError, RankError
+from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.probe import probe_numbers
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.records import RankReport
@@ -40,6 +41,7 @@ class HereGang:
     """One rank, in this process; `plant` may break it before each call, `edit` what it answers."""
 
     can_restart = False
+    own_rank = None
 
     def __init__(self, plant: Plant, edit: Callable[[Any], Any], *_: Any) -> None:
         self.world_size = 1
@@ -189,7 +191,8 @@ def test_a_violated_probe_names_the_block(
     assert _check(checkpoints["z-image"], "--probe") == 1
     printed = capsys.readouterr()
     assert printed.err == ""
-    name = gangs[0].worker.loaded.plan.blocks[4].name
+    (plan, *_) = (argument for call in gangs[0].asked for argument in call if isinstance(argument, RunPlan))
+    name = plan.blocks[4].name
     (line,) = [line for line in printed.out.splitlines() if line.startswith("same-numbers: ")]
     assert line.startswith(f"same-numbers: rank 0: {name}: expected the output without streaming (checksum 0x")
     assert "violated" in printed.out

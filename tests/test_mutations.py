@@ -453,7 +453,7 @@ def _error(told: Told, directory: Path) -> float:
     """Of the picture of TWO_STEPS, to that of diffusers."""
     result: RankResult = told["request"][0]
     assert result.latents is not None
-    return max_error(result.latents, reference_latents(directory, size=(SIZE, SIZE), steps=TWO_STEPS.steps))
+    return max_error(result.latents, reference_latents(directory, size=(SIZE, SIZE), steps=TWO_STEPS.asked.steps))
 
 
 @pytest.mark.parametrize(

@@ -393,8 +393,8 @@ def test_shards_in_the_wrong_order_are_caught(
     def swapped(worker: Any, plan: Any) -> Any:
         make = worker._gather
 
-        def gather() -> Any:
-            whole = make()
+        def gather(mesh: Any) -> Any:
+            whole = make(mesh)
 
             def all_gather(out: Any, shard: Any) -> None:
                 whole.all_gather(out, shard)
