@@ -226,8 +226,8 @@ def test_a_rank_that_left_a_step_out(gang_of: GangOf, flux2_dir: Path) -> None:
     def skip(worker: RankWorker) -> Any:
         agree = worker.stopping.agree
 
-        def ahead(finished: int, total: int, differ: bool) -> None:
-            agree(finished + (worker.rank == 1 and finished == 3), total, differ)
+        def ahead(finished: int, total: int, *rest: Any) -> None:
+            agree(finished + (worker.rank == 1 and finished == 3), total, *rest)
 
         worker.stopping.agree = ahead  # type: ignore[method-assign]
         try:

@@ -27,6 +27,7 @@ from crossdock.runtime.errors import ConfigError
 from crossdock.runtime.plan import make_plan as plan_module
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.rank.inspection import memory_spans
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.watch.gang import Gang
@@ -67,7 +68,7 @@ def test_every_figure_is_the_one_it_says(home: Home, codec: Codec) -> None:
     staging = 0 if codec is IDENTITY else parts * max(travel.values())
     assert stream.arena.nbytes == stream.slots_bytes == sum(slots) + staging
     for sources in stream.read.values():
-        assert sum(source.nbytes for source in sources) in travel.values()
+        assert sum(span.nbytes for span in memory_spans(sources)) in travel.values()
     costs = measured_costs(stream.trace(), [b.name for b in stream.blocks], [travel[b.name] for b in stream.blocks])
     assert costs is not None
     rates = [seconds / travel[block.name] for seconds, block in zip(costs.copy_s, stream.blocks, strict=True)]

@@ -19,6 +19,7 @@ from typing import Any
 import cloudpickle
 import pytest
 from one_rank import changed, rank_request
+from test_steps import FAULTS
 
 import mutations
 import mutations_running as running
@@ -28,7 +29,7 @@ from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.contract.numbers import SAME_NUMBERS
 from crossdock.runtime.contract.result import CompositionError, Violation
-from crossdock.runtime.contract.verify import CHECKS
+from crossdock.runtime.contract.verify import CHECKS, STEP_CHECKS
 from crossdock.runtime.errors import RankError
 from crossdock.runtime.plan import make_plan as plan_module
 from crossdock.runtime.plan.make_plan import make_plan
@@ -626,6 +627,7 @@ HELD_ELSEWHERE = {
 def test_every_row_and_every_pitfall_has_a_fault() -> None:
     """A row of the contract, or a failure that others had, is not tried."""
     assert {mutation.check for mutation in MUTATIONS} == {*CHECKS, SAME_NUMBERS}
+    assert {fault.check for faults in FAULTS.values() for fault in faults} >= STEP_CHECKS.keys()
     tried = {number for fault in (*MUTATIONS, *STUCK, *MISTAKES) for number in fault.pitfalls}
     assert tried.isdisjoint(HELD_ELSEWHERE)
     assert set(range(1, 22)) <= tried | HELD_ELSEWHERE.keys()

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from crossdock.runtime.contract.verify import CHECKS
+from crossdock.runtime.contract.verify import CHECKS, STEP_CHECKS
 from layouts import CONFIGS
 from reference import PROMPT
 from tiers import some, thorough
@@ -132,7 +132,7 @@ def test_a_run_ends_clean(launcher: str, checkpoints: Checkpoints, tmp_path: Pat
     content = json.loads(report.read_text())
     verdicts = {row["check"]: row["status"] for row in content["composition"]}
     assert verdicts.pop("same-numbers") == "not probed"
-    assert verdicts == dict.fromkeys(CHECKS, "holds")
+    assert verdicts == dict.fromkeys((*CHECKS, *STEP_CHECKS), "holds")
     assert set(content["phases_s"]) == {"launch", "load", "verify", "encode", "denoise", "decode"}
     assert [row["rank"] for row in content["ranks"]] == [0, 1]
 

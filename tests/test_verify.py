@@ -22,7 +22,7 @@ from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.contract.ordering import trace_in_order
 from crossdock.runtime.contract.result import CompositionError
-from crossdock.runtime.contract.verify import CHECKS, verify_composition
+from crossdock.runtime.contract.verify import CHECKS, STEP_CHECKS, verify_composition
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.inspection import checksum, foreign_hooks
 from crossdock.runtime.rank.worker import RankWorker
@@ -478,7 +478,8 @@ def test_the_coordinator_fails_closed(healthy: Callable[[str], Healthy]) -> None
     plan, reports = healthy("layerwise_tp2")
     coordinator = Coordinator(plan)
     coordinator.admit(reports)
-    assert [row["status"] for row in coordinator.composition] == ["holds"] * len(CHECKS) + ["not probed"]
+    to_come = ["no step yet"] * len(STEP_CHECKS) + ["not probed"]
+    assert [row["status"] for row in coordinator.composition] == ["holds"] * len(CHECKS) + to_come
     broken = [_tensor(reports[0], OUTSIDE, device="meta", place="nowhere"), reports[1]]
     with pytest.raises(CompositionError, match=rf"single-owner: rank 0: {OUTSIDE}: expected on cpu, found on meta"):
         coordinator.admit(broken)

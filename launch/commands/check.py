@@ -31,9 +31,12 @@ PROMISES = {
     "no-alias": "blocks share no memory, unless it stays on the device",
     "in-order": "load, gather, compute, free; no slot is overwritten under its reader",
     "same-collectives": "the ranks of a group issue the same collectives in the same order",
+    "finite": "no step's latents have a number that is not finite (in every request)",
+    "same-state": "a replica's ranks have the same inputs and latents in every step of a request",
+    "same-order": "they compute the same blocks in the same order, each through its hooks (in every request)",
     "same-numbers": "a step with streaming and one without it give the same bits (--probe)",
 }
-_COLOURS = {"holds": "green", "violated": "bold red", "not probed": "dim"}
+_COLOURS = {"holds": "green", "violated": "bold red", "not probed": "dim", "no step yet": "dim", "off": "dim"}
 
 
 @dataclass(frozen=True)

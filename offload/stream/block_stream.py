@@ -203,9 +203,9 @@ class BlockStream:
 
     @property
     def read(self) -> dict[str, list[Tensor]]:
-        """Of every block that was loaded: what the copies of its last load really read. Waits for those under way."""
+        """Of every block that was loaded: see `BlockLoader.read`. Waits for the loads under way."""
         self.engine.drain()
-        return self._loader.read
+        return {block: list(places.values()) for block, places in self._loader.read.items()}
 
     @property
     def upcoming(self) -> int:

@@ -37,7 +37,7 @@ class EventLog:
         self.upcoming = 0  # the sequence number of the next event
         self._engine = engine
         self._limit = limit
-        self._kept_since = math.inf
+        self.kept_since = math.inf
         self._lock = threading.Lock()
         self._events: deque[tuple[int, EventKind, str, int | None, Mark, int, bool]] = deque()
         self.latest: tuple[EventKind, str] | None = None  # (event, block) of the compute stream
@@ -54,7 +54,7 @@ class EventLog:
         with self._lock:
             self._events.append((self.upcoming, kind, block, slot, self._engine.mark(lane), travel_bytes, missed))
             self.upcoming += 1
-            while len(self._events) > self._limit and self._events[0][0] < self._kept_since:
+            while len(self._events) > self._limit and self._events[0][0] < self.kept_since:
                 self._events.popleft()
         if lane == "compute":
             self.latest = kind, block
@@ -62,7 +62,7 @@ class EventLog:
     def keep(self) -> None:
         """Keep all events from here on, however many: all of a request are judged. The limit is for those before."""
         with self._lock:
-            self._kept_since = self.upcoming
+            self.kept_since = self.upcoming
 
     def drop(self, since: int) -> None:
         """Forget the events from number `since` on; their numbers are not given again."""
@@ -86,8 +86,9 @@ class EventLog:
 class BlockLoader:
     """Loads blocks on the lanes of `engine`; `counters` are its totals.
 
-    `read` has, of every block, the tensors that its last load really read: noted beside the copy itself, or where a
-    shard on the device is gathered, beside the gather.
+    `read` has, of every block, what its loads really read since `log` keeps all events, and at least the last one's;
+    each place once, by address and size. It is noted beside the copy itself, or where a shard on the device is
+    gathered, beside the gather.
 
     Where copies and collectives share a link, a copy is cut into chunks: the first is enqueued at once, each of the
     others behind a collective (`release`), so that the copy uses the link while the collectives do not.
@@ -99,7 +100,8 @@ class BlockLoader:
     def __init__(self, engine: CopyEngine, gather: Gather | None, log: EventLog, yield_to_collectives: bool) -> None:
         self.engine = engine
         self.counters = StreamCounters()
-        self.read: dict[str, list[Tensor]] = {}
+        self.read: dict[str, dict[tuple[int, int], Tensor]] = {}
+        self._read_at: dict[str, int] = {}  # the number of the event at which the block was loaded last
         self._gather = gather
         self._log = log
         self.yield_to_collectives = yield_to_collectives
@@ -194,10 +196,10 @@ class BlockLoader:
             def work() -> None:
                 if place == 0:
                     job.note("load_begin", "copy", travel_bytes)
-                    self.read[job.block.name] = []
+                    self._begin_read(job.block)
                 for part, source in moves[place]:
                     self.engine.move(part, source)
-                    self.read[job.block.name].append(source)
+                    self._note_read(job.block, source)
                 if place == len(moves) - 1:
                     if not job.block.home.sharded:
                         job.decode()
@@ -212,6 +214,16 @@ class BlockLoader:
         self.counters.h2d_bytes += travel_bytes
         enqueue(0, (), after)
 
+    def _begin_read(self, block: StreamedBlock) -> None:
+        if self._read_at.get(block.name, -1) < self._log.kept_since:
+            self.read[block.name] = {}
+        self._read_at[block.name] = self._log.upcoming
+
+    def _note_read(self, block: StreamedBlock, source: Tensor) -> None:
+        place, known = (source.data_ptr(), source.nbytes), self.read[block.name]
+        if place not in known:  # another dict: who has copied `read` keeps what there was
+            self.read[block.name] = {**known, place: source}
+
     def _all_gather(self, job: _Job, shard: Tensor, after: Sequence[Event], needs: Sequence[Event]) -> Event:
         gather, travel_bytes = self._gather, job.travelled.nbytes - shard.nbytes
         assert gather is not None
@@ -220,7 +232,8 @@ class BlockLoader:
             job.note("gather_begin", "gather", travel_bytes)
             gather.all_gather(job.travelled, shard)
             if job.block.home is Home.DEVICE_SHARD:
-                self.read[job.block.name] = [shard]
+                self._begin_read(job.block)
+                self._note_read(job.block, shard)
             job.decode()
             job.note("gather_end", "gather")
 

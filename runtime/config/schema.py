@@ -227,12 +227,25 @@ class LaunchConfig(Section):
         return self
 
 
+class VerifyConfig(Section):
+    """What is looked at in every step, beside what is verified before the first one."""
+
+    finite: bool = Field(
+        default=True, description="Latents that are not finite end the request, with the block where that begins."
+    )
+    state: bool = Field(
+        default=True,
+        description="The ranks of a replica have the same inputs and latents, and compute the same blocks.",
+    )
+
+
 class RunConfig(Section):
     """Everything about a run except the model directory and the request."""
 
     parallel: ParallelConfig = Field(default=ParallelConfig(), description="How the work is split over the ranks.")
     offload: OffloadConfig = Field(default=OffloadConfig(), description="What is streamed from host memory.")
     launch: LaunchConfig = Field(default=LaunchConfig(), description="How the ranks are started.")
+    verify: VerifyConfig = Field(default=VerifyConfig(), description="What is looked at in every step.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Type of weights and computation; auto: as stored in the checkpoint."
     )

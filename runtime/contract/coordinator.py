@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from crossdock.runtime.contract.numbers import SAME_NUMBERS, same_numbers
 from crossdock.runtime.contract.result import CompositionError, ContractResult, Violation
-from crossdock.runtime.contract.verify import CHECKS, verify_arrivals, verify_composition, verify_request
+from crossdock.runtime.contract.verify import CHECKS, STEP_CHECKS, verify_arrivals, verify_composition, verify_request
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.rank_result import RankResult
 from crossdock.runtime.reports.records import ProbeReport, RankReport
@@ -27,8 +27,10 @@ class Coordinator:
 
     @property
     def composition(self) -> list[dict[str, str]]:
-        """check, status ("holds", "violated", "not probed") and detail of every check; empty before the first."""
-        return [self._rows[check] for check in (*CHECKS, SAME_NUMBERS) if check in self._rows]
+        """check, status ("holds", "violated", "no step yet", "off", "not probed") and detail of every check; empty
+        before the first.
+        """
+        return [self._rows[check] for check in (*CHECKS, *STEP_CHECKS, SAME_NUMBERS) if check in self._rows]
 
     @property
     def result(self) -> ContractResult:
@@ -46,6 +48,8 @@ class Coordinator:
         """
         violations = verify_composition(self.plan, reports, rehearsed)
         self._reports, self._awaits = tuple(reports), not rehearsed
+        for check, on in self._looked_at.items():
+            self._rows.setdefault(check, _row(check, "no step yet" if on else "off", ""))
         self._rows[SAME_NUMBERS] = _row(SAME_NUMBERS, "not probed", "")
         self._judge(CHECKS, violations, self._detail())
 
@@ -63,7 +67,8 @@ class Coordinator:
 
         Raises:
             CompositionError: a rank did not stream in order, read other bytes than those at rest, was brought others
-                than the checkpoint's or issued other collectives than its group, or the new schedule does not compose.
+                than the checkpoint's, issued other collectives or computed something else than its group, made latents
+                that are not finite, or the new schedule does not compose.
         """
         before = self.plan
         if any(result.plan is not None for result in results):
@@ -75,12 +80,24 @@ class Coordinator:
             self._reports = tuple(
                 replace(report, arrivals=tuple(dict.fromkeys(compared[report.rank]))) for report in self._reports
             )
-            violations += verify_arrivals(self.plan, self._reports)
+            if wrong := verify_arrivals(self.plan, self._reports):
+                follows = ("finite", "same-state")  # from wrong weights
+                violations = [*wrong, *(violation for violation in violations if violation.check not in follows)]
+        for check, on in self._looked_at.items():
+            if on:
+                steps = max((len(result.seen.steps) for result in results), default=0)
+                self._rows[check] = _row(check, "holds", f"{steps} steps of {len(results)} ranks")
         if violations:
             self._judge({violation.check for violation in violations}, violations, "")
         elif self._awaits:
             self._awaits = False
             self._judge(CHECKS, [], self._detail())
+
+    @property
+    def _looked_at(self) -> dict[str, bool]:
+        """Of what steps show, whether the config wants it checked."""
+        verify = self.plan.config.verify
+        return {check: verify.finite if check == "finite" else verify.state for check in STEP_CHECKS}
 
     def _adopt(self, results: Sequence[RankResult]) -> None:
         plan = next(result.plan for result in results if result.plan is not None)

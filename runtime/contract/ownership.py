@@ -86,9 +86,15 @@ def read_at_rest(
             continue
         where = plan.tensor_at(home.block, home.start)
         expected = f"bytes read from where they rest ({home.home}: {_spans(places)})"
-        found = f"read from {_spans(strange)}: a second copy" if strange else "never read"
+        found = f"read from {_spans(strange)}: {_whose(homes, home, strange[0])}" if strange else "never read"
         remedy = "something keeps weights of its own and loads from there: let go of it (a hook, a wrapper, a cache)"
         yield Violation("single-owner", rank, where, expected, found, remedy)
+
+
+def _whose(homes: Sequence[HomeRecord], own: HomeRecord, span: MemorySpan) -> str:
+    others = ((home.block, place) for home in homes if home is not own for place in (home.rest, *home.pages))
+    there = (block for block, place in others if place is not None and place.common_bytes(span))
+    return f"where {other} rests" if (other := next(there, None)) else "a second copy"
 
 
 def _spans(spans: Sequence[MemorySpan]) -> str:

@@ -30,7 +30,8 @@ class ContractResult:
     """What the coordinator found.
 
     Attributes:
-        composition: per check its status ("holds", "violated", "not probed") and a detail, for `report.json`.
+        composition: per check its status ("holds", "violated", "no step yet", "off", "not probed") and a detail, for
+            `report.json`.
         violations: every one.
         reports: what was judged.
     """

@@ -15,6 +15,7 @@ from crossdock.runtime.contract.coverage import all_compared, all_equal, complet
 from crossdock.runtime.contract.ordering import all_rehearsed, in_order, same_schedule, trace_in_order
 from crossdock.runtime.contract.ownership import all_read, read_at_rest, single_owner
 from crossdock.runtime.contract.result import Violation
+from crossdock.runtime.contract.steps import Saw, finite, same_order, same_state
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import MemorySpan, RankReport
 
@@ -27,6 +28,12 @@ CHECKS: dict[str, Callable[[RunPlan, Sequence[RankReport]], Iterable[Violation]]
     "same-collectives": same_collectives,
 }
 
+STEP_CHECKS: dict[str, Callable[[RunPlan, Sequence[Saw]], Iterable[Violation]]] = {
+    "finite": finite,
+    "same-state": same_state,
+    "same-order": same_order,
+}
+"""What only steps can show."""
 
 _REHEARSAL: tuple[Callable[[RunPlan, Sequence[RankReport]], Iterable[Violation]], ...] = (
     all_rehearsed,
@@ -54,7 +61,7 @@ def verify_arrivals(plan: RunPlan, reports: Sequence[RankReport]) -> list[Violat
     return [*all_compared(plan, reports), *all_equal(plan, reports)]
 
 
-class Did(Issued, Protocol):
+class Did(Issued, Saw, Protocol):
     """What a rank tells of a request."""
 
     @property
@@ -67,7 +74,7 @@ class Did(Issued, Protocol):
 def verify_request(
     plan: RunPlan, reports: Sequence[RankReport], results: Sequence[Did], before: RunPlan | None = None
 ) -> list[Violation]:
-    """What the ranks did in a request: in-order, same-collectives, and of single-owner what was read.
+    """What the ranks did in a request: its steps, in-order, same-collectives, and of single-owner what was read.
 
     Args:
         reports: what the ranks held when they were admitted.
@@ -76,7 +83,8 @@ def verify_request(
     ordered = [violation for result in results for violation in _in_order(plan, before or plan, result)]
     homes = {report.rank: report.homes for report in reports}
     read = [v for result in results for v in read_at_rest(plan, result.rank, homes.get(result.rank, ()), result.read)]
-    return [*ordered, *read, *same_collectives(plan, results)]
+    steps = [violation for check in STEP_CHECKS.values() for violation in check(plan, results)]
+    return [*steps, *ordered, *read, *same_collectives(plan, results)]
 
 
 def _in_order(plan: RunPlan, before: RunPlan, result: Did) -> Iterator[Violation]:

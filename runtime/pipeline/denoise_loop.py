@@ -26,12 +26,26 @@ class StepEnd:
         total: how many there are.
         repeated: a resumed loop only ran this step to get to where it goes on; it was done before.
         snapshot: takes one; to be called before the next step begins.
+        pipe, timestep, latents: as the loop has them.
     """
 
     finished: int
     total: int
     repeated: bool
     snapshot: Callable[[], Snapshot]
+    pipe: Any
+    timestep: Any
+    latents: Tensor
+
+
+class Observer:
+    """Is told what goes into the steps of a run. This one is not interested."""
+
+    def given(self, name: str, value: Any) -> None:
+        """Before the first step: what was asked for, and what encoders returned. The same on all ranks of a replica."""
+
+    def called(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The pipeline calls a transformer."""
 
 
 @contextmanager
@@ -65,6 +79,7 @@ class DenoiseLoop:
         on_step: Callable[[StepEnd], None],
         resume: Snapshot | None,
         chunks: int = 1,
+        observer: Observer | None = None,
     ) -> None:
         """
         Args:
@@ -75,6 +90,7 @@ class DenoiseLoop:
         self._on_step = on_step
         self._resume = resume
         self._chunks = chunks
+        self._observer = observer or Observer()
         self._finished = 0 if resume is None else resume.step - 1
         self._began: Any = None  # when the step that runs did
         self._steps: list[tuple[Any, Any]] = []  # begin and end of those that are done
@@ -84,7 +100,7 @@ class DenoiseLoop:
     @contextmanager
     def watching(self, *transformers: nn.Module) -> Iterator[None]:
         """The first step begins with the first call of a transformer."""
-        handles = [each.register_forward_pre_hook(self._begin, prepend=True) for each in transformers]
+        handles = [each.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True) for each in transformers]
         try:
             yield
         finally:
@@ -130,7 +146,7 @@ class DenoiseLoop:
         def snapshot() -> Snapshot:
             return Snapshot.take(finished, timestep, tensors["latents"], pipe.scheduler, self._generators)
 
-        self._on_step(StepEnd(finished, steps * self._chunks, repeated, snapshot))
+        self._on_step(StepEnd(finished, steps * self._chunks, repeated, snapshot, pipe, timestep, tensors["latents"]))
         return tensors
 
     def step_ms(self) -> list[float]:
@@ -139,7 +155,8 @@ class DenoiseLoop:
             return [before.elapsed_time(after) for before, after in self._steps]
         return [(after - before) * 1e3 for before, after in self._steps]
 
-    def _begin(self, *_: Any) -> None:
+    def _begin(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._observer.called(transformer, args, kwargs)
         if self._began is None:
             self._began = self._now()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -28,7 +29,7 @@ from crossdock.runtime.models.modular import as_pipeline, is_modular, share_bloc
 from crossdock.runtime.models.spec import ModelSpec
 from crossdock.runtime.models.transformers import transformers_in
 from crossdock.runtime.pipeline.components import Component, place_component
-from crossdock.runtime.pipeline.denoise_loop import DenoiseLoop, StepEnd, own_randomness
+from crossdock.runtime.pipeline.denoise_loop import DenoiseLoop, Observer, StepEnd, own_randomness
 from crossdock.runtime.pipeline.presence import ActiveComponent
 from crossdock.runtime.pipeline.replicate import replicated
 from crossdock.runtime.pipeline.snapshot import Snapshot, beginning_at
@@ -95,6 +96,7 @@ class RankPipeline:
         for name, component in self._components.items():
             _check_turn(name, component, plan)
         self._active = ActiveComponent(self._components, device)
+        self._observer = Observer()
         self._encodes: list[tuple[float, float]] = []  # begin and end, seconds of time.perf_counter
         self._on_decode: Callable[[], bool] = lambda: False
         self._between_chunks: Callable[[], bool] = lambda: False
@@ -112,9 +114,9 @@ class RankPipeline:
         share = partial(replicated, device=self._device, mesh=mesh, turn=self._encoding)
         for name in self._plan.spec.encode:
             if is_modular(type(self.pipe)):
-                share_block(self.pipe, name, share)
+                share_block(self.pipe, name, partial(self._told, name, share))
                 continue
-            method = share(getattr(self.pipe, name))
+            method = self._told(name, share, getattr(self.pipe, name))
             object.__setattr__(self.pipe, name, method)  # the pipeline's own way takes no call for a component
         for name in self._plan.decoders:
             module = getattr(self.pipe, name)
@@ -151,6 +153,7 @@ class RankPipeline:
         on_step: Callable[[StepEnd], None],
         resume: Snapshot | None = None,
         on_decode: Callable[[], bool] = lambda: False,
+        observer: Observer | None = None,
     ) -> Denoised:
         """Run the pipeline on a batch: denoise, from the beginning or where `resume` was taken, and decode.
 
@@ -165,8 +168,11 @@ class RankPipeline:
             RequestError: `resume` is of another request.
         """
         self._encodes.clear()
+        self._observer = observer or Observer()
         began = time.perf_counter()
         drawn = [torch.Generator("cpu").manual_seed(item.seed) for item in items]
+        self._observer.given("seeds", [generator.initial_seed() for generator in drawn])
+        self._observer.given("guidance scale", request.guidance_scale)
         late = nullcontext() if resume is None else beginning_at(self.pipe.scheduler, resume.step)
         ended: list[float] = []
 
@@ -179,7 +185,7 @@ class RankPipeline:
         output = None
         with own_randomness(self._device, items[0].seed) as generators, late, self._active:
             chunks = number_of_chunks(self._plan.spec, request.frames)
-            loop = DenoiseLoop(self._device, (*drawn, *generators), on_step, resume, chunks)
+            loop = DenoiseLoop(self._device, (*drawn, *generators), on_step, resume, chunks, self._observer)
             self._between_chunks = lambda: loop.between_chunks
             arguments = self._arguments(items, drawn, request)
             with (
@@ -255,6 +261,20 @@ class RankPipeline:
         with self.turn(self._plan.encoders):
             yield
         self._encodes.append((began, time.perf_counter()))
+
+    def _told(
+        self, name: str, share: Callable[..., Callable[..., Any]], method: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """`method` as it is shared; of what it returns on this rank the observer is told."""
+        encode = share(method)
+
+        @functools.wraps(encode, updated=())  # pipelines may look at the signature
+        def call(*args: Any, **kwargs: Any) -> Any:
+            value = encode(*args, **kwargs)
+            self._observer.given(f"what {name} returned", value)
+            return value
+
+        return call
 
     def _decoding(self, decode: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
         """`decode` of a component, where it is this rank's to do. The others go on if another chunk follows."""

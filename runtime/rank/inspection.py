@@ -29,7 +29,7 @@ def checksum(tensor: Tensor) -> int:
 
 def digest(tensor: Tensor) -> Tensor:
     """The checksum as int64 `[]` on the tensor's device, for whoever must not wait for the device yet."""
-    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    raw = _raw(tensor)
     whole = raw.numel() // 8 * 8
     total = torch.zeros((), dtype=torch.int64, device=raw.device)
     for start in range(0, whole, 8 * _CHUNK):
@@ -40,6 +40,13 @@ def digest(tensor: Tensor) -> Tensor:
     tail = raw[whole:].to(torch.int64)
     places = torch.arange(1, len(tail) + 1, dtype=torch.int64, device=raw.device)
     return total * 1_000_003 + (tail * places).sum() + raw.numel()
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    """Its bytes: uint8 `[n]`, a view where that can be."""
+    flat = tensor.detach().contiguous()
+    flat = flat.reshape(()) if flat.numel() == 1 else flat  # which may have any stride
+    return flat.reshape(-1).view(torch.uint8)
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -72,7 +79,7 @@ def _start(span: MemorySpan) -> int:
 
 
 def record_reads(stream: BlockStream) -> dict[str, tuple[MemorySpan, ...]]:
-    """Block -> what the copies of its last load really read, seen where they are made."""
+    """Block -> what the copies of its loads really read, seen where they are made."""
     return {block: memory_spans(sources) for block, sources in stream.read.items()}
 
 

@@ -24,6 +24,7 @@ from crossdock.runtime.rank.inspection import (
     record_tensors,
 )
 from crossdock.runtime.rank.parallelize import ModelParallelism
+from crossdock.runtime.rank.step_watch import StepWatch
 from crossdock.runtime.rank.weights.compare import WeightCheck
 from crossdock.runtime.rank.weights.load import RankWeights
 from crossdock.runtime.reports.records import RankReport
@@ -49,6 +50,7 @@ class LoadedModel:
     stream: BlockStream
     pipeline: RankPipeline
     weight_check: WeightCheck
+    watch: StepWatch
     load_s: float
     schedule_note: str = "assumed costs: nothing was measured yet"
 

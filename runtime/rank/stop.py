@@ -1,4 +1,4 @@
-"""Stopping a request between two steps: somebody cancelled it, its time is up, or wrong bytes have arrived.
+"""Stopping a request between two steps: somebody cancelled it, its time is up, or its picture would be wrong.
 
 No rank stops alone, for the others would wait for it in a collective. At every step's end the ranks tell each other
 where they are and whether they were asked to stop, and all of them act on the same answer.
@@ -26,8 +26,8 @@ class _StopReason(IntEnum):
     REFUSE = 3
 
 
-class ArrivalsDifferError(Exception):
-    """On some rank other bytes have arrived than the checkpoint has: no step may follow. Never leaves a rank."""
+class StepRefusedError(Exception):
+    """What ranks report of this step will be refused: no other may follow. Never leaves a rank."""
 
 
 class Stopping:
@@ -62,26 +62,39 @@ class Stopping:
         with self._lock:
             self._asked.pop(self._number, None)
 
-    def agree(self, finished: int, total: int, differ: bool = False) -> None:
+    def agree(
+        self,
+        finished: int,
+        total: int,
+        refuse: bool = False,
+        state: tuple[int, int] = (0, 0),
+        parts: tuple[int, int] = (1, 1),
+    ) -> None:
         """At the end of step `finished` of `total`. Collective over the world.
 
         Args:
-            differ: other bytes have arrived on this rank than the checkpoint has.
+            refuse: what this rank will report of the step is no good.
+            state: checksums of what the ranks of a part have alike.
+            parts: for each, how many parts the world has; their ranks are neighbours.
 
         Raises:
-            ArrivalsDifferError: they have on some rank. On all ranks, at the same step.
+            StepRefusedError: some rank refuses, or those of a part differ. On all ranks, at the same step.
             RequestCancelled: a rank was asked to stop. On all ranks, at the same step.
             RequestTimeout: on some rank the request has taken longer than its time limit. Likewise.
             RankError: the ranks are not at the same step of the same request. Likewise.
         """
-        own = _StopReason.REFUSE if differ else self._stop_reason()
-        rows = self._gather([self._number, total, finished, own])
-        _check_in_step([(number, total, finished) for number, total, finished, _ in rows])
+        own = _StopReason.REFUSE if refuse else self._stop_reason()
+        rows = self._gather([self._number, total, finished, own, *state])
+        _check_in_step([(row[0], row[1], row[2]) for row in rows])
         stop_reasons = [row[3] for row in rows]
+        for column, count in enumerate(parts, 4):
+            size = max(len(rows) // count, 1)
+            if any(row[column] != rows[rank // size * size][column] for rank, row in enumerate(rows)):
+                raise StepRefusedError
         if max(stop_reasons) == _StopReason.NONE:
             return
         if max(stop_reasons) == _StopReason.REFUSE:
-            raise ArrivalsDifferError
+            raise StepRefusedError
         texts = exchange(self._text(own), self._group)
         text = texts[stop_reasons.index(max(stop_reasons))]
         raise (RequestCancelled if max(stop_reasons) == _StopReason.CANCEL else RequestTimeout)(text, finished)

@@ -36,7 +36,8 @@ from crossdock.runtime.rank.inspection import record_reads
 from crossdock.runtime.rank.loaded_model import LoadedModel
 from crossdock.runtime.rank.parallelize import ModelParallelism
 from crossdock.runtime.rank.request_state import RequestState
-from crossdock.runtime.rank.stop import ArrivalsDifferError, Stopping
+from crossdock.runtime.rank.step_watch import StepWatch
+from crossdock.runtime.rank.stop import StepRefusedError, Stopping
 from crossdock.runtime.rank.weights.compare import WeightCheck
 from crossdock.runtime.rank.weights.kept_stores import StoreHolder
 from crossdock.runtime.rank.weights.load import WeightLoader
@@ -145,7 +146,8 @@ class RankWorker:
         pipeline = RankPipeline(plan, mesh, model, self.device, copy_engine, arena)
         check = WeightCheck(plan, self.rank, model, full=probe)
         made = (mesh, model, parallelism, weights, copy_engine, arena, stream, pipeline, check)
-        self._loaded = loaded = LoadedModel(plan, self.device, *made, time.perf_counter() - began)
+        watch = StepWatch(plan, model, weights.blocks, self.device)
+        self._loaded = loaded = LoadedModel(plan, self.device, *made, watch, time.perf_counter() - began)
         self.model_steps = 0
         self.phase = "rehearsal" if rehearse else "verify"
         check.begin(stream, rehearse=rehearse)
@@ -223,15 +225,17 @@ class RankWorker:
             torch.cuda.reset_peak_memory_stats(self.device)
         self.stopping.begin(request)
         self._state = state = RequestState.begin(request, loaded, resume)
+        loaded.watch.begin()
         on_step, on_decode = partial(self._on_step, state), partial(self._begin_decode, state)
         try:
-            done = loaded.pipeline.run(state.items, request.asked, on_step, state.resume, on_decode)
+            done = loaded.pipeline.run(state.items, request.asked, on_step, state.resume, on_decode, loaded.watch)
         except RequestCancelled:
             self._finish_request()
             raise
-        except ArrivalsDifferError:
+        except StepRefusedError:
+            result = self._result(state, Denoised.nothing(time.perf_counter()), time.perf_counter())
             self._finish_request()
-            return self._result(state, Denoised.nothing(time.perf_counter()), time.perf_counter())
+            return result
         result = self._result(state, done, time.perf_counter())
         if state.decodes:
             result.latents, result.media = done.latents, done.media or []
@@ -287,7 +291,10 @@ class RankWorker:
         else:
             state.log.end_step()
             self.model_steps += 1
-        self.stopping.agree(end.finished, end.total, self.loaded.weight_check.differ)
+        loaded, mesh = self.loaded, self.loaded.mesh.shape
+        finite, alike = loaded.watch.end_step(end)
+        refuse = loaded.weight_check.differ or not finite
+        self.stopping.agree(end.finished, end.total, refuse, alike, (mesh.dp, mesh.dp * mesh.cfg))
         state.keep(end)
         if end.repeated:
             return
@@ -298,6 +305,7 @@ class RankWorker:
 
     def _finish_request(self) -> None:
         self.stopping.end()
+        self.loaded.watch.forget()
         self._state = None
         self.phase = "idle"
 
@@ -341,6 +349,7 @@ class RankWorker:
             record_reads(loaded.stream),
             loaded.weight_check.unreported(),
             loaded.schedule_note,
+            loaded.watch.end(),
         )
         if state.changed is not None:
             result.plan, result.report = loaded.plan, state.changed

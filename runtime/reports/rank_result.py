@@ -10,7 +10,7 @@ from crossdock.offload.stream.trace import TraceEvent
 from crossdock.parallel.group import GroupRecord
 from crossdock.runtime.media import Media
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.reports.records import ArrivalRecord, Measurements, MemorySpan, RankReport, RankTrace
+from crossdock.runtime.reports.records import ArrivalRecord, Measurements, MemorySpan, RankReport, RankTrace, RunRecord
 
 
 @dataclass
@@ -19,10 +19,10 @@ class RankResult:
     the ranks ended the request because wrong bytes had arrived.
 
     `timeline` is the whole request, `before` the last event of every slot before it, `scheduled_at` the number of the
-    first event under the present schedule, `collectives` what was issued so far, `read` what every block's last load
+    first event under the present schedule, `collectives` what was issued so far, `read` what every block's loads
     read, as in `HomeRecord`, `arrivals` what has been compared with the checkpoint since the last report or result.
-    `schedule_note` says what became of the residency schedule. Where it was changed in this request, `plan` is the new
-    one and `report` what the rank now holds.
+    `schedule_note` says what became of the residency schedule, `seen` what was looked at in every step. Where the
+    schedule was changed in this request, `plan` is the new one and `report` what the rank now holds.
     """
 
     rank: int
@@ -34,6 +34,7 @@ class RankResult:
     read: dict[str, tuple[MemorySpan, ...]]
     arrivals: tuple[ArrivalRecord, ...]
     schedule_note: str
+    seen: RunRecord = field(default_factory=RunRecord)
     plan: RunPlan | None = None
     report: RankReport | None = None
     latents: Tensor | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from crossdock.offload.stream.block import Home
 from crossdock.offload.stream.trace import BlockTimes, TraceEvent
@@ -60,7 +60,8 @@ class HomeRecord:
     """Where one block rests. `start` and `stop` are the bytes of its `slot_bytes` that this rank holds, maybe encoded.
 
     `rest` is where it lies, None in the page cache, where it is scattered: `pages`. `stays` is the device memory that
-    the block has for itself, None where it shares a slot. `read` is what the copies of its last load really read.
+    the block has for itself, None where it shares a slot. `read` is what the copies of its loads really read in the
+    request, or those of the last one before it.
     """
 
     block: str
@@ -140,6 +141,48 @@ class RankReport:
     foreign_hooks: tuple[tuple[str, str], ...]
     trace: tuple[TraceEvent, ...]
     collectives: tuple[GroupRecord, ...]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A denoise step on one rank.
+
+    Attributes:
+        step: of the request, counted from 1.
+        finite: so were its latents.
+        not_finite_from: where the latents were not, the first block, or argument of the transformer, that was not;
+            empty: none.
+        not_finite_place: how many of these were looked at before it.
+        inputs: quantity -> checksum, in the order in which they came up; alike on all ranks of a replica.
+        branch: of what blocks were given; alike on the ranks of a guidance branch.
+        latents: like `inputs`, at the step's end.
+        computed: the blocks that were called: a key of `RunRecord.orders`.
+    """
+
+    step: int
+    finite: bool
+    not_finite_from: str
+    not_finite_place: int
+    inputs: dict[str, int]
+    branch: dict[str, int]
+    latents: dict[str, int]
+    computed: int
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a rank saw in the steps of a request, beside the block stream.
+
+    Attributes:
+        orders: the sequences in which blocks were called in a step, each once.
+        unhooked: modules that have lost a hook since the load.
+        changed: tensors of the checkpoint outside the blocks that are not what they were after the load.
+    """
+
+    steps: tuple[StepRecord, ...] = ()
+    orders: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    unhooked: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
