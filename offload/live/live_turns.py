@@ -31,19 +31,22 @@ Turn = Callable[[int], AbstractContextManager[None]]
 class _State:
     """One block: what its modules have in its turns (`present`) and otherwise (`resting`), one per layout entry.
 
-    `leaves`: a module's parameters or buffers, the attribute, the entry's number. `guards`: what is in which dict of a
-    module outside the turns.
+    `leaves`: a module's parameters or buffers, the attribute, the entry's number. `statistics`: batch norm writes them
+    without counting versions, while the module is in training mode. `guards`: what is in which dict of a module outside
+    the turns.
     """
 
     leaves: list[tuple[dict[str, Any], str, int]]
     resting: list[Tensor]
+    hosts: list[Tensor]
+    statistics: list[tuple[nn.Module, int]]
     guards: list[tuple[dict[Any, Any], Any, Any]] = field(default_factory=list)
     memory: Tensor | None = None
     present: list[Tensor] = field(default_factory=list)
     local: list[Tensor] = field(default_factory=list)
     addresses: list[int] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
-    at_rest_version: int | None = None
+    host_versions: int | None = None
     returning: Event | None = None
     active: bool = False
 
@@ -61,7 +64,9 @@ class LiveTurns(Turns):
     def __init__(self, blocks: Sequence[StreamedBlock], device: torch.device, engine: CopyEngine, turn: Turn) -> None:
         super().__init__(blocks)
         self._device, self._engine = device, engine
-        self._states = [_State(list(_leaves(block)), block.tensors()) for block in blocks]
+        self._states = [
+            _State(list(_leaves(block)), block.tensors(), block.apart(), list(_statistics(block))) for block in blocks
+        ]
         key = RemovableHandle(OrderedDict()).id
         shared = Counter(id(module) for block in blocks if block.is_called for module in block.module.modules())
         for index, block in enumerate(blocks):
@@ -77,7 +82,7 @@ class LiveTurns(Turns):
         block, state = self.blocks[index], self._states[index]
         if state.active:
             return  # it stays where it is
-        state.memory, state.present = memory, block.placed(memory)
+        state.memory, state.present = memory, block.placed(memory, apart=not block.home.streamed)
         state.local = [local_part(tensor) for tensor in state.present]
         state.addresses = [tensor.data_ptr() for tensor in state.local]
         state.versions = [tensor._version for tensor in state.local]
@@ -109,15 +114,13 @@ class LiveTurns(Turns):
             if state.holds(kept, leaf, number):
                 kept[leaf] = state.resting[number]
         self._put_guards(state)
+        changed = {number for module, number in state.statistics if module.training}
         versions = [tensor._version for tensor in state.local]
-        if versions == state.versions:
-            return ()
-        before, state.versions = state.versions, versions
-        return [
-            self._bytes(index, number)
-            for number, pair in enumerate(zip(before, versions, strict=True))
-            if len({*pair}) > 1
-        ]
+        if versions != state.versions:
+            both = enumerate(zip(state.versions, versions, strict=True))
+            changed |= {number for number, (before, now) in both if before != now}
+            state.versions = versions
+        return [self._bytes(index, number) for number in sorted(changed)]
 
     def written(self, index: int, event: Event) -> None:
         self._states[index].returning = event
@@ -127,8 +130,13 @@ class LiveTurns(Turns):
     def is_stale(self, index: int) -> bool:
         source, state = self.blocks[index].source, self._states[index]
         assert isinstance(source, Tensor)
-        before, state.at_rest_version = state.at_rest_version, source._version
-        return before != state.at_rest_version
+        before = state.host_versions
+        state.host_versions = source._version + sum([host._version for host in state.hosts])
+        return before != state.host_versions
+
+    def hosts(self, index: int) -> Sequence[Tensor]:
+        """The block's tensors where they rest, one per entry of its layout."""
+        return self._states[index].hosts
 
     def finish(self) -> None:
         for index in range(len(self.blocks)):
@@ -272,6 +280,15 @@ def _leaves(block: StreamedBlock) -> Iterator[tuple[dict[str, Any], str, int]]:
         for _ in entry.names:
             owner, leaf = next(owners)
             yield owner._parameters if entry.kind == "parameter" else owner._buffers, leaf, number
+
+
+def _statistics(block: StreamedBlock) -> Iterator[tuple[nn.Module, int]]:
+    owners = block.owners()
+    for number, entry in enumerate(block.layout.entries):
+        for _ in entry.names:
+            owner, _ = next(owners)
+            if entry.kind == "buffer" and entry.dtype.is_floating_point and len(entry.shape) == 1:
+                yield owner, number
 
 
 def _nothing(*_: Any) -> None:

@@ -283,9 +283,9 @@ class LayerwiseOffloader:
     def _lend(self, blocks: Sequence[StreamedBlock], turns: LiveTurns) -> None:
         """Attach the stream, and let go of the memory that the model's tensors had."""
         lent = [
-            _Lent(tensor, local_part(tensor).device, entry, block, partial(turns.finish_block, index))
+            _Lent(tensor, local_part(tensor).device, entry, block, host, partial(turns.finish_block, index))
             for index, block in enumerate(blocks)
-            for entry, tensor in zip(block.layout.entries, block.tensors(), strict=True)
+            for entry, tensor, host in zip(block.layout.entries, block.tensors(), turns.hosts(index), strict=True)
         ]
         self.stream.attach()
         for tensor in lent:
@@ -311,13 +311,13 @@ class _Lent:
     entry: TensorEntry
     block: StreamedBlock
 
+    host: Tensor
     finish: Callable[[], None]
 
     def lend(self, device: torch.device) -> None:
-        at_rest = self.block.at_rest(self.entry)
-        set_local_part(self.tensor, at_rest)
+        set_local_part(self.tensor, self.host)
         name = f"{self.block.name}.{self.entry.name}" if self.block.is_called else self.entry.name
-        lay_down(self.tensor, Place(name, at_rest, device, self.finish))
+        lay_down(self.tensor, Place(name, self.host, device, self.finish))
 
     def give_back(self) -> None:
         assert isinstance(self.block.source, Tensor)

@@ -31,7 +31,7 @@ class Place:
 
     Attributes:
         name: from the model.
-        host: its bytes; shares its version counter with all of the block's bytes at rest.
+        host: the very memory.
         device: where it computes in its turns.
         finish: waits until what the block wrote has come back.
     """

@@ -106,6 +106,13 @@ class StreamedBlock:
         assert isinstance(self.source, Tensor)
         return entry.view(self.source)
 
+    def apart(self) -> list[Tensor]:
+        """`at_rest` of every entry, each in a storage of its own, and with versions of its own."""
+        if not self.rests_plain:
+            raise RuntimeError(f"{self.name} ({self.home}, codec {self.codec.name}) has no place for a tensor alone")
+        assert isinstance(self.source, Tensor)
+        return [entry.apart(self.source) for entry in self.layout.entries]
+
     def owners(self) -> Iterator[tuple[nn.Module, str]]:
         """(module, attribute) of every name of every tensor."""
         for entry in self.layout.entries:
@@ -129,12 +136,15 @@ class StreamedBlock:
         """What the module has now, for `put_back`: under every name."""
         return [(owner, leaf, getattr(owner, leaf)) for owner, leaf in self.owners()]
 
-    def placed(self, memory: Tensor) -> list[Tensor]:
-        """Its parameters and buffers as views of `memory` (uint8, the whole block), each with versions of its own."""
+    def placed(self, memory: Tensor, apart: bool = False) -> list[Tensor]:
+        """Its parameters and buffers in `memory` (uint8, the whole block), each with versions of its own.
+
+        `apart`: each in a storage of its own as well.
+        """
         return [
             nn.Parameter(tensor, requires_grad=False) if entry.kind == "parameter" else tensor
             for entry in self.layout.entries
-            for tensor in [entry.tensor(memory.data)]
+            for tensor in [entry.wrap(entry.apart(memory) if apart else entry.view(memory.data))]
         ]
 
     def bind(self, memory: Tensor) -> None:

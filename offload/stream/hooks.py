@@ -49,4 +49,5 @@ class BlockHooks:
                 act(index, sys._getframe(2))  # beyond the wrapper: the module's own call
 
         disabled: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+        disabled.__qualname__ = "(of a streamed block: pickle its state_dict(), or call remove() first)"  # in the error
         return disabled

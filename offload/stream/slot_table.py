@@ -24,7 +24,10 @@ class SlotTable:
         self.staging_bytes = staging_bytes
         self._blocks = blocks
         self.assign({}, ())
-        self._forget()
+        self._leased: list[Slot] = []
+        self.shared: list[Slot] = []
+        self.own: dict[int, Slot] = {}
+        self.of: dict[int, Slot] = {}
 
     def assign(self, number: Mapping[int, int], alone: Sequence[int]) -> None:
         """For the next `lease`. `alone`: the blocks with a slot of their own."""
@@ -50,13 +53,7 @@ class SlotTable:
 
     def release(self, arena: Arena) -> None:
         arena.release(self._leased)
-        self._forget()
-
-    def _forget(self) -> None:
-        self._leased: list[Slot] = []
-        self.shared: list[Slot] = []
-        self.own: dict[int, Slot] = {}
-        self.of: dict[int, Slot] = {}
+        self._leased, self.shared, self.own, self.of = [], [], {}, {}
 
     def _shared_sizes(self) -> list[int]:
         return slot_sizes([self._blocks[i].layout.slot_bytes for i in self.number], [*self.number.values()])
