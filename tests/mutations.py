@@ -413,7 +413,7 @@ def slots_overlap(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     def closer(stream: BlockStream) -> None:
         lease(stream)
         if _is_transformers(stream):
-            slot = stream._shared[1]
+            slot = stream._table.shared[1]
             slot.memory = stream.arena.memory[slot.start - ALIGNMENT : slot.stop - ALIGNMENT]
 
     patch.setattr(BlockStream, "_lease", closer)

@@ -29,7 +29,7 @@ from mutations import BLOCK, LATE_S, TOO_LATE_S, VERY_LATE_S, block_of, index_of
 
 def holds(stream: BlockStream, index: int, memory: Tensor) -> bool:
     """Block `index` is on its way into `memory`, or a part of it is."""
-    slot = stream._slots[index]
+    slot = stream._table.of[index]
     start = slot.memory.data_ptr()
     return slot.holder == index and start <= memory.data_ptr() < start + slot.memory.nbytes
 
@@ -72,7 +72,7 @@ def stale_from_the_start(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     prepare = stream.prepare
 
     def prepared(pass_: int) -> None:  # when the text encoder, which may have the memory before, is done
-        stream._slots[index].holder = index
+        stream._table.of[index].holder = index
         patch.setattr(stream, "prepare", prepare)
         prepare(pass_)
 
@@ -92,7 +92,7 @@ def wait_left_out(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
         load(loader, block, *args, **options)
 
     def impatient(event: Any) -> None:
-        if stream._slots[index].holder != index or event is not stream._slots[index].ready:
+        if stream._table.of[index].holder != index or event is not stream._table.of[index].ready:
             wait(event)
 
     patch.setattr(engine, "wait", impatient)

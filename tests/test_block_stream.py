@@ -142,7 +142,7 @@ def _reschedule_at_random(choice: random.Random, stream: BlockStream, homes: Seq
     """Other residents, another order, another depth: what rescheduling between two steps may ask for."""
     order = [index for index, home in enumerate(homes) if home.streamed]
     choice.shuffle(order)
-    budget = choice.randint(0, stream.arena.nbytes - sum(stream._staging))
+    budget = choice.randint(0, stream.arena.nbytes - stream._table.staging_bytes)
     sizes = [stream.blocks[index].layout.slot_bytes for index in order]
     depth = choice.randint(1, 3)
     if budget >= minimum_bytes(sizes, (depth,)):

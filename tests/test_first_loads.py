@@ -120,7 +120,7 @@ def test_what_comes_unrecorded_does_not_count() -> None:
     with case.stream.unrecorded():
         case.check(range(5))
     assert seen == []
-    for slot in case.stream._shared:
+    for slot in case.stream._table.shared:
         case.stream.engine.wait(slot.ready)
         assert bool((slot.memory.view(-1, ALIGNMENT)[:, : ALIGNMENT // 4] == 0xFF).all())
     case.check(range(5))

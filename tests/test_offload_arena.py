@@ -278,13 +278,13 @@ def test_slots_that_were_given_back_are_gone() -> None:
     arena, stream = cases[0].stream.arena, cases[0].stream
     for case in cases:
         case.check(range(len(case.modules)))
-    former = [weakref.ref(slot) for slot in stream._slots.values()]
+    former = [weakref.ref(slot) for slot in stream._table.of.values()]
     stream.reschedule(stream.schedule, [], range(5, -1, -1))
     for case in cases:
         case.check(range(len(case.modules)))
     gc.collect()
     assert not [slot for slot in former if slot() is not None], "after a reschedule"
-    former = [weakref.ref(slot) for case in cases for slot in case.stream._slots.values()]
+    former = [weakref.ref(slot) for case in cases for slot in case.stream._table.of.values()]
     arena.resize(2 * arena.nbytes)
     for case in cases:
         case.check(range(len(case.modules)))

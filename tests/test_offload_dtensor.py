@@ -11,7 +11,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -226,9 +226,13 @@ def device_bytes_fall(mesh: DeviceMesh) -> None:
         assert len(slots) == 3, "two would collide at the wrap of seven blocks"
         assert sum(memory.nbytes for memory in slots) == offloader.turn_bytes < whole / 2
         rest = offloader.stream.resident_memory[OUTSIDE]
-        places = {memory.untyped_storage().data_ptr() for memory in (*slots, rest)}
-        for name, tensor in _tensors(model).items():
-            assert not _local(tensor).numel() or _local(tensor).untyped_storage().data_ptr() in places, name
+        places = [(memory.data_ptr(), memory.data_ptr() + memory.nbytes) for memory in (*slots, rest)]
+        for block in offloader.stream.blocks:
+            with offloader.hold(block.name) if block.is_called else nullcontext():
+                for name, tensor in _tensors(model).items():
+                    if name.startswith(block.name) or not name.startswith("blocks."):
+                        local = _local(tensor)
+                        assert not local.numel() or any(a <= local.data_ptr() < b for a, b in places), name
 
 
 @check

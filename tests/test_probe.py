@@ -248,7 +248,7 @@ def test_a_wait_that_is_left_out_is_found(
     """Copies that come late, and one block that does not wait for its own: it computes with what was there before."""
     with _worker(checkpoints["z-image"], **STREAMED["shared"]) as worker:
         index = worker.loaded.plan.order[5]
-        wait, slots = worker.loaded.copy_engine.wait, worker.loaded.stream._slots
+        wait, slots = worker.loaded.copy_engine.wait, worker.loaded.stream._table.of
         left_out: list[int] = []
 
         def impatient(event: Any) -> None:

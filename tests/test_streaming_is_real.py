@@ -131,7 +131,7 @@ def test_freed_slots_are_not_read(layout: str, family: str, gang_of: GangOf, che
 
     def freed_are_nan(worker: Any) -> bool:
         worker.loaded.stream.rehearse()  # on the first rank, the VAE had the memory last
-        free = [slot for slot in worker.loaded.stream._shared if slot.holder is None]
+        free = [slot for slot in worker.loaded.stream._table.shared if slot.holder is None]
         for slot in free:
             worker.loaded.copy_engine.wait(slot.ready)
         return bool(free) and all(bool((slot.memory == 0xFF).all()) for slot in free)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from crossdock.offload.live.resting import ATTACHED, is_resting
 from crossdock.offload.memory.layout import local_part
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
@@ -22,6 +23,8 @@ _LISTED = 3
 """Places that a refusal names for each mechanism."""
 
 _MOVES = "which moves its weights itself"
+_STREAMED = "streamed by another LayerwiseOffloader"
+_REMOVED = "use that one, or call its remove() first"
 _GATHERS = "which gathers its weights from shards of its own and would never read what is streamed"
 _UNWRAPPED = (
     "give a model that was not wrapped by fully_shard or FSDP: streaming needs none; to shard weights over ranks as "
@@ -71,10 +74,14 @@ def foreign_mechanisms(model: nn.Module, device: torch.device | None = None) -> 
     """
     for path, module in model.named_modules():
         yield from _hooks(path, module)
+        if module in ATTACHED:
+            yield ForeignMechanism(path, _STREAMED, _MOVES, _REMOVED)
         if isinstance(module, FSDPModule | FullyShardedDataParallel):
             yield ForeignMechanism(path, "sharded by FSDP", _GATHERS, _UNWRAPPED)
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None and type(tensor) not in _PLAIN:
+            if is_resting(tensor):
+                yield ForeignMechanism(f"{path}.{name}".lstrip("."), _STREAMED, _MOVES, _REMOVED)
+            elif tensor is not None and type(tensor) not in _PLAIN:
                 yield _tensor(f"{path}.{name}".lstrip("."), tensor, device)
 
 

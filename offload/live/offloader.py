@@ -13,9 +13,10 @@ where they rest.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Literal, Self
 
@@ -30,6 +31,8 @@ from crossdock.offload.live.discovery import (
     shared_storage,
 )
 from crossdock.offload.live.foreign import refuse_foreign
+from crossdock.offload.live.live_turns import Instead, LiveTurns
+from crossdock.offload.live.resting import ATTACHED, LiveModelError, Place, lay_down, take_up
 from crossdock.offload.memory.arena import Arena
 from crossdock.offload.memory.codec import IDENTITY
 from crossdock.offload.memory.copy_engine import CopyEngine, make_copy_engine
@@ -81,6 +84,7 @@ class LayerwiseOffloader:
         ValueError: the budget is too small.
     """
 
+    @torch.inference_mode(False)  # whose tensors do not tell when they are written to
     def __init__(
         self,
         model: nn.Module,
@@ -107,6 +111,7 @@ class LayerwiseOffloader:
         self._stores: list[HostStore] = []
         self._lent: list[_Lent] = []
         self._plain: list[PlainTensor] = []
+        self._modules: tuple[nn.Module, ...] = ()
         self._owns_engine = engine is None
         self._engine = engine or make_copy_engine(device)
         with ExitStack() as undo:
@@ -115,6 +120,7 @@ class LayerwiseOffloader:
             self._plain = move_plain_tensors(model, device)
             if arena is None and budget_bytes is not None:  # all of it: another choice may need more than this one
                 arena = Arena(min(budget_bytes, sum(sizes)) + (rest.slot_bytes if self._held else 0), device)
+            turns = LiveTurns(blocks, device, self._engine, lambda index: self.stream.turn(index))
             self.stream = BlockStream(
                 blocks,
                 self._residency.schedule,
@@ -122,10 +128,14 @@ class LayerwiseOffloader:
                 self._engine,
                 resident=self._residency.resident,
                 arena=arena,
+                turns=turns,
             )
             undo.callback(self.stream.remove)
-            self._lend(blocks)
+            self._lend(blocks, turns)
             undo.pop_all()
+        self._modules = (*model.modules(),)
+        ATTACHED.update(self._modules)
+        vars(model)["_apply"] = Instead(model, "_apply", partial(self._convert, turns))
 
     @property
     def plain_tensors(self) -> tuple[str, ...]:
@@ -144,6 +154,7 @@ class LayerwiseOffloader:
             self.stream.prepare()
             yield
 
+    @torch.inference_mode(False)
     def reschedule(self) -> Residency | None:
         """Choose again what stays on the device, by what the blocks cost when they ran. Between two runs of the model.
 
@@ -186,20 +197,58 @@ class LayerwiseOffloader:
         """
         return self.stream.gathered(name, write_back)
 
+    def hold(self, name: str) -> AbstractContextManager[None]:
+        """Keep the block called `name` on the device meanwhile: what it has then is what computes."""
+        return self.stream.hold(name)
+
     def remove(self) -> None:
-        """Give the model back as it was: the same tensor objects, bits, strides and devices, and none of our hooks."""
-        self.stream.remove()
-        self._give_back()
+        """Give the model back as it was: the same tensor objects, bits, strides and devices, and none of our hooks.
+
+        What was written to its tensors, and what it was given in place of them, stays. A second call does nothing.
+        """
+        if self._detach():
+            self._give_back()
 
     def discard(self) -> None:
         """Take the hooks off and give the memory up. The model is of no use afterwards."""
-        self.stream.remove()
+        if not self._detach():
+            return
         for lent in self._lent:
+            take_up(lent.tensor)
             set_local_part(lent.tensor, local_part(lent.tensor).new_empty(0))
         self._end()
 
+    def _detach(self) -> bool:
+        """Whether it was attached."""
+        if not self._modules:
+            return False
+        vars(self._modules[0]).pop("_apply", None)
+        ATTACHED.difference_update(self._modules)
+        self._modules = ()
+        self.stream.remove()
+        return True
+
+    def _convert(self, turns: LiveTurns, act: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """`Module._apply` (`to`, `half`, ...) of the model: refused if it would change a tensor that is streamed."""
+        model, owned = self._modules[0], turns.owned()
+        every = [kept for module in model.modules() for kept in (module._parameters, module._buffers)]
+        tensors = [tensor for kept in every for tensor in kept.values() if tensor is not None]
+        for dtype in {tensor.dtype for tensor in tensors if id(tensor) in owned}:
+            probe = torch.empty(0, dtype=dtype, device=self._device)
+            found = act(probe)
+            if (found.dtype, found.device) != (dtype, probe.device):
+                raise LiveModelError(
+                    f"{type(model).__name__} is streamed to {self._device} as {dtype} and cannot become {found.dtype} "
+                    f"on {found.device}: call the offloader's remove(), convert the model, attach it again"
+                )
+        for tensor in tensors:
+            if id(tensor) not in owned:
+                tensor.data = act(tensor.data)
+        return model
+
     def _give_back(self) -> None:
         for lent in self._lent:
+            take_up(lent.tensor)
             lent.give_back()
         for plain in self._plain:
             plain.put_back()
@@ -231,17 +280,17 @@ class LayerwiseOffloader:
             return [*blocks, self._on_host(OUTSIDE, model, rest, is_called=False)]
         return [*blocks, _on_device(model, rest, self._device)]
 
-    def _lend(self, blocks: Sequence[StreamedBlock]) -> None:
+    def _lend(self, blocks: Sequence[StreamedBlock], turns: LiveTurns) -> None:
         """Attach the stream, and let go of the memory that the model's tensors had."""
         lent = [
-            _Lent(tensor, local_part(tensor).device, entry, block)
-            for block in blocks
-            for entry, tensor in zip(block.layout.entries, block.tensors(), strict=True)
+            _Lent(tensor, local_part(tensor).device, entry, block, host, partial(turns.finish_block, index))
+            for index, block in enumerate(blocks)
+            for entry, tensor, host in zip(block.layout.entries, block.tensors(), turns.hosts(index), strict=True)
         ]
         self.stream.attach()
         for tensor in lent:
             self._lent.append(tensor)
-            set_local_part(tensor.tensor, tensor.at_rest())
+            tensor.lend(self._device)
 
     def _on_host(self, name: str, module: nn.Module, layout: BlockLayout, is_called: bool = True) -> StreamedBlock:
         """One store per block, so that `remove` never holds the model twice."""
@@ -262,8 +311,13 @@ class _Lent:
     entry: TensorEntry
     block: StreamedBlock
 
-    def at_rest(self) -> Tensor:
-        return self.block.at_rest(self.entry)
+    host: Tensor
+    finish: Callable[[], None]
+
+    def lend(self, device: torch.device) -> None:
+        set_local_part(self.tensor, self.host)
+        name = f"{self.block.name}.{self.entry.name}" if self.block.is_called else self.entry.name
+        lay_down(self.tensor, Place(name, self.host, device, self.finish))
 
     def give_back(self) -> None:
         assert isinstance(self.block.source, Tensor)

@@ -49,6 +49,9 @@ class CopyEngine(Protocol):
     def wait(self, event: Event) -> None:
         """Make the compute stream wait for `event`. Raises what the work raised, or TimeoutError."""
 
+    def synchronize(self, event: Event) -> None:
+        """Return when `event` has happened, on the device too. Raises as `wait`."""
+
     def record(self) -> Event:
         """An event for everything that the compute stream was given so far."""
 
@@ -110,6 +113,8 @@ class CpuCopyEngine:
         self._await_end(event)
         if (error := getattr(event, "error", None)) is not None:
             raise error
+
+    synchronize = wait
 
     def _await_end(self, event: Event) -> None:
         assert isinstance(event, _CpuEvent)
@@ -182,6 +187,9 @@ class CudaCopyEngine:
 
     def wait(self, event: Event) -> None:
         torch.cuda.current_stream(self._device).wait_event(event)  # type: ignore[arg-type]
+
+    def synchronize(self, event: Event) -> None:
+        event.synchronize()  # type: ignore[attr-defined]
 
     def record(self) -> Event:
         event: Event = torch.cuda.current_stream(self._device).record_event()

@@ -96,9 +96,17 @@ class TensorEntry:
         raw = memory[self.offset : self.offset + self.nbytes].view(self.dtype)
         return raw.as_strided(self.shape, self.stride)
 
+    def apart(self, memory: Tensor) -> Tensor:
+        """`view` in a storage of its own: `torch.save` refuses tensors of two dtypes in one."""
+        raw = torch.from_dlpack(memory[self.offset : self.offset + self.nbytes])
+        return raw.view(self.dtype).as_strided(self.shape, self.stride)
+
     def tensor(self, memory: Tensor) -> Tensor:
         """The tensor as the block holds it: `view`, made a DTensor where it is one."""
-        local = self.view(memory)
+        return self.wrap(self.view(memory))
+
+    def wrap(self, local: Tensor) -> Tensor:
+        """What the block holds where this rank's part is `local`."""
         return local if self.distributed is None else self.distributed.wrap(local)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -10,6 +10,7 @@ from enum import StrEnum
 from torch import Tensor, nn
 
 from crossdock.offload.memory.codec import IDENTITY, Codec
+from crossdock.offload.memory.copy_engine import Event
 from crossdock.offload.memory.layout import BlockLayout, TensorEntry
 
 
@@ -105,6 +106,13 @@ class StreamedBlock:
         assert isinstance(self.source, Tensor)
         return entry.view(self.source)
 
+    def apart(self) -> list[Tensor]:
+        """`at_rest` of every entry, each in a storage of its own, and with versions of its own."""
+        if not self.rests_plain:
+            raise RuntimeError(f"{self.name} ({self.home}, codec {self.codec.name}) has no place for a tensor alone")
+        assert isinstance(self.source, Tensor)
+        return [entry.apart(self.source) for entry in self.layout.entries]
+
     def owners(self) -> Iterator[tuple[nn.Module, str]]:
         """(module, attribute) of every name of every tensor."""
         for entry in self.layout.entries:
@@ -128,16 +136,24 @@ class StreamedBlock:
         """What the module has now, for `put_back`: under every name."""
         return [(owner, leaf, getattr(owner, leaf)) for owner, leaf in self.owners()]
 
+    def placed(self, memory: Tensor, apart: bool = False) -> list[Tensor]:
+        """Its parameters and buffers in `memory` (uint8, the whole block), each with versions of its own.
+
+        `apart`: each in a storage of its own as well.
+        """
+        return [
+            nn.Parameter(tensor, requires_grad=False) if entry.kind == "parameter" else tensor
+            for entry in self.layout.entries
+            for tensor in [entry.wrap(entry.apart(memory) if apart else entry.view(memory.data))]
+        ]
+
     def bind(self, memory: Tensor) -> None:
         """Make the module's parameters and buffers views of `memory` (uint8, the whole block); tied ones stay tied.
 
         A DTensor becomes one of the same mesh, placements and shape whose local tensor is such a view.
         """
         owners = self.owners()
-        for entry in self.layout.entries:
-            tensor = entry.tensor(memory)
-            if entry.kind == "parameter":
-                tensor = nn.Parameter(tensor, requires_grad=False)
+        for entry, tensor in zip(self.layout.entries, self.placed(memory), strict=True):
             for _ in entry.names:
                 owner, leaf = next(owners)
                 kept = owner._parameters if entry.kind == "parameter" else owner._buffers
@@ -159,3 +175,42 @@ def put_back(tensors: Iterable[Bound]) -> None:
     for owner, leaf, tensor in tensors:
         kept = owner._parameters if isinstance(tensor, nn.Parameter) else owner._buffers
         kept[leaf] = tensor  # type: ignore[assignment]
+
+
+class Turns:
+    """What the modules of `blocks` have as their tensors, by the blocks' indices: here their slots, for good.
+
+    Others exchange them when a block comes to the device and when it goes.
+    """
+
+    def __init__(self, blocks: Sequence[StreamedBlock]) -> None:
+        self.blocks = blocks
+        self._unbound: dict[int, list[Bound]] = {}
+
+    def bind(self, index: int, memory: Tensor) -> None:
+        """The block has `memory` (uint8) in its turns from here on."""
+        self._unbound.setdefault(index, self.blocks[index].bound())
+        self.blocks[index].bind(memory)
+
+    def put_back(self) -> None:
+        """The modules have the tensors that they had before."""
+        for before in reversed(self._unbound.values()):
+            put_back(reversed(before))
+        self._unbound.clear()
+
+    def begin(self, index: int) -> None:
+        """The block's bytes are in its memory, and it is about to be used."""
+
+    def end(self, index: int) -> Sequence[tuple[Tensor, Tensor]]:
+        """Its use is over. Returns (at rest, in its memory) of each tensor that was written in it, as uint8."""
+        return ()
+
+    def written(self, index: int, event: Event) -> None:
+        """What `end` returned has been copied when `event` happens."""
+
+    def is_stale(self, index: int) -> bool:
+        """Whether what rests was written to since the last call."""
+        return False
+
+    def finish(self) -> None:
+        """Wait until all that was written is back."""

@@ -13,19 +13,21 @@ import copy
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from crossdock.offload.memory.arena import Arena, Slot
+from crossdock.offload.memory.arena import Arena
 from crossdock.offload.memory.copy_engine import CopyEngine
-from crossdock.offload.schedule.slots import SlotSchedule, slot_sizes
-from crossdock.offload.stream.block import StreamedBlock
+from crossdock.offload.schedule.slots import SlotSchedule
+from crossdock.offload.stream.block import StreamedBlock, Turns
 from crossdock.offload.stream.first_loads import FirstLoadCallback, FirstLoadObserver
 from crossdock.offload.stream.hooks import BlockHooks, is_running
 from crossdock.offload.stream.loader import BlockLoader, EventLog, Gather, fill_nan
 from crossdock.offload.stream.run_order import RunOrder
 from crossdock.offload.stream.slot_loads import SlotLoads
+from crossdock.offload.stream.slot_table import SlotTable
 from crossdock.offload.stream.trace import EventKind, StreamCounters, TraceEvent
 from crossdock.offload.stream.true_weights import TrueWeights
 
@@ -35,13 +37,14 @@ class BlockStream:
 
     Args:
         blocks: every block, in the order in which they are expected to run.
-        schedule: slots of the blocks that are streamed and not in `resident`, in the same order, pass after pass.
+        schedule: slots of the blocks that are streamed and not in `resident`, in that order, pass after pass.
         gather: the shard group; needed where a home is sharded.
         resident: indices of blocks with a streamed home that get a slot of their own.
         passes: the blocks of each pass, by index; empty: all run in one.
         arena: where the slots lie; by default memory of their own.
         yield_to_collectives: copies use the link only between collectives; tell them by `collective_issued`.
         trace_limit: how many trace events are kept, unless `keep_trace` asks for more.
+        turns: what the modules' tensors are; by default they are bound to their slots for good.
         poison_freed: overwrite a shared slot with NaN as soon as its block has computed; shows reads of freed memory.
 
     Attributes:
@@ -60,6 +63,7 @@ class BlockStream:
         passes: Sequence[Collection[int]] = (),
         arena: Arena | None = None,
         yield_to_collectives: bool = False,
+        turns: Turns | None = None,
         trace_limit: int = 100_000,
         poison_freed: bool = False,
     ) -> None:
@@ -70,21 +74,18 @@ class BlockStream:
         self._log = EventLog(engine, trace_limit)
         self._loader = BlockLoader(engine, gather, self._log, yield_to_collectives)
         self.counters: StreamCounters = self._loader.counters
-        self._loads = SlotLoads(engine, self._loader)
+        self._turns = turns or Turns(self.blocks)
+        self._loads = SlotLoads(engine, self._loader, self._turns)
         self._collectives, self._chunks = 0, 1  # of the block that is running
-        self._staging = [most] if (most := max(map(self._loader.staging_bytes, self.blocks), default=0)) else []
+        self._table = SlotTable(self.blocks, max(map(self._loader.staging_bytes, self.blocks), default=0))
         self._index = {block.name: index for index, block in enumerate(self.blocks)}
         self._run_order = RunOrder([i for i, b in enumerate(self.blocks) if b.home.streamed and b.is_called], passes)
         self._held = [i for i, block in enumerate(self.blocks) if block.home.streamed and not block.is_called]
-        self._reading: int | None = None
+        self._reading, self._kept = cast(int | None, None), frozenset[int]()  # by a call; by `hold`
         self._hooks, self._first_loads = BlockHooks(), FirstLoadObserver()
-        self._leased: list[Slot] = []
-        self._shared: list[Slot] = []
-        self._own: dict[int, Slot] = {}
-        self._slots: dict[int, Slot] = {}
         self._set_schedule(schedule, resident)
         self.arena = arena or Arena(self.slots_bytes, device)
-        self._lease()
+        self.move_in()
         self.arena.enter(self)
 
     # -- attach and remove ---------------------------------------------------------------------------------------
@@ -102,6 +103,7 @@ class BlockStream:
         """Take the hooks off and give the modules the tensors back that they had before `attach`."""
         self._hooks.remove()
         self.vacate()
+        self._turns.put_back()
         self.arena.leave(self)
 
     def observe_first_loads(self, callback: FirstLoadCallback) -> None:
@@ -136,8 +138,8 @@ class BlockStream:
 
     def vacate(self) -> None:
         self._end_loads()
-        self.arena.release(self._leased)
-        self._leased, self._shared, self._own, self._slots = [], [], {}, {}
+        self._turns.finish()
+        self._table.release(self.arena)
 
     @contextmanager
     def unrecorded(self) -> Iterator[None]:
@@ -150,7 +152,7 @@ class BlockStream:
                 yield
         finally:
             self._end_loads()
-            for slot in [*self._shared, *self._own.values()]:
+            for slot in self._table.every:
                 slot.holder = None
             self._run_order, self._loader.read = run_order, read
             self._look_ahead()
@@ -169,7 +171,7 @@ class BlockStream:
             self._hooks.suspended = False
 
     def move_in(self) -> None:
-        self._lease()
+        self._loads.staging = self._table.lease(self.arena, self, self.engine.record())
         if self._hooks.attached:
             self._bind()
 
@@ -178,7 +180,7 @@ class BlockStream:
     @property
     def order(self) -> tuple[str, ...]:
         """Names of the blocks that share slots in the order in which they are prefetched."""
-        return tuple(self.blocks[i].name for i in self._run_order.order if i not in self._own)
+        return tuple(self.blocks[i].name for i in self._run_order.order if i not in self._table.own)
 
     @property
     def recorded_order(self) -> tuple[int, ...] | None:
@@ -188,13 +190,13 @@ class BlockStream:
     @property
     def slot_memory(self) -> tuple[Tensor, ...]:
         """The slots that blocks share."""
-        return tuple(slot.memory for slot in self._shared)
+        return tuple(slot.memory for slot in self._table.shared)
 
     @property
     def resident_memory(self) -> dict[str, Tensor]:
         """Block -> its memory, for those that stay on the device."""
         fixed = {b.name: b.source for b in self.blocks if not b.home.streamed and isinstance(b.source, Tensor)}
-        return fixed | {self.blocks[index].name: slot.memory for index, slot in self._own.items()}
+        return fixed | {self.blocks[index].name: slot.memory for index, slot in self._table.own.items()}
 
     @property
     def latest(self) -> tuple[EventKind, str] | None:
@@ -222,7 +224,7 @@ class BlockStream:
 
     def slot_of(self, name: str) -> int | None:
         """The slot of the block called `name`; None for a resident one."""
-        return self._shared_slot.get(self._index[name])
+        return self._table.number.get(self._index[name])
 
     # -- one block -----------------------------------------------------------------------------------------------
 
@@ -249,15 +251,18 @@ class BlockStream:
     def hold(self, name: str) -> Iterator[None]:
         """Keep a block on the device meanwhile, whatever runs."""
         index = self._index[name]
-        slot = self._slots[index]
+        slot = self._table.of[index]
         self.flush()
         self._enqueue(index)
         self._loads.wait(slot)
-        slot.begin_reading()
+        self._loads.begin_reading(slot, index)
+        kept, self._kept = self._kept, self._kept | {index}
         try:
             yield
         finally:
-            slot.end_reading(self.engine.record())
+            self._kept = kept
+            if index not in {*kept, self._reading}:
+                self._loads.end_reading(slot, index)
 
     @contextmanager
     def gathered(self, name: str, write_back: bool = False) -> Iterator[dict[str, Tensor]]:
@@ -278,8 +283,8 @@ class BlockStream:
         weights = TrueWeights.of(self._index[name], self.blocks, self._loader, self._device)
         yield weights.named
         if write_back:
-            for part in weights.parts & self._slots.keys():
-                self._loads.forget(self._slots[part])
+            for part in weights.parts & self._table.of.keys():
+                self._loads.forget(self._table.of[part])
             weights.write_back()
 
     def _before(self, index: int) -> None:
@@ -289,15 +294,15 @@ class BlockStream:
 
     def _bring(self, index: int) -> None:
         self.settle()
-        slot = self._slots[index]
+        slot = self._table.of[index]
         missed = slot.holder != index
         self._note("wait_begin", index, missed)
         if missed:
             self.counters.misses += 1
-            self._enqueue(index)
+        self._enqueue(index)
         self._fetch_ahead(index)
         self._loads.wait(slot)
-        slot.begin_reading()
+        self._loads.begin_reading(slot, index)
         self._reading = index
         self._note("compute_begin", index)
         self._first_loads.loaded(index, self.blocks[index], slot.memory)
@@ -315,9 +320,9 @@ class BlockStream:
         self._chunks, self._collectives = 1 + self._collectives, 0
         index, self._reading = self._reading, None
         self._note("compute_end", index)
-        slot = self._slots[index]
-        done = self.engine.record()
-        slot.end_reading(done)
+        if index in self._kept:
+            return
+        done = self._loads.end_reading(slot := self._table.of[index], index)
         if self.poison_freed and index not in self._staying:
             slot.holder = None
             slot.ready = self.engine.submit("copy", lambda: fill_nan(slot.memory), (done,))
@@ -328,72 +333,65 @@ class BlockStream:
             self.settle()
 
     def _fetch_ahead(self, index: int) -> None:
-        taken = {self._slots[index]}
+        taken = {self._table.of[index]}
         for following in self._ahead[index]:
-            slot = self._slots[following]
+            slot = self._table.of[following]
             if slot not in taken:  # else it would push out a block that runs before it
                 taken.add(slot)
                 self._enqueue(following, self._chunks)
 
     def _enqueue(self, index: int, chunks: int = 1) -> None:
         """Load block `index` into its slot."""
-        block = self.blocks[index]
-        self._loads.enqueue(self._slots[index], index, block, self.slot_of(block.name), chunks)
+        self._loads.enqueue(self._table.of[index], index, self.blocks[index], self._table.number.get(index), chunks)
+
+    @contextmanager
+    def turn(self, index: int) -> Iterator[None]:
+        """Something else of the block than its own call runs meanwhile: out of the order of the run."""
+        self._bring(index)
+        try:
+            yield
+        finally:
+            self._after(index)
 
     # -- memory --------------------------------------------------------------------------------------------------
 
     def _set_schedule(self, schedule: SlotSchedule, resident: Collection[int]) -> None:
-        self._residents = frozenset(resident)
-        sharing = [i for i in self._run_order.order if i not in self._residents]
+        sharing = [i for i in self._run_order.order if i not in resident]
         if len(sharing) != len(schedule.slots):
             raise ValueError(f"{len(sharing)} streamed blocks, but slots for {len(schedule.slots)}")
         self.schedule = schedule
         self.scheduled_at = self._log.upcoming
-        self._shared_slot = dict(zip(sharing, schedule.slots, strict=True))
-        self._staying = self._residents | self._run_order.stay_in_pass(self._shared_slot)
+        alone = [i for i in self._run_order.order if i in resident]
+        self._table.assign(dict(zip(sharing, schedule.slots, strict=True)), [*self._held, *alone])
+        self._staying = self._run_order.stay_in_pass(self._table.number).union(resident)
         self._prefetch = max(schedule.prefetch, 1) if self._staying else schedule.prefetch
         self._look_ahead()
 
     def _look_ahead(self) -> None:
         self._ahead = self._run_order.ahead(self._prefetch, self._staying)
 
-    def _sizes(self) -> tuple[list[int], list[int], list[int]]:
-        """Bytes of the shared slots; the blocks with a slot of their own, and the bytes of these and of the staging."""
-        sizes = slot_sizes([self.blocks[i].layout.slot_bytes for i in self._shared_slot], [*self._shared_slot.values()])
-        alone = [*self._held, *(i for i in self._run_order.order if i in self._residents)]
-        return sizes, alone, [self.blocks[i].layout.slot_bytes for i in alone] + self._staging
-
     @property
     def slots_bytes(self) -> int:
         """Device bytes of all slots, and of what is decoded into them."""
-        shared, _, own = self._sizes()
-        return sum(shared) + sum(own)
-
-    def _lease(self) -> None:
-        shared, alone, own = self._sizes()
-        self._leased = slots = self.arena.lease(self, [*shared, *own], self.engine.record())
-        self._loads.staging = slots[-1] if self._staging else None
-        self._shared = slots[: len(shared)]
-        self._own = dict(zip(alone, slots[len(shared) :], strict=False))
-        self._slots = {i: self._shared[slot] for i, slot in self._shared_slot.items()} | self._own
+        return self._table.nbytes
 
     def _end_loads(self) -> None:
         self.settle()
-        for slot in [*self._shared, *self._own.values()]:
+        for slot in self._table.every:
             with suppress(Exception):  # a load that failed is of no interest any more; one under way must end first
                 self.engine.wait(slot.ready)
 
     def _bind(self) -> None:
         for index, block in enumerate(self.blocks):
-            memory = self._slots[index].memory if block.home.streamed else block.source
+            memory = self._table.of[index].memory if block.home.streamed else block.source
             assert isinstance(memory, Tensor)
-            block.bind(memory)
+            self._turns.bind(index, memory)
 
     def _poison(self) -> None:
         """No slot holds anything but NaN from here on."""
         self.settle()
-        for index, slot in {id(slot): (index, slot) for index, slot in self._slots.items()}.values():
+        for index, slot in {id(slot): (index, slot) for index, slot in self._table.of.items()}.values():
             self._loads.poison(slot, index)
 
     def _note(self, kind: EventKind, index: int, missed: bool = False) -> None:
-        self._log.note(kind, self.blocks[index].name, self._shared_slot.get(index), "compute", missed=missed)
+        self._log.note(kind, self.blocks[index].name, self._table.number.get(index), "compute", missed=missed)

@@ -1,4 +1,4 @@
-"""The hooks of a block stream on its blocks, and the tensors that the modules had before they were bound."""
+"""The hooks of a block stream on its blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from crossdock.offload.stream.block import Bound, StreamedBlock, put_back
+from crossdock.offload.stream.block import StreamedBlock
 
 Act = Callable[[int], None]
 """Gets the index of the block that is about to run, or has run."""
@@ -23,38 +23,34 @@ class BlockHooks:
 
     def __init__(self) -> None:
         self.suspended = False
+        self.attached = False
         self._handles: list[RemovableHandle] = []
-        self._unbound: list[Bound] = []
-
-    @property
-    def attached(self) -> bool:
-        return bool(self._handles or self._unbound)
 
     def attach(self, index: int, block: StreamedBlock, before: Act, after: Act) -> None:
-        """Around every call of the block, if it is called at all; call it before the block is bound."""
-        self._unbound += block.bound()
+        """Around every call of the block, if it is called at all."""
+        self.attached = True
         if block.is_called:
             self._handles += [
-                block.module.register_forward_pre_hook(self._hook(before, index), prepend=True),
-                block.module.register_forward_hook(self._hook(after, index), always_call=True),
+                block.module.register_forward_pre_hook(self._hook(before, index, block.module), prepend=True),
+                block.module.register_forward_hook(self._hook(after, index, block.module), always_call=True),
             ]
 
     def remove(self) -> None:
-        """Take the hooks off and give the modules the tensors back that they had before."""
+        """Take the hooks off."""
+        self.attached = False
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        put_back(reversed(self._unbound))
-        self._unbound.clear()
 
-    def _hook(self, act: Act, index: int) -> Callable[..., None]:
-        """A hook that a compiled caller calls but does not trace."""
+    def _hook(self, act: Act, index: int, own: nn.Module) -> Callable[..., None]:
+        """A hook that a compiled caller calls but does not trace. On a copy of the block it does nothing."""
 
-        def hook(*_: Any) -> None:
-            if not self.suspended:
+        def hook(module: nn.Module, *_: Any) -> None:
+            if module is own and not self.suspended:
                 act(index)
 
         disabled: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+        disabled.__qualname__ = "(of a streamed block: pickle its state_dict(), or call remove() first)"  # in the error
         return disabled
 
 

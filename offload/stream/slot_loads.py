@@ -6,16 +6,17 @@ from functools import partial
 
 from crossdock.offload.memory.arena import Slot
 from crossdock.offload.memory.copy_engine import CopyEngine, Event
-from crossdock.offload.stream.block import StreamedBlock
+from crossdock.offload.stream.block import StreamedBlock, Turns
 from crossdock.offload.stream.loader import BlockLoader, poison
 
 
 class SlotLoads:
     """What `loader` brings into slots. A slot's `holder` is a block from the moment its load is asked for."""
 
-    def __init__(self, engine: CopyEngine, loader: BlockLoader) -> None:
+    def __init__(self, engine: CopyEngine, loader: BlockLoader, turns: Turns) -> None:
         self._engine = engine
         self._loader = loader
+        self._turns = turns
         self._pending: set[Slot] = set()  # claimed for a load of which not all is enqueued
         self.staging: Slot | None = None  # where what travels encoded waits to be decoded
 
@@ -26,6 +27,8 @@ class SlotLoads:
             holder: the block's index.
             number: the slot's, for the trace; None where the block has it alone.
         """
+        if self._turns.is_stale(holder) and slot.holder == holder:
+            self.forget(slot)
         if slot.holder == holder:
             return
         staging = None if block.codec.in_place else self.staging
@@ -64,6 +67,25 @@ class SlotLoads:
         except BaseException:
             slot.holder = None  # half filled: the next request loads it again
             raise
+
+    def begin_reading(self, slot: Slot, holder: int) -> None:
+        """The compute stream has waited: the block's turn begins."""
+        self._turns.begin(holder)
+        slot.begin_reading()
+
+    def end_reading(self, slot: Slot, holder: int) -> Event:
+        """The event after which the slot may be overwritten: what the block wrote has been written back by then."""
+        done = self._engine.record()
+        if written := self._turns.end(holder):
+
+            def work() -> None:
+                for rest, changed in written:
+                    self._engine.move(rest, changed)
+
+            done = self._engine.submit("copy", work, (done,))
+            self._turns.written(holder, done)
+        slot.end_reading(done)
+        return done
 
     def forget(self, slot: Slot) -> None:
         """What the slot holds is out of date."""
