@@ -23,7 +23,7 @@ from crossdock.launch.commands import check
 from crossdock.launch.commands.options import run_app
 from crossdock.runtime.contract.coordinator import SHOWN
 from crossdock.runtime.contract.numbers import SAME_NUMBERS
-from crossdock.runtime.contract.verify import CHECKS
+from crossdock.runtime.contract.verify import CHECKS, STEP_CHECKS
 from crossdock.runtime.errors import LaunchError, RankError
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.probe import probe_numbers
@@ -149,7 +149,7 @@ def test_json_is_all_there_is(
     assert content["model"] == str(checkpoints["flux2-klein"])
     assert content["holds"] is True
     assert content["violations"] == []
-    assert [row["check"] for row in content["composition"]] == [*CHECKS, SAME_NUMBERS]
+    assert [row["check"] for row in content["composition"]] == [*CHECKS, *STEP_CHECKS, SAME_NUMBERS]
     assert {row["status"] for row in content["composition"]} == {"holds"}
     assert all(set(row) == {"check", "status", "detail"} for row in content["composition"])
     (rank,) = content["ranks"]

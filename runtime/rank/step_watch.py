@@ -169,7 +169,11 @@ class StepWatch(Observer):
                 self._note(step.branch, f"{argument}, given to {name} ({len(step.computed)})", value)
 
     def _is_whole(self, argument: str) -> bool:
-        """Of a block's argument, where sequences are cut: its hooks have yet to cut it; all of them come later."""
+        """A block's argument, as tables and masks, is all there: where sequences are cut, the hooks that do it come
+        later. Activations are no such thing; they are large, and show in the latents.
+        """
+        if any(argument in region.segments for region in self._spec.regions):
+            return False
         if self._regions is None:
             return True
         return any(argument in {**region.shard_like, **region.padding} for region in self._regions if region.within)
