@@ -244,7 +244,7 @@ def test_a_submodule_and_a_method_are_the_blocks_turn(model: Model) -> None:
     """They compute on the device, and those of a copy have nothing to do with it."""
     with LayerwiseOffloader(model, CPU) as offloader:
         stream = offloader.stream
-        for index, use in ((1, lambda block: block.norm(X)), (2, lambda block: block.cached(X))):
+        for index, use in ((1, lambda block: block.norm(X)), (2, lambda block: block.row())):
             use(_block(model, index))
             assert stream.latest == ("compute_end", f"blocks.{index}")
         since = stream.upcoming
