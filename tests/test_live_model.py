@@ -240,6 +240,19 @@ def test_reading_outside_a_turn_is_right(model: Model, way: str, budget: int | N
     same(model(X), twin(X))
 
 
+def test_a_submodule_and_a_method_are_the_blocks_turn(model: Model) -> None:
+    """They compute on the device, and those of a copy have nothing to do with it."""
+    with LayerwiseOffloader(model, CPU) as offloader:
+        stream = offloader.stream
+        for index, use in ((1, lambda block: block.norm(X)), (2, lambda block: block.row())):
+            use(_block(model, index))
+            assert stream.latest == ("compute_end", f"blocks.{index}")
+        since = stream.upcoming
+        for use in (lambda block: block.norm(X), lambda block: block.cached(X), lambda block: block(X)):
+            use(_block(copy.deepcopy(model)))
+        assert stream.upcoming == since
+
+
 def _load(model: Model, assign: bool) -> None:
     torch.manual_seed(7)
     model.load_state_dict(Model().requires_grad_(False).state_dict(), assign=assign)

@@ -86,14 +86,14 @@ def is_resting(tensor: object) -> bool:
 def lay_down(tensor: Tensor, place: Place) -> None:
     """Make a plain tensor one at rest. A DTensor stays what it is: its local part is what rests."""
     if (resting := _CLASSES.get(type(tensor))) is not None:
-        tensor.__class__ = resting  # type: ignore[assignment]
+        tensor.__class__ = resting
         tensor.place = place  # type: ignore[attr-defined]
 
 
 def take_up(tensor: Tensor) -> None:
     """Make it the plain tensor that it was."""
     if is_resting(tensor):
-        tensor.__class__ = nn.Parameter if isinstance(tensor, nn.Parameter) else Tensor  # type: ignore[assignment]
+        tensor.__class__ = nn.Parameter if isinstance(tensor, nn.Parameter) else Tensor
         del tensor.place  # type: ignore[attr-defined]
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
+from torch.utils.dlpack import from_dlpack
 
 ALIGNMENT = 256
 """Bytes. CUDA's vector loads, fp8 kernels (32) and TMA descriptors (128) are all satisfied by it."""
@@ -98,7 +99,7 @@ class TensorEntry:
 
     def apart(self, memory: Tensor) -> Tensor:
         """`view` in a storage of its own: `torch.save` refuses tensors of two dtypes in one."""
-        raw = torch.from_dlpack(memory[self.offset : self.offset + self.nbytes])
+        raw = from_dlpack(memory[self.offset : self.offset + self.nbytes])
         return raw.view(self.dtype).as_strided(self.shape, self.stride)
 
     def tensor(self, memory: Tensor) -> Tensor:
