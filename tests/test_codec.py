@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 import torch
 import toy_codec
+from one_rank import rank_request
 from toy_codec import HEADER, PACKED
 
 from crossdock.launch.engine.engine import Engine
@@ -29,13 +31,12 @@ from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.inspection import memory_spans
 from crossdock.runtime.rank.worker import RankWorker
-from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.watch.gang import Gang
 from reference import ODD_SIZE, PROMPT
 from toy_blocks import STREAMED, build
 
 CPU = torch.device("cpu")
-REQUEST = GenerateRequest((PROMPT,), height=ODD_SIZE[0], width=ODD_SIZE[1], steps=2)
+REQUEST = rank_request(PROMPT, height=ODD_SIZE[0], width=ODD_SIZE[1], steps=2)
 
 
 # -- the stream ------------------------------------------------------------------------------------------------------
@@ -232,7 +233,6 @@ def test_shards_of_several_ranks(
     for encoded in (False, True):
         if encoded:
             packed()
-            cloudpickle = pytest.importorskip("ray.cloudpickle", reason="ray is not installed")
             cloudpickle.register_pickle_by_value(toy_codec)
         with Engine.start(config, flux2_dir, gang_of(2)) as engine:
             generation = engine.generate([PROMPT], height=ODD_SIZE[0], width=ODD_SIZE[1])
