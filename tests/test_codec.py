@@ -33,7 +33,10 @@ from crossdock.runtime.rank.inspection import memory_spans
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.watch.gang import Gang
 from reference import ODD_SIZE, PROMPT
+from tiers import not_quick
 from toy_blocks import STREAMED, build
+
+pytestmark = not_quick
 
 CPU = torch.device("cpu")
 REQUEST = rank_request(PROMPT, height=ODD_SIZE[0], width=ODD_SIZE[1], steps=2)

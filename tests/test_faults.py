@@ -265,9 +265,18 @@ def _left() -> set[int | str]:
     return _ranks() | {name for name in os.listdir("/dev/shm") if "plasma" not in name}
 
 
+FAULTS: list[tuple[int, Kind, Moment]] = [
+    (0, "kill", "middle step"),
+    (1, "stop", "last step"),
+    (2, "raise", "first step"),
+    (3, "kill", "decode"),
+]
+
+
 @pytest.mark.parametrize(
-    ("rank", "kind", "moment"),
-    some([(0, "kill", "middle step"), (1, "stop", "last step"), (2, "raise", "first step"), (3, "kill", "decode")], 3),
+    ("run", "rank", "kind", "moment"),
+    [*(("local", *fault) for fault in FAULTS), *(("ray", *fault) for fault in some(FAULTS, 1))],
+    indirect=["run"],
 )
 def test_the_picture_is_the_same(rank: int, kind: Kind, moment: Moment, run: Run) -> None:
     """A fault never costs a request; who did it is known within seconds, and later steps are not computed again."""
@@ -280,6 +289,7 @@ def test_the_picture_is_the_same(rank: int, kind: Kind, moment: Moment, run: Run
         assert re.search(rf"rank \d waits for it in {where} with rank {rank}", fault["error"]), fault["error"]
 
 
+@pytest.mark.parametrize("run", some(["local", "ray"], 1), indirect=True)
 def test_faults_while_new_ranks_come_up(run: Run) -> None:
     """A second, third and fourth fault, in what the first one made necessary; each is known, and known as its own."""
     faults = [(3, "kill", "first step"), (2, "stop", "launch"), (1, "kill", "load"), (0, "raise", "verify")]

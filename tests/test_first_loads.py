@@ -27,7 +27,10 @@ from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.watch.gang import Gang
 from reference import ODD_SIZE, PROMPT
+from tiers import not_quick
 from toy_blocks import build
+
+pytestmark = not_quick
 
 GangOf = Callable[[int], Gang]
 BLOCK = "single_transformer_blocks.2"

@@ -23,6 +23,9 @@ from crossdock.offload.live.foreign import ForeignMechanismError
 from crossdock.offload.live.offloader import LayerwiseOffloader
 from crossdock.offload.live.resting import LiveModelError
 from crossdock.offload.memory.copy_engine import CpuCopyEngine
+from tiers import not_quick
+
+pytestmark = not_quick
 
 CPU = torch.device("cpu")
 WIDTH, COUNT = 8, 5

@@ -37,7 +37,7 @@ from reference import (
     reference,
     reference_latents,
 )
-from tiers import ALL, pairs, quick, some
+from tiers import ALL, not_quick, pairs, quick, some
 
 GangOf = Callable[[int], Gang]
 Checkpoints = dict[str, Path]
@@ -98,6 +98,7 @@ def test_latents_equal_diffusers(
                 assert torch.equal(streamed, again.latents[0]), "layerwise on and off differ"
 
 
+@not_quick
 @pytest.mark.parametrize(("layout", "family"), _torchrun_cells())
 def test_torchrun_equals_diffusers(layout: Layout, family: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """The same command line under torchrun, in an environment where ray cannot be imported."""

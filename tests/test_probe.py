@@ -29,6 +29,9 @@ from crossdock.runtime.reports.records import ProbeReport
 from crossdock.runtime.watch.gang import Gang
 from layouts import FAMILIES
 from reference import ODD_SIZE, PROMPT
+from tiers import not_quick
+
+pytestmark = not_quick
 
 Checkpoints = dict[str, Path]
 GangOf = Callable[[int], Gang]

@@ -27,6 +27,9 @@ from crossdock.runtime.request import RankRequest, RequestItem
 from crossdock.runtime.watch.gang import Gang
 from layouts import FAMILIES
 from reference import ODD_SIZE, OTHER_PROMPT, PROMPT
+from tiers import not_quick
+
+pytestmark = not_quick
 
 Checkpoints = dict[str, Path]
 GangOf = Callable[[int], Gang]

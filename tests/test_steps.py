@@ -25,6 +25,9 @@ from crossdock.runtime.reports.rank_result import RankResult
 from crossdock.runtime.request import RankRequest
 from crossdock.runtime.watch.gang import Gang
 from reference import PROMPT
+from tiers import not_quick
+
+pytestmark = not_quick
 
 cloudpickle.register_pickle_by_value(faults)
 

@@ -40,7 +40,10 @@ from crossdock.runtime.reports.records import RankReport
 from crossdock.runtime.watch.gang import Gang
 from layouts import FAMILIES
 from reference import ODD_SIZE, PROMPT
+from tiers import not_quick
 from toy_blocks import build
+
+pytestmark = not_quick
 
 Checkpoints = dict[str, Path]
 GangOf = Callable[[int], Gang]

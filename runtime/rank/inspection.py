@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from crossdock.offload.live.discovery import named_plain_tensors
 from crossdock.offload.live.foreign import foreign_mechanisms
+from crossdock.offload.live.resting import is_resting
 from crossdock.offload.memory.layout import local_part
 from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.parallel.tensor import TensorSlice
@@ -186,8 +187,9 @@ def measure_device(
 
 
 def _storages(tensors: Iterable[Tensor], device: torch.device) -> dict[int, int]:
-    """Address -> bytes of the distinct storages on `device`."""
-    storages = (tensor.untyped_storage() for tensor in tensors if tensor.device.type == device.type)
+    """Address -> bytes of the distinct storages on `device`; what rests on the host is not there, on a CPU, too."""
+    there = (tensor for tensor in tensors if tensor.device.type == device.type and not is_resting(tensor))
+    storages = (tensor.untyped_storage() for tensor in there)
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
