@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,8 @@ import typer
 from rich.console import Console
 
 from crossdock.launch.commands.options import Outputs, add_check, build_app, run_app
+from crossdock.launch.console import exit_now
+from crossdock.launch.gangs.ranks.reachable import GIVEN_UP
 from crossdock.runtime.request import GenerateRequest
 
 
@@ -87,7 +90,10 @@ def config_schema_command() -> None:
 
 def main() -> None:
     """Entry point of the `crossdock` script."""
-    sys.exit(run_app(app))
+    code = run_app(app)
+    if any(thread.name == GIVEN_UP for thread in threading.enumerate()):
+        exit_now(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from types import FrameType
 
@@ -22,3 +24,15 @@ def complain_on_stderr(message: str) -> None:
 def end(number: int, frame: FrameType | None) -> None:
     """SIGTERM ends the run like Ctrl-C: the gang is closed on the way out."""
     raise KeyboardInterrupt
+
+
+def exit_now(code: int) -> None:
+    """End this process without Python's own way out.
+
+    That waits for collectives that nobody will finish, and where a thread, such as the watch's, is inside of torch's
+    store it aborts the process: the thread is unwound through C++ that does not allow it.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(code)

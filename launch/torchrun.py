@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 
 from crossdock.launch.commands.options import Outputs, add_check, build_app, run_app
-from crossdock.launch.console import complain_on_stderr
+from crossdock.launch.console import complain_on_stderr, exit_now
 from crossdock.launch.gangs.rank_messages import MessageStore
 from crossdock.launch.gangs.run_secret import run_secret
 from crossdock.launch.gangs.torchrun_gang import connect_store, try_name
-from crossdock.launch.gangs.torchrun_watch import REPORTED, exit_now, is_reporter
+from crossdock.launch.gangs.torchrun_watch import REPORTED, is_reporter
 from crossdock.runtime.errors import LaunchError
 from crossdock.runtime.request import GenerateRequest
 

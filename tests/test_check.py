@@ -150,7 +150,7 @@ def test_json_is_all_there_is(
     assert content["holds"] is True
     assert content["violations"] == []
     assert [row["check"] for row in content["composition"]] == [*CHECKS, *STEP_CHECKS, SAME_NUMBERS]
-    assert {row["status"] for row in content["composition"]} == {"holds"}
+    assert {row["status"] for row in content["composition"]} == {"holds", "no step yet"}
     assert all(set(row) == {"check", "status", "detail"} for row in content["composition"])
     (rank,) = content["ranks"]
     assert set(rank) == {"rank", "homes", "resident", "slots", "slot_bytes", "device_bytes", "host_bytes"}
@@ -275,6 +275,7 @@ def _shared_memory() -> set[str]:
     return set(os.listdir("/dev/shm"))
 
 
+@thorough
 def test_two_ranks_through_ray(checkpoints: Checkpoints) -> None:
     """The real command: one JSON object on stdout, nothing of Ray's; no process and no shared memory afterwards."""
     before = _shared_memory()
@@ -290,6 +291,7 @@ def test_two_ranks_through_ray(checkpoints: Checkpoints) -> None:
     assert _shared_memory() == before
 
 
+@thorough  # as `generate` is: test_nothing_left_behind
 def test_interrupted(checkpoints: Checkpoints) -> None:
     """Ctrl-C while the ranks come up: 130, one word, nothing left."""
     before = _shared_memory()

@@ -40,7 +40,7 @@ from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.watch.gang import Gang
 from layouts import FAMILIES
 from reference import ODD_SIZE, PROMPT, TOLERANCE, max_error, reference_latents
-from tiers import not_quick
+from tiers import not_quick, some
 from toy_blocks import build
 
 pytestmark = not_quick
@@ -71,7 +71,7 @@ def _device_bytes(worker: RankWorker) -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some(FAMILIES, 1))
 def test_ten_budgets(family: str, checkpoints: Checkpoints) -> None:
     """From the minimum to the whole model: same bits, the peak of the whole pipeline within the budget, fewer bytes
     moved with every step up, none at the end; one byte below the minimum is refused.

@@ -577,7 +577,11 @@ def test_a_rank_out_of_step_is_named(stuck: Stuck, pair: LocalGang, checkpoints:
 
 @dataclass(frozen=True)
 class Mistake:
-    """A fault on all ranks; one of loading is in the plan as well. `pitfalls` as in `Mutation`."""
+    """A fault on all ranks; one of loading is in the plan as well. `pitfalls` as in `Mutation`.
+
+    Attributes:
+        seen: ranks come to different latents by it, which same-state sees.
+    """
 
     name: str
     pitfalls: tuple[int, ...]
@@ -585,10 +589,11 @@ class Mistake:
     plant: Plant
     family: str = "z-image"
     stage: Stage = "request"
+    seen: bool = False
 
 
 MISTAKES = (
-    Mistake("a reduce left out", (5,), "tp2", running.reduce_left_out),
+    Mistake("a reduce left out", (5,), "tp2", running.reduce_left_out, seen=True),
     Mistake("text doubled", (7,), "ulysses2_ring2", running.text_doubled, "flux2-klein"),
     Mistake("text dropped", (7,), "ulysses2_ring2", running.text_dropped, "flux2-klein"),
     Mistake("padding attended", (7,), "ulysses4", running.padding_attended),
@@ -601,13 +606,19 @@ MISTAKES = (
 def test_a_common_mistake_shows_in_the_picture(
     mistake: Mistake, gang_of: GangOf, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mistake that no rank can notice is within the tolerance of the comparison with diffusers."""
+    """A mistake that no rank can notice is within the tolerance of the comparison with diffusers; or the latents of
+    ranks differ by it, and a picture leaves.
+    """
     if mistake.stage == "load":
         mistake.plant(None, monkeypatch)  # type: ignore[arg-type]
     directory = checkpoints[mistake.family]
     plan = _plan(mistake.layout, directory)
     work_of, gang = _on_ranks(mistake.stage, mistake.plant), gang_of(plan.mesh.world_size)
     found, told = _run(gang, plan, TWO_STEPS, work_of, "load", "request", "probe")
+    if mistake.seen:
+        assert {violation.check for violation in found["request"]} == {"same-state"}
+        assert not any(result.media for result in told["request"])
+        return
     assert found == {"load": [], "request": [], "probe": []}, "a check sees it: put it in the table"
     error = _error(told, directory)
     print(f"{mistake.name}: {error:.1e}")

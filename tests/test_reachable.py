@@ -117,3 +117,31 @@ def test_the_command_ends_in_time(answers: bool, flux2_dir: Path, tmp_path: Path
     assert "Traceback" not in run.stderr
     print(f"told after {took_s:.1f} s, of which {LAUNCH_S if answers else 0} s were Ray's")
     assert took_s < START_S + LAUNCH_S
+
+
+_GIVES_UP = """
+from torch.distributed import TCPStore
+from crossdock.launch import cli
+from crossdock.launch.gangs.ranks.reachable import within
+
+store = TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False)
+
+def ask_forever():
+    while True:
+        store.set("asked", "again")
+
+def gives_up(app):
+    try:
+        within(0.2, ask_forever)
+    except TimeoutError:
+        return 2
+
+cli.run_app = gives_up
+cli.main()
+"""
+
+
+def test_what_was_given_up_does_not_abort_the_way_out() -> None:
+    """A thread that is still in C++ is unwound at Python's own way out, and the process ends by SIGABRT."""
+    done = subprocess.run([sys.executable, "-c", _GIVES_UP], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr

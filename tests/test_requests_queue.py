@@ -43,6 +43,7 @@ from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.status import RankStatus
 from crossdock.runtime.request import GenerateRequest, RankRequest
 from crossdock.runtime.watch.gang import Gang, Notice
+from tiers import thorough
 
 LIMIT_S = 30.0
 """The longest wait of a test."""
@@ -743,6 +744,7 @@ def test_200_requests_from_8_threads(engine: Engine, gang: FakeGang) -> None:
     assert begun == [n for _, n in found.order if n in begun], "another order than that of submission"
 
 
+@thorough
 def test_200_requests_on_real_ranks(gang_of: Callable[[int], Gang], flux2_dir: Path) -> None:
     """The same, with a rank that is killed; its memory is measured where the engine is."""
     run = RunConfig.parse({"parallel": {"tp_degree": 2}, "offload": {"layerwise": True}})

@@ -45,7 +45,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "gangs": {"console", "gangs/ranks"},
         "engine": {"gangs"},
         "commands": {"console", "gangs", "engine"},
-        "cli": {"console", "commands"},
+        "cli": {"console", "commands", "gangs/ranks"},
         "torchrun": {"console", "gangs", "commands"},
     },
     "offload": {

@@ -17,7 +17,6 @@ import secrets
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -27,7 +26,7 @@ from typing import Any
 import psutil
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from crossdock.launch.console import INTERRUPTED, complain_on_stderr
+from crossdock.launch.console import INTERRUPTED, complain_on_stderr, exit_now
 from crossdock.launch.gangs.rank_messages import Lead, MessageStore, Reporter
 from crossdock.launch.gangs.ranks.process_state import process_state
 from crossdock.launch.gangs.run_secret import VARIABLE
@@ -286,18 +285,6 @@ def is_reporter(messages: MessageStore, rank: int) -> bool:
     """Whether this rank, now, is the one that says what went wrong."""
     own = Reporter(rank, secrets.token_hex(8))
     return messages.put_first(REPORTED, own) == own
-
-
-def exit_now(code: int) -> None:
-    """End this process without Python's own way out.
-
-    That waits for collectives that nobody will finish, and where a thread, such as the watch's, is inside of torch's
-    store it aborts the process: the thread is unwound through C++ that does not allow it.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
-    os._exit(code)
 
 
 def _brief(status: RankStatus) -> RankStatus:

@@ -38,6 +38,10 @@ def not_reached(address: str, reason: str) -> LaunchError:
     return LaunchError(f"no Ray cluster answers at {address} ({reason}); start one, or leave the key out", KEY)
 
 
+GIVEN_UP = "crossdock-given-up"
+"""The name of threads that may still wait for something when nobody waits for them any more."""
+
+
 def within(timeout_s: float, work: Callable[[], T]) -> T:
     """What `work` returns or raises. It runs on a thread of its own, which is left to itself when the time is up.
 
@@ -53,7 +57,7 @@ def within(timeout_s: float, work: Callable[[], T]) -> T:
         except BaseException as error:
             failure.append(error)
 
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=run, name=GIVEN_UP, daemon=True)
     thread.start()
     thread.join(timeout_s)
     if failure:
