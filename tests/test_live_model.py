@@ -145,6 +145,7 @@ def test_what_is_outside_the_blocks_is_written_back_too() -> None:
     for _ in range(2):
         with offloader.present():
             same(model(X), twin(X))
+        offloader.stream.engine.drain()  # another component's loads wait for what is written back
         offloader.stream.arena.memory.fill_(0xFF)  # another component's turn
         offloader.stream.arena.evict(offloader.stream.arena.nbytes)
         same_state(model, twin)

@@ -366,8 +366,8 @@ def test_close_leaves_nothing() -> None:
     gang.close()
     gang.close()
     assert not any(psutil.pid_exists(pid) for pid in family)
-    assert _handles() == handles
-    assert set(threading.enumerate()) == threads
+    assert _handles() <= handles  # what others left in this process may go meanwhile
+    assert set(threading.enumerate()) <= threads
     assert set(os.listdir("/dev/shm")) == memory
     with pytest.raises(RankError, match="this gang is closed"):
         gang.collective_rpc(lambda worker: None, timeout_s=1)
