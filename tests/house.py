@@ -15,33 +15,41 @@ from pathlib import Path
 HALLS = ("launch", "offload", "parallel", "runtime")
 
 
-def room_of(root: Path, module: Path) -> str:
-    parts = module.relative_to(root).parts
-    return "/".join(parts[:-1]) if len(parts) > 2 else "/".join(parts).removesuffix(".py")
+def room_of(root: Path, path: Path) -> str | None:
+    """`hall/room` of a module or a package; None: it is a hall's door, its `__init__.py`."""
+    folder = path if path.is_dir() else path.parent
+    if folder.parent != root:
+        return folder.relative_to(root).as_posix()
+    return None if path.is_dir() or path.stem == "__init__" else path.relative_to(root).with_suffix("").as_posix()
 
 
 def imported(root: Path, path: Path) -> Iterator[Path]:
-    """The modules of this tree that `path` imports."""
+    """The modules and packages of this tree that `path` imports."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("crossdock."):
-            for alias in node.names:
-                target = root.joinpath(*f"{node.module}.{alias.name}".split(".")[1:])
-                for found in (target, target.parent):
-                    module = found.with_suffix(".py")
-                    if module.is_file() or (module := found / "__init__.py").is_file():
-                        yield module
-                        break
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]  # a module, or what is in one
+        for name in names:
+            if name.startswith("crossdock.") and name.split(".")[1] in HALLS:
+                yield _found(root.joinpath(*name.split(".")[1:]))
+
+
+def _found(path: Path) -> Path:
+    """The folder or the module that `path` names, or that it names something in."""
+    module = path.with_suffix(".py")
+    return path if path.is_dir() else module if module.is_file() else _found(path.parent)
 
 
 def arrows(root: Path) -> dict[str, set[str]]:
-    """Room -> the rooms it imports; a hall's `__init__.py` is its door, and no room."""
+    """Room -> the rooms it imports."""
     found: dict[str, set[str]] = {}
     for hall in HALLS:
         for path in sorted((root / hall).rglob("*.py")):
-            if path != root / hall / "__init__.py":
-                room = room_of(root, path)
+            if (room := room_of(root, path)) is not None:
                 others = {room_of(root, other) for other in imported(root, path)}
-                found.setdefault(room, set()).update(others - {room, *(f"{hall}/__init__" for hall in HALLS)})
+                found.setdefault(room, set()).update(other for other in others - {room} if other is not None)
     return found
 
 

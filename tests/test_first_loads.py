@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from one_rank import admitted, rank_request
-from test_recovery import LocalGang
+from test_recovery import InProcessGang
 from torch import Tensor, nn
 
 from crossdock.launch.engine.engine import Engine
@@ -51,9 +51,9 @@ def _plan(directory: Path, **offload: Any) -> RunPlan:
 
 
 @contextmanager
-def _engine(directory: Path) -> Iterator[tuple[Engine, LocalGang]]:
+def _engine(directory: Path) -> Iterator[tuple[Engine, InProcessGang]]:
     recovery = {"recovery": {"keep_every": 1}}
-    config, gang = RunConfig.parse({"offload": {"layerwise": True}, "launch": recovery}), LocalGang()
+    config, gang = RunConfig.parse({"offload": {"layerwise": True}, "launch": recovery}), InProcessGang()
     with Engine.start(config, directory, make_gang=lambda *_: gang) as engine:
         yield engine, gang
 

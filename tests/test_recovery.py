@@ -28,7 +28,7 @@ pytestmark = not_quick
 SIZE = 64
 
 
-class LocalGang:
+class InProcessGang:
     """One rank, in this process."""
 
     world_size = 1
@@ -67,15 +67,15 @@ class LocalGang:
 
 
 @contextmanager
-def _engine(directory: Path, budget: str | None = None, **recovery: int) -> Iterator[tuple[Engine, LocalGang]]:
+def _engine(directory: Path, budget: str | None = None, **recovery: int) -> Iterator[tuple[Engine, InProcessGang]]:
     offload = {"layerwise": True, "device_budget": budget}
     config = RunConfig.parse({"offload": offload, "launch": {"recovery": {"keep_every": 1} | recovery}})
-    gang = LocalGang()
+    gang = InProcessGang()
     with Engine.start(config, directory, make_gang=lambda *_: gang) as engine:
         yield engine, gang
 
 
-def _fail(gang: LocalGang, error: BaseException, at: int = 5) -> None:
+def _fail(gang: InProcessGang, error: BaseException, at: int = 5) -> None:
     """The rank that is there now raises in pass `at`; guidance makes two passes of a step."""
     passes = [0]
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from house import imported, room_of
+
 ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {
     "launch": {"launch", "runtime"},
@@ -85,41 +87,16 @@ def test_nothing_is_imported_upward_or_sideways(room: str) -> None:
         assert rooms <= MAY_IMPORT[room], f"{path.name} imports {rooms - MAY_IMPORT[room]}"
 
 
-def _room(hall: str, path: Path) -> str:
-    """The room of a file or of a folder; empty: the hall's door."""
-    folder = path if path.is_dir() else path.parent
-    if folder != ROOT / hall:
-        return folder.relative_to(ROOT / hall).as_posix()
-    return "" if path.is_dir() or path.stem == "__init__" else path.stem
-
-
-def _rooms_imported(hall: str, path: Path) -> Iterator[str]:
-    """Of the same hall; late imports, and those for type checkers, count."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [f"{node.module}.{alias.name}" for alias in node.names]  # a module, or what is in one
-        for name in names:
-            if name.startswith(f"crossdock.{hall}."):
-                yield _room(hall, _found(ROOT.joinpath(*name.split(".")[1:])))
-
-
-def _found(path: Path) -> Path:
-    """The folder or the module that `path` names, or that it names something in."""
-    module = path.with_suffix(".py")
-    return path if path.is_dir() else module if module.is_file() else _found(path.parent)
-
-
 @pytest.mark.parametrize("hall", ROOMS)
 def test_rooms_import_one_way(hall: str) -> None:
     for path in _modules(hall):
-        room, name = _room(hall, path), path.relative_to(ROOT).as_posix()
-        if room:
-            others = {other or "the door" for other in _rooms_imported(hall, path)} - {room}
-            assert room in ROOMS[hall], f"{name}: which rooms may it import?"
-            assert others <= ROOMS[hall][room], f"{name} imports {others - ROOMS[hall][room]}"
+        if (whole := room_of(ROOT, path)) is None:
+            continue
+        room, name = whole.removeprefix(f"{hall}/"), path.relative_to(ROOT).as_posix()
+        same_hall = [other for other in imported(ROOT, path) if other.is_relative_to(ROOT / hall)]
+        others = {(room_of(ROOT, other) or "the door").removeprefix(f"{hall}/") for other in same_hall} - {room}
+        assert room in ROOMS[hall], f"{name}: which rooms may it import?"
+        assert others <= ROOMS[hall][room], f"{name} imports {others - ROOMS[hall][room]}"
 
 
 @pytest.mark.parametrize("hall", ROOMS)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from one_rank import admitted, changed, rank_request
-from test_recovery import LocalGang
+from test_recovery import InProcessGang
 from torch import Tensor
 
 from crossdock.launch.engine.engine import Engine
@@ -204,7 +204,7 @@ def test_a_request_may_end_before_the_switch(directory: Path) -> None:
 @pytest.mark.parametrize("name", [FIRST, SECOND])
 def test_wrong_bytes_end_the_request_at_their_first_step(name: str, directory: Path) -> None:
     """Of the second transformer, that is the step of the switch; no step follows, and no video is handed out."""
-    config, gang = RunConfig.parse({"offload": {"layerwise": True}}), LocalGang()
+    config, gang = RunConfig.parse({"offload": {"layerwise": True}}), InProcessGang()
     with Engine.start(config, directory, make_gang=lambda *_: gang) as engine:
         block = next(block for block in gang.worker.loaded.stream.blocks if block.name == f"{name}.blocks.3")
         assert isinstance(block.source, Tensor)
@@ -303,7 +303,7 @@ def test_a_changed_schedule_serves_both(budget: str, directory: Path, monkeypatc
 def test_a_request_goes_on_on_either_side_of_the_switch(step: int, directory: Path) -> None:
     """The rank fails in this step, and what is done again is one step at most; the same bits come out."""
     config = RunConfig.parse({"offload": {"layerwise": True}, "launch": {"recovery": {"keep_every": 1}}})
-    gang = LocalGang()
+    gang = InProcessGang()
     options: dict[str, Any] = {"height": SIZE[0], "width": SIZE[1], "frames": FRAMES, "steps": STEPS}
     with Engine.start(config, directory, make_gang=lambda *_: gang) as engine:
         expected = engine.generate(PROMPT, **options).latents[0]
