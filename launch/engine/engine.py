@@ -20,10 +20,10 @@ from crossdock.launch.engine.ranks import Ranks
 from crossdock.launch.engine.recovery import RPC_S, Fault, Snapshots, Survived
 from crossdock.launch.engine.request_queue import RequestQueue
 from crossdock.launch.engine.request_run import RequestHandle, RequestRun
-from crossdock.launch.gangs.choose import MakeGang, choose_gang, choose_launcher
+from crossdock.launch.gangs.choose import MakeGang, check_gpus, choose_gang, choose_launcher
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.result import ContractResult
-from crossdock.runtime.errors import EngineClosedError, LaunchError, RankError, RequestCancelled, RequestTimeout
+from crossdock.runtime.errors import EngineClosedError, RankError, RequestCancelled, RequestTimeout
 from crossdock.runtime.models.latents import number_of_chunks
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
@@ -188,8 +188,7 @@ class Engine:
         Requests that wait end with EngineClosedError, and the one under way is cancelled; if it does not end with its
         step in time, its ranks are ended.
 
-        After a failed request the ranks are gone already, and what they had in host memory is kept for a while: an
-        engine that is started again with the same layout does not read the checkpoint again.
+        After a failed request the ranks are gone already.
         """
         self._queue.close("it was closed")
         if (run := self._queue.current) is not None:
@@ -341,10 +340,6 @@ def choose_device(config: RunConfig) -> str:
     wanted, gpus = config.launch.device, torch.cuda.device_count()
     remote = config.launch.ray_address is not None
     device = ("cuda" if gpus else "cpu") if wanted == "auto" else wanted
-    if device == "cuda" and not remote and gpus < config.world_size:
-        raise LaunchError(
-            f"{config.world_size} ranks need {config.world_size} GPUs, but this machine has {gpus}; "
-            "lower the degrees, or use device: cpu",
-            "launch.device",
-        )
+    if device == "cuda" and not remote:
+        check_gpus(config.world_size)
     return device

@@ -62,6 +62,22 @@ def choose_gang(launcher: Launcher) -> MakeGang:
     return TorchrunGang
 
 
+def check_gpus(world_size: int) -> None:
+    """
+    Raises:
+        LaunchError: this machine has fewer GPUs than ranks.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus < world_size:
+        raise LaunchError(
+            f"{world_size} ranks need {world_size} GPUs, but this machine has {gpus}; "
+            "lower the degrees, or use device: cpu",
+            "launch.device",
+        )
+
+
 def _has_ray() -> bool:
     found = find_spec("ray")
     return found is not None and found.origin is not None  # not just a folder of that name

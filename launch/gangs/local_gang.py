@@ -20,8 +20,8 @@ from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 import cloudpickle
-import torch
 
+from crossdock.launch.gangs.choose import check_gpus
 from crossdock.launch.gangs.local_channel import ANSWER, BESIDE, CALL, PACKET_BYTES, TAIL_BYTES, Channel, RankDiedError
 from crossdock.launch.gangs.ranks.host import RENDEZVOUS_VARIABLES, RankHost
 from crossdock.launch.gangs.ranks.process_state import process_state
@@ -56,22 +56,12 @@ class LocalGang:
         self._server: _Server | None = None
         self._ranks: _Ranks | None = None
 
-    @property
-    def can_restart(self) -> bool:
-        return True
-
-    @property
-    def own_rank(self) -> None:
-        return None
+    can_restart = True
+    own_rank = None
 
     def start(self) -> None:
-        gpus = torch.cuda.device_count() if self._device == "cuda" else self.world_size
-        if gpus < self.world_size:
-            raise LaunchError(
-                f"{self.world_size} ranks need {self.world_size} GPUs, but this machine has {gpus}; "
-                "lower the degrees, or use device: cpu",
-                "launch.device",
-            )
+        if self._device == "cuda":
+            check_gpus(self.world_size)
         self.restart()
 
     def restart(self) -> None:

@@ -101,17 +101,18 @@ class StreamedBlock:
         Raises:
             RuntimeError: there is none: the block is cut, encoded, or scattered over the checkpoint's files.
         """
-        if not self.rests_plain:
-            raise RuntimeError(f"{self.name} ({self.home}, codec {self.codec.name}) has no place for a tensor alone")
-        assert isinstance(self.source, Tensor)
-        return entry.view(self.source)
+        return entry.view(self._plain_source())
 
     def apart(self) -> list[Tensor]:
         """`at_rest` of every entry, each in a storage of its own, and with versions of its own."""
+        source = self._plain_source()
+        return [entry.apart(source) for entry in self.layout.entries]
+
+    def _plain_source(self) -> Tensor:
         if not self.rests_plain:
             raise RuntimeError(f"{self.name} ({self.home}, codec {self.codec.name}) has no place for a tensor alone")
         assert isinstance(self.source, Tensor)
-        return [entry.apart(self.source) for entry in self.layout.entries]
+        return self.source
 
     def owners(self) -> Iterator[tuple[nn.Module, str]]:
         """(module, attribute) of every name of every tensor."""

@@ -98,9 +98,9 @@ class StepWatch(Observer):
         step = self._step
         if step is None:
             return True, (0, 0)
-        step.number, step.sums = end.finished, [] if end.repeated else step.sums
+        step.number = end.finished
         if end.repeated:
-            step.computed = []
+            step.sums, step.computed = [], []
         if self._verify.finite:
             step.finite = torch.isfinite(end.latents).all()
         if self._compares:
@@ -212,8 +212,6 @@ class StepWatch(Observer):
         tensors = [] if step.finite is None else [step.finite.long()]
         found = (*step.inputs.values(), *step.branch.values(), *step.latents.values())
         tensors += [value for value in found if isinstance(value, Tensor)]
-        if not self._cuda:
-            return lambda: [int(tensor) for tensor in tensors]
         device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
         if device is None:
             return lambda: [int(tensor) for tensor in tensors]

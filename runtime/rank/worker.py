@@ -56,7 +56,7 @@ def compute_threads(world_size: int) -> int:
 
 
 class RankWorker:
-    """Hosted by a Ray actor or a torchrun process, which tell it its place and how to meet the others."""
+    """Hosted by a process that some launcher started, which tells it its place and how to meet the others."""
 
     def __init__(self, rank: int, world_size: int, device: torch.device, holder: StoreHolder | None = None) -> None:
         """`holder`: keeps host memory beyond this rank."""

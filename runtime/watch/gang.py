@@ -1,4 +1,4 @@
-"""The gang protocol: what starts ranks and reaches all of them. `launch/` implements it for Ray and for torchrun."""
+"""The gang protocol: what starts ranks and reaches all of them. `launch/gangs` implements it."""
 
 from __future__ import annotations
 
