@@ -40,7 +40,7 @@ from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.watch.gang import Gang
 from layouts import FAMILIES
 from reference import ODD_SIZE, PROMPT, TOLERANCE, max_error, reference_latents
-from tiers import not_quick, some
+from tiers import how_many, not_quick, pairs, some
 from toy_blocks import build
 
 pytestmark = not_quick
@@ -72,14 +72,15 @@ def _device_bytes(worker: RankWorker) -> int:
 
 
 @pytest.mark.parametrize("family", some(FAMILIES, 1))
-def test_ten_budgets(family: str, checkpoints: Checkpoints) -> None:
+def test_budgets_from_least_to_whole(family: str, checkpoints: Checkpoints) -> None:
     """From the minimum to the whole model: same bits, the peak of the whole pipeline within the budget, fewer bytes
     moved with every step up, none at the end; one byte below the minimum is refused.
     """
     directory = checkpoints[family]
     least = _minimum(directory)
     whole = sum(block.layout.slot_bytes for block in _plan(directory).blocks) + _plan(directory).outside_bytes
-    budgets = [least + (whole + 4096 - least) * tenth // 9 for tenth in range(10)]
+    last = how_many(2, 4, 9)
+    budgets = [least + (whole + 4096 - least) * tenth // last for tenth in range(last + 1)]
     expected = reference_latents(directory, size=ODD_SIZE)
     moved, first, encoder_bytes = [], None, 0
     for budget in budgets:
@@ -251,8 +252,11 @@ def _latents(result: Any) -> Tensor:
     return result.latents  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt, asyncio.CancelledError])
-@pytest.mark.parametrize("where", ["encoder", "first block", "in a block", "between steps", "vae"])
+PLACES = ("encoder", "first block", "in a block", "between steps", "vae")
+ERRORS = (RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt, asyncio.CancelledError)
+
+
+@pytest.mark.parametrize(("where", "error"), pairs(PLACES, ERRORS))
 def test_the_next_request_is_right(where: str, error: type[BaseException], checkpoints: Checkpoints) -> None:
     """Pitfalls 19 and 21: an exception, a cancelled request, memory that runs out, at any point of a request."""
     directory = checkpoints["flux2-klein"]

@@ -16,7 +16,7 @@ from crossdock.runtime.errors import CheckpointError, FaultKind, RankError, Requ
 from crossdock.runtime.reports.status import RankStatus, ranks_text
 from crossdock.runtime.watch.faults import first_cause, is_conclusive, rank_error
 from crossdock.runtime.watch.watch import PATIENCE_S, Watch, different_collective
-from tiers import not_quick
+from tiers import how_many, not_quick
 
 LONG = PATIENCE_S + 1.0
 
@@ -561,7 +561,7 @@ def run(gang: Gang, chance: random.Random, watch: Watch) -> Iterator[None]:
 def test_no_false_alarm_in_any_order(shape: MeshShape) -> None:
     """A correct program is stopped because of how its ranks happened to run, or when they were heard."""
     names = [name for name, ranks in shape.groups(0).items() if len(ranks) > 1]
-    for seed in range(400):
+    for seed in range(how_many(100, 150, 400)):
         chance = random.Random(seed)
         program = random_program(chance, names)
         watch = Watch()
