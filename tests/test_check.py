@@ -192,7 +192,7 @@ def test_a_violated_probe_names_the_block(
     printed = capsys.readouterr()
     assert printed.err == ""
     (plan, *_) = (argument for call in gangs[0].asked for argument in call if isinstance(argument, RunPlan))
-    name = plan.blocks[4].name
+    name = plan.memory.blocks[4].name
     (line,) = [line for line in printed.out.splitlines() if line.startswith("same-numbers: ")]
     assert line.startswith(f"same-numbers: rank 0: {name}: expected the output without streaming (checksum 0x")
     assert "violated" in printed.out

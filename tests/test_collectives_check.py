@@ -15,7 +15,7 @@ from crossdock.parallel.group import KEPT, Collective, GroupRecord
 from crossdock.parallel.mesh import MeshShape
 from crossdock.runtime.contract.collectives import same_collectives
 from crossdock.runtime.contract.result import Violation
-from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.plan.model_layout import ModelLayout
 
 MESHES = {
     "tp2": MeshShape(tp=2),
@@ -68,8 +68,8 @@ def healthy(shape: MeshShape, whats: Sequence[str] = WHATS) -> dict[int, Report]
 
 
 def judged(shape: MeshShape, reports: dict[int, Report]) -> list[Violation]:
-    plan = cast(RunPlan, SimpleNamespace(mesh=shape))
-    return list(same_collectives(plan, list(reports.values())))
+    layout = cast(ModelLayout, SimpleNamespace(mesh=shape))
+    return list(same_collectives(layout, list(reports.values())))
 
 
 def with_record(report: Report, name: str, changed: GroupRecord | None) -> Report:

@@ -435,7 +435,7 @@ def _run(
     try:
         for stage in stages:
             work = work_of(stage, rehearse)
-            told[stage] = gang.collective_rpc(work, plan, request, probe_request(plan), timeout_s=TIMEOUT_S)
+            told[stage] = gang.collective_rpc(work, plan, request, probe_request(plan.layout), timeout_s=TIMEOUT_S)
             found[stage] = []
             try:
                 judge[stage](told[stage])
@@ -468,7 +468,7 @@ def test_no_false_alarm(layout: str, family: str, gang_of: GangOf, checkpoints: 
     On the built-in layouts the matrix sees it as well.
     """
     plan = _plan(layout, checkpoints[family])
-    gang, work_of = gang_of(plan.mesh.world_size), _on_ranks("load")
+    gang, work_of = gang_of(plan.layout.mesh.world_size), _on_ranks("load")
     assert _run(gang, plan, TWO_STEPS, work_of, "load", rehearse=True)[0] == {"load": []}
     found, told = _run(gang, plan, TWO_STEPS, work_of, "load", "request", "probe")
     assert found == {"load": [], "request": [], "probe": []}
@@ -486,7 +486,7 @@ def test_mutation_is_caught(
         mutations.with_table(plan_module, monkeypatch)
         prepare = mutations.table_on_ranks
     plan = _plan(layout, checkpoints[mutation.family])
-    gang, request = gang_of(plan.mesh.world_size), changed(REQUEST, steps=mutation.steps)
+    gang, request = gang_of(plan.layout.mesh.world_size), changed(REQUEST, steps=mutation.steps)
     work_of = _on_ranks(mutation.stage, mutation.plant, mutation.rank, prepare)
     if mutation.stage == "load":
         found, told = _run(gang, plan, request, work_of, "load", "request")
@@ -508,7 +508,7 @@ def test_mutation_is_caught(
 def _expect(mutation: Mutation, plan: RunPlan, violations: list[Violation]) -> None:
     mine = [violation for violation in violations if violation.check == mutation.check]
     print(plan.layout_name, sorted({violation.check for violation in violations}), *mine[:2], sep="\n  ")
-    rank = min(1 if mutation.rank is None else mutation.rank, plan.mesh.world_size - 1)
+    rank = min(1 if mutation.rank is None else mutation.rank, plan.layout.mesh.world_size - 1)
     assert any(violation.rank == rank and mutation.where in violation.where for violation in mine), mine
     assert all(f"(holds {violation.where})" not in violation.found for violation in mine), "shared with itself"
 
@@ -558,7 +558,7 @@ def test_a_rank_out_of_step_is_named(stuck: Stuck, pair: LocalGang, checkpoints:
     config = RunConfig.parse({"parallel": stuck.parallel, "offload": {"layerwise": True}, "launch": launch})
     plan = make_plan(config, checkpoints[stuck.family], "cpu")
     work_of = _on_ranks("request", stuck.plant, 1)
-    what = plan, REQUEST, probe_request(plan)
+    what = plan, REQUEST, probe_request(plan.layout)
     began = time.monotonic()
     try:
         pair.collective_rpc(work_of("load", True), *what, timeout_s=TIMEOUT_S)
@@ -613,7 +613,7 @@ def test_a_common_mistake_shows_in_the_picture(
         mistake.plant(None, monkeypatch)  # type: ignore[arg-type]
     directory = checkpoints[mistake.family]
     plan = _plan(mistake.layout, directory)
-    work_of, gang = _on_ranks(mistake.stage, mistake.plant), gang_of(plan.mesh.world_size)
+    work_of, gang = _on_ranks(mistake.stage, mistake.plant), gang_of(plan.layout.mesh.world_size)
     found, told = _run(gang, plan, TWO_STEPS, work_of, "load", "request", "probe")
     if mistake.seen:
         assert {violation.check for violation in found["request"]} == {"same-state"}

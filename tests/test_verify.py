@@ -468,9 +468,9 @@ def test_a_missing_rank_is_a_violation(healthy: Callable[[str], Healthy]) -> Non
 def test_a_request_is_reviewed_with_the_same_rule(healthy: Callable[[str], Healthy]) -> None:
     plan, reports = healthy("layerwise_tp2")
     trace = reports[0].trace
-    assert list(trace_in_order(plan, 0, trace)) == []
+    assert list(trace_in_order(plan.memory, 0, trace)) == []
     without_load = [event for event in trace if not event.kind.startswith("load")]
-    assert list(trace_in_order(plan, 0, without_load))
+    assert list(trace_in_order(plan.memory, 0, without_load))
 
 
 def test_the_coordinator_fails_closed(healthy: Callable[[str], Healthy]) -> None:
@@ -522,6 +522,6 @@ def test_home_records_are_what_they_say(healthy: Callable[[str], Healthy]) -> No
     """The reports that the faults are planted in are not empty: every block, every tensor, both ranks."""
     plan, reports = healthy("layerwise_tp2")
     for report in reports:
-        assert len(report.homes) == len(plan.blocks) == 9
-        assert {record.fqn for record in report.tensors} == set(plan.dtypes)
+        assert len(report.homes) == len(plan.memory.blocks) == 9
+        assert {record.fqn for record in report.tensors} == set(plan.layout.dtypes)
         assert all(isinstance(home, HomeRecord) for home in report.homes)

@@ -212,11 +212,11 @@ class Engine:
     def _begin(self, request: GenerateRequest, progress: Progress | None) -> RequestRun:
         check_request(self.plan, request)
         rounds = -(-len(request.items) * request.images_per_prompt // self._at_once(request))
-        steps = rounds * request.steps * number_of_chunks(self.plan.spec, request.frames)
+        steps = rounds * request.steps * number_of_chunks(self.plan.layout.spec, request.frames)
         return RequestRun(request, steps, progress)
 
     def _at_once(self, request: GenerateRequest) -> int:
-        return self.plan.mesh.dp * request.batch_size
+        return self.plan.layout.mesh.dp * request.batch_size
 
     def _stop(self, run: RequestRun, reason: str) -> None:
         run.ask_to_stop(reason)
@@ -264,7 +264,7 @@ class Engine:
         return Generation(
             [media for result in done for media in result.media],
             [one for result in done if result.latents is not None for one in torch.split(result.latents, 1)],
-            self._report(done[-self.plan.mesh.world_size :], run.survived.faults),
+            self._report(done[-self.plan.layout.mesh.world_size :], run.survived.faults),
             [result.timeline for result in done],
         )
 
@@ -272,7 +272,7 @@ class Engine:
         """One round of pictures, whatever happens to the ranks meanwhile."""
         snapshots = Snapshots(self.plan, self.gang)
         asked, delays = request.asked, Delays(self._ranks.notify)
-        shown = Steps(run.end_step, asked.steps * number_of_chunks(self.plan.spec, asked.frames))
+        shown = Steps(run.end_step, asked.steps * number_of_chunks(self.plan.layout.spec, asked.frames))
         first = time.perf_counter()
         run.number = request.number
 
@@ -324,7 +324,7 @@ class Engine:
             "layout": self.plan.layout_name,
             "ranks": rows,
             # verdict: what schedule_note was called before, for one version
-            "schedule": {**asdict(self.plan.schedule_report(note)), "verdict": note},
+            "schedule": {**asdict(self.plan.memory.schedule_report(note)), "verdict": note},
             "composition": self._ranks.coordinator.composition,
             "faults": [asdict(fault) for fault in faults],
             "phases_s": {phase: round(seconds, 4) for phase, seconds in phases.items()},

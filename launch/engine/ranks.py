@@ -101,7 +101,7 @@ class Ranks:
 
     def probe(self) -> None:
         """See `Engine.probe`."""
-        request, timeout_s = probe_request(self.plan), self.plan.config.launch.timeouts.request_s
+        request, timeout_s = probe_request(self.plan.layout), self.plan.config.launch.timeouts.request_s
         self._idle = False
         try:
             probes = self.gang.collective_rpc(probe_numbers, request, timeout_s=timeout_s)
@@ -169,7 +169,8 @@ class Ranks:
         began = time.perf_counter()
         if self.plan.config.offload.is_relative:
             device_bytes = min(self.gang.collective_rpc(RankWorker.device_bytes, timeout_s=timeouts.launch_s))
-            plan = make_plan(self.plan.config, self.plan.model_dir, self.plan.device, device_bytes)
+            layout = self.plan.layout
+            plan = make_plan(self.plan.config, layout.model_dir, layout.device, device_bytes)
             self.coordinator = Coordinator(plan)
         reports = self.gang.collective_rpc(RankWorker.setup, self.plan, *self._how, timeout_s=timeouts.load_s)
         loaded = time.perf_counter()

@@ -55,7 +55,7 @@ class Snapshots:
 
     def __init__(self, plan: RunPlan, gang: Gang) -> None:
         self._gang = gang
-        mesh = plan.mesh
+        mesh = plan.layout.mesh
         self._leaders = sorted({mesh.replica_group(rank)[0] for rank in range(mesh.world_size)})
         self._kept: dict[int, tuple[Snapshot, ...]] = dict.fromkeys(self._leaders, ())
         self._not_before_s = 0.0
@@ -113,21 +113,21 @@ def with_less_memory(plan: RunPlan) -> RunPlan | None:
     little as possible.
     """
     lower: str | None = None
-    if plan.budget_bytes is not None:
-        lower_bytes = max(int(plan.budget_bytes * NOTCH), plan.least_budget_bytes)
-        if lower_bytes >= plan.budget_bytes:
+    if plan.memory.budget_bytes is not None:
+        lower_bytes = max(int(plan.memory.budget_bytes * NOTCH), plan.least_budget_bytes)
+        if lower_bytes >= plan.memory.budget_bytes:
             return None
         lower = f"{lower_bytes}B"
     elif plan.config.offload.device_budget != "auto":
         return None
     offload = plan.config.offload.model_copy(update={"device_budget": lower})
-    return make_plan(plan.config.model_copy(update={"offload": offload}), plan.model_dir, plan.device)
+    return make_plan(plan.config.model_copy(update={"offload": offload}), plan.layout.model_dir, plan.layout.device)
 
 
 def budget_text(plan: RunPlan) -> str:
     """The budget for a message."""
-    if plan.budget_bytes is not None:
-        return f"{plan.budget_bytes} bytes"
+    if plan.memory.budget_bytes is not None:
+        return f"{plan.memory.budget_bytes} bytes"
     return "auto" if plan.config.offload.device_budget == "auto" else "as little as possible"
 
 

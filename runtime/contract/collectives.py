@@ -9,7 +9,7 @@ from typing import Protocol
 from crossdock.offload.stream.trace import TraceEvent
 from crossdock.parallel.group import GroupRecord
 from crossdock.runtime.contract.result import Violation
-from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.plan.model_layout import ModelLayout
 
 _CHECK = "same-collectives"
 _REMEDY = "a hook or a branch runs on some ranks only: remove it, or let it run on all"
@@ -28,16 +28,16 @@ class Issued(Protocol):
     def trace(self) -> tuple[TraceEvent, ...]: ...
 
 
-def same_collectives(plan: RunPlan, reports: Sequence[Issued]) -> Iterator[Violation]:
+def same_collectives(layout: ModelLayout, reports: Sequence[Issued]) -> Iterator[Violation]:
     """Compared with the first rank of the group; of blocks, also which one every gather was for."""
     members: dict[tuple[str, tuple[int, ...]], dict[int, GroupRecord]] = defaultdict(dict)
     for report in reports:
         found = {record.name: record for record in report.collectives}
-        for name, ranks in plan.mesh.groups(report.rank).items():
+        for name, ranks in layout.mesh.groups(report.rank).items():
             if len(ranks) > 1 and name not in found:
                 yield Violation(_CHECK, report.rank, f"group {name}", f"of ranks {ranks}", "none", _REMEDY)
         for record in report.collectives:
-            if (expected := plan.mesh.groups(report.rank).get(record.name)) != record.ranks:
+            if (expected := layout.mesh.groups(report.rank).get(record.name)) != record.ranks:
                 where = f"group {record.name}"
                 yield Violation(_CHECK, report.rank, where, f"of ranks {expected}", f"of ranks {record.ranks}", _REMEDY)
             else:

@@ -60,7 +60,8 @@ class Coordinator:
             CompositionError: streaming changed a number.
         """
         outputs = sum(len(probe.on) for probe in probes)
-        self._judge([SAME_NUMBERS], list(same_numbers(self.plan, probes)), f"{outputs} outputs of {len(probes)} ranks")
+        violations = list(same_numbers(self.plan.layout, probes))
+        self._judge([SAME_NUMBERS], violations, f"{outputs} outputs of {len(probes)} ranks")
 
     def review(self, results: Sequence[RankResult]) -> None:
         """After a request, before its pictures are handed out; a changed schedule is judged like the first.
@@ -70,8 +71,8 @@ class Coordinator:
                 than the checkpoint's, issued other collectives or computed something else than its group, made latents
                 that are not finite, or the new schedule does not compose.
         """
-        before = self.plan
-        if any(result.plan is not None for result in results):
+        before = self.plan.memory
+        if any(result.memory is not None for result in results):
             self._adopt(results)
         violations = verify_request(self.plan, self._reports, results, before)
         if self._awaits or any(result.arrivals for result in results):
@@ -100,8 +101,8 @@ class Coordinator:
         return {check: verify.finite if check == "finite" else verify.state for check in STEP_CHECKS}
 
     def _adopt(self, results: Sequence[RankResult]) -> None:
-        plan = next(result.plan for result in results if result.plan is not None)
-        self.plan = plan
+        memory = next(result.memory for result in results if result.memory is not None)
+        self.plan = replace(self.plan, memory=memory)
         self.admit([result.report for result in results if result.report is not None])
 
     def _judge(self, checks: Iterable[str], violations: list[Violation], detail: str) -> None:
@@ -117,7 +118,7 @@ class Coordinator:
             )
 
     def _detail(self) -> str:
-        detail = f"{len(self._reports)} ranks, {len(self.plan.blocks)} blocks"
+        detail = f"{len(self._reports)} ranks, {len(self.plan.memory.blocks)} blocks"
         return f"{detail}; what arrives is compared in the first step" if self._awaits else detail
 
     def _result(self, violations: Sequence[Violation]) -> ContractResult:

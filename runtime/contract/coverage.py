@@ -6,8 +6,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 from crossdock.parallel.hsdp import shard_range
+from crossdock.parallel.mesh import MeshShape
 from crossdock.parallel.tensor import TensorSlice, part_shape
 from crossdock.runtime.contract.result import Violation
+from crossdock.runtime.plan.memory_plan import MemoryPlan
+from crossdock.runtime.plan.model_layout import ModelLayout
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import REPORT_IT, RankReport
 
@@ -18,16 +21,16 @@ _OTHER_FILE = "the checkpoint differs between nodes: copy it again"
 def complete(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:
     """Shards add up to the checkpoint's tensor exactly once; what is replicated is equal on all ranks."""
     by_rank = {report.rank: report for report in reports}
-    yield from _slices_cover(plan, by_rank)
+    yield from _slices_cover(plan.layout, by_rank)
     yield from _shards_cover(plan, by_rank)
     yield from all_equal(plan, reports)
 
 
-def _slices_cover(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[Violation]:
+def _slices_cover(layout: ModelLayout, by_rank: dict[int, RankReport]) -> Iterator[Violation]:
     """The parts of a TP group tile every stored tensor, and each tensor has the shape of its part."""
     records = {rank: {record.fqn: record for record in report.tensors} for rank, report in by_rank.items()}
-    for group in _groups(plan, "tp"):
-        for fqn, stored in plan.stored.items():
+    for group in _groups(layout.mesh, "tp"):
+        for fqn, stored in layout.stored.items():
             held = [(rank, records[rank][fqn]) for rank in group if fqn in records[rank]]
             for rank, record in held:
                 expected = part_shape(stored.shape, record.part)
@@ -71,9 +74,9 @@ def _tiles(fqn: str, parts: Sequence[tuple[int, TensorSlice]]) -> Iterator[Viola
 
 def _shards_cover(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[Violation]:
     """The shards of a group tile every block, in group order: that is the order of the all-gather."""
-    sizes = {block.name: block.layout.slot_bytes for block in plan.blocks}
-    held = {block.name: plan.held_bytes(block) for block in plan.blocks}
-    for group in _groups(plan, "weights"):
+    sizes = {block.name: block.layout.slot_bytes for block in plan.memory.blocks}
+    held = {block.name: block.held_bytes for block in plan.memory.blocks}
+    for group in _groups(plan.layout.mesh, "weights"):
         for index, rank in enumerate(group):
             for home in by_rank[rank].homes:
                 if home.block not in sizes:
@@ -83,7 +86,7 @@ def _shards_cover(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[Vio
                     expected = shard_range(sizes[home.block], len(group), index)
                 found = (home.start, home.stop)
                 if found != expected:
-                    where = plan.tensor_at(home.block, home.start)
+                    where = plan.memory.tensor_at(home.block, home.start)
                     of_block = f"of block {home.block}"
                     yield Violation(
                         "complete", rank, where, f"bytes {expected} {of_block}", f"bytes {found} {of_block}", REPORT_IT
@@ -113,13 +116,13 @@ def all_compared(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Viola
     """Once all blocks were streamed: each tensor was compared with the checkpoint when it had come to the device."""
     inside = [
         (f"{block.name}.{entry.name}", {f"{block.name}.{name}" for name in entry.names})
-        for block in plan.blocks
+        for block in plan.memory.blocks
         for entry in block.layout.entries
         if entry.nbytes
     ]
     for report in reports:
         compared = {record.fqn for record in report.arrivals}
-        for fqn, names in [*inside, *((fqn, {fqn}) for fqn in plan.outside)]:
+        for fqn, names in [*inside, *((fqn, {fqn}) for fqn in plan.memory.outside)]:
             if compared.isdisjoint(names):
                 expected = "compared with the checkpoint on arrival"
                 yield Violation("complete", report.rank, fqn, expected, "it was not", REPORT_IT)
@@ -132,20 +135,20 @@ def all_equal(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violatio
         for arrival in report.arrivals:
             if arrival.found == arrival.expected:
                 continue
-            stored = plan.stored.get(arrival.fqn)
+            stored = plan.layout.stored.get(arrival.fqn)
             origin = f"of {stored.file.name}" if stored is not None else "that the model computes"
             expected = f"the bytes {origin} (checksum {arrival.expected:#010x} of {arrival.nbytes} bytes)"
-            found = f"{arrival.found:#010x} {_where(plan, arrival.fqn)}"
+            found = f"{arrival.found:#010x} {_where(plan.memory, arrival.fqn)}"
             yield Violation("complete", report.rank, arrival.fqn, expected, found, _WRONG_BYTES)
 
 
-def _where(plan: RunPlan, fqn: str) -> str:
-    block = plan.owner_of(fqn)
+def _where(memory: MemoryPlan, fqn: str) -> str:
+    block = memory.owner_of(fqn)
     if block is None:
         return "on the device"
     place = "the memory of" if block.slot is None else f"slot {block.slot} after loading"
     return f"in {place} block {block.name} from {block.home}"
 
 
-def _groups(plan: RunPlan, name: str) -> list[tuple[int, ...]]:
-    return list(dict.fromkeys(plan.mesh.groups(rank)[name] for rank in range(plan.mesh.world_size)))
+def _groups(mesh: MeshShape, name: str) -> list[tuple[int, ...]]:
+    return list(dict.fromkeys(mesh.groups(rank)[name] for rank in range(mesh.world_size)))

@@ -7,7 +7,7 @@ from itertools import zip_longest
 
 from crossdock.runtime.contract.result import Violation
 from crossdock.runtime.models.transformers import prefixes
-from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.plan.model_layout import ModelLayout
 from crossdock.runtime.reports.records import REPORT_IT, ProbeReport
 
 SAME_NUMBERS = "same-numbers"
@@ -18,22 +18,23 @@ _RELOAD = "what the block ran with is not what the checkpoint holds: load again;
 _ELSEWHERE = "every block returned the same: look at what runs outside the blocks, such as a hook or a random number"
 
 
-def same_numbers(plan: RunPlan, probes: Sequence[ProbeReport]) -> Iterator[Violation]:
+def same_numbers(layout: ModelLayout, probes: Sequence[ProbeReport]) -> Iterator[Violation]:
     """On every rank the same calls of blocks, in the same order, with bit-identical outputs; the earliest fault first.
 
     Where the ranks of a replica exchange activations, one rank's fault shows on the others in the same block or a
     later one.
     """
     by_rank = {probe.rank: probe for probe in probes}
-    for rank in range(plan.mesh.world_size):
+    for rank in range(layout.mesh.world_size):
         if rank not in by_rank:
             yield Violation(SAME_NUMBERS, rank, "probe", "one", "none", "a rank is missing; start again")
             continue
-        first = by_rank.get(plan.mesh.replica_group(rank)[0], by_rank[rank])
+        first = by_rank.get(layout.mesh.replica_group(rank)[0], by_rank[rank])
         names, found = _names(first.off), _names(by_rank[rank].off)
         yield from _same_calls(rank, names, found, f" as on rank {first.rank}", " without streaming")
-        for name in not_called(plan, by_rank[rank].on):
-            remedy = f"if the pipeline runs without it, set it to [null, null] in {plan.model_dir / 'model_index.json'}"
+        for name in not_called(layout, by_rank[rank].on):
+            index = layout.model_dir / "model_index.json"
+            remedy = f"if the pipeline runs without it, set it to [null, null] in {index}"
             yield Violation(SAME_NUMBERS, rank, name, "a turn in the probe's steps", "none", remedy)
     differing = [(place, probe) for probe in probes if (place := _first_difference(probe)) is not None]
     for place, probe in sorted(differing, key=lambda found: (found[0], found[1].rank)):
@@ -42,9 +43,9 @@ def same_numbers(plan: RunPlan, probes: Sequence[ProbeReport]) -> Iterator[Viola
         yield from _same_calls(probe.rank, _names(probe.off), _names(probe.on), " as without streaming", "")
 
 
-def not_called(plan: RunPlan, calls: Sequence[tuple[str, int]]) -> list[str]:
+def not_called(layout: ModelLayout, calls: Sequence[tuple[str, int]]) -> list[str]:
     """The transformers of which no block was called."""
-    names = zip(plan.transformers, prefixes(plan.transformers), strict=True)
+    names = zip(layout.transformers, prefixes(layout.transformers), strict=True)
     return [name for name, prefix in names if not any(block.startswith(prefix) for block in _names(calls))]
 
 

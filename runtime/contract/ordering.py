@@ -9,16 +9,17 @@ from crossdock.offload.schedule.slots import slot_sizes
 from crossdock.offload.stream.block import Home
 from crossdock.offload.stream.trace import TraceEvent
 from crossdock.runtime.contract.result import Violation
+from crossdock.runtime.plan.memory_plan import MemoryPlan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import REPORT_IT, RankReport
 
 
 def same_schedule(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:
     """Every rank streams the same blocks in the same order through the same slots, as planned."""
-    check = "same-schedule"
-    order = tuple(block.name for block in plan.streamed)
-    homes = [(b.name, _described(b.name, b.home, b.slot, b.layout.slot_bytes)) for b in plan.blocks]
-    sizes = slot_sizes([block.layout.slot_bytes for block in plan.streamed], plan.schedule.slots)
+    check, memory = "same-schedule", plan.memory
+    order = tuple(block.name for block in memory.streamed)
+    homes = [(b.name, _described(b.name, b.home, b.slot, b.layout.slot_bytes)) for b in memory.blocks]
+    sizes = slot_sizes([block.layout.slot_bytes for block in memory.streamed], memory.schedule.slots)
     for report in reports:
         for place, (expected, found) in enumerate(zip_longest(order, report.order)):
             if expected != found:
@@ -32,7 +33,7 @@ def same_schedule(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Viol
                 yield Violation(check, report.rank, name or other, wanted_home, found_home, REPORT_IT)
         for slot, (planned, size) in enumerate(zip_longest(sizes, report.slot_bytes, fillvalue=0)):
             if planned != size:
-                first = next((block.name for block in plan.streamed if block.slot == slot), "no block")
+                first = next((block.name for block in memory.streamed if block.slot == slot), "no block")
                 where = f"slot {slot} (of {first})"
                 yield Violation(check, report.rank, where, f"{planned} bytes", f"{size} bytes", REPORT_IT)
 
@@ -45,26 +46,26 @@ def _described(block: str, home: Home, slot: int | None, slot_bytes: int) -> str
 def in_order(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:
     """Per block load -> gather -> compute -> free; no slot overwritten under its reader; no more than the window."""
     for report in reports:
-        yield from trace_in_order(plan, report.rank, report.trace)
+        yield from trace_in_order(plan.memory, report.rank, report.trace)
 
 
 def all_rehearsed(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:
     """After a rehearsal: every block was streamed in it."""
     for report in reports:
         computed = {event.block for event in report.trace if event.kind == "compute_begin"}
-        for block in plan.streamed:
+        for block in plan.memory.streamed:
             if block.name not in computed:
                 expected = "streamed in the rehearsal"
                 yield Violation("in-order", report.rank, block.name, expected, "it was not", REPORT_IT)
 
 
-def trace_in_order(plan: RunPlan, rank: int, trace: Sequence[TraceEvent]) -> Iterator[Violation]:
+def trace_in_order(memory: MemoryPlan, rank: int, trace: Sequence[TraceEvent]) -> Iterator[Violation]:
     """All events of `trace`, oldest first, under one schedule. What a slot had before its first event is not known.
 
     What steps repeat is judged, and told, once: that is what makes it cheap enough for all steps of a request.
     """
     latest: dict[int | str, TraceEvent] = {}  # a block that stays has a place of its own
-    homes = {block.name: block.home for block in plan.blocks}
+    homes = {block.name: block.home for block in memory.blocks}
     judged: set[tuple[str, str, str, str]] = set()
     for event in trace:
         if event.kind == "wait_begin":
@@ -80,7 +81,7 @@ def trace_in_order(plan: RunPlan, rank: int, trace: Sequence[TraceEvent]) -> Ite
             found = f"{event.kind} right after {before.kind} of {before.block}"
             yield Violation("in-order", rank, _place(event), reason, found, REPORT_IT)
     slots = [event for place, event in latest.items() if isinstance(place, int)]
-    if len(slots) > (window := plan.schedule.n_slots):
+    if len(slots) > (window := memory.schedule.n_slots):
         yield Violation(
             "in-order", rank, _place(slots[-1]), f"a window of {window} slots", f"{len(slots)} slots", REPORT_IT
         )

@@ -11,7 +11,7 @@ import torch
 
 from crossdock.offload.stream.trace import TraceEvent
 from crossdock.runtime.contract.result import Violation
-from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.plan.model_layout import ModelLayout
 from crossdock.runtime.reports.records import REPORT_IT, RunRecord, StepRecord
 
 _FLOAT16 = "float16 ends at 65504, which activations exceed: set dtype to bfloat16 or float32 in the YAML file"
@@ -34,9 +34,9 @@ class Saw(Protocol):
     def trace(self) -> tuple[TraceEvent, ...]: ...
 
 
-def finite(plan: RunPlan, results: Sequence[Saw]) -> Iterator[Violation]:
+def finite(layout: ModelLayout, results: Sequence[Saw]) -> Iterator[Violation]:
     """Of each replica the first step whose latents are not finite, and where that begins in it."""
-    for replica in _groups(plan, results, "dp"):
+    for replica in _groups(layout, results, "dp"):
         faulty = [(step.step, result.rank, step) for result in replica for step in result.seen.steps if not step.finite]
         if not faulty:
             continue
@@ -44,12 +44,12 @@ def finite(plan: RunPlan, results: Sequence[Saw]) -> Iterator[Violation]:
         named = [found for found in faulty if found[0] == number and found[2].not_finite_from]
         _, rank, step = min(named or faulty, key=lambda found: (found[0], found[2].not_finite_place, found[1]))
         where = f"step {number}: {step.not_finite_from or 'outside the blocks'}"
-        remedy = _FLOAT16 if torch.float16 in plan.dtypes.values() else _NOT_FLOAT16
+        remedy = _FLOAT16 if torch.float16 in layout.dtypes.values() else _NOT_FLOAT16
         found = "the first that is not, and latents that are not either" if named else "latents that are not"
         yield Violation("finite", rank, where, "finite numbers", found, remedy)
 
 
-def same_state(plan: RunPlan, results: Sequence[Saw]) -> Iterator[Violation]:
+def same_state(layout: ModelLayout, results: Sequence[Saw]) -> Iterator[Violation]:
     """What goes into a step, and the latents that come out, is the same on all ranks of a replica.
 
     Of each replica the first quantity, of the first step, in which ranks differ; and tensors that changed meanwhile.
@@ -58,8 +58,8 @@ def same_state(plan: RunPlan, results: Sequence[Saw]) -> Iterator[Violation]:
         for fqn in result.seen.changed:
             expected = "the bytes that it had after the load"
             yield Violation("same-state", result.rank, fqn, expected, "others at the request's end", REPORT_IT)
-    for replica in _groups(plan, results, "dp"):
-        branches = _groups(plan, replica, "dp", "cfg")
+    for replica in _groups(layout, results, "dp"):
+        branches = _groups(layout, replica, "dp", "cfg")
         for steps in range(min(len(result.seen.steps) for result in replica)):
             inputs = list(_first_difference(replica, steps, lambda step: step.inputs))
             inside = [v for branch in branches for v in _first_difference(branch, steps, lambda step: step.branch)]
@@ -82,14 +82,14 @@ def _first_difference(
             return
 
 
-def same_order(plan: RunPlan, results: Sequence[Saw]) -> Iterator[Violation]:
+def same_order(layout: ModelLayout, results: Sequence[Saw]) -> Iterator[Violation]:
     """The ranks of a replica computed the same blocks in the same order, each of them through its hooks."""
     for result in results:
         for path in result.seen.unhooked:
             expected = "the hooks that it had after the load"
             yield Violation("same-order", result.rank, path or "the model", expected, "not all of them", _UNHOOKED)
         yield from _streamed_as_called(result)
-    for replica in _groups(plan, results, "dp"):
+    for replica in _groups(layout, results, "dp"):
         for steps in zip(*(result.seen.steps for result in replica), strict=False):
             called = {
                 result.rank: result.seen.orders[step.computed] for result, step in zip(replica, steps, strict=True)
@@ -147,10 +147,10 @@ def _told(value: Hashable) -> str:
     return f"checksum {value:#x}" if isinstance(value, int) else "nothing" if value is None else str(value)
 
 
-def _groups(plan: RunPlan, results: Sequence[Saw], *axes: str) -> list[list[Saw]]:
+def _groups(layout: ModelLayout, results: Sequence[Saw], *axes: str) -> list[list[Saw]]:
     """The results of ranks with the same place on `axes`, by rank."""
     groups: dict[tuple[int, ...], list[Saw]] = defaultdict(list)
     for result in sorted(results, key=lambda result: result.rank):
-        place = plan.mesh.coordinates(result.rank)
+        place = layout.mesh.coordinates(result.rank)
         groups[tuple(place[axis] for axis in axes)].append(result)
     return list(groups.values())

@@ -16,6 +16,8 @@ from crossdock.runtime.contract.ordering import all_rehearsed, in_order, same_sc
 from crossdock.runtime.contract.ownership import all_read, read_at_rest, single_owner
 from crossdock.runtime.contract.result import Violation
 from crossdock.runtime.contract.steps import Saw, finite, same_order, same_state
+from crossdock.runtime.plan.memory_plan import MemoryPlan
+from crossdock.runtime.plan.model_layout import ModelLayout
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import MemorySpan, RankReport
 
@@ -25,10 +27,10 @@ CHECKS: dict[str, Callable[[RunPlan, Sequence[RankReport]], Iterable[Violation]]
     "complete": complete,
     "no-alias": no_alias,
     "in-order": in_order,
-    "same-collectives": same_collectives,
+    "same-collectives": lambda plan, reports: same_collectives(plan.layout, reports),
 }
 
-STEP_CHECKS: dict[str, Callable[[RunPlan, Sequence[Saw]], Iterable[Violation]]] = {
+STEP_CHECKS: dict[str, Callable[[ModelLayout, Sequence[Saw]], Iterable[Violation]]] = {
     "finite": finite,
     "same-state": same_state,
     "same-order": same_order,
@@ -49,7 +51,7 @@ def verify_composition(plan: RunPlan, reports: Sequence[RankReport], rehearsed: 
     Args:
         rehearsed: all blocks were streamed once; else `verify_arrivals` judges what arrives in the first request.
     """
-    missing = set(range(plan.mesh.world_size)) - {report.rank for report in reports}
+    missing = set(range(plan.layout.mesh.world_size)) - {report.rank for report in reports}
     if missing:
         return [Violation("same-schedule", min(missing), "report", "one", "none", "a rank is missing; start again")]
     checks = (*CHECKS.values(), *(_REHEARSAL if rehearsed else ()))
@@ -72,24 +74,25 @@ class Did(Issued, Saw, Protocol):
 
 
 def verify_request(
-    plan: RunPlan, reports: Sequence[RankReport], results: Sequence[Did], before: RunPlan | None = None
+    plan: RunPlan, reports: Sequence[RankReport], results: Sequence[Did], before: MemoryPlan | None = None
 ) -> list[Violation]:
     """What the ranks did in a request: its steps, in-order, same-collectives, and of single-owner what was read.
 
     Args:
         reports: what the ranks held when they were admitted.
-        before: the plan that held until the schedule was changed in this request, where it was.
+        before: what held until the schedule was changed in this request, where it was.
     """
-    ordered = [violation for result in results for violation in _in_order(plan, before or plan, result)]
+    memory = plan.memory
+    ordered = [violation for result in results for violation in _in_order(memory, before or memory, result)]
     homes = {report.rank: report.homes for report in reports}
-    read = [v for result in results for v in read_at_rest(plan, result.rank, homes.get(result.rank, ()), result.read)]
-    steps = [violation for check in STEP_CHECKS.values() for violation in check(plan, results)]
-    return [*steps, *ordered, *read, *same_collectives(plan, results)]
+    read = [v for result in results for v in read_at_rest(memory, result.rank, homes.get(result.rank, ()), result.read)]
+    steps = [violation for check in STEP_CHECKS.values() for violation in check(plan.layout, results)]
+    return [*steps, *ordered, *read, *same_collectives(plan.layout, results)]
 
 
-def _in_order(plan: RunPlan, before: RunPlan, result: Did) -> Iterator[Violation]:
+def _in_order(memory: MemoryPlan, before: MemoryPlan, result: Did) -> Iterator[Violation]:
     """Every step, under the schedule that held at the time."""
     trace = result.trace
     changed = bisect_left(trace, result.scheduled_at, key=lambda event: event.sequence)
     yield from trace_in_order(before, result.rank, trace[:changed])
-    yield from trace_in_order(plan, result.rank, trace[changed:])
+    yield from trace_in_order(memory, result.rank, trace[changed:])

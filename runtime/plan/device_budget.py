@@ -20,7 +20,7 @@ from crossdock.runtime.plan.component_needs import ComponentNeed
 
 @dataclass(frozen=True)
 class DeviceSpace:
-    """See the fields of the same names in `RunPlan`."""
+    """See the fields of the same names in `MemoryPlan`."""
 
     residency: Residency
     budget_bytes: int | None

@@ -34,7 +34,7 @@ from crossdock.runtime.reports.records import RankReport
 class LoadedModel:
     """
     Attributes:
-        plan: what is held now; another one after a rescheduling.
+        plan: what is held now; `memory` is another one after a rescheduling.
         schedule_note: what was made of the measured costs.
         load_s: how long it took to connect and load.
     """
@@ -77,7 +77,7 @@ class LoadedModel:
             rank=self.mesh.rank,
             tensors=record_tensors(self.model, stream, weights.slices),
             plain=record_plain(self.model, stream),
-            homes=record_homes(self.plan, stream, weights.ranges),
+            homes=record_homes(self.plan.memory.blocks, stream, weights.ranges),
             order=stream.order,
             slot_bytes=tuple(memory.nbytes for memory in stream.slot_memory),
             slots=tuple(span for memory in stream.slot_memory if (span := memory_span(memory)) is not None),

@@ -45,7 +45,7 @@ class ModelParallelism:
 
     def _cut_linears(self, transformer: nn.Module, plan: RunPlan, mesh: Mesh) -> None:
         place = mesh.index_in("tp"), mesh.shape.tp, mesh.groups["tp"]
-        self._undo.append(TensorParallelism.apply(transformer, plan.spec.tensor_plan, *place).remove)
+        self._undo.append(TensorParallelism.apply(transformer, plan.layout.spec.tensor_plan, *place).remove)
 
     def _cut_tokens(
         self, transformer: nn.Module, plan: RunPlan, mesh: Mesh, after_collective: Callable[[], None]
@@ -55,7 +55,7 @@ class ModelParallelism:
         attention = make_attention(plan, mesh, after_collective)
         sequence = SequenceParallelism(attention, shape.sequence_index(mesh.rank), shape.sequence, group)
         self._undo.append(sequence.remove)
-        sequence.apply(transformer, plan.spec.regions)
+        sequence.apply(transformer, plan.layout.spec.regions)
         self._undo.append(AttentionBinding(transformer, sequence).remove)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from crossdock.offload.stream.block import StreamedBlock
 from crossdock.runtime.contract.numbers import FINAL_LATENTS, not_called
 from crossdock.runtime.models.transformers import build_transformers
-from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.plan.model_layout import ModelLayout
 from crossdock.runtime.rank.inspection import checksum, digest
 from crossdock.runtime.rank.weights.load import WeightLoader
 from crossdock.runtime.rank.worker import RankWorker
@@ -33,11 +33,11 @@ _MOST_STEPS = 32
 """With fewer, some transformer may not get its turn; with so many it has no turn at all."""
 
 
-def probe_request(plan: RunPlan) -> GenerateRequest:
+def probe_request(layout: ModelLayout) -> GenerateRequest:
     """One step of a picture that is as small as it can be and still has tokens for every rank of most layouts."""
-    side = _SIDE * plan.pixel_multiple
-    spec = plan.spec
-    fewest = spec.frame_counts[0] if spec.frame_counts else spec.chunk_frames or plan.frame_multiple + 1
+    side = _SIDE * layout.pixel_multiple
+    spec = layout.spec
+    fewest = spec.frame_counts[0] if spec.frame_counts else spec.chunk_frames or layout.frame_multiple + 1
     return GenerateRequest.of(_PROMPT, steps=1, height=side, width=side, frames=None if spec.fps is None else fewest)
 
 
@@ -51,7 +51,7 @@ def probe_numbers(worker: RankWorker, request: GenerateRequest) -> ProbeReport:
     """
     try:
         on = _streamed(worker, request)
-        while not_called(worker.loaded.plan, on) and request.steps < _MOST_STEPS:
+        while not_called(worker.loaded.plan.layout, on) and request.steps < _MOST_STEPS:
             request = replace(request, steps=2 * request.steps)
             on = _streamed(worker, request)
         with worker.loaded.stream.suspended(), _weights_from_files(worker):
@@ -85,9 +85,9 @@ def _run(worker: RankWorker, request: GenerateRequest) -> tuple[tuple[str, int],
 @contextmanager
 def _weights_from_files(worker: RankWorker) -> Iterator[None]:
     """Every block runs with its own copy of the checkpoint's bytes, which exists as long as it runs."""
-    loaded, plan = worker.loaded, worker.loaded.plan
-    planned = {block.name: block for block in plan.blocks}
-    fresh = build_transformers(plan.spec.transformer, plan.model_dir, plan.transformers)
+    loaded, plan, layout = worker.loaded, worker.loaded.plan, worker.loaded.plan.layout
+    planned = {block.name: block for block in plan.memory.blocks}
+    fresh = build_transformers(layout.spec.transformer, layout.model_dir, layout.transformers)
     # has the buffers that no file holds
     loader = WeightLoader(plan, loaded.mesh, fresh, worker.device)
 

@@ -49,9 +49,10 @@ class StepWatch(Observer):
     """Of a model that is loaded: its hooks stay. Outside of `begin` and `end` it looks at nothing."""
 
     def __init__(self, plan: RunPlan, model: nn.Module, blocks: Sequence[StreamedBlock], device: torch.device) -> None:
-        self._verify, self._spec, self._cuda = plan.config.verify, plan.spec, device.type == "cuda"
-        self._compares = self._verify.state and plan.mesh.world_size > plan.mesh.dp  # with somebody
-        self._regions = plan.spec.regions if plan.mesh.sequence > 1 else None
+        self._verify, self._spec, self._cuda = plan.config.verify, plan.layout.spec, device.type == "cuda"
+        mesh = plan.layout.mesh
+        self._compares = self._verify.state and mesh.world_size > mesh.dp  # with somebody
+        self._regions = self._spec.regions if mesh.sequence > 1 else None
         self._step: _Step | None = None
         self._ended: list[_Step] = []  # not read yet
         self._steps: list[StepRecord] = []
@@ -70,7 +71,7 @@ class StepWatch(Observer):
                     before = disabled(partial(self._before, block.name))
                     block.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
         self._hooked = [(path, module, _hooks(module)) for path, module in model.named_modules() if _hooks(module)]
-        stored = [fqn for fqn in plan.outside if fqn in plan.stored] if self._verify.state else []
+        stored = [fqn for fqn in plan.memory.outside if fqn in plan.layout.stored] if self._verify.state else []
         self._outside = dict(zip(stored, self._digests(stored), strict=True))
 
     # -- a request -----------------------------------------------------------------------------------------------

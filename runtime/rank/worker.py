@@ -113,11 +113,12 @@ class RankWorker:
         began = time.perf_counter()
         allocated = allocated_bytes(self.device)
         rehearse = rehearse or probe
+        layout, memory = plan.layout, plan.memory
         self.phase = "connect"
         timeout_s = plan.config.launch.timeouts.collective_s
-        self._mesh = mesh = Mesh.connect(plan.mesh, self.rank, timeout_s, self.world)
+        self._mesh = mesh = Mesh.connect(layout.mesh, self.rank, timeout_s, self.world)
         self.phase = "load"
-        model = build_transformers(plan.spec.transformer, plan.model_dir, plan.transformers)
+        model = build_transformers(layout.spec.transformer, layout.model_dir, layout.transformers)
         issued = AtRunTime(lambda: stream.collective_issued())
         parallelism = ModelParallelism.apply(model, plan, mesh, issued)
         loader = WeightLoader(plan, mesh, model, self.device, self.holder)
@@ -125,15 +126,15 @@ class RankWorker:
         loader.load_outside()
         loader.close()
         copy_engine = make_copy_engine(self.device, timeout_s)
-        arena = None if plan.arena_bytes is None else Arena(plan.arena_bytes, self.device)
+        arena = None if memory.arena_bytes is None else Arena(memory.arena_bytes, self.device)
         stream = BlockStream(
             weights.blocks,
-            plan.schedule,
+            memory.schedule,
             self.device,
             copy_engine,
             self._gather(mesh),
-            resident=plan.resident,
-            passes=plan.passes,
+            resident=memory.resident,
+            passes=memory.passes,
             arena=arena,
             yield_to_collectives=self.device.type == "cuda" and self.world_size > 1,
         )
@@ -144,7 +145,7 @@ class RankWorker:
             if isinstance(module, EXCHANGING):
                 module.register_forward_hook(lambda *_: issued())
         pipeline = RankPipeline(plan, mesh, model, self.device, copy_engine, arena)
-        check = WeightCheck(plan, self.rank, model, full=probe)
+        check = WeightCheck(layout, memory.outside, self.rank, model, full=probe)
         made = (mesh, model, parallelism, weights, copy_engine, arena, stream, pipeline, check)
         watch = StepWatch(plan, model, weights.blocks, self.device)
         self._loaded = loaded = LoadedModel(plan, self.device, *made, watch, time.perf_counter() - began)
@@ -298,7 +299,7 @@ class RankWorker:
         state.keep(end)
         if end.repeated:
             return
-        if self.model_steps == MEASURED_STEPS and self.loaded.plan.order:
+        if self.model_steps == MEASURED_STEPS and self.loaded.plan.memory.order:
             self._reschedule(state)
         if self.on_progress is not None:
             self.on_progress(end.finished)
@@ -313,15 +314,16 @@ class RankWorker:
         """Look at the schedule again, with what the first steps have shown. Collective; every rank decides alike."""
         loaded = self.loaded
         stream, arena = loaded.stream, loaded.arena
-        seen = observe(loaded.plan, stream.recorded_order, stream.trace(), spare_bytes(self.device))
-        found = reschedule(loaded.plan, self.exchange(seen), self.model_steps)
-        plan = found.plan or loaded.plan
+        seen = observe(loaded.plan.memory, stream.recorded_order, stream.trace(), spare_bytes(self.device))
+        found = reschedule(loaded.plan.memory, loaded.plan.config.offload, self.exchange(seen), self.model_steps)
+        memory = found.memory or loaded.plan.memory
+        plan = replace(loaded.plan, memory=memory)
         self._loaded = loaded = replace(loaded, plan=plan, schedule_note=found.schedule_note)
-        if found.plan is None:
+        if found.memory is None:
             return
-        if arena is not None and plan.arena_bytes != arena.nbytes:
-            arena.resize(plan.arena_bytes or 0)
-        stream.reschedule(plan.schedule, plan.resident, plan.order)
+        if arena is not None and memory.arena_bytes != arena.nbytes:
+            arena.resize(memory.arena_bytes or 0)
+        stream.reschedule(memory.schedule, memory.resident, memory.order)
         before = stream.upcoming
         stream.rehearse()
         state.changed = loaded.report()  # now: later, another component may have the memory
@@ -352,5 +354,5 @@ class RankWorker:
             loaded.watch.end(),
         )
         if state.changed is not None:
-            result.plan, result.report = loaded.plan, state.changed
+            result.memory, result.report = loaded.plan.memory, state.changed
         return result

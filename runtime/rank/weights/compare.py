@@ -21,7 +21,7 @@ from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.parallel.tensor import TensorSlice, part_shape
 from crossdock.runtime.models.meta import non_persistent_buffers
 from crossdock.runtime.models.transformers import build_transformers
-from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.plan.model_layout import ModelLayout
 from crossdock.runtime.rank.weights.source import WeightSource
 from crossdock.runtime.reports.records import ArrivalRecord
 
@@ -38,17 +38,18 @@ class WeightCheck:
         differ: some tensor was not what the checkpoint has.
     """
 
-    def __init__(self, plan: RunPlan, rank: int, model: nn.Module, *, full: bool) -> None:
-        """`full`: compare all bytes, not some rows."""
+    def __init__(self, layout: ModelLayout, outside: Sequence[str], rank: int, model: nn.Module, *, full: bool) -> None:
+        """`outside`: what lies outside the blocks. `full`: compare all bytes, not some rows."""
         self.records: list[ArrivalRecord] = []
         self.differ = False
         self._reported = 0
-        self._plan = plan
+        self._layout = layout
+        self._outside = outside
         self._model = model
         self._full = full
-        self._slices = plan.slices[plan.mesh.coordinates(rank)["tp"]]
+        self._slices = layout.slices_of(rank)
         self._unstored = non_persistent_buffers(model)
-        self._source = WeightSource(plan.stored)  # its own: nothing that the loader has read or kept
+        self._source = WeightSource(layout.stored)  # its own: nothing that the loader has read or kept
 
     def begin(self, stream: BlockStream, *, rehearse: bool) -> None:
         """Compare what is on the device to stay.
@@ -77,12 +78,12 @@ class WeightCheck:
 
     def block(self, block: StreamedBlock, memory: Tensor) -> None:
         """`memory`: uint8, on the device: all of the block's bytes."""
-        parts = self._plan.mesh.hsdp_shard if block.home.sharded else 1
+        parts = self._layout.mesh.hsdp_shard if block.home.sharded else 1
         size = block.layout.slot_bytes // parts
         found = []
         for entry in block.layout.entries:
             names = [f"{block.name}.{name}" for name in entry.names]
-            fqn = next((name for name in names if name in self._plan.stored), names[0])
+            fqn = next((name for name in names if name in self._layout.stored), names[0])
             # where a shard begins; so that of every rank's shard something is compared
             cuts = [cut - entry.offset for cut in range(size, parts * size, size)]
             found.append((fqn, entry.view(memory), cuts))
@@ -91,7 +92,7 @@ class WeightCheck:
     def outside(self) -> None:
         """The model's live tensors outside the blocks."""
         found = []
-        for fqn in self._plan.outside:
+        for fqn in self._outside:
             path, _, leaf = fqn.rpartition(".")
             found.append((fqn, getattr(self._model.get_submodule(path), leaf), ()))
         self._compare(found)
@@ -115,7 +116,7 @@ class WeightCheck:
     def _shape(self, fqn: str) -> tuple[int, ...]:
         if fqn in self._unstored:
             return tuple(self._recomputed.get_buffer(fqn).shape)
-        return part_shape(self._plan.stored[fqn].shape, self._slices.get(fqn))
+        return part_shape(self._layout.stored[fqn].shape, self._slices.get(fqn))
 
     def _expected(self, fqn: str, rows: Tensor | None) -> Tensor:
         """Rows of this rank's part of a tensor, in the dtype in which it is held."""
@@ -123,12 +124,13 @@ class WeightCheck:
             whole, part = self._recomputed.get_buffer(fqn), None
         else:
             whole, part = self._source.rows(fqn), self._slices.get(fqn)
-        return _rows_of_part(whole, part, rows).to(self._plan.dtypes[fqn])
+        return _rows_of_part(whole, part, rows).to(self._layout.dtypes[fqn])
 
     @cached_property
     def _recomputed(self) -> nn.Module:
         """The model once more, for the buffers that its constructor computes."""
-        return build_transformers(self._plan.spec.transformer, self._plan.model_dir, self._plan.transformers)
+        layout = self._layout
+        return build_transformers(layout.spec.transformer, layout.model_dir, layout.transformers)
 
 
 def sampled_rows(fqn: str, tensor: Tensor, part: TensorSlice | None, cuts: Sequence[int]) -> Tensor | None:
