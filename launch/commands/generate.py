@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -73,7 +73,7 @@ def locating(config_path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _step_bar(console: Console) -> Iterator[Any]:
+def _step_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal, a plain line per step elsewhere."""
     if not console.is_terminal or console.quiet:
         yield lambda done, total: console.print(f"step {done}/{total}", markup=False)

@@ -270,7 +270,7 @@ class Engine:
 
     def _round(self, run: RequestRun, request: RankRequest) -> list[RankResult]:
         """One round of pictures, whatever happens to the ranks meanwhile."""
-        snapshots = Snapshots(self.plan, self.gang)
+        snapshots = Snapshots(self.plan.layout, self.gang)
         asked, delays = request.asked, Delays(self._ranks.notify)
         shown = Steps(run.end_step, asked.steps * number_of_chunks(self.plan.layout.spec, asked.frames))
         first = time.perf_counter()
@@ -324,7 +324,7 @@ class Engine:
             "layout": self.plan.layout_name,
             "ranks": rows,
             # verdict: what schedule_note was called before, for one version
-            "schedule": {**asdict(self.plan.memory.schedule_report(note)), "verdict": note},
+            "schedule": {**self.plan.memory.schedule_report(note), "verdict": note},
             "composition": self._ranks.coordinator.composition,
             "faults": [asdict(fault) for fault in faults],
             "phases_s": {phase: round(seconds, 4) for phase, seconds in phases.items()},

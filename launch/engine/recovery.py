@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from crossdock.runtime.errors import CrossdockError, RankError
 from crossdock.runtime.pipeline.snapshot import Snapshot, common_start
 from crossdock.runtime.plan.make_plan import make_plan
+from crossdock.runtime.plan.model_layout import ModelLayout
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.status import RankStatus
@@ -53,9 +54,9 @@ class Survived:
 class Snapshots:
     """The newest snapshots that the first rank of every replica has, fetched while the ranks work."""
 
-    def __init__(self, plan: RunPlan, gang: Gang) -> None:
+    def __init__(self, layout: ModelLayout, gang: Gang) -> None:
         self._gang = gang
-        mesh = plan.layout.mesh
+        mesh = layout.mesh
         self._leaders = sorted({mesh.replica_group(rank)[0] for rank in range(mesh.world_size)})
         self._kept: dict[int, tuple[Snapshot, ...]] = dict.fromkeys(self._leaders, ())
         self._not_before_s = 0.0

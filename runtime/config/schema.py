@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -256,7 +256,7 @@ class RunConfig(Section):
         return self.parallel.world_size
 
     @classmethod
-    def parse(cls, data: Mapping[str, Any], source: str | None = None) -> Self:
+    def parse(cls, data: Mapping[str, object], source: str | None = None) -> Self:
         """Build from a mapping as read from YAML or JSON.
 
         Raises `ConfigError` with one line for each problem, each starting with `source` where it is given.

@@ -24,13 +24,14 @@ from crossdock.parallel.mesh import Mesh
 from crossdock.runtime.errors import CheckpointError, LaunchError
 from crossdock.runtime.media import Media, media_of
 from crossdock.runtime.models.checkpoint import index_file
+from crossdock.runtime.models.diffusers_api import Pipeline, working_on
 from crossdock.runtime.models.foreign_code import component_to_blame, unasked
 from crossdock.runtime.models.latents import number_of_chunks
-from crossdock.runtime.models.modular import as_pipeline, is_modular, share_block
 from crossdock.runtime.models.spec import ModelSpec
 from crossdock.runtime.models.transformers import transformers_in
 from crossdock.runtime.pipeline.components import Component, place_component
 from crossdock.runtime.pipeline.denoise_loop import DenoiseLoop, Observer, StepEnd, own_randomness
+from crossdock.runtime.pipeline.modular import as_pipeline, share_block
 from crossdock.runtime.pipeline.presence import ActiveComponent
 from crossdock.runtime.pipeline.replicate import replicated
 from crossdock.runtime.pipeline.snapshot import Snapshot, beginning_at
@@ -116,7 +117,7 @@ class RankPipeline:
             self._active.watch(name, self._modules[name])
         share = partial(replicated, device=self._device, mesh=mesh, turn=self._encoding)
         for name in self._layout.spec.encode:
-            if is_modular(type(self.pipe)):
+            if isinstance(self.pipe, diffusers.ModularPipeline):
                 share_block(self.pipe, name, partial(self._told, name, share))
                 continue
             method = self._told(name, share, getattr(self.pipe, name))
@@ -215,7 +216,7 @@ class RankPipeline:
 
     def _arguments(
         self, items: Sequence[RequestItem], generators: list[torch.Generator], request: GenerateRequest
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """What the pipeline is called with."""
         several = len(items) > 1
         return {
@@ -229,7 +230,7 @@ class RankPipeline:
             **self._wishes(items, request),
         }
 
-    def _wishes(self, items: Sequence[RequestItem], request: GenerateRequest) -> dict[str, Any]:
+    def _wishes(self, items: Sequence[RequestItem], request: GenerateRequest) -> dict[str, object]:
         """What else was asked for; for all else, the pipeline has its own defaults."""
         negatives = [item.negative_prompt for item in items]
         wishes = {
@@ -253,7 +254,7 @@ class RankPipeline:
         finally:
             setattr(self.pipe, component, own)
 
-    def _media(self, output: Sequence[Any]) -> list[Media]:
+    def _media(self, output: Sequence[object]) -> list[Media]:
         spec, path = self._layout.spec, self._layout.spec.sampling_rate
         fps = next((fps for option, fps in spec.fps_with.items() if self.pipe.config.get(option)), spec.fps)
         return media_of(output, fps, None if path is None else attrgetter(path)(self.pipe))
@@ -272,7 +273,7 @@ class RankPipeline:
         encode = share(method)
 
         @functools.wraps(encode, updated=())  # pipelines may look at the signature
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: object, **kwargs: object) -> Any:
             value = encode(*args, **kwargs)
             self._observer.given(f"what {name} returned", value)
             return value
@@ -284,7 +285,7 @@ class RankPipeline:
         turn = partial(self.turn, self._layout.decoders)
         shapes_only = replicated(decode, self._device, mesh, turn, shapes_only=True)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: object, **kwargs: object) -> Any:
             if self._between_chunks():
                 return shapes_only(*args, **kwargs)
             with turn():
@@ -304,15 +305,15 @@ def _check_turn(where: Path, component: Component, planned: int) -> None:
         )
 
 
-def _load_pipeline(layout: ModelLayout, device: torch.device, given: dict[str, nn.Module | None]) -> Any:
+def _load_pipeline(layout: ModelLayout, device: torch.device, given: dict[str, nn.Module | None]) -> Pipeline:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
     try:
         with unasked():
-            return _on_device(_pipeline_class(layout.spec), device).from_pretrained(
-                layout.model_dir, dtype=layout.pipeline_dtype, **options, **given
-            )
+            kind: Any = working_on(_pipeline_class(layout.spec), device)
+            found: Pipeline = kind.from_pretrained(layout.model_dir, dtype=layout.pipeline_dtype, **options, **given)
+            return found
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
@@ -325,9 +326,4 @@ def _load_pipeline(layout: ModelLayout, device: torch.device, given: dict[str, n
 
 def _pipeline_class(spec: ModelSpec) -> type:
     found: type = getattr(diffusers, spec.pipeline)
-    return as_pipeline(found, spec.outputs, spec.workflow) if is_modular(found) else found
-
-
-def _on_device(pipeline: type, device: torch.device) -> Any:
-    """`pipeline` that works on `device`, wherever the weights of its components rest."""
-    return type(pipeline.__name__, (pipeline,), {"_execution_device": property(lambda _: device)})
+    return as_pipeline(found, spec.outputs, spec.workflow) if issubclass(found, diffusers.ModularPipeline) else found

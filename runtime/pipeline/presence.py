@@ -42,7 +42,7 @@ class ActiveComponent:
     def watch(self, name: str, module: nn.Module) -> None:
         """Every call of `module`, or of a part of it, is one of `name`. What it is given is put where it runs."""
 
-        def come(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def come(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
             self.enter(name)
             return tuple(map(self._here, args)), {key: self._here(value) for key, value in kwargs.items()}
 
@@ -52,11 +52,11 @@ class ActiveComponent:
     def wrap(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         """Every call of what this returns is one of `method`, and of `name`."""
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: object, **kwargs: object) -> Any:
             self.enter(name)
             return method(*map(self._here, args), **{key: self._here(value) for key, value in kwargs.items()})
 
         return call
 
-    def _here(self, value: Any) -> Any:
+    def _here(self, value: object) -> Any:
         return value.to(self._device) if isinstance(value, Tensor) else value

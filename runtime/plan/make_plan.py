@@ -29,6 +29,7 @@ from crossdock.runtime.models.checkpoint import (
     component_names,
     read_model_index,
 )
+from crossdock.runtime.models.diffusers_api import kept_in_fp32
 from crossdock.runtime.models.families import spec_for
 from crossdock.runtime.models.foreign_code import refuse_foreign_code
 from crossdock.runtime.models.latents import vae_scale
@@ -211,14 +212,13 @@ def _all_tensors(model: nn.Module) -> list[str]:
 
 def _dtypes(model: nn.Module, stored: Mapping[str, StoredTensor], config: RunConfig) -> dict[str, torch.dtype]:
     """As stored, or the config's dtype for floating-point tensors, but for what the class keeps in fp32."""
-    keep = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    keep = frozenset[str]().union(*map(kept_in_fp32, transformers_in(model).values()))
     buffers = non_persistent_buffers(model)
     dtypes: dict[str, torch.dtype] = {}
     for fqn in _all_tensors(model):
         dtype = model.get_buffer(fqn).dtype if fqn in buffers else stored[fqn].dtype
         if config.dtype != "auto" and dtype.is_floating_point and fqn not in buffers:
-            kept = any(part in keep for part in fqn.split("."))
-            dtype = torch.float32 if kept else getattr(torch, config.dtype)
+            dtype = getattr(torch, config.dtype) if keep.isdisjoint(fqn.split(".")) else torch.float32
         dtypes[fqn] = dtype
     return dtypes
 

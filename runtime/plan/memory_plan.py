@@ -49,29 +49,6 @@ class PlannedBlock:
 
 
 @dataclass(frozen=True)
-class ScheduleReport:
-    """How the blocks use the device. Sizes in bytes.
-
-    Attributes:
-        resident: the blocks that stay on the device.
-        budget_bytes: None: as little as possible.
-        arena_bytes: what the components use in turn; None: they do not take turns.
-        step_ms: predicted time of the blocks of a step, from the costs named in `schedule_note`; `bound_ms` is proven
-            to be a lower bound for this budget.
-        schedule_note: what became of the schedule once the first steps were measured.
-    """
-
-    resident: tuple[str, ...]
-    prefetch: int
-    slots: int
-    budget_bytes: int | None
-    arena_bytes: int | None
-    step_ms: float
-    bound_ms: float
-    schedule_note: str
-
-
-@dataclass(frozen=True)
 class MemoryPlan:
     """Where everything rests; all that a rescheduling changes is in here.
 
@@ -132,31 +109,29 @@ class MemoryPlan:
         fixed = self.outside_bytes + ALIGNMENT + self.staging_bytes
         return None if self.budget_bytes is None else self.budget_bytes - fixed
 
-    def schedule_report(self, schedule_note: str) -> ScheduleReport:
-        """`schedule_note`: what became of the schedule when the first steps were measured."""
+    def schedule_report(self, schedule_note: str) -> dict[str, object]:
+        """How the blocks use the device, and what became of the schedule once the first steps were measured.
+
+        `step_ms`: predicted time of the blocks of a step, from the costs that the note names; `bound_ms` is proven to
+        be a lower bound for this budget.
+        """
         residency = self.residency
-        return ScheduleReport(
-            tuple(self.blocks[index].name for index in sorted(self.staying)),
-            residency.schedule.prefetch,
-            residency.schedule.n_slots,
-            self.budget_bytes,
-            self.arena_bytes,
-            round(residency.step_s * 1e3, 3),
-            round(residency.bound_s * 1e3, 3),
-            schedule_note,
-        )
+        places = ((pass_, place) for pass_ in self.passes for place in residency.resident)
+        return {
+            "resident": [self.blocks[i].name for i in sorted(pass_[at] for pass_, at in places if at < len(pass_))],
+            "prefetch": residency.schedule.prefetch,
+            "slots": residency.schedule.n_slots,
+            "budget_bytes": self.budget_bytes,
+            "arena_bytes": self.arena_bytes,
+            "step_ms": round(residency.step_s * 1e3, 3),
+            "bound_ms": round(residency.bound_s * 1e3, 3),
+            "schedule_note": schedule_note,
+        }
 
     @property
     def resident(self) -> frozenset[int]:
         """Indices of the blocks that can be streamed and have memory of their own: they are brought once and stay."""
         return frozenset(index for index in self.order if self.blocks[index].slot is None)
-
-    @property
-    def staying(self) -> frozenset[int]:
-        """Indices of the blocks that are brought once and stay while their transformer runs."""
-        return frozenset(
-            pass_[place] for pass_ in self.passes for place in self.residency.resident if place < len(pass_)
-        )
 
     @cached_property
     def streamed(self) -> tuple[PlannedBlock, ...]:

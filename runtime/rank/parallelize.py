@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
@@ -62,13 +61,13 @@ class ModelParallelism:
 def make_attention(plan: RunPlan, mesh: Mesh, after_collective: Callable[[], None]) -> Attend:
     """The attention that the plan asks for, in this rank's place of the mesh."""
     shape, groups = mesh.shape, mesh.groups
-    place: dict[str, Any] = {
-        "ulysses_group": groups["ulysses"],
-        "ulysses_rank": mesh.index_in("ulysses"),
-        "ulysses_degree": shape.ulysses,
-        "ring_group": groups["ring"],
-        "ring_rank": mesh.index_in("ring"),
-        "ring_degree": shape.ring,
-    }
     kind = XFuserAttention if plan.config.parallel.attention == "xfuser" else SequenceParallelAttention
-    return kind(**place, after_collective=after_collective)
+    return kind(
+        ulysses_group=groups["ulysses"],
+        ulysses_rank=mesh.index_in("ulysses"),
+        ulysses_degree=shape.ulysses,
+        ring_group=groups["ring"],
+        ring_rank=mesh.index_in("ring"),
+        ring_degree=shape.ring,
+        after_collective=after_collective,
+    )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from crossdock.offload.stream.block import StreamedBlock
+from crossdock.runtime.models.diffusers_api import Pipeline, guidance_scale
 from crossdock.runtime.models.transformers import transformers_in
 from crossdock.runtime.pipeline.denoise_loop import Observer, StepEnd
 from crossdock.runtime.plan.plan import RunPlan
@@ -121,9 +122,9 @@ class StepWatch(Observer):
         state = _joined([*read.inputs.values(), *read.latents.values(), read.computed])
         return read.finite, (state, _joined([*read.branch.values()]))
 
-    def _guidance(self, pipe: Any) -> Any:
+    def _guidance(self, pipe: Pipeline) -> object:
         path = self._spec.guidance or ""
-        return attrgetter(path)(pipe) if "." in path else getattr(pipe, "_guidance_scale", None)
+        return attrgetter(path)(pipe) if "." in path else guidance_scale(pipe)
 
     # -- what the pipeline and the blocks tell -------------------------------------------------------------------
 

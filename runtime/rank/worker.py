@@ -95,7 +95,7 @@ class RankWorker:
             self.world = Group(dist.group.WORLD, "world")
             self.stopping.meet(self.world)
 
-    def exchange(self, value: Any) -> list[Any]:
+    def exchange(self, value: object) -> list[Any]:
         """`value` of every rank, by rank. Collective over the world."""
         return exchange(value, self.world)
 
@@ -278,7 +278,7 @@ class RankWorker:
 
     # -- parts of generate ---------------------------------------------------------------------------------------
 
-    def _begin_forward(self, stream: BlockStream, pass_: int, *_: Any) -> None:
+    def _begin_forward(self, stream: BlockStream, pass_: int, *_: object) -> None:
         self.phase = "denoise"
         stream.prepare(pass_)
 
