@@ -147,7 +147,7 @@ def _place(config: RunConfig, found: _FoundModel, layout: ModelLayout, device_by
         tuple(index for index, block in enumerate(blocks) if home.streamed and block.name.startswith(prefix))
         for prefix in prefixes(found.transformers)
     )
-    space = divide_device(
+    residency, budget_bytes, arena_bytes = divide_device(
         offload,
         device_bytes,
         outside_bytes,
@@ -159,14 +159,14 @@ def _place(config: RunConfig, found: _FoundModel, layout: ModelLayout, device_by
     return MemoryPlan(
         blocks,
         passes,
-        space.residency,
-        space.budget_bytes,
-        space.arena_bytes,
+        residency,
+        budget_bytes,
+        arena_bytes,
         {need.name: need.turn_bytes for need in others},
         host_peak_bytes(others),
         outside,
         outside_bytes,
-    ).scheduled(space.residency, passes)
+    ).scheduled(residency, passes)
 
 
 def mesh_shape(config: RunConfig) -> MeshShape:
