@@ -9,15 +9,22 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
+from crossdock.offload.stream.trace import TraceEvent
 from crossdock.runtime.contract.aliasing import no_alias
 from crossdock.runtime.contract.collectives import Issued, same_collectives
 from crossdock.runtime.contract.coverage import all_compared, all_equal, complete
-from crossdock.runtime.contract.ordering import all_rehearsed, in_order, same_schedule, trace_in_order
+from crossdock.runtime.contract.ordering import (
+    all_rehearsed,
+    in_order,
+    in_order_by_the_clock,
+    same_schedule,
+    trace_in_order,
+)
 from crossdock.runtime.contract.ownership import all_read, read_at_rest, single_owner
 from crossdock.runtime.contract.result import Violation
 from crossdock.runtime.contract.steps import Saw, finite, same_order, same_state
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.reports.records import MemorySpan, RankReport
+from crossdock.runtime.reports.records import MemorySpan, RankReport, RankTrace
 
 CHECKS: dict[str, Callable[[RunPlan, Sequence[RankReport]], Iterable[Violation]]] = {
     "same-schedule": same_schedule,
@@ -65,6 +72,9 @@ class Did(Issued, Saw, Protocol):
     """What a rank tells of a request."""
 
     @property
+    def timeline(self) -> RankTrace: ...
+
+    @property
     def scheduled_at(self) -> int: ...
 
     @property
@@ -88,8 +98,16 @@ def verify_request(
 
 
 def _in_order(plan: RunPlan, before: RunPlan, result: Did) -> Iterator[Violation]:
-    """Every step, under the schedule that held at the time."""
-    trace = result.trace
-    changed = bisect_left(trace, result.scheduled_at, key=lambda event: event.sequence)
-    yield from trace_in_order(before, result.rank, trace[:changed])
-    yield from trace_in_order(plan, result.rank, trace[changed:])
+    """Every step, under the schedule that held at the time. What was in the slots before has happened long ago, and may
+    have been timed by another clock.
+    """
+    trace, timed = _at(result.trace, result.scheduled_at), _at(result.timeline.events, result.scheduled_at)
+    for held, issued, happened in zip((before, plan), trace, timed, strict=True):
+        yield from trace_in_order(held, result.rank, issued)
+        yield from in_order_by_the_clock(held, result.rank, happened)
+
+
+def _at(trace: Sequence[TraceEvent], scheduled_at: int) -> tuple[Sequence[TraceEvent], Sequence[TraceEvent]]:
+    """The part under the schedule before, and that under the present one."""
+    changed = bisect_left(trace, scheduled_at, key=lambda event: event.sequence)
+    return trace[:changed], trace[changed:]
