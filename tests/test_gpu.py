@@ -102,9 +102,8 @@ def _raced(monkeypatch: pytest.MonkeyPatch, fault: str, epoch_s: float) -> tuple
         return at == passes - 1 and slot.holder == 4
 
     def early(lane: Any, work: Any, after: Any, needs: Any = ()) -> Any:
-        mine, event = ours() and not any(one is slot.ready for one in after), submit(lane, copy_engine.nothing, after)
-        done = submit(lane, work, (), needs)
-        return event if mine else done
+        event, done = submit(lane, copy_engine.nothing, after), submit(lane, work, (), needs)
+        return event if ours() else done
 
     if fault == "wait":
         monkeypatch.setattr(engine, "wait", lambda event: None if ours() and event is slot.ready else wait(event))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 
 from crossdock.parallel.hsdp import shard_range
 from crossdock.parallel.tensor import TensorSlice, part_shape
-from crossdock.runtime.contract.result import Violation
+from crossdock.runtime.contract.result import Violation, common, outvoted
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import REPORT_IT, RankReport
 
@@ -33,40 +34,40 @@ def _slices_cover(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[Vio
                 expected = part_shape(stored.shape, record.part)
                 if record.shape != expected:
                     yield Violation("complete", rank, fqn, f"shape {expected}", f"shape {record.shape}", REPORT_IT)
-            cut = [(rank, record.part) for rank, record in held if record.part is not None]
-            whole = [rank for rank, record in held if record.part is None]
-            if cut and whole:
-                others = f"cut along dim {cut[0][1].dim}, as on rank {cut[0][0]}"
-                yield Violation("complete", whole[0], fqn, others, "not cut", REPORT_IT)
-            elif cut:
-                yield from _tiles(fqn, cut)
+            how = {rank: f"cut along dim {part.dim}" if (part := record.part) else "not cut" for rank, record in held}
+            yield from outvoted("complete", fqn, how, REPORT_IT) if how else ()
+            parts = {rank: record.part for rank, record in held if record.part is not None}
+            if parts and len(set(how.values())) == 1:
+                yield from _tiles(fqn, group, parts)
 
 
-def _tiles(fqn: str, parts: Sequence[tuple[int, TensorSlice]]) -> Iterator[Violation]:
-    rank, first = parts[0]
-    for other, part in parts:
-        if part.dim != first.dim:
-            yield Violation("complete", other, fqn, f"cut along dim {first.dim}", f"along dim {part.dim}", REPORT_IT)
-            return
-    ranges = sorted((span, rank) for rank, part in parts for span in part.ranges)
+def _tiles(fqn: str, group: Sequence[int], parts: Mapping[int, TensorSlice]) -> Iterator[Violation]:
+    """Of a gap or an overlap, the ranks whose parts are not their own, or else the one at which it shows."""
+    any_part = next(iter(parts.values()))
+    spans = sorted((span, rank) for rank, part in parts.items() for span in part.ranges)
     at = 0
-    for (start, stop), owner in ranges:
+    for (start, stop), shows in [*spans, ((any_part.full_size, 0), min(parts))]:
         if start != at:
-            what = "twice" if start < at else "by nobody"
             low, high = sorted((start, at))
-            yield Violation(
-                "complete",
-                owner,
-                fqn,
-                "every element held once",
-                f"[{low}, {high}) of dim {first.dim} held {what}",
-                REPORT_IT,
-            )
+            found = f"[{low}, {high}) of dim {any_part.dim} held {'twice' if start < at else 'by nobody'}"
+            for rank in _with_anothers_part(group, parts) or [shows]:
+                yield Violation("complete", rank, fqn, "every element held once", found, REPORT_IT)
             return
         at = stop
-    if at != first.full_size:
-        found = f"[{at}, {first.full_size}) of dim {first.dim} held by nobody"
-        yield Violation("complete", rank, fqn, "every element held once", found, REPORT_IT)
+
+
+def _with_anothers_part(group: Sequence[int], parts: Mapping[int, TensorSlice]) -> list[int]:
+    """Every rank of `group` has its own share of each section, and all shares are alike in size; empty: not known."""
+    sizes = common({rank: tuple(stop - start for start, stop in part.ranges) for rank, part in parts.items()})
+    if not isinstance(sizes, tuple):
+        return []
+    begins = [len(group) * before for before in accumulate(sizes, initial=0)][: len(sizes)]
+    shares = list(zip(begins, sizes, strict=True))
+    own = {
+        rank: tuple((begin + place * size, begin + (place + 1) * size) for begin, size in shares)
+        for place, rank in enumerate(group)
+    }
+    return [rank for rank, part in parts.items() if part.ranges != own[rank]]
 
 
 def _shards_cover(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[Violation]:
@@ -101,12 +102,7 @@ def _replicas_agree(reports: Sequence[RankReport]) -> Iterator[Violation]:
         for arrival in report.arrivals:
             sums[arrival.fqn, parts.get(arrival.fqn)][report.rank] = arrival.expected
     for (fqn, _), holders in sums.items():
-        common, _ = Counter(holders.values()).most_common(1)[0]
-        agreeing = [rank for rank, checksum in holders.items() if checksum == common]
-        for rank, checksum in holders.items():
-            if checksum != common:
-                expected = f"the bytes of rank {agreeing[0]} (checksum {common:#x})"
-                yield Violation("complete", rank, fqn, expected, f"{checksum:#x}", _OTHER_FILE)
+        yield from outvoted("complete", fqn, holders, _OTHER_FILE)
 
 
 def all_compared(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:

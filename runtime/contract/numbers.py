@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
-from crossdock.runtime.contract.result import Violation
+from crossdock.runtime.contract.result import Violation, to_compare
 from crossdock.runtime.models.transformers import prefixes
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import REPORT_IT, ProbeReport
@@ -29,9 +29,9 @@ def same_numbers(plan: RunPlan, probes: Sequence[ProbeReport]) -> Iterator[Viola
         if rank not in by_rank:
             yield Violation(SAME_NUMBERS, rank, "probe", "one", "none", "a rank is missing; start again")
             continue
-        first = by_rank.get(plan.mesh.replica_group(rank)[0], by_rank[rank])
-        names, found = _names(first.off), _names(by_rank[rank].off)
-        yield from _same_calls(rank, names, found, f" as on rank {first.rank}", " without streaming")
+        called = {one: tuple(_names(by_rank[one].off)) for one in plan.mesh.replica_group(rank) if one in by_rank}
+        if (other := to_compare(called).get(rank)) is not None:
+            yield from _same_calls(rank, called[other], called[rank], f" as on rank {other}", " without streaming")
         for name in not_called(plan, by_rank[rank].on):
             remedy = f"if the pipeline runs without it, set it to [null, null] in {plan.model_dir / 'model_index.json'}"
             yield Violation(SAME_NUMBERS, rank, name, "a turn in the probe's steps", "none", remedy)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Protocol
 
 import torch
 
 from crossdock.offload.stream.trace import TraceEvent
-from crossdock.runtime.contract.result import Violation
+from crossdock.runtime.contract.result import Violation, common, outvoted
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import REPORT_IT, RunRecord, StepRecord
 
@@ -78,7 +78,7 @@ def _first_difference(
     for name in dict.fromkeys(name for of_rank in values.values() for name in of_rank):
         found = {rank: of_rank.get(name) for rank, of_rank in values.items()}
         if len(set(found.values())) > 1:
-            yield from _outvoted("same-state", f"step {next(iter(steps.values())).step}: {name}", found, _ALIKE)
+            yield from outvoted("same-state", f"step {next(iter(steps.values())).step}: {name}", found, _ALIKE)
             return
 
 
@@ -104,9 +104,9 @@ def _other_blocks(step: int, called: Mapping[int, tuple[str, ...]]) -> Iterator[
     for place, names in enumerate(zip_longest(*called.values(), fillvalue="nothing")):
         if len(set(names)) > 1:
             found = dict(zip(called, names, strict=True))
-            common = _common(found)
-            where = next((name for name in names if name not in ("nothing", common)), names[0])
-            yield from _outvoted("same-order", f"step {step}: {common or where}, call {place + 1}", found, _CALLED)
+            usual = common(found)
+            where = next((name for name in names if name not in ("nothing", usual)), names[0])
+            yield from outvoted("same-order", f"step {step}: {usual or where}, call {place + 1}", found, _CALLED)
             return
 
 
@@ -122,29 +122,6 @@ def _streamed_as_called(result: Saw) -> Iterator[Violation]:
             where = name if name != "nothing" else other
             yield Violation("same-order", result.rank, where, expected, f"{other} was streamed", _UNHOOKED)
             return
-
-
-def _outvoted(check: str, where: str, found: Mapping[int, Hashable], remedy: str) -> Iterator[Violation]:
-    """The ranks that differ from most; where there is no majority, all."""
-    common = _common(found)
-    agree = [rank for rank, value in found.items() if value == common]
-    for rank, value in found.items():
-        if common is None:
-            others = ", ".join(f"{_told(other)} on rank {at}" for at, other in found.items() if at != rank)
-            yield Violation(check, rank, where, f"the same on all ranks ({others})", _told(value), remedy)
-        elif value != common:
-            expected = f"{_told(common)}, as on {'ranks' if len(agree) > 1 else 'rank'} {', '.join(map(str, agree))}"
-            yield Violation(check, rank, where, expected, _told(value), remedy)
-
-
-def _common(found: Mapping[int, Hashable]) -> Hashable | None:
-    """What more than half of the ranks have; None: there is no such thing."""
-    value, count = Counter(found.values()).most_common(1)[0]
-    return value if 2 * count > len(found) else None
-
-
-def _told(value: Hashable) -> str:
-    return f"checksum {value:#x}" if isinstance(value, int) else "nothing" if value is None else str(value)
 
 
 def _groups(plan: RunPlan, results: Sequence[Saw], *axes: str) -> list[list[Saw]]:
