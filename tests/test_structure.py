@@ -39,7 +39,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "watch": {"errors", "reports"},
         "pipeline": {"errors", "request", "media", "models", "plan", "reports"},
         "rank/weights": {"errors", "models", "plan", "reports"},
-        "rank": {"errors", "request", "models", "plan", "reports", "contract", "pipeline", "rank/weights"},
+        "rank": {"errors", "request", "models", "plan", "reports", "contract", "watch", "pipeline", "rank/weights"},
     },
     "launch": {
         "console": set(),

@@ -172,7 +172,7 @@ class CudaCopyEngine:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._streams = {lane: torch.cuda.Stream(device) for lane in LANES}  # type: ignore[no-untyped-call]
-        self.reset_clock()
+        self._epoch, self._epoch_began = self._now()
 
     def submit(
         self, lane: Lane, work: Callable[[], None], after: Sequence[Event], needs: Sequence[Event] = ()
@@ -216,11 +216,14 @@ class CudaCopyEngine:
         return epoch.seconds(mark[1])
 
     def reset_clock(self) -> None:
+        self._epoch, self._epoch_began = self._now()
+
+    def _now(self) -> tuple[_Epoch, float]:
         event = _timing_event()
         event.record(torch.cuda.current_stream(self._device))
         event.synchronize()
-        self._epoch_began = time.perf_counter()
-        self._epoch = _Epoch(event, self._epoch_began)
+        now = time.perf_counter()
+        return _Epoch(event, now), now
 
     def drain(self) -> None:
         pass

@@ -13,13 +13,13 @@ import copy
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from crossdock.offload.memory.arena import Arena
-from crossdock.offload.memory.copy_engine import CopyEngine
+from crossdock.offload.memory.copy_engine import CopyEngine, Lane
 from crossdock.offload.schedule.slots import SlotSchedule
 from crossdock.offload.stream.block import StreamedBlock, Turns
 from crossdock.offload.stream.first_loads import FirstLoadCallback, FirstLoadObserver
@@ -198,10 +198,9 @@ class BlockStream:
         fixed = {b.name: b.source for b in self.blocks if not b.home.streamed and isinstance(b.source, Tensor)}
         return fixed | {self.blocks[index].name: slot.memory for index, slot in self._table.own.items()}
 
-    @property
-    def latest(self) -> tuple[EventKind, str] | None:
-        """What the compute stream was last given, and of which block; for any thread."""
-        return self._log.latest
+    def latest(self, lane: Lane | Literal["compute"] = "compute") -> tuple[EventKind, str] | None:
+        """What the lane was last given, and of which block; for any thread."""
+        return self._log.latest.get(lane)
 
     @property
     def read(self) -> dict[str, list[Tensor]]:

@@ -45,6 +45,7 @@ from crossdock.runtime.reports.rank_result import RankResult
 from crossdock.runtime.reports.records import RankReport, RankTrace
 from crossdock.runtime.reports.status import RankStatus
 from crossdock.runtime.request import RankRequest
+from crossdock.runtime.watch.flight_recorder import FlightRecorder, Neighbours
 
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Where gloo and NCCL listen; by default at the address of the machine's name. Whoever sets them knows better."""
@@ -69,6 +70,7 @@ class RankWorker:
         self.stopping = Stopping()
         self.world: Group | None = None  # all ranks, once they have met
         self.model_steps = 0  # of the model that is loaded
+        self._recorder, self._neighbours = FlightRecorder(self._place), Neighbours()
         self._mesh: Mesh | None = None  # of the model that is loaded, or is being loaded
         self._loaded: LoadedModel | None = None
         self._state: RequestState | None = None  # of the request under way, or that a fault ended
@@ -94,6 +96,8 @@ class RankWorker:
             assert dist.group.WORLD is not None
             self.world = Group(dist.group.WORLD, "world")
             self.stopping.meet(self.world)
+            self._neighbours = Neighbours.of(self.rank, self.exchange(self._recorder.open()))
+            self._recorder.attach(self.world)
 
     def exchange(self, value: Any) -> list[Any]:
         """`value` of every rank, by rank. Collective over the world."""
@@ -116,6 +120,9 @@ class RankWorker:
         self.phase = "connect"
         timeout_s = plan.config.launch.timeouts.collective_s
         self._mesh = mesh = Mesh.connect(plan.mesh, self.rank, timeout_s, self.world)
+        for group in mesh.groups.values():
+            if group is not None:
+                self._recorder.attach(group)
         self.phase = "load"
         model = build_transformers(plan.spec.transformer, plan.model_dir, plan.transformers)
         issued = AtRunTime(lambda: stream.collective_issued())
@@ -179,7 +186,7 @@ class RankWorker:
     def status(self) -> RankStatus:
         """What this rank is doing right now; for another thread."""
         loaded, state, mesh, denoises = self._loaded, self._state, self._mesh, self.phase == "denoise"
-        latest = loaded.stream.latest if loaded is not None and denoises else None
+        latest = loaded.stream.latest() if loaded is not None and denoises else None
         return RankStatus(
             self.rank,
             socket.gethostname(),
@@ -190,7 +197,17 @@ class RankWorker:
             bool(latest and latest[0] == "wait_begin"),
             self.kept.step if self.kept is not None else 0,
             (*(mesh.records() if mesh is not None else ()), *([self.world.record()] if self.world is not None else [])),
+            self._neighbours.lost(),
         )
+
+    def _place(self, group: str) -> str:
+        """Where this rank is, for a collective of that group."""
+        loaded, state = self._loaded, self._state
+        if self.phase != "denoise" or loaded is None or state is None:
+            return self.phase
+        event, block = loaded.stream.latest("gather" if group == "weights" else "compute") or ("", "")
+        where = f", {'after ' * (event == 'compute_end')}block {block}" if block else ""
+        return f"step {state.log.running}{where}"
 
     @property
     def snapshots(self) -> tuple[Snapshot, ...]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from crossdock.parallel.group import GroupRecord
 
@@ -18,6 +18,7 @@ class RankStatus:
         block: the last one that was asked for; `waits` while its bytes have not arrived.
         kept_step: the step after which the newest snapshot was taken; 0: there is none.
         groups: what was issued on each of the mesh's groups, and on the world's.
+        lost: the same of ranks of this machine whose processes are gone: the last of it.
     """
 
     rank: int
@@ -29,6 +30,7 @@ class RankStatus:
     waits: bool = False
     kept_step: int = 0
     groups: tuple[GroupRecord, ...] = ()
+    lost: Mapping[int, tuple[GroupRecord, ...]] = field(default_factory=dict)
 
     @property
     def waiting(self) -> GroupRecord | None:

@@ -14,6 +14,8 @@ from crossdock.runtime.watch.watch import EXPLAIN_S, SILENT_S, SUSPECT_S, Watch,
 
 POLL_S = 0.1
 ASK_EVERY_S = 0.25
+LAST_WORDS_S = 1.0
+"""How long those that are left may take to say what a rank that died had issued."""
 
 
 class Ranks(Protocol):
@@ -122,7 +124,7 @@ class Watcher:
             return error
         with contextlib.suppress(Exception):
             for _ in range(2):  # the answers to open questions may be from before
-                self.poll(patience_s=ASK_EVERY_S)
-        if error.kind == "cut off" and (fault := different_collective(self.watch.statuses)) is not None:
+                self.poll(patience_s=ASK_EVERY_S if error.kind == "cut off" else LAST_WORDS_S)
+        if error.kind in ("cut off", "died") and (fault := different_collective(self.watch.statuses)) is not None:
             return RankError(fault.rank, fault.what, "collectives")
         return self.watch.explain(error)
