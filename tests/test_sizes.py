@@ -134,10 +134,10 @@ def test_the_odd_one_of_three(issue: Callable[..., None], odd: int, fragile: Gan
     assert (error.rank, error.kind) == (odd, "collectives")
     others = ", ".join(str(rank) for rank in range(3) if rank != odd)
     first, second = str(error).split(", where ")
-    assert "107" in first
+    assert "107" in first or "321" in first
     assert "of group world (ranks (0, 1, 2)) in idle" in first
     assert f"ranks {others} issued" in second
-    assert "100" in second
+    assert "100" in second or "300" in second
 
 
 @thorough
