@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,8 @@ def test_the_odd_one_of_three(issue: Callable[..., None], odd: int, fragile: Gan
         assert group is not None
         group.all_gather_object("before")
         issue(worker, group, 7 if worker.rank == odd else 0)
-        for _ in range(3):  # a receiver with too much room has noticed nothing
+        for _ in range(40):  # a receiver with too much room has noticed nothing: the watch has
+            time.sleep(0.5)
             group.all_reduce(torch.ones(4))
 
     error = _error(fragile(3), work)
