@@ -317,6 +317,7 @@ def test_a_rank_that_is_gone(gone: int) -> None:
     assert culprit(*old) is None
     assert culprit(*old, *heard) == 1
     assert culprit(*heard) == 1, "it had never been heard"
+    assert culprit(*heard, *old[gone : gone + 1]) == 1, "and what is heard later is older"
 
 
 @pytest.mark.parametrize("odd", range(4))

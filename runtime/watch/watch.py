@@ -44,11 +44,13 @@ class Watch:
         self.statuses: dict[int, RankStatus] = {}
         self.ended: set[int] = set()
         self._patience_s = patience_s
+        self._lost: dict[int, tuple[GroupRecord, ...]] = {}
 
     def hear(self, status: RankStatus) -> None:
         """With what is known of ranks that are gone; what they had said before was older."""
         self.statuses[status.rank] = status
-        for rank, groups in status.lost.items():
+        self._lost |= status.lost
+        for rank, groups in self._lost.items():
             known = self.statuses.get(rank, RankStatus(rank, status.host, 0, "lost"))
             others = tuple(group for group in known.groups if _group(groups, group) is None)
             self.statuses[rank] = replace(known, groups=(*others, *groups))
