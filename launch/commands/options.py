@@ -97,7 +97,7 @@ def build_app(run: RunGenerate) -> typer.Typer:
         outputs = Outputs(out, latents, report, trace)
         request.validate()
         outputs.check(len(request.pictures))
-        _check_inputs(config, model_dir)
+        check_inputs(config, model_dir)
         run(config, model_dir, request, outputs)
 
     app.command()(_with_request_options(generate))
@@ -138,7 +138,7 @@ def add_check(app: typer.Typer, run: RunCheck) -> typer.Typer:
         as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     ) -> None:
         """Load the model and verify that sharding and offloading compose; nothing is drawn."""
-        _check_inputs(config, model_dir)
+        check_inputs(config, model_dir)
         run(config, model_dir, probe, as_json)
 
     return app
@@ -170,7 +170,11 @@ def run_app(app: typer.Typer, arguments: list[str] | None = None, complain: Call
     return 0
 
 
-def _check_inputs(config: Path, model_dir: Path) -> None:
+def check_inputs(config: Path, model_dir: Path) -> None:
+    """
+    Raises:
+        ConfigError, CheckpointError: what they name cannot be read.
+    """
     load_config(config)  # read again by the run; here so that a mistake shows before the heavy imports
     if not model_dir.is_dir():
         raise CheckpointError(f"{model_dir}: no such directory; give a checkpoint in the diffusers format")

@@ -69,6 +69,16 @@ class Engine:
         """On the composition of what the ranks hold now."""
         return self._ranks.coordinator.result
 
+    @property
+    def closed(self) -> bool:
+        """It takes no more requests: it was closed, or its ranks are gone for good."""
+        return self._queue.closed
+
+    @property
+    def recovering(self) -> bool:
+        """Ranks are being replaced. For any thread."""
+        return self._ranks.replacing
+
     @classmethod
     def start(
         cls,

@@ -32,6 +32,7 @@ class Ranks:
     Attributes:
         gone: why they were given up; None: they were not.
         ending: no more are to be started.
+        replacing: others are being started in the place of some.
         phases: seconds of the last start.
     """
 
@@ -54,7 +55,7 @@ class Ranks:
         self.coordinator = Coordinator(plan)
         self.phases = {"launch": 0.0, "load": 0.0, "verify": 0.0}
         self.gone: str | None = None
-        self.ending = False
+        self.ending = self.replacing = False
         self._owns_gang = owns_gang
         self._how = thorough, rehearses
         self._idle = False  # the ranks wait for work: nobody was interrupted in the middle of it
@@ -128,7 +129,7 @@ class Ranks:
         Raises:
             RankError: there have been enough attempts, or memory ran out and cannot be saved; they are given up.
         """
-        self._idle = False
+        self._idle, self.replacing = False, True
         began = time.perf_counter()
         remedy, meanwhile = "new ranks", list[RankError]()
 
@@ -148,6 +149,8 @@ class Ranks:
         except BaseException as fatal:
             self._give_up(fatal)
             raise
+        finally:
+            self.replacing = False
         recovery_s = time.perf_counter() - began
         again = tuple(map(str, meanwhile))
         fault = Fault(error.rank, error.kind, str(error), resumed_after, lost_s, recovery_s, remedy, again)

@@ -1,0 +1,70 @@
+"""The web application: routes, and what watches over them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse
+from starlette.middleware import Middleware
+
+from crossdock.launch.serve.web import errors, images
+from crossdock.launch.serve.web.desk import Desk
+from crossdock.launch.serve.web.errors import ApiError
+from crossdock.launch.serve.web.guards import Guards
+
+MAX_BODY_BYTES = 64 * 2**20
+BODY_S = 60.0
+
+
+def build_app(desk: Desk, key: str | None, *, max_body_bytes: int = MAX_BODY_BYTES, body_s: float = BODY_S) -> FastAPI:
+    """
+    Args:
+        key: what clients have to send; None: nobody is asked for one.
+    """
+    guards = Middleware(Guards, key=key, max_body_bytes=max_body_bytes, body_s=body_s)
+    app = FastAPI(title="crossdock", version=desk.version, middleware=[guards], redirect_slashes=False)
+    errors.install(app)
+    started = int(time.time())
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """The process is alive, whatever its ranks do."""
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """Whether requests are answered at once: the model is loaded and verified, and no rank is being replaced."""
+        state = desk.service.state
+        if state == "ready" and not desk.scheduler.draining:
+            return JSONResponse({"status": "ready", "model": desk.defaults.name})
+        named = "shutting_down" if desk.scheduler.draining else state
+        content = {"status": named, **ApiError(503, f"not ready: {named}", code=named).content()}
+        return JSONResponse(content, 503, {"Retry-After": "5"})
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": desk.version}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(desk.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def model() -> dict[str, Any]:
+        row = {"id": desk.defaults.name, "object": "model", "created": started, "owned_by": "crossdock"}
+        return row | {"family": desk.service.plan.spec.family, "layout": desk.service.plan.layout_name}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        if name != desk.defaults.name:
+            raise ApiError(404, f"{name!r:.80} is not served here", param="model", code="model_not_found")
+        return model()
+
+    app.include_router(images.routes(desk))
+    return app

@@ -1,0 +1,73 @@
+"""Where routes hand requests in and wait for the answers."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from crossdock.launch.serve.metrics import Metrics
+from crossdock.launch.serve.scheduler import Scheduler, Work
+from crossdock.launch.serve.service import Service
+from crossdock.launch.serve.web.errors import ApiError
+from crossdock.launch.serve.web.schemas import Defaults
+from crossdock.runtime.media import Media
+from crossdock.runtime.request import GenerateRequest
+
+
+@dataclass(frozen=True)
+class Desk:
+    """
+    Attributes:
+        poll_s: how often a stream looks for news.
+    """
+
+    service: Service
+    scheduler: Scheduler
+    defaults: Defaults
+    metrics: Metrics
+    version: str
+    poll_s: float = 0.1
+
+    def take(self, request: GenerateRequest, http: Request) -> Work:
+        """Check it and put it into the queue.
+
+        Raises:
+            RequestError, QueueFullError, DrainingError.
+            ApiError: 503, the model is not there and will not be.
+        """
+        if self.service.failed is not None:
+            raise ApiError(503, "the model could not be loaded; the server's log says why", code="not_ready")
+        self.service.check(request)
+        work = self.scheduler.submit(Work(request))
+        http.state.log = {"steps": request.steps, "pictures": len(request.items)}
+        return work
+
+    def told(self, work: Work) -> dict[str, str]:
+        """Headers: the place in the queue, and when it may be done."""
+        position, expected_s = self.scheduler.position(work), self.scheduler.expected_s(work)
+        return {"x-queue-position": str(position), "x-expected-seconds": f"{expected_s:.1f}"}
+
+    async def wait(self, work: Work, http: Request) -> list[Media]:
+        """For the answer; a client that goes meanwhile takes its request with it."""
+        loop, done = asyncio.get_running_loop(), asyncio.Event()
+        work.outcome.add_done_callback(lambda _: loop.call_soon_threadsafe(done.set))
+        tasks = [asyncio.ensure_future(_gone(http)), asyncio.ensure_future(done.wait())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            if not work.outcome.done():
+                self.scheduler.cancel(work, "the client has gone")
+        if not work.outcome.done():
+            raise ApiError(499, "the client has gone")
+        http.state.log |= {"queued_ms": round(work.queued_s * 1e3, 1)}
+        return work.outcome.result()
+
+
+async def _gone(http: Request) -> None:
+    """Returns when the client has closed the connection."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
