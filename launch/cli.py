@@ -100,6 +100,10 @@ def serve_command(
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT by default; else the family's own.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps by default; else the family's own.", min=1)] = None,
     max_pixels: Annotated[int, typer.Option(help="Of a picture or a frame, at most.", min=1)] = 2048 * 2048,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder for video jobs; by default one in the user's state folder.")
+    ] = None,
+    keep_h: Annotated[float, typer.Option(help="Hours for which a finished video is kept.", min=0)] = 24.0,
 ) -> None:
     """Answer HTTP requests like OpenAI's image API, until SIGTERM."""
     from crossdock.launch.commands.serve import run_serve
@@ -119,6 +123,8 @@ def serve_command(
         size=size,
         steps=steps,
         max_pixels=max_pixels,
+        data=data,
+        keep_h=keep_h,
     )
 
 

@@ -7,13 +7,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import uvicorn
 from PIL import Image
 
 from crossdock.launch.engine import ranks as ranks_module
 from crossdock.launch.engine.engine import Engine
+from crossdock.launch.serve.job_runner import JobRunner
+from crossdock.launch.serve.jobs import JobStore
 from crossdock.launch.serve.metrics import Metrics
 from crossdock.launch.serve.scheduler import Scheduler
 from crossdock.launch.serve.server import ServeOptions, listen
@@ -21,11 +25,15 @@ from crossdock.launch.serve.service import Service
 from crossdock.launch.serve.web.app import build_app
 from crossdock.launch.serve.web.desk import Desk
 from crossdock.launch.serve.web.schemas import Defaults
+from crossdock.launch.video_file import write_video
+from crossdock.runtime.media import Video
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.request import GenerateRequest, RequestItem
 from fake_gang import LIMIT_S, FakeGang
 
 DEFAULTS = Defaults(name="fox-1", width=32, height=32, steps=2, max_pixels=256 * 256)
+
+FPS = 16
 
 
 def colour(item: RequestItem) -> tuple[int, int, int]:
@@ -36,6 +44,12 @@ def colour(item: RequestItem) -> tuple[int, int, int]:
 
 def draw(item: RequestItem, asked: GenerateRequest) -> Image.Image:
     return Image.new("RGB", (asked.width, asked.height), colour(item))
+
+
+def film(item: RequestItem, asked: GenerateRequest) -> Video:
+    frames = np.zeros((asked.frames, asked.height, asked.width, 3), np.uint8)
+    frames[:] = colour(item)
+    return Video(frames, FPS)
 
 
 @dataclass
@@ -55,13 +69,17 @@ class Served:
 
 
 @contextmanager
-def served(plan: RunPlan, patch: Any, *, key: str | None = None, most: int = 4, **options: Any) -> Iterator[Served]:
-    """`options`: of ServeOptions and `build_app`."""
+def served(
+    plan: RunPlan, patch: Any, *, key: str | None = None, most: int = 4, data: Path | None = None, **options: Any
+) -> Iterator[Served]:
+    """`data`: makes videos; `options`: of ServeOptions and `build_app`."""
     from fake_gang import TrustingCoordinator
 
     patch.setattr(ranks_module, "Coordinator", TrustingCoordinator)
     gang = FakeGang()
-    gang.draw = draw
+    gang.draw = draw if data is None else film
+    if options.pop("waits", False):
+        gang.gate.clear()
 
     def start(notify: Any) -> Engine:
         engine = Engine(plan, gang, owns_gang=True, notify=notify)
@@ -75,7 +93,9 @@ def served(plan: RunPlan, patch: Any, *, key: str | None = None, most: int = 4, 
         service.begin, service.fits, options.pop("queue", 64), wait_s, lambda work: metrics.ended(work, 0.0)
     )
     metrics.watch(scheduler, service)
-    app = build_app(Desk(service, scheduler, DEFAULTS, metrics, "0", poll_s=0.01), key, **options)
+    jobs = None if data is None else JobRunner(JobStore(data), scheduler, 3600.0, options.pop("write", write_video))
+    defaults = DEFAULTS if data is None else DEFAULTS.model_copy(update={"fps": FPS, "seconds": 0.25})
+    app = build_app(Desk(service, scheduler, defaults, metrics, "0", jobs, poll_s=0.01), key, **options)
     listener = listen(ServeOptions(port=0))
     web = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
     thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -87,6 +107,8 @@ def served(plan: RunPlan, patch: Any, *, key: str | None = None, most: int = 4, 
     finally:
         gang.gate.set()
         scheduler.close(LIMIT_S)
+        if jobs is not None:
+            jobs.close()
         service.close(LIMIT_S)
         web.should_exit = True
         thread.join(LIMIT_S)

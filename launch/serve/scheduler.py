@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -128,22 +128,25 @@ class Scheduler:
 
     # -- for any thread ------------------------------------------------------------------------------------------
 
-    def submit(self, work: Work, *, first: bool = False) -> Work:
+    def submit(self, work: Work) -> Work:
         """
-        Args:
-            first: it was taken before, and waits again; there is always room for it.
-
         Raises:
             QueueFullError, DrainingError.
         """
         with self._changed:
-            if self._draining and not first:
+            if self._draining:
                 raise DrainingError
-            if len(self._waiting) >= self._limit and not first:
+            if len(self._waiting) >= self._limit:
                 raise QueueFullError(self._limit, max(1.0, self._expected_s(self._batch) or self._step_time(work)))
-            (self._waiting.appendleft if first else self._waiting.append)(work)
+            self._waiting.append(work)
             self._changed.notify_all()
         return work
+
+    def put_back(self, works: Sequence[Work]) -> None:
+        """Those that were taken before wait again, before all others; there is always room for them."""
+        with self._changed:
+            self._waiting.extendleft(reversed(works))
+            self._changed.notify_all()
 
     def cancel(self, work: Work, reason: str) -> None:
         """End this work at the end of the step that runs; others of its batch go on."""
@@ -293,12 +296,13 @@ class Scheduler:
     def _failed(self, batch: list[Work], error: Exception) -> None:
         """What may have been another's fault, or the machine's, is tried once more, alone."""
         own = isinstance(error, RequestCancelled) or (isinstance(error, RequestError) and len(batch) == 1)
-        for work in reversed(batch):
-            if own or work.tries >= TRIES or work.cancelled or self._closed:
-                self._end(work, error)
-            else:
-                work.began, work.progress = None, (0, 0)
-                self.submit(work, first=True)
+        ended = [work for work in batch if own or work.tries >= TRIES or work.cancelled or self._closed]
+        again = [work for work in batch if work not in ended]
+        for work in again:
+            work.began, work.progress = None, (0, 0)
+        self.put_back(again)
+        for work in ended:
+            self._end(work, error)
 
     def _end(self, work: Work, result: list[Media] | Exception) -> None:
         if work.cancelled and not isinstance(result, RequestCancelled):

@@ -21,14 +21,18 @@ import uvicorn
 
 from crossdock.launch.engine.engine import Engine, choose_device
 from crossdock.launch.engine.progress import Notify
+from crossdock.launch.serve.job_runner import JobRunner
+from crossdock.launch.serve.jobs import JobStore
 from crossdock.launch.serve.metrics import Metrics
 from crossdock.launch.serve.scheduler import Scheduler, Work
 from crossdock.launch.serve.service import Service
 from crossdock.launch.serve.web.app import build_app
 from crossdock.launch.serve.web.desk import Desk
 from crossdock.launch.serve.web.schemas import Defaults
+from crossdock.launch.video_file import write_video
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import LaunchError, RequestError
+from crossdock.runtime.models.checkpoint import read_model_index
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.request_checks import check_request
@@ -54,6 +58,8 @@ class ServeOptions:
     size: str | None = None
     steps: int | None = None
     max_pixels: int = 2048 * 2048
+    data: Path | None = None
+    keep_h: float = 24.0
 
 
 def read_key(options: ServeOptions) -> str | None:
@@ -113,12 +119,14 @@ def serve(
     listener = listen(options)
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.INFO)
     metrics = Metrics()
+    store = None if defaults.fps is None else JobStore(options.data or data_folder(defaults.name))
     service = Service(plan, start, options.max_batch, notify)
     scheduler = Scheduler(
         service.begin, service.fits, options.queue, options.batch_wait_ms / 1e3, lambda work: _note(metrics, work)
     )
     metrics.watch(scheduler, service)
-    desk = Desk(service, scheduler, defaults, metrics, version("crossdock"))
+    jobs = None if store is None else JobRunner(store, scheduler, options.keep_h * 3600, write_video)
+    desk = Desk(service, scheduler, defaults, metrics, version("crossdock"), jobs)
     app = build_app(desk, key)
     web = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_keep_alive=30, lifespan="off"))
     stop = _Stop(web, scheduler, service, options.drain_s, notify)
@@ -131,10 +139,18 @@ def serve(
         web.run(sockets=[listener])
     finally:
         scheduler.close(CLOSE_S)
+        if jobs is not None:
+            jobs.close()
         service.close(CLOSE_S)
         listener.close()
     if service.failed is not None:
         raise service.failed
+
+
+def data_folder(name: str) -> Path:
+    """Where jobs are kept if nobody says (XDG Base Directory Specification)."""
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "crossdock" / re.sub(r"[^\w.-]", "_", name).lstrip(".")
 
 
 def _note(metrics: Metrics, work: Work) -> None:
@@ -191,7 +207,7 @@ def defaults_of(plan: RunPlan, options: ServeOptions, model_dir: Path) -> Defaul
         width=width,
         height=height,
         steps=options.steps or plan.spec.steps,
-        fps=plan.spec.fps,
+        fps=plan.spec.fps_of(read_model_index(model_dir)),
         max_pixels=options.max_pixels,
     )
     check_request(plan, GenerateRequest.of("-", height=height, width=width, steps=usual.steps))

@@ -100,6 +100,10 @@ class ModelSpec:
     published: tuple[Published, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
 
+    def fps_of(self, options: Mapping[str, Any]) -> int | None:
+        """Frames per second that a pipeline with these options makes."""
+        return next((fps for option, fps in self.fps_with.items() if options.get(option)), self.fps)
+
 
 def attention_plan(attention: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> dict[str, LinearStyle]:
     """Of one attention module: `inputs` cut by column, `outputs` by row."""

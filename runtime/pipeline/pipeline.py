@@ -252,7 +252,7 @@ class RankPipeline:
 
     def _media(self, output: Sequence[Any]) -> list[Media]:
         spec, path = self._plan.spec, self._plan.spec.sampling_rate
-        fps = next((fps for option, fps in spec.fps_with.items() if self.pipe.config.get(option)), spec.fps)
+        fps = spec.fps_of(self.pipe.config)
         return media_of(output, fps, None if path is None else attrgetter(path)(self.pipe))
 
     @contextmanager

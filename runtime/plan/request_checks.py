@@ -66,18 +66,25 @@ def _device_bytes(plan: RunPlan) -> int:
     return total_bytes(torch.device("cuda:0" if plan.device == "cuda" else "cpu"))
 
 
+def nearest_frames(plan: RunPlan, frames: int) -> int:
+    """The number of frames, at most so many if that can be, that the model can make."""
+    chunk, counts = plan.spec.chunk_frames, plan.spec.frame_counts
+    if counts is not None:
+        return max((count for count in counts if count <= frames), default=counts[0])
+    multiple, more = (plan.frame_multiple, 1) if chunk is None else (chunk, 0)
+    return max((frames - more) // multiple, 1 - more) * multiple + more
+
+
 def _check_frames(plan: RunPlan, frames: int) -> None:
-    spec, chunk, counts = plan.spec, plan.spec.chunk_frames, plan.spec.frame_counts
+    spec, counts = plan.spec, plan.spec.frame_counts
     if spec.fps is None:
         raise RequestError(f"frames: found {frames}; {spec.family} makes pictures: leave it out")
+    if (near := nearest_frames(plan, frames)) == frames:
+        return
+    multiple, one_more = (
+        (plan.frame_multiple, ", and one more") if spec.chunk_frames is None else (spec.chunk_frames, "")
+    )
+    allowed = f"a multiple of {multiple}{one_more}"
     if counts is not None:
-        if frames in counts:
-            return
-        near = max((count for count in counts if count < frames), default=counts[0])
-        allowed = f"from {counts[0]} to {counts[-1]} in steps of {counts.step}, such as {near}"
-        raise RequestError(f"frames: found {frames}; allowed for {spec.family}: {allowed}")
-    multiple, more = (plan.frame_multiple, 1) if chunk is None else (chunk, 0)
-    if (frames - more) % multiple:
-        below = max((frames - more) // multiple, 1 - more) * multiple + more
-        allowed = f"a multiple of {multiple}{', and one more' if more else ''}, such as {below}"
-        raise RequestError(f"frames: found {frames}; allowed for {spec.family}: {allowed}")
+        allowed = f"from {counts[0]} to {counts[-1]} in steps of {counts.step}"
+    raise RequestError(f"frames: found {frames}; allowed for {spec.family}: {allowed}, such as {near}")

@@ -9,7 +9,7 @@ from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 from starlette.middleware import Middleware
 
-from crossdock.launch.serve.web import errors, images
+from crossdock.launch.serve.web import errors, images, videos
 from crossdock.launch.serve.web.desk import Desk
 from crossdock.launch.serve.web.errors import ApiError
 from crossdock.launch.serve.web.guards import Guards
@@ -67,4 +67,5 @@ def build_app(desk: Desk, key: str | None, *, max_body_bytes: int = MAX_BODY_BYT
         return model()
 
     app.include_router(images.routes(desk))
+    app.include_router(videos.routes(desk))
     return app

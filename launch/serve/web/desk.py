@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
+from crossdock.launch.serve.job_runner import JobRunner
 from crossdock.launch.serve.metrics import Metrics
 from crossdock.launch.serve.scheduler import Scheduler, Work
 from crossdock.launch.serve.service import Service
@@ -20,6 +21,7 @@ from crossdock.runtime.request import GenerateRequest
 class Desk:
     """
     Attributes:
+        jobs: of a model that makes videos.
         poll_s: how often a stream looks for news.
     """
 
@@ -28,6 +30,7 @@ class Desk:
     defaults: Defaults
     metrics: Metrics
     version: str
+    jobs: JobRunner | None = None
     poll_s: float = 0.1
 
     def take(self, request: GenerateRequest, http: Request) -> Work:
@@ -37,12 +40,20 @@ class Desk:
             RequestError, QueueFullError, DrainingError.
             ApiError: 503, the model is not there and will not be.
         """
-        if self.service.failed is not None:
-            raise ApiError(503, "the model could not be loaded; the server's log says why", code="not_ready")
-        self.service.check(request)
+        self.check(request)
         work = self.scheduler.submit(Work(request))
         http.state.log = {"steps": request.steps, "pictures": len(request.items)}
         return work
+
+    def check(self, request: GenerateRequest) -> None:
+        """
+        Raises:
+            RequestError: the model cannot do this.
+            ApiError: 503, the model is not there and will not be.
+        """
+        if self.service.failed is not None:
+            raise ApiError(503, "the model could not be loaded; the server's log says why", code="not_ready")
+        self.service.check(request)
 
     def told(self, work: Work) -> dict[str, str]:
         """Headers: the place in the queue, and when it may be done."""

@@ -42,8 +42,9 @@ class Defaults(BaseModel):
     height: int
     steps: int
     fps: int | None = None
-    frames: int | None = None
-    max_pixels: int = 4096 * 4096
+    seconds: float = 4.0
+    max_seconds: float = 60.0
+    max_pixels: int = 2048 * 2048
 
 
 class _Shared(BaseModel):
