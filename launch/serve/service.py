@@ -80,12 +80,11 @@ class Service:
         return self._ready_engine().submit(replace(request, batch_size=at_once), progress)
 
     def close(self, timeout_s: float = 60.0) -> None:
+        """End the engine, on the thread that started it."""
         self._ended.set()
         with self._changed:
-            engine, self._engine = self._engine, None
+            self._engine = None
             self._changed.notify_all()
-        if engine is not None:
-            engine.close()
         self._thread.join(timeout_s)
 
     def _ready_engine(self) -> Engine:
