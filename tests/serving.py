@@ -19,7 +19,8 @@ from crossdock.launch.engine.engine import Engine
 from crossdock.launch.serve.job_runner import JobRunner
 from crossdock.launch.serve.jobs import JobStore
 from crossdock.launch.serve.metrics import Metrics
-from crossdock.launch.serve.scheduler import Scheduler
+from crossdock.launch.serve.previews import Previews
+from crossdock.launch.serve.scheduler import Scheduler, Work
 from crossdock.launch.serve.server import ServeOptions, listen
 from crossdock.launch.serve.service import Service
 from crossdock.launch.serve.web.app import build_app
@@ -86,16 +87,25 @@ def served(
         engine._ranks.start(ranks_module.Survived())
         return engine
 
-    metrics = Metrics()
+    metrics, previews = Metrics(), Previews()
     service = Service(plan, start, most, lambda line: None)
     wait_s = options.pop("batch_wait_s", 0.0)
+
+    def note(work: Work) -> None:
+        metrics.ended(work, 0.0)
+
     scheduler = Scheduler(
-        service.begin, service.fits, options.pop("queue", 64), wait_s, lambda work: metrics.ended(work, 0.0)
+        service.begin,
+        service.fits,
+        options.pop("queue", 64),
+        wait_s,
+        lambda work: metrics.ended(work, 0.0),
+        previews.learn_from,
     )
     metrics.watch(scheduler, service)
     jobs = None if data is None else JobRunner(JobStore(data), scheduler, 3600.0, options.pop("write", write_video))
     defaults = DEFAULTS if data is None else DEFAULTS.model_copy(update={"fps": FPS, "seconds": 0.25})
-    app = build_app(Desk(service, scheduler, defaults, metrics, "0", jobs, poll_s=0.01), key, **options)
+    app = build_app(Desk(service, scheduler, defaults, metrics, "0", previews, jobs, poll_s=0.01), key, **options)
     listener = listen(ServeOptions(port=0))
     web = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
     thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]}, daemon=True)

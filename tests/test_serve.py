@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
 import openai
 import pytest
+import torch
 from PIL import Image
 
+from crossdock.launch.serve.previews import Previews
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import RankError
 from crossdock.runtime.plan.make_plan import make_plan
@@ -102,6 +105,40 @@ def test_a_stream(client: openai.OpenAI) -> None:
     events = list(client.images.generate(prompt="a fox", stream=True, partial_images=0, extra_body={"seed": 5}))
     assert [event.type for event in events] == ["image_generation.completed"]
     assert _picture(events[0].b64_json).getpixel((0, 0)) == colour(RequestItem("a fox", None, 5))
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_previews_are_learned(tokens: bool) -> None:
+    """Of colours that are linear in the latents; another picture's then follow from its latents."""
+    previews, ways = Previews(), torch.rand(4, 3, generator=torch.Generator().manual_seed(0))
+
+    def picture(seed: int) -> tuple[torch.Tensor, Image.Image]:
+        latents = torch.rand(1, 4, 6, 12, generator=torch.Generator().manual_seed(seed))
+        colours = (latents[0].permute(1, 2, 0) @ ways / 4 * 255).round().to(torch.uint8)
+        image = Image.fromarray(colours.numpy()).resize((96, 48), Image.Resampling.NEAREST)
+        return latents.flatten(2).transpose(1, 2) if tokens else latents, image
+
+    assert previews.draw(picture(0)[0], 96, 48) is None
+    previews.learn(*picture(0))
+    latents, wanted = picture(1)
+    drawn = previews.draw(latents, 96, 48)
+    assert drawn is not None
+    assert drawn.size == (256, 128)
+
+    def away(image: Image.Image) -> float:
+        small = (np.asarray(each.resize((12, 6), Image.Resampling.BOX), float) for each in (drawn, image))
+        return float(np.abs(next(small) - next(small)).mean())
+
+    assert away(wanted) < away(picture(2)[1]) / 2
+    assert previews.draw(torch.zeros(1, 7, 6, 12), 96, 48) is None  # of another model
+
+
+def test_the_page(live: Served) -> None:
+    answer = httpx2.get(live.url)
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert "http://" not in answer.text
+    assert "https://" not in answer.text
+    assert "script-src 'sha256-" in answer.headers["content-security-policy"]
 
 
 def test_models(client: openai.OpenAI) -> None:

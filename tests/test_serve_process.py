@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import openai
 import psutil
 import pytest
 from PIL import Image, ImageChops
@@ -123,6 +124,7 @@ def test_a_day_of_a_server(flux2_dir: Path, expected: Callable[[GenerateRequest]
         several = _pictures(live.post(prompt="a blue whale", seed=7, n=3))
         assert _same(several, expected(GenerateRequest(items, steps=2, height=64, width=64, batch_size=3)))
         _curl(live)
+        _previews(live)
         _killed_rank(live, expected)
         _terminated(live, expected)
 
@@ -135,6 +137,17 @@ def _curl(live: Server) -> None:
     line += " | jq -r '.data[0].b64_json' | base64 --decode"
     made = subprocess.run(["bash", "-c", line], capture_output=True, check=True, timeout=LIMIT_S).stdout
     assert Image.open(io.BytesIO(made)).size == (64, 64)
+
+
+def _previews(live: Server) -> None:
+    """From the latents of steps that are done, the way to colours learned from the pictures before."""
+    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", timeout=LIMIT_S) as client:
+        more: Any = {"stream": True, "partial_images": 2, "extra_body": {"num_inference_steps": 300}}
+        events = list(client.images.generate(prompt="a fox", **more))
+    assert [event.type for event in events[-1:]] == ["image_generation.completed"]
+    partial = events[:-1]
+    assert 1 <= len(partial) <= 2
+    assert all(event.type == "image_generation.partial_image" for event in partial)
 
 
 def _killed_rank(live: Server, expected: Callable[[GenerateRequest], list[Media]]) -> None:

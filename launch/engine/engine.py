@@ -15,7 +15,7 @@ from typing import Any, Self, Unpack
 import torch
 
 from crossdock.launch.engine.generation import Generation
-from crossdock.launch.engine.progress import Delays, Notify, Progress, Steps
+from crossdock.launch.engine.progress import Delays, Notify, Preview, Progress, Steps
 from crossdock.launch.engine.ranks import Ranks
 from crossdock.launch.engine.recovery import RPC_S, Fault, Snapshots, Survived
 from crossdock.launch.engine.request_queue import RequestQueue
@@ -41,7 +41,11 @@ CLOSE_S = 30.0
 
 
 class Engine:
-    """Use it as a context manager; `close` ends all ranks."""
+    """Use it as a context manager; `close` ends all ranks.
+
+    Attributes:
+        statuses: what was last heard of the ranks while they worked.
+    """
 
     def __init__(
         self,
@@ -57,6 +61,7 @@ class Engine:
         self._queue = RequestQueue(self._execute, threaded=gang.own_rank is None)
         self._number = 0  # of the last round of pictures
         self._unreported: list[Fault] = []  # survived at the start, and in requests that were stopped
+        self.statuses: Mapping[int, RankStatus] = {}
         self._abandoned = False  # closed while somebody still worked
 
     @property
@@ -156,8 +161,13 @@ class Engine:
                 self._stop(run, "interrupted")
             raise
 
-    def submit(self, request: GenerateRequest, progress: Progress | None = None) -> RequestHandle:
-        """Put a request at the end of the queue. For any thread; `progress` is called on another one.
+    def submit(
+        self, request: GenerateRequest, progress: Progress | None = None, preview: Preview | None = None
+    ) -> RequestHandle:
+        """Put a request at the end of the queue. For any thread; `progress` and `preview` are called on another one.
+
+        Args:
+            preview: gets latents meanwhile: of the last step of a round of pictures that was seen, not of all.
 
         Where torchrun starts the ranks, every rank has to submit the same requests in the same order and ask for their
         results in the same order, on one thread: a request runs while somebody waits for it or for a later one.
@@ -166,7 +176,7 @@ class Engine:
             RequestError: it does not fit the model.
             EngineClosedError: the engine is closed.
         """
-        run = self._begin(request, progress)
+        run = self._begin(request, progress, preview)
         self._queue.submit(run)
         return RequestHandle(run, self._queue.wait, self._stop)
 
@@ -219,11 +229,11 @@ class Engine:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
-    def _begin(self, request: GenerateRequest, progress: Progress | None) -> RequestRun:
+    def _begin(self, request: GenerateRequest, progress: Progress | None, preview: Preview | None = None) -> RequestRun:
         check_request(self.plan, request)
         rounds = -(-len(request.items) * request.images_per_prompt // self._at_once(request))
         steps = rounds * request.steps * number_of_chunks(self.plan.spec, request.frames)
-        return RequestRun(request, steps, progress)
+        return RequestRun(request, steps, progress, preview)
 
     def _at_once(self, request: GenerateRequest) -> int:
         return self.plan.mesh.dp * request.batch_size
@@ -266,6 +276,7 @@ class Engine:
         self._ranks.renew()
         launch, pictures, done = self.plan.config.launch, run.request.pictures, list[RankResult]()
         limit_s, keep_every = run.request.time_limit_s, launch.recovery.keep_every if self.gang.can_restart else 0
+        keep_every = 1 if run.preview is not None and self.plan.spec.resumes else keep_every
         asked = replace(run.request, time_limit_s=launch.timeouts.request_s if limit_s is None else limit_s)
         for first in range(0, len(pictures), at_once := self._at_once(asked)):
             self._number += 1
@@ -280,13 +291,14 @@ class Engine:
 
     def _round(self, run: RequestRun, request: RankRequest) -> list[RankResult]:
         """One round of pictures, whatever happens to the ranks meanwhile."""
-        snapshots = Snapshots(self.plan, self.gang)
+        snapshots = Snapshots(self.plan, self.gang, run.preview)
         asked, delays = request.asked, Delays(self._ranks.notify)
         shown = Steps(run.end_step, asked.steps * number_of_chunks(self.plan.spec, asked.frames))
         first = time.perf_counter()
         run.number = request.number
 
         def notice(statuses: Mapping[int, RankStatus]) -> None:
+            self.statuses = dict(statuses)
             shown.notice(statuses)
             snapshots.notice(statuses)
             delays.notice(statuses)

@@ -6,6 +6,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
+
+from crossdock.launch.engine.progress import Preview
 from crossdock.runtime.errors import CrossdockError, RankError
 from crossdock.runtime.pipeline.snapshot import Snapshot, common_start
 from crossdock.runtime.plan.make_plan import make_plan
@@ -53,8 +56,10 @@ class Survived:
 class Snapshots:
     """The newest snapshots that the first rank of every replica has, fetched while the ranks work."""
 
-    def __init__(self, plan: RunPlan, gang: Gang) -> None:
+    def __init__(self, plan: RunPlan, gang: Gang, preview: Preview | None = None) -> None:
+        """`preview`: gets the latents of steps that all replicas have done."""
         self._gang = gang
+        self._preview, self._shown = preview, 0
         mesh = plan.mesh
         self._leaders = sorted({mesh.replica_group(rank)[0] for rank in range(mesh.world_size)})
         self._kept: dict[int, tuple[Snapshot, ...]] = dict.fromkeys(self._leaders, ())
@@ -72,6 +77,14 @@ class Snapshots:
                 except RankError:
                     self._not_before_s = time.monotonic() + ALONE_S
                     return
+        if self._preview is not None:
+            self._show(self._preview)
+
+    def _show(self, preview: Preview) -> None:
+        start = self.start()
+        if start is not None and start[0].step > self._shown:
+            self._shown = start[0].step
+            preview(self._shown, torch.cat([snapshot.latents for snapshot in start]))
 
     def forget(self) -> None:
         """None of them is to be trusted."""

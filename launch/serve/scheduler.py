@@ -13,9 +13,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from crossdock.launch.engine.generation import Generation
+from crossdock.launch.engine.progress import Preview, Progress
 from crossdock.runtime.errors import CrossdockError, RequestCancelled, RequestError
 from crossdock.runtime.media import Media
 from crossdock.runtime.request import GenerateRequest
@@ -58,8 +62,8 @@ class Running(Protocol):
     def progress(self) -> tuple[int, int]: ...
 
 
-Begin = Callable[[GenerateRequest, Callable[[int, int], None]], Running]
-"""Submits a request to an engine that is ready; the other gets (finished steps, all steps)."""
+Begin = Callable[[GenerateRequest, Progress, Preview | None], Running]
+"""Submits a request to an engine that is ready."""
 Fits = Callable[[GenerateRequest], int]
 """How many pictures like these one batch may have on all replicas together."""
 
@@ -73,6 +77,8 @@ class Work:
         outcome: what was made, in the order of the items.
         progress: (finished steps, all steps) of the batch in which it runs.
         began: on `time.monotonic`; None: it waits.
+        previewed: somebody wants previews.
+        preview: a finished step and its latents, of this work's pictures `[pictures, ...]`.
     """
 
     request: GenerateRequest
@@ -82,6 +88,8 @@ class Work:
     began: float | None = None
     tries: int = 0
     cancelled: str | None = None
+    previewed: bool = False
+    preview: tuple[int, Tensor] | None = None
 
     @property
     def kind(self) -> GenerateRequest:
@@ -102,6 +110,7 @@ class Scheduler:
         limit: how many works may wait.
         wait_s: how long the first of a batch waits for others to join.
         observe: gets every work that has ended.
+        learn: gets what a batch has made.
 
     Attributes:
         report: of the last batch that was answered.
@@ -114,8 +123,10 @@ class Scheduler:
         limit: int,
         wait_s: float = 0.0,
         observe: Callable[[Work], None] = lambda work: None,
+        learn: Callable[[Generation], None] = lambda made: None,
     ) -> None:
         self.report: Mapping[str, Any] = {}
+        self._learn = learn
         self._begin, self._fits, self._limit, self._wait_s, self._observe = begin, fits, limit, wait_s, observe
         self._waiting: deque[Work] = deque()
         self._batch: list[Work] = []
@@ -283,7 +294,8 @@ class Scheduler:
             last = now
 
         items = tuple(item for work in batch for item in work.request.items)
-        running = self._begin(replace(batch[0].request, items=items), end_step)
+        preview = partial(_show, batch) if any(work.previewed for work in batch) else None
+        running = self._begin(replace(batch[0].request, items=items), end_step, preview)
         with self._changed:
             self._running = running
             cancelled = all(work.cancelled for work in batch)
@@ -291,6 +303,7 @@ class Scheduler:
             running.cancel(batch[0].cancelled or "cancelled")
         made = running.result()
         self.report = made.report
+        self._learn(made)
         return made.images
 
     def _failed(self, batch: list[Work], error: Exception) -> None:
@@ -326,3 +339,13 @@ class Scheduler:
     def _expected_s(self, batch: list[Work]) -> float:
         """What is left of the batch that runs."""
         return self._step_time(batch[0]) * (batch[0].request.steps - batch[0].progress[0]) if batch else 0.0
+
+
+def _show(batch: Sequence[Work], step: int, latents: Tensor) -> None:
+    """Of the one round that a batch is. A work alone that takes several rounds gets none of the later ones."""
+    first = 0
+    for work in batch:
+        last = first + len(work.request.items)
+        if last <= len(latents):
+            work.preview = step, latents[first:last]
+        first = last

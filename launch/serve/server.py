@@ -24,6 +24,7 @@ from crossdock.launch.engine.progress import Notify
 from crossdock.launch.serve.job_runner import JobRunner
 from crossdock.launch.serve.jobs import JobStore
 from crossdock.launch.serve.metrics import Metrics
+from crossdock.launch.serve.previews import Previews
 from crossdock.launch.serve.scheduler import Scheduler, Work
 from crossdock.launch.serve.service import Service
 from crossdock.launch.serve.web.app import build_app
@@ -118,15 +119,20 @@ def serve(
     key, defaults = read_key(options), defaults_of(plan, options, model_dir)
     listener = listen(options)
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.INFO)
-    metrics = Metrics()
+    metrics, previews = Metrics(), Previews()
     store = None if defaults.fps is None else JobStore(options.data or data_folder(defaults.name))
     service = Service(plan, start, options.max_batch, notify)
     scheduler = Scheduler(
-        service.begin, service.fits, options.queue, options.batch_wait_ms / 1e3, lambda work: _note(metrics, work)
+        service.begin,
+        service.fits,
+        options.queue,
+        options.batch_wait_ms / 1e3,
+        lambda work: _note(metrics, work),
+        previews.learn_from,
     )
     metrics.watch(scheduler, service)
     jobs = None if store is None else JobRunner(store, scheduler, options.keep_h * 3600, write_video)
-    desk = Desk(service, scheduler, defaults, metrics, version("crossdock"), jobs)
+    desk = Desk(service, scheduler, defaults, metrics, version("crossdock"), previews, jobs)
     app = build_app(desk, key)
     web = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_keep_alive=30, lifespan="off"))
     stop = _Stop(web, scheduler, service, options.drain_s, notify)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Literal
 
 from crossdock.launch.engine.engine import Engine
-from crossdock.launch.engine.progress import Notify
+from crossdock.launch.engine.progress import Notify, Preview, Progress
 from crossdock.launch.engine.request_run import RequestHandle
 from crossdock.runtime.errors import EngineClosedError, UserError
 from crossdock.runtime.plan.plan import RunPlan
@@ -70,14 +70,14 @@ class Service:
         """How many pictures like these are computed at once, on all replicas of the layout together."""
         return self._most * self.plan.mesh.dp
 
-    def begin(self, request: GenerateRequest, progress: Callable[[int, int], None]) -> RequestHandle:
+    def begin(self, request: GenerateRequest, progress: Progress, preview: Preview | None) -> RequestHandle:
         """Submit it to the engine; waits for one.
 
         Raises:
             EngineClosedError: there will be none.
         """
         at_once = min(-(-len(request.items) // self.plan.mesh.dp), self._most)
-        return self._ready_engine().submit(replace(request, batch_size=at_once), progress)
+        return self._ready_engine().submit(replace(request, batch_size=at_once), progress, preview)
 
     def close(self, timeout_s: float = 60.0) -> None:
         """End the engine, on the thread that started it."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import time
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Response
@@ -13,6 +16,20 @@ from crossdock.launch.serve.web import errors, images, videos
 from crossdock.launch.serve.web.desk import Desk
 from crossdock.launch.serve.web.errors import ApiError
 from crossdock.launch.serve.web.guards import Guards
+
+PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+
+
+def _only(tag: str) -> str:
+    """A source for a policy: the one inline element of the page (CSP 3, 2.3.1)."""
+    inside = PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+    return f"'sha256-{base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()}'"
+
+
+PAGE_POLICY = (
+    f"default-src 'none'; script-src {_only('script')}; style-src {_only('style')}; connect-src 'self'; "
+    "img-src 'self' data: blob:; media-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 MAX_BODY_BYTES = 64 * 2**20
 BODY_S = 60.0
@@ -54,7 +71,18 @@ def build_app(desk: Desk, key: str | None, *, max_body_bytes: int = MAX_BODY_BYT
 
     def model() -> dict[str, Any]:
         row = {"id": desk.defaults.name, "object": "model", "created": started, "owned_by": "crossdock"}
-        return row | {"family": desk.service.plan.spec.family, "layout": desk.service.plan.layout_name}
+        return row | desk.about()
+
+    @app.get("/v1/status")
+    async def status() -> dict[str, Any]:
+        """What the ranks hold, and do."""
+        scheduler = desk.scheduler
+        counts = {"state": desk.service.state, "running": scheduler.running, "waiting": scheduler.waiting}
+        return counts | {"ranks": desk.ranks()}
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return Response(PAGE, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": PAGE_POLICY})
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

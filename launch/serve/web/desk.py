@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi import Request
 
 from crossdock.launch.serve.job_runner import JobRunner
 from crossdock.launch.serve.metrics import Metrics
+from crossdock.launch.serve.previews import Previews
 from crossdock.launch.serve.scheduler import Scheduler, Work
 from crossdock.launch.serve.service import Service
 from crossdock.launch.serve.web.errors import ApiError
@@ -30,10 +32,11 @@ class Desk:
     defaults: Defaults
     metrics: Metrics
     version: str
+    previews: Previews
     jobs: JobRunner | None = None
     poll_s: float = 0.1
 
-    def take(self, request: GenerateRequest, http: Request) -> Work:
+    def take(self, request: GenerateRequest, http: Request, previewed: bool = False) -> Work:
         """Check it and put it into the queue.
 
         Raises:
@@ -41,7 +44,7 @@ class Desk:
             ApiError: 503, the model is not there and will not be.
         """
         self.check(request)
-        work = self.scheduler.submit(Work(request))
+        work = self.scheduler.submit(Work(request, previewed=previewed))
         http.state.log = {"steps": request.steps, "pictures": len(request.items)}
         return work
 
@@ -59,6 +62,34 @@ class Desk:
         """Headers: the place in the queue, and when it may be done."""
         position, expected_s = self.scheduler.position(work), self.scheduler.expected_s(work)
         return {"x-queue-position": str(position), "x-expected-seconds": f"{expected_s:.1f}"}
+
+    def about(self) -> dict[str, Any]:
+        """The model, for those who ask for it."""
+        plan, defaults = self.service.plan, self.defaults
+        return {
+            "family": plan.spec.family,
+            "layout": plan.layout_name,
+            "makes": "pictures" if defaults.fps is None else "videos",
+            "takes": {"negative_prompt": plan.spec.negative_prompt and plan.spec.guidance is not None},
+            "defaults": {"size": f"{defaults.width}x{defaults.height}", "steps": defaults.steps},
+        }
+
+    def ranks(self) -> list[dict[str, Any]]:
+        """What each does, as it was heard last, and what it held in the last request."""
+        engine = self.service.engine
+        statuses = engine.statuses if engine is not None else {}
+        held = {row["rank"]: row for row in self.scheduler.report.get("ranks", ())}
+        return [
+            {
+                "rank": rank,
+                "phase": statuses[rank].phase if rank in statuses and self.scheduler.running else "idle",
+                "step": statuses[rank].step if rank in statuses and self.scheduler.running else None,
+                "weight_bytes": held.get(rank, {}).get("peak_weight_bytes"),
+                "slot_bytes": held.get(rank, {}).get("slot_bytes"),
+                "host_bytes": held.get(rank, {}).get("host_pss_bytes"),
+            }
+            for rank in range(self.service.plan.mesh.world_size)
+        ]
 
     async def wait(self, work: Work, http: Request) -> list[Media]:
         """For the answer; a client that goes meanwhile takes its request with it."""

@@ -69,7 +69,7 @@ def routes(desk: Desk) -> APIRouter:
             raise refused("this model makes videos: POST /v1/videos", code="wrong_model_kind")
         asked.check(desk.defaults)
         request = asked.generate_request(desk.defaults)
-        work = desk.take(request, http)
+        work = desk.take(request, http, previewed=bool(asked.partial_images))
         if asked.stream:
             return StreamingResponse(
                 _events(desk, work, asked, http), media_type="text/event-stream", headers=desk.told(work)
@@ -140,28 +140,49 @@ def _answer(
 
 
 async def _events(desk: Desk, work: Work, asked: ImageRequest, http: Request) -> AsyncIterator[str]:
-    """Server-sent events (WHATWG HTML, 9.2): progress as comments, then each picture."""
+    """Server-sent events (WHATWG HTML, 9.2): progress as comments, previews, then each picture."""
+    waits = asyncio.ensure_future(desk.wait(work, http))
     try:
-        waits = asyncio.ensure_future(desk.wait(work, http))
-        seen: tuple[int, int] | None = None
+        seen, shown = None, 0
         while not waits.done():
             await asyncio.wait([waits], timeout=desk.poll_s)
-            if work.progress != seen and not waits.done():
-                seen = work.progress
-                yield f": step {seen[0]} of {seen[1]}; position {desk.scheduler.position(work)}\n\n"
-        images = waits.result()
-        for number, image in enumerate(images):
+            if waits.done():
+                break
+            if (now := (desk.scheduler.position(work), *work.progress)) != seen:
+                seen = now
+                yield f": position {now[0]}, step {now[1]} of {now[2]}\n\n"
+            if _is_due(work, shown, asked.partial_images or 0):
+                for event in await asyncio.to_thread(_partial, desk, work, asked, shown):
+                    shown += 1
+                    yield _event(event)
+        for number, image in enumerate(waits.result()):
             content = await asyncio.to_thread(_encoded, desk, asked, work.request, number, image)
-            event = {
-                "type": "image_generation.completed",
-                "b64_json": base64.b64encode(content).decode(),
-                "created_at": int(time.time()),
-                "seed": work.request.items[number].seed,
-                **_common(asked, work.request),
-            }
-            yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
-    except asyncio.CancelledError:
-        desk.scheduler.cancel(work, "the client has gone")
-        raise
+            more = {"b64_json": base64.b64encode(content).decode(), "seed": work.request.items[number].seed}
+            yield _event({"type": "image_generation.completed", **more, **_common(asked, work.request)})
     except Exception as error:
         yield f"event: error\ndata: {json.dumps(api_error(error).content())}\n\n"
+    finally:
+        waits.cancel()  # the client has gone: so does its request
+
+
+def _event(content: dict[str, Any]) -> str:
+    content |= {"created_at": int(time.time())}
+    return f"event: {content['type']}\ndata: {json.dumps(content)}\n\n"
+
+
+def _is_due(work: Work, shown: int, partial_images: int) -> bool:
+    """Previews come at even distances over the steps."""
+    if work.preview is None or shown >= partial_images:
+        return False
+    return work.preview[0] * (partial_images + 1) >= work.request.steps * (shown + 1)
+
+
+def _partial(desk: Desk, work: Work, asked: ImageRequest, index: int) -> list[dict[str, Any]]:
+    assert work.preview is not None
+    request = work.request
+    image = desk.previews.draw(work.preview[1][:1], request.width, request.height)
+    if image is None:
+        return []
+    content = base64.b64encode(encode_image(image, asked.format, asked.output_compression, {})).decode()
+    kind = {"type": "image_generation.partial_image", "partial_image_index": index, "b64_json": content}
+    return [kind | _common(asked, request)]
