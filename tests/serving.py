@@ -21,11 +21,11 @@ from crossdock.launch.serve.jobs import JobStore
 from crossdock.launch.serve.metrics import Metrics
 from crossdock.launch.serve.previews import Previews
 from crossdock.launch.serve.scheduler import Scheduler, Work
-from crossdock.launch.serve.server import ServeOptions, listen
 from crossdock.launch.serve.service import Service
 from crossdock.launch.serve.web.app import build_app
 from crossdock.launch.serve.web.desk import Desk
 from crossdock.launch.serve.web.schemas import Defaults
+from crossdock.launch.serve.web.server import ServeOptions, listen
 from crossdock.launch.video_file import write_video
 from crossdock.runtime.media import Video
 from crossdock.runtime.plan.plan import RunPlan

@@ -25,7 +25,7 @@ def run_serve(config_path: Path, model_dir: Path, **options: Any) -> None:
     """
     check_inputs(config_path, model_dir)
     try:
-        from crossdock.launch.serve.server import ServeOptions, serve
+        from crossdock.launch.serve.web.server import ServeOptions, serve
     except ModuleNotFoundError as error:
         message = f"serve needs the package {error.name}: pip install 'crossdock[serve]'"
         raise LaunchError(message) from None
