@@ -20,10 +20,10 @@ from crossdock.launch.gangs.ranks.reachable import GIVEN_UP
 from crossdock.runtime.request import GenerateRequest
 
 
-def _run(config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs) -> None:
+def _run(config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs, probe: bool) -> None:
     from crossdock.launch.commands.generate import run_generate
 
-    run_generate(config, model_dir, request, outputs, "crossdock")
+    run_generate(config, model_dir, request, outputs, "crossdock", probe=probe)
 
 
 def _check(config: Path, model_dir: Path, probe: bool, as_json: bool) -> None:

@@ -22,8 +22,9 @@ from crossdock.offload.stream.loader import BlockLoader
 from crossdock.parallel.mesh import Mesh
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.rank import probe as probe_module
 from crossdock.runtime.rank import worker as worker_module
+from crossdock.runtime.rank.probe import probe as probe_module
+from crossdock.runtime.rank.probe import unsharded as unsharded_module
 from crossdock.runtime.rank.weights import compare as arrival_module
 from crossdock.runtime.rank.weights.compare import WeightCheck
 from crossdock.runtime.rank.weights.load import WeightLoader
@@ -359,7 +360,7 @@ def with_table(module: Any, patch: pytest.MonkeyPatch) -> None:
 
 
 def table_on_ranks(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
-    for module in (worker_module, arrival_module, probe_module):
+    for module in (worker_module, arrival_module, probe_module, unsharded_module):
         with_table(module, patch)
 
 

@@ -18,7 +18,7 @@ from crossdock.runtime.models.latents import number_of_chunks
 from crossdock.runtime.pipeline.denoise_loop import DenoiseLoop, StepEnd
 from crossdock.runtime.pipeline.replicate import replicated
 from crossdock.runtime.plan.request_checks import check_request
-from crossdock.runtime.rank.probe import probe_request
+from crossdock.runtime.rank.probe.probe import probe_request
 from crossdock.runtime.request import GenerateRequest
 
 HELIOS = SPECS["helios"]

@@ -22,10 +22,11 @@ from crossdock.runtime.contract.verify import verify_composition
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.inspection import checksum
-from crossdock.runtime.rank.probe import probe_numbers, probe_request
+from crossdock.runtime.rank.probe import probe as probe_module
+from crossdock.runtime.rank.probe.probe import probe_numbers, probe_request
 from crossdock.runtime.rank.weights.load import WeightLoader
 from crossdock.runtime.rank.worker import RankWorker
-from crossdock.runtime.reports.records import ProbeReport
+from crossdock.runtime.reports.records import Deviation, ProbeReport
 from crossdock.runtime.watch.gang import Gang
 from layouts import FAMILIES
 from reference import ODD_SIZE, PROMPT
@@ -47,6 +48,12 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "hsdp": {"dp_degree": 2, "hsdp": {"shard": 2}},
     "ulysses": {"ulysses_degree": 2},
 }
+
+
+@pytest.fixture(autouse=True)
+def streaming_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank in this process leaves the unsharded model out, which is `test_same_as_one`'s."""
+    monkeypatch.setattr(probe_module, "deviations", lambda *_: ())
 
 
 def _worker(directory: Path, **offload: Any) -> AbstractContextManager[RankWorker]:
@@ -289,7 +296,7 @@ def test_the_part_of_another_rank_is_found(fault: str, gang_of: GangOf, checkpoi
         name = engine.gang.collective_rpc(plant, timeout_s=60)[0]
         with pytest.raises(CompositionError, match="same-numbers: rank") as caught:
             engine.probe()
-        assert engine.contract_result.composition[-1]["status"] == "violated"
+        assert engine.contract_result.composition[-2]["status"] == "violated"
         assert {violation.rank for violation in caught.value.violations} == {0, 1}
         _expect_first(list(caught.value.violations), name)
 
@@ -398,7 +405,8 @@ def test_the_coordinator_carries_all_violations(plan: RunPlan) -> None:
     coordinator = Coordinator(plan)
     wide = make_plan(RunConfig.parse({"parallel": {"dp_degree": 8}}), plan.model_dir, "cpu")
     coordinator.plan = wide
+    right = (Deviation(1, "a", 0.0),)
     with pytest.raises(CompositionError, match=r"and 3 more violations") as caught:
-        coordinator.compare([ProbeReport(rank, CALLS, (("a", 9), *CALLS[1:])) for rank in range(SHOWN + 3)])
+        coordinator.compare([ProbeReport(rank, CALLS, (("a", 9), *CALLS[1:]), right) for rank in range(SHOWN + 3)])
     assert len(caught.value.violations) == SHOWN + 3
-    assert [row["status"] for row in coordinator.composition] == ["violated"]
+    assert [row["status"] for row in coordinator.composition] == ["violated", "holds"]

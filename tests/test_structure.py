@@ -40,6 +40,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "pipeline": {"errors", "request", "media", "models", "plan", "reports"},
         "rank/weights": {"errors", "models", "plan", "reports"},
         "rank": {"errors", "request", "models", "plan", "reports", "contract", "pipeline", "rank/weights"},
+        "rank/probe": {"request", "models", "plan", "reports", "contract", "pipeline", "rank/weights", "rank"},
     },
     "launch": {
         "console": set(),

@@ -19,14 +19,14 @@ from crossdock.launch.engine.engine import Engine
 from crossdock.offload.schedule.residency import Costs
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
-from crossdock.runtime.contract.numbers import same_numbers
+from crossdock.runtime.contract.numbers import RETURNED, same_as_one, same_numbers
 from crossdock.runtime.contract.result import CompositionError
 from crossdock.runtime.errors import ConfigError
 from crossdock.runtime.pipeline.denoise_loop import DenoiseLoop
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.reschedule import RankObservation, reschedule
-from crossdock.runtime.rank.probe import probe_numbers, probe_request
+from crossdock.runtime.rank.probe.probe import probe_numbers, probe_request
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.rank_result import RankResult
 from reference import PROMPT, TOLERANCE, max_error, reference
@@ -224,6 +224,11 @@ def test_the_probe_runs_both(directory: Path) -> None:
         report = probe_numbers(worker, probe_request(plan))
         assert {block.name for block in plan.blocks} < {name for name, _ in report.on}
         assert list(same_numbers(plan, [report])) == []
+        assert {block.name for block in plan.blocks} < {found.block for found in report.alone}
+        assert [found.call for found in report.alone if found.block == RETURNED] == [1, 2, 3, 4], (
+            "guided, a step of each"
+        )
+        assert list(same_as_one(plan, [report])) == []
         second = next(block for block in worker.loaded.stream.blocks if block.name.startswith(SECOND))
         assert isinstance(second.source, Tensor)
         second.layout.entries[0].view(second.source).mul_(1.5)
@@ -233,7 +238,7 @@ def test_the_probe_runs_both(directory: Path) -> None:
 
 def test_one_that_never_has_a_turn_is_told(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = _plan(directory)
-    monkeypatch.setattr("crossdock.runtime.rank.probe._MOST_STEPS", 4)
+    monkeypatch.setattr("crossdock.runtime.rank.probe.probe._MOST_STEPS", 4)
     with admitted(plan) as worker:
         worker.loaded.pipeline.pipe.register_to_config(boundary_ratio=None)
         report = probe_numbers(worker, probe_request(plan))

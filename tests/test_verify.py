@@ -478,7 +478,7 @@ def test_the_coordinator_fails_closed(healthy: Callable[[str], Healthy]) -> None
     plan, reports = healthy("layerwise_tp2")
     coordinator = Coordinator(plan)
     coordinator.admit(reports)
-    to_come = ["no step yet"] * len(STEP_CHECKS) + ["not probed"]
+    to_come = ["no step yet"] * len(STEP_CHECKS) + ["not probed"] * 2
     assert [row["status"] for row in coordinator.composition] == ["holds"] * len(CHECKS) + to_come
     broken = [_tensor(reports[0], OUTSIDE, device="meta", place="nowhere"), reports[1]]
     with pytest.raises(CompositionError, match=rf"single-owner: rank 0: {OUTSIDE}: expected on cpu, found on meta"):

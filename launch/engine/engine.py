@@ -170,10 +170,11 @@ class Engine:
             self._stop(run, reason)
 
     def probe(self) -> None:
-        """Let every rank run one step with streaming and without it: the same bits, or it raises.
+        """Let every rank run one small step with streaming and without it: the same bits, or it raises; and one rank of
+        each guidance branch the unsharded model: every block returns the same, but for rounding, or it raises.
 
         Raises:
-            CompositionError: streaming changed a number.
+            CompositionError: streaming changed a number, or sharding one by more than its rounding.
             RankError: a rank failed; the engine is closed.
         """
         with self._queue.alone():

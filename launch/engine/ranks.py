@@ -19,7 +19,7 @@ from crossdock.runtime.errors import CrossdockError, RankError, RequestCancelled
 from crossdock.runtime.pipeline.snapshot import Snapshot
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.rank.probe import probe_numbers, probe_request
+from crossdock.runtime.rank.probe.probe import probe_numbers, probe_request
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.rank_result import RankResult
 from crossdock.runtime.request import RankRequest

@@ -1,20 +1,41 @@
-"""same-numbers, judged: a probe step is bit-identical with streaming on and off. Pure."""
+"""A probe step, judged: same-numbers, bit-identical with streaming on and off, and same-as-one, as near to
+the unsharded model's step as its numbers allow. Pure.
+
+In float32 that is 1e-4 of a block's largest value; sums in another order make some 1e-6. Shorter numbers are rounded in
+every operation, and blocks that follow one another carry it on: there the unsharded model says how much that is, for it
+runs in float32 as well. The sharded one may be four times as far from it as it is from itself, for partial sums are
+rounded once more, or two units of rounding; never a quarter of the largest value.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
+
+import torch
 
 from crossdock.runtime.contract.result import Violation
 from crossdock.runtime.models.transformers import prefixes
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.reports.records import REPORT_IT, ProbeReport
+from crossdock.runtime.reports.records import REPORT_IT, Deviation, ProbeReport
 
 SAME_NUMBERS = "same-numbers"
+SAME_AS_ONE = "same-as-one"
+PROBE_CHECKS = (SAME_NUMBERS, SAME_AS_ONE)
 FINAL_LATENTS = "final latents"
 """Stands in a probe's report for what the pipeline returned at the end."""
+RETURNED = "the transformer"
+"""Stands there for what a transformer as a whole returned."""
+SHARED_OUT = "the transformer, its calls shared out"
+"""And for what the pipeline got of it, where the ranks of a guidance group divide its calls, or their batch."""
+FLOAT32_BOUND = 1e-4
+_TIMES_OWN = 4.0
+_UNITS = 2.0
+_MOST = 0.25
 
 _RELOAD = "what the block ran with is not what the checkpoint holds: load again; if it stays, report it with this line"
+_ANOTHER = "sharding changes what the model computes: try a layout without it, or with less, and " + REPORT_IT
 _ELSEWHERE = "every block returned the same: look at what runs outside the blocks, such as a hook or a random number"
 
 
@@ -88,3 +109,79 @@ def _difference(probe: ProbeReport, place: int) -> Violation:
         f"{found:#x}{behind}",
         remedy,
     )
+
+
+def is_short(plan: RunPlan) -> bool:
+    """Whether some of the transformers' numbers are shorter than float32."""
+    return _unit(plan) > torch.finfo(torch.float32).eps
+
+
+def bound(plan: RunPlan, deviation: Deviation) -> float:
+    """The largest error that is no fault."""
+    if not is_short(plan):
+        return FLOAT32_BOUND
+    return min(max(_TIMES_OWN * deviation.own_error, _UNITS * _unit(plan)), _MOST)
+
+
+def by_block(plan: RunPlan, probes: Sequence[ProbeReport]) -> list[Deviation]:
+    """Of each output, guidance branch by guidance branch, the one on the rank that is farthest off."""
+    return [
+        max((probe.alone[place] for probe in branch if place < len(probe.alone)), key=lambda found: found.error)
+        for branch in _branches(plan, probes)
+        for place in range(max(len(probe.alone) for probe in branch))
+    ]
+
+
+def told(plan: RunPlan, deviations: Sequence[Deviation]) -> str:
+    """Of the one that is nearest to its bound, or farthest beyond it."""
+    if not deviations:
+        return "nothing was compared"
+    most = max(deviations, key=lambda each: each.error / bound(plan, each))
+    return f"largest error {most.error:.1e} of at most {bound(plan, most):.1e}, in {most.block}"
+
+
+def same_as_one(plan: RunPlan, probes: Sequence[ProbeReport]) -> Iterator[Violation]:
+    """On every rank each call of a block returned what it returns in the unsharded model. Of each guidance branch, the
+    earliest call in which that is not so, on the ranks on which it is not: what comes after follows from it.
+    """
+    for probe in probes:
+        if not probe.alone:
+            what = "step of the unsharded model"
+            yield Violation(SAME_AS_ONE, probe.rank, what, "one to compare with", "none", REPORT_IT)
+    for branch in _branches(plan, probes):
+        for place in range(max(len(probe.alone) for probe in branch)):
+            here = [probe for probe in branch if place < len(probe.alone)]
+            wrong = [probe for probe in here if not _holds(plan, probe.alone[place])]
+            for probe in sorted(wrong, key=lambda each: -each.alone[place].error):
+                yield _deviates(plan, probe, place, right=len(here) - len(wrong))
+            if wrong:
+                break
+
+
+def _branches(plan: RunPlan, probes: Sequence[ProbeReport]) -> list[list[ProbeReport]]:
+    """The probes of each guidance branch, of all replicas."""
+    branches = defaultdict[int, list[ProbeReport]](list)
+    for probe in probes:
+        branches[plan.mesh.coordinates(probe.rank)["cfg"]].append(probe)
+    return list(branches.values())
+
+
+def _holds(plan: RunPlan, deviation: Deviation) -> bool:
+    return deviation.error <= bound(plan, deviation)
+
+
+def _deviates(plan: RunPlan, probe: ProbeReport, place: int, right: int) -> Violation:
+    found, most = probe.alone[place], bound(plan, probe.alone[place])
+    calls = max(each.call for each in probe.alone)
+    where = f"{found.block} (call {found.call})" if calls > 1 else found.block
+    later = probe.alone[place + 1 :]
+    follow = f"{sum(not _holds(plan, each) for each in later)} of the {len(later)} outputs behind it"
+    what = found.found or f"{found.error:.1e}{f' in {found.tokens}' if found.tokens else ''}"
+    others = f"; {right} ranks are right here" if right else ""
+    expected = f"what one rank alone computes, within {most:.1e} of its largest value"
+    return Violation(SAME_AS_ONE, probe.rank, where, expected, f"{what}, and beyond it {follow}{others}", _ANOTHER)
+
+
+def _unit(plan: RunPlan) -> float:
+    """Of rounding, of the shortest of the transformers' numbers."""
+    return max((torch.finfo(dtype).eps for dtype in set(plan.dtypes.values()) if dtype.is_floating_point), default=0.0)

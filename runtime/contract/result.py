@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from crossdock.runtime.errors import CrossdockError
-from crossdock.runtime.reports.records import RankReport
+from crossdock.runtime.reports.records import Deviation, RankReport
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,14 @@ class ContractResult:
             `report.json`.
         violations: every one.
         reports: what was judged.
+        deviations: of a probe, how far each output of a block is from the unsharded model's.
     """
 
     layout: str
     composition: tuple[dict[str, str], ...]
     violations: tuple[Violation, ...]
     reports: tuple[RankReport, ...]
+    deviations: tuple[Deviation, ...] = ()
 
 
 class CompositionError(CrossdockError):

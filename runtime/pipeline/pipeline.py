@@ -130,6 +130,11 @@ class RankPipeline:
         """The modules beside the transformers that this rank runs."""
         return tuple(self._modules.values())
 
+    @property
+    def transformers(self) -> tuple[nn.Module, ...]:
+        """What the pipeline calls for each transformer."""
+        return tuple(getattr(self.pipe, name) for name in self._plan.transformers)
+
     def discard(self) -> None:
         """Give the components up."""
         for component in self._components.values():
@@ -189,7 +194,7 @@ class RankPipeline:
             self._between_chunks = lambda: loop.between_chunks
             arguments = self._arguments(items, drawn, request)
             with (
-                loop.watching(*(getattr(self.pipe, name) for name in self._plan.transformers)),
+                loop.watching(*self.transformers),
                 loop.told_by(self.pipe) as tells,
                 self._guided(request),
                 suppress(_NotDecodedHereError),

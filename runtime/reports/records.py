@@ -237,14 +237,36 @@ class RankTrace:
 
 
 @dataclass(frozen=True)
+class Deviation:
+    """How far what a block returned on a rank is from what it returns in the unsharded model.
+
+    Attributes:
+        call: of a transformer, from 1; in each guidance branch.
+        error: the largest difference, relative to the largest value; inf where it cannot be told.
+        own_error: the unsharded model's, to itself in float32; 0 where that is what it computes in.
+        tokens: which ones the rank has; empty: all.
+        found: what there is instead of tensors that can be compared; empty: they can.
+    """
+
+    call: int
+    block: str
+    error: float
+    own_error: float = 0.0
+    tokens: str = ""
+    found: str = ""
+
+
+@dataclass(frozen=True)
 class ProbeReport:
     """One denoise step, run twice by one rank: checksums of what every call of a block returned, in order.
 
     Attributes:
         on: (block, checksum) of each call with streaming; the last entry is the final latents.
         off: the same without streaming, every block's weights read straight from the checkpoint's files.
+        alone: the latter beside one rank's step of the unsharded model, block by block.
     """
 
     rank: int
     on: tuple[tuple[str, int], ...]
     off: tuple[tuple[str, int], ...]
+    alone: tuple[Deviation, ...] = ()

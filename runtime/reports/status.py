@@ -13,7 +13,7 @@ class RankStatus:
     """
     Attributes:
         host, pid: where the rank's process runs.
-        phase: "idle", "connect", "load", "verify" or "rehearsal", "encode", "denoise" or "decode".
+        phase: "idle", "connect", "load", "verify" or "rehearsal", "encode", "denoise" or "decode", "compare".
         step: the number of the step under way, from 1; None outside the denoise loop.
         block: the last one that was asked for; `waits` while its bytes have not arrived.
         kept_step: the step after which the newest snapshot was taken; 0: there is none.
