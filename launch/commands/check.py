@@ -31,6 +31,7 @@ PROMISES = {
     "no-alias": "blocks share no memory, unless it stays on the device",
     "in-order": "load, gather, compute, free; no slot is overwritten under its reader",
     "same-collectives": "the ranks of a group issue the same collectives in the same order",
+    "arrives": "what blocks compute with is what first arrived, in every step of a request",
     "finite": "no step's latents have a number that is not finite (in every request)",
     "same-state": "a replica's ranks have the same inputs and latents in every step of a request",
     "same-order": "they compute the same blocks in the same order, each through its hooks (in every request)",

@@ -57,6 +57,7 @@ class Ranks:
         self.ending = False
         self._owns_gang = owns_gang
         self._how = thorough, rehearses
+        self._again = False  # after a fault: all that arrives is compared
         self._idle = False  # the ranks wait for work: nobody was interrupted in the middle of it
 
     @property
@@ -144,6 +145,7 @@ class Ranks:
             if attempts < 1 or error.kind == "late" or not self.gang.can_restart or self.ending:
                 raise error
             self.notify(f"{brief(error)}; remedy: {remedy}")
+            self._again = True
             restart(self.gang, self._load, attempts, lost_again)
         except BaseException as fatal:
             self._give_up(fatal)
@@ -171,7 +173,9 @@ class Ranks:
             device_bytes = min(self.gang.collective_rpc(RankWorker.device_bytes, timeout_s=timeouts.launch_s))
             plan = make_plan(self.plan.config, self.plan.model_dir, self.plan.device, device_bytes)
             self.coordinator = Coordinator(plan)
-        reports = self.gang.collective_rpc(RankWorker.setup, self.plan, *self._how, timeout_s=timeouts.load_s)
+        reports = self.gang.collective_rpc(
+            RankWorker.setup, self.plan, *self._how, self._again, timeout_s=timeouts.load_s
+        )
         loaded = time.perf_counter()
         self._idle = True
         self.coordinator.admit(reports, self._how[1])

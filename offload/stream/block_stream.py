@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import cast
 
@@ -95,8 +95,8 @@ class BlockStream:
         if self._hooks.attached:
             raise RuntimeError("this block stream is attached already")
         for index, block in enumerate(self.blocks):
-            noted = partial(self._note, "compute_begin"), partial(self._note, "compute_end")
-            self._hooks.attach(index, block, *((self._before, self._after) if block.home.streamed else noted))
+            fixed = partial(self._note, "compute_begin"), self._fixed_computed
+            self._hooks.attach(index, block, *((self._before, self._after) if block.home.streamed else fixed))
         self._bind()
 
     def remove(self) -> None:
@@ -113,11 +113,13 @@ class BlockStream:
         self._poison()
         self._first_loads.observe(callback, self._run_order.order)
 
-    def rehearse(self, unseen: bool = False) -> None:
-        """Stream every block once without computing, so that ordering is proven. Collective when sharded.
+    def observe_uses(self, callback: FirstLoadCallback) -> None:
+        """`callback` gets every block, as at its first load, each time it has computed, before its memory is free."""
+        self._loads.on_use = callback
 
-        Args:
-            unseen: only those that have not come since `observe_first_loads`.
+    def rehearse(self, unseen: bool = False) -> None:
+        """Stream every block once without computing, so that ordering is proven; `unseen`: of those, the ones that have
+        not come since `observe_first_loads`. Collective when sharded.
         """
         for index in self._run_order.rehearsal:
             if not unseen or index in self._first_loads.unseen:
@@ -327,6 +329,10 @@ class BlockStream:
             slot.holder = None
             slot.ready = self.engine.submit("copy", lambda: fill_nan(slot.memory), (done,))
 
+    def _fixed_computed(self, index: int) -> None:
+        self._note("compute_end", index)
+        self._loads.show(index, cast(Tensor, self.blocks[index].source))
+
     def settle_interrupted(self) -> None:
         """`settle`, unless the block is still at it."""
         if self._reading is not None and not is_running(self.blocks[self._reading].module):
@@ -377,15 +383,12 @@ class BlockStream:
 
     def _end_loads(self) -> None:
         self.settle()
-        for slot in self._table.every:
-            with suppress(Exception):  # a load that failed is of no interest any more; one under way must end first
-                self.engine.wait(slot.ready)
+        self._loads.end(self._table.every)
 
     def _bind(self) -> None:
         for index, block in enumerate(self.blocks):
             memory = self._table.of[index].memory if block.home.streamed else block.source
-            assert isinstance(memory, Tensor)
-            self._turns.bind(index, memory)
+            self._turns.bind(index, cast(Tensor, memory))
 
     def _poison(self) -> None:
         """No slot holds anything but NaN from here on."""

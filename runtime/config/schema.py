@@ -237,6 +237,11 @@ class VerifyConfig(Section):
         default=True,
         description="The ranks of a replica have the same inputs and latents, and compute the same blocks.",
     )
+    arrivals: Literal["every", "rolling", "first"] = Field(
+        default="rolling",
+        description="How much of the weights is compared with what first arrived, when it has computed. every: all, in "
+        "each step. rolling: a share of each block in each step, all in the last. first: first arrivals alone.",
+    )
 
 
 class RunConfig(Section):

@@ -67,8 +67,8 @@ class Coordinator:
 
         Raises:
             CompositionError: a rank did not stream in order, read other bytes than those at rest, was brought others
-                than the checkpoint's, issued other collectives or computed something else than its group, made latents
-                that are not finite, or the new schedule does not compose.
+                than the checkpoint's or computed with others, issued other collectives or computed something else than
+                its group, made latents that are not finite, or the new schedule does not compose.
         """
         before = self.plan
         if any(result.plan is not None for result in results):
@@ -80,9 +80,10 @@ class Coordinator:
             self._reports = tuple(
                 replace(report, arrivals=tuple(dict.fromkeys(compared[report.rank]))) for report in self._reports
             )
-            if wrong := verify_arrivals(self.plan, self._reports):
-                follows = ("finite", "same-state")  # from wrong weights
-                violations = [*wrong, *(violation for violation in violations if violation.check not in follows)]
+            violations = [*verify_arrivals(self.plan, self._reports), *violations]
+        if any(violation.check in ("complete", "arrives") for violation in violations):
+            follows = ("finite", "same-state")  # from wrong weights
+            violations = [violation for violation in violations if violation.check not in follows]
         for check, on in self._looked_at.items():
             if on:
                 steps = max((len(result.seen.steps) for result in results), default=0)
@@ -97,7 +98,8 @@ class Coordinator:
     def _looked_at(self) -> dict[str, bool]:
         """Of what steps show, whether the config wants it checked."""
         verify = self.plan.config.verify
-        return {check: verify.finite if check == "finite" else verify.state for check in STEP_CHECKS}
+        on = {"finite": verify.finite, "arrives": verify.arrivals != "first"}
+        return {check: on.get(check, verify.state) for check in STEP_CHECKS}
 
     def _adopt(self, results: Sequence[RankResult]) -> None:
         plan = next(result.plan for result in results if result.plan is not None)

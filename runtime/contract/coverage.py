@@ -1,17 +1,23 @@
-"""complete: the ranks' parts add up to the checkpoint, and what arrives on the device is what the checkpoint has."""
+"""complete and arrives: the ranks' parts add up to the checkpoint, and what arrives on the device, and what is computed
+with in every step, is what the checkpoint has.
+"""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import Protocol
 
 from crossdock.parallel.hsdp import shard_range
 from crossdock.parallel.tensor import TensorSlice, part_shape
 from crossdock.runtime.contract.result import Violation
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.reports.records import REPORT_IT, RankReport
+from crossdock.runtime.reports.records import REPORT_IT, RankReport, WeightsRecord, WrongBytes
 
 _WRONG_BYTES = "what is at rest or the way to the device is wrong: load the model again; if it stays, report it"
+_NOT_AT_REST = "what rests was written to: load the model again; if it stays, look at the host's memory"
+_ON_THE_WAY = "a load was left out or wrong, or was written over: look for a hook or an extension, else report it"
+_FILE = "load the model again, and leave its files alone while it is in use (or use offload.host: shared)"
 _OTHER_FILE = "the checkpoint differs between nodes: copy it again"
 
 
@@ -125,6 +131,52 @@ def all_compared(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Viola
                 yield Violation("complete", report.rank, fqn, expected, "it was not", REPORT_IT)
 
 
+class Held(Protocol):
+    """What a rank tells of its weights in a request."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def weights(self) -> WeightsRecord: ...
+
+
+def arrives(plan: RunPlan, results: Sequence[Held]) -> Iterator[Violation]:
+    """What was computed with is what first arrived, in every step. Of each rank, the first step in which it was not."""
+    resting = {(result.rank, wrong.block) for result in results for wrong in result.weights.wrong if wrong.at_rest}
+    for result in results:
+        for file in result.weights.files:
+            expected, found = "the file that the model was loaded from", "it was changed while in use"
+            yield Violation("arrives", result.rank, file, expected, found, _FILE)
+        for name in result.weights.changed:
+            expected, found = "the bytes that it had after the load", "others at the request's end"
+            yield Violation("arrives", result.rank, name, expected, found, _NOT_AT_REST)
+        first = min((wrong.step for wrong in result.weights.wrong), default=0)
+        for wrong in result.weights.wrong:
+            if wrong.step == first and not _is_of_another(plan, result.rank, wrong, resting):
+                yield _not_as_first(plan, result.rank, wrong)
+
+
+def _is_of_another(plan: RunPlan, rank: int, wrong: WrongBytes, resting: Collection[tuple[int, str]]) -> bool:
+    """Whether it came with the part that another rank of the shard group holds."""
+    block = next((block for block in plan.blocks if block.name == wrong.block), None)
+    if wrong.at_rest or block is None or not block.home.sharded:
+        return False
+    return any((other, wrong.block) in resting for other in plan.mesh.groups(rank)["weights"])
+
+
+def _not_as_first(plan: RunPlan, rank: int, wrong: WrongBytes) -> Violation:
+    expected = "the bytes of its first arrival"
+    if not wrong.step:
+        return Violation("arrives", rank, wrong.block, expected, "others after its use", _NOT_AT_REST)
+    where = f"step {wrong.step}: {wrong.at_rest or wrong.block}"
+    if wrong.at_rest:
+        block = next(block for block in plan.blocks if block.name == wrong.block)
+        found = f"others, and not the file's where it rests ({block.home})"
+        return Violation("arrives", rank, where, expected, found, _NOT_AT_REST)
+    return Violation("arrives", rank, where, expected, "others when it had computed", _ON_THE_WAY)
+
+
 def all_equal(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:
     """Every tensor that was compared so far was equal to the checkpoint's, which is the same on all ranks."""
     yield from _replicas_agree(reports)
@@ -134,6 +186,8 @@ def all_equal(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violatio
                 continue
             stored = plan.stored.get(arrival.fqn)
             origin = f"of {stored.file.name}" if stored is not None else "that the model computes"
+            if arrival.fqn not in plan.dtypes:
+                origin = "of its file"
             expected = f"the bytes {origin} (checksum {arrival.expected:#010x} of {arrival.nbytes} bytes)"
             found = f"{arrival.found:#010x} {_where(plan, arrival.fqn)}"
             yield Violation("complete", report.rank, arrival.fqn, expected, found, _WRONG_BYTES)

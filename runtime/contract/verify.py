@@ -11,7 +11,7 @@ from typing import Protocol
 
 from crossdock.runtime.contract.aliasing import no_alias
 from crossdock.runtime.contract.collectives import Issued, same_collectives
-from crossdock.runtime.contract.coverage import all_compared, all_equal, complete
+from crossdock.runtime.contract.coverage import all_compared, all_equal, arrives, complete
 from crossdock.runtime.contract.ordering import all_rehearsed, in_order, same_schedule, trace_in_order
 from crossdock.runtime.contract.ownership import all_read, read_at_rest, single_owner
 from crossdock.runtime.contract.result import Violation
@@ -29,6 +29,7 @@ CHECKS: dict[str, Callable[[RunPlan, Sequence[RankReport]], Iterable[Violation]]
 }
 
 STEP_CHECKS: dict[str, Callable[[RunPlan, Sequence[Saw]], Iterable[Violation]]] = {
+    "arrives": arrives,
     "finite": finite,
     "same-state": same_state,
     "same-order": same_order,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from crossdock.offload.memory.arena import Arena
 from crossdock.offload.memory.copy_engine import CopyEngine
+from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.parallel.guidance import GuidanceParallelism
 from crossdock.parallel.mesh import Mesh
 from crossdock.runtime.errors import CheckpointError, LaunchError
@@ -129,6 +130,15 @@ class RankPipeline:
     def on_device(self) -> tuple[nn.Module, ...]:
         """The modules beside the transformers that this rank runs."""
         return tuple(self._modules.values())
+
+    @property
+    def components(self) -> dict[str, tuple[nn.Module, BlockStream | None]]:
+        """Of each component that this rank runs, its module, and what streams it."""
+        return {name: (self._modules[name], component.stream) for name, component in self._components.items()}
+
+    def observe_uses(self, callback: Callable[[str], None]) -> None:
+        """`callback` gets the name of every component that was used, while it is still where it computes."""
+        self._active.on_use = callback
 
     def discard(self) -> None:
         """Give the components up."""

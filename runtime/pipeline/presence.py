@@ -13,11 +13,16 @@ from crossdock.runtime.pipeline.components import Component
 
 
 class ActiveComponent:
-    """Whoever is called comes onto the device, and stays until another one is called or the turn ends."""
+    """Whoever is called comes onto the device, and stays until another one is called or the turn ends.
+
+    Attributes:
+        on_use: gets the name of a component that was used, before it leaves.
+    """
 
     def __init__(self, components: Mapping[str, Component], device: torch.device) -> None:
         self._components = components
         self._device = device
+        self.on_use: Callable[[str], None] = lambda name: None
         self._name: str | None = None
         self._present = ExitStack()
 
@@ -30,7 +35,9 @@ class ActiveComponent:
 
     def clear(self) -> None:
         """The turn is over."""
-        self._name = None
+        used, self._name = self._name, None
+        if used is not None:
+            self.on_use(used)
         self._present.close()
 
     def __enter__(self) -> None:

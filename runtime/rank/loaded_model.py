@@ -25,6 +25,7 @@ from crossdock.runtime.rank.inspection import (
 )
 from crossdock.runtime.rank.parallelize import ModelParallelism
 from crossdock.runtime.rank.step_watch import StepWatch
+from crossdock.runtime.rank.weights.arrivals import ArrivalWatch
 from crossdock.runtime.rank.weights.compare import WeightCheck
 from crossdock.runtime.rank.weights.load import RankWeights
 from crossdock.runtime.reports.records import RankReport
@@ -50,6 +51,7 @@ class LoadedModel:
     stream: BlockStream
     pipeline: RankPipeline
     weight_check: WeightCheck
+    arrivals: ArrivalWatch
     watch: StepWatch
     load_s: float
     schedule_note: str = "assumed costs: nothing was measured yet"

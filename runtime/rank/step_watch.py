@@ -56,7 +56,6 @@ class StepWatch(Observer):
         self._ended: list[_Step] = []  # not read yet
         self._steps: list[StepRecord] = []
         self._orders: dict[int, tuple[str, ...]] = {}
-        self._model = model
         self._last = ""  # the block that was called last in this pass
         self._stacks: set[str] = set()  # of which a block was called in it
         self._summed: dict[int, weakref.ref[Tensor]] = {}  # tensors of it, by id
@@ -70,8 +69,6 @@ class StepWatch(Observer):
                     before = disabled(partial(self._before, block.name))
                     block.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
         self._hooked = [(path, module, _hooks(module)) for path, module in model.named_modules() if _hooks(module)]
-        stored = [fqn for fqn in plan.outside if fqn in plan.stored] if self._verify.state else []
-        self._outside = dict(zip(stored, self._digests(stored), strict=True))
 
     # -- a request -----------------------------------------------------------------------------------------------
 
@@ -89,9 +86,7 @@ class StepWatch(Observer):
         if not self._verify.state:
             return RunRecord(tuple(self._steps), self._orders)
         unhooked = [path for path, module, before in self._hooked if not before <= _hooks(module)]
-        now = self._digests(self._outside)
-        changed = [fqn for (fqn, before), found in zip(self._outside.items(), now, strict=True) if before != found]
-        return RunRecord(tuple(self._steps), self._orders, tuple(unhooked), tuple(changed))
+        return RunRecord(tuple(self._steps), self._orders, tuple(unhooked))
 
     def end_step(self, end: StepEnd) -> tuple[bool, tuple[int, int]]:
         """Whether the step that was read last is finite; checksums of what a replica, and a guidance branch, shares."""
@@ -246,10 +241,6 @@ class StepWatch(Observer):
         computed = _joined([zlib.crc32(name.encode()) for name in step.computed])
         self._orders.setdefault(computed, tuple(step.computed))
         self._steps.append(StepRecord(step.number, finite, first, place, inputs, branch, latents, computed))
-
-    def _digests(self, names: Sequence[str] | Mapping[str, int]) -> list[int]:
-        found = [digest(attrgetter(name)(self._model)) for name in names]
-        return torch.stack(found).tolist() if found else []
 
 
 def _hooks(module: nn.Module) -> frozenset[int]:

@@ -38,6 +38,7 @@ from crossdock.runtime.rank.parallelize import ModelParallelism
 from crossdock.runtime.rank.request_state import RequestState
 from crossdock.runtime.rank.step_watch import StepWatch
 from crossdock.runtime.rank.stop import StepRefusedError, Stopping
+from crossdock.runtime.rank.weights.arrivals import ArrivalWatch, stamps
 from crossdock.runtime.rank.weights.compare import WeightCheck
 from crossdock.runtime.rank.weights.kept_stores import StoreHolder
 from crossdock.runtime.rank.weights.load import WeightLoader
@@ -103,12 +104,13 @@ class RankWorker:
         """Memory of this rank's device."""
         return total_bytes(self.device)
 
-    def setup(self, plan: RunPlan, probe: bool = False, rehearse: bool = False) -> RankReport:
+    def setup(self, plan: RunPlan, probe: bool = False, rehearse: bool = False, thorough: bool = False) -> RankReport:
         """Load, shard and stream the model of `plan`; the report says what this rank now holds. Collective.
 
         Args:
             probe: compare all bytes that arrive on the device with the checkpoint, not a sample. With a rehearsal.
             rehearse: stream every block once and compare it, instead of in the first step.
+            thorough: compare all bytes, whenever they arrive.
         """
         began = time.perf_counter()
         allocated = allocated_bytes(self.device)
@@ -120,6 +122,10 @@ class RankWorker:
         model = build_transformers(plan.spec.transformer, plan.model_dir, plan.transformers)
         issued = AtRunTime(lambda: stream.collective_issued())
         parallelism = ModelParallelism.apply(model, plan, mesh, issued)
+        check = WeightCheck(plan, self.rank, model, full=probe or thorough)
+        files = stamps(plan)
+        if plan.config.offload.host == "mmap":
+            check.pin()
         loader = WeightLoader(plan, mesh, model, self.device, self.holder)
         weights = loader.load_blocks()
         loader.load_outside()
@@ -144,8 +150,9 @@ class RankWorker:
             if isinstance(module, EXCHANGING):
                 module.register_forward_hook(lambda *_: issued())
         pipeline = RankPipeline(plan, mesh, model, self.device, copy_engine, arena)
-        check = WeightCheck(plan, self.rank, model, full=probe)
-        made = (mesh, model, parallelism, weights, copy_engine, arena, stream, pipeline, check)
+        arrivals = ArrivalWatch(plan, model, stream, check, pipeline.components, files)
+        pipeline.observe_uses(arrivals.component_used)
+        made = (mesh, model, parallelism, weights, copy_engine, arena, stream, pipeline, check, arrivals)
         watch = StepWatch(plan, model, weights.blocks, self.device)
         self._loaded = loaded = LoadedModel(plan, self.device, *made, watch, time.perf_counter() - began)
         self.model_steps = 0
@@ -226,6 +233,7 @@ class RankWorker:
         self.stopping.begin(request)
         self._state = state = RequestState.begin(request, loaded, resume)
         loaded.watch.begin()
+        loaded.arrivals.begin(request.asked.steps)
         on_step, on_decode = partial(self._on_step, state), partial(self._begin_decode, state)
         try:
             done = loaded.pipeline.run(state.items, request.asked, on_step, state.resume, on_decode, loaded.watch)
@@ -233,7 +241,7 @@ class RankWorker:
             self._finish_request()
             raise
         except StepRefusedError:
-            result = self._result(state, Denoised.nothing(time.perf_counter()), time.perf_counter())
+            result = self._result(state, Denoised.nothing(time.perf_counter()), time.perf_counter(), refused=True)
             self._finish_request()
             return result
         result = self._result(state, done, time.perf_counter())
@@ -293,7 +301,8 @@ class RankWorker:
             self.model_steps += 1
         loaded, mesh = self.loaded, self.loaded.mesh.shape
         finite, alike = loaded.watch.end_step(end)
-        refuse = loaded.weight_check.differ or not finite
+        arrived = loaded.arrivals.end_step(end.finished, end.total) and not loaded.weight_check.differ
+        refuse = not arrived or not finite
         self.stopping.agree(end.finished, end.total, refuse, alike, (mesh.dp, mesh.dp * mesh.cfg))
         state.keep(end)
         if end.repeated:
@@ -306,6 +315,7 @@ class RankWorker:
     def _finish_request(self) -> None:
         self.stopping.end()
         self.loaded.watch.forget()
+        self.loaded.arrivals.forget()
         self._state = None
         self.phase = "idle"
 
@@ -323,12 +333,14 @@ class RankWorker:
             arena.resize(plan.arena_bytes or 0)
         stream.reschedule(plan.schedule, plan.resident, plan.order)
         before = stream.upcoming
+        if loaded.arrivals.looks:
+            loaded.weight_check.watch_again(stream)
         stream.rehearse()
         state.changed = loaded.report()  # now: later, another component may have the memory
         # belongs to no step; with what it fetched ahead: the report waited for that
         state.log.rehearsed = range(before, stream.upcoming)
 
-    def _result(self, state: RequestState, done: Denoised, decoded: float) -> RankResult:
+    def _result(self, state: RequestState, done: Denoised, decoded: float, refused: bool = False) -> RankResult:
         """What the coordinator judges; `decoded` of `time.perf_counter`. Collective where blocks have yet to come."""
         loaded, log = self.loaded, state.log
         issued = loaded.issued()  # first: the trace then has what gathers ahead noted, on all ranks alike
@@ -339,6 +351,7 @@ class RankWorker:
         measurements = log.measurements(*held, events, done.step_ms, phases)
         timeline = RankTrace(self.rank, measurements.host, measurements.device, events, spans)
         loaded.stream.rehearse(unseen=True)  # blocks that a cache skipped in the first request
+        arrived = loaded.arrivals.end(loaded.weights.ranges, refused)
         result = RankResult(
             self.rank,
             measurements,
@@ -350,6 +363,7 @@ class RankWorker:
             loaded.weight_check.unreported(),
             loaded.schedule_note,
             loaded.watch.end(),
+            arrived,
         )
         if state.changed is not None:
             result.plan, result.report = loaded.plan, state.changed

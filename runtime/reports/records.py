@@ -176,13 +176,40 @@ class RunRecord:
     Attributes:
         orders: the sequences in which blocks were called in a step, each once.
         unhooked: modules that have lost a hook since the load.
-        changed: tensors of the checkpoint outside the blocks that are not what they were after the load.
     """
 
     steps: tuple[StepRecord, ...] = ()
     orders: dict[int, tuple[str, ...]] = field(default_factory=dict)
     unhooked: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class WrongBytes:
+    """A block had other bytes, when it had computed, than when it first arrived.
+
+    Attributes:
+        step: of the request, counted from 1; 0: it is of a text encoder or a decoder.
+        at_rest: the first tensor of what rests of it on this rank that is not what the file has; empty: none.
+    """
+
+    step: int
+    block: str
+    at_rest: str = ""
+
+
+@dataclass(frozen=True)
+class WeightsRecord:
+    """What a rank saw of its weights in a request.
+
+    Attributes:
+        wrong: in the order in which it was seen.
+        changed: tensors outside the blocks that are not what they were after the load.
+        files: those that stay in use and have changed since the load.
+    """
+
+    wrong: tuple[WrongBytes, ...] = ()
     changed: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
