@@ -66,7 +66,7 @@ LATENTS = Fault("same-state", "the latents", faults.latents)
 HOME = Fault("single-owner", BLOCK, faults.another_home, late=True)
 HOOKS = Fault("same-order", BLOCK, faults.hooks_lost, late=True)
 SOME_TIME = Fault("same-order", BLOCK, faults.hooks_lost_and_found, late=True)
-WEIGHT = Fault("same-state", OUTSIDE, faults.outside_weight, late=True)
+WEIGHT = Fault("arrives", OUTSIDE, faults.outside_weight, late=True)
 EMBEDDINGS = Fault("same-state", "encoder_hidden_states, given to the transformer", faults.embeddings)
 BROADCAST = Fault("same-state", "what encode_prompt returned[0]", faults.embeddings, at=(1,))
 NUMBERS = (
