@@ -20,10 +20,10 @@ from crossdock.launch.gangs.ranks.reachable import GIVEN_UP
 from crossdock.runtime.request import GenerateRequest
 
 
-def _run(config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs) -> None:
+def _run(config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs, probe: bool) -> None:
     from crossdock.launch.commands.generate import run_generate
 
-    run_generate(config, model_dir, request, outputs, "crossdock")
+    run_generate(config, model_dir, request, outputs, "crossdock", probe=probe)
 
 
 def _check(config: Path, model_dir: Path, probe: bool, as_json: bool) -> None:
@@ -78,6 +78,54 @@ def timeline_command(
     slices = timeline.read_slices(trace)
     timeline.draw(slices if last_steps is None else timeline.last_steps(slices, last_steps), out)
     Console(highlight=False, soft_wrap=True).print(f"wrote {out}", markup=False)
+
+
+@app.command("serve")
+def serve_command(
+    model_dir: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="Checkpoint directory, diffusers format.")],
+    config: Annotated[Path, typer.Option(help="YAML file with the layout; see `config-schema`.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; beyond this machine a key is needed.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: a free one.", min=0, max=65535)] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with the key that clients send; or set CROSSDOCK_API_KEY.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Let others in without a key.")] = False,
+    name: Annotated[str | None, typer.Option(help="What clients call the model; by default the directory.")] = None,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; more are told to come again.", min=1)] = 64,
+    batch_wait_ms: Annotated[
+        float, typer.Option(help="How long the first of a batch waits for others that fit.", min=0)
+    ] = 0.0,
+    max_batch: Annotated[int, typer.Option(help="Pictures that a replica computes at once.", min=1)] = 4,
+    drain_s: Annotated[float, typer.Option(help="After SIGTERM, time to answer what waits.", min=0)] = 60.0,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT by default; else the family's own.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps by default; else the family's own.", min=1)] = None,
+    max_pixels: Annotated[int, typer.Option(help="Of a picture or a frame, at most.", min=1)] = 2048 * 2048,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder for video jobs; by default one in the user's state folder.")
+    ] = None,
+    keep_h: Annotated[float, typer.Option(help="Hours for which a finished video is kept.", min=0)] = 24.0,
+) -> None:
+    """Answer HTTP requests like OpenAI's image API, until SIGTERM."""
+    from crossdock.launch.commands.serve import run_serve
+
+    run_serve(
+        config,
+        model_dir,
+        host=host,
+        port=port,
+        api_key_file=api_key_file,
+        insecure=insecure,
+        name=name,
+        queue=queue,
+        batch_wait_ms=batch_wait_ms,
+        max_batch=max_batch,
+        drain_s=drain_s,
+        size=size,
+        steps=steps,
+        max_pixels=max_pixels,
+        data=data,
+        keep_h=keep_h,
+    )
 
 
 @app.command("config-schema")

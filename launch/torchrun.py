@@ -25,10 +25,11 @@ _STARTED_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MAST
 _REPORT_WAIT_S = 5.0
 
 
-def _run_on_torchrun(config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs) -> None:
+def _run_on_torchrun(config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs, probe: bool) -> None:
     from crossdock.launch.commands.generate import run_generate
 
-    run_generate(config, model_dir, request, outputs, "torchrun", quiet=os.environ["RANK"] != "0")
+    quiet = os.environ["RANK"] != "0"
+    run_generate(config, model_dir, request, outputs, "torchrun", quiet=quiet, probe=probe)
 
 
 def _check_on_torchrun(config: Path, model_dir: Path, probe: bool, as_json: bool) -> None:

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 class Arguments:
     """What a module is called with, by name, however it was passed."""
 
-    def __init__(self, places: Mapping[str, int], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, places: Mapping[str, int], args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         self._places = places
         self.names = tuple(places)
         self.args, self.kwargs = list(args), dict(kwargs)
@@ -50,7 +50,7 @@ def hook_arguments(
         raise ValueError(f"{type(module).__name__}.forward has no argument {missing[0]!r}")
     places = {name: parameters.index(name) for name in (*names, *optional) if name in parameters}
 
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def hook(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         arguments = Arguments(places, args, kwargs)
         act(arguments)
         return tuple(arguments.args), arguments.kwargs
@@ -68,7 +68,7 @@ def beside(hook: Callable[..., Any]) -> Callable[..., Any]:
     return hook
 
 
-def map_tensors(act: Callable[[Tensor], Tensor], value: Any) -> Any:
+def map_tensors(act: Callable[[Tensor], Tensor], value: object) -> Any:
     """`act` on a tensor, or on every tensor of a tuple; whatever else it is stays."""
     if isinstance(value, Tensor):
         return act(value)

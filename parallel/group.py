@@ -22,7 +22,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -42,10 +42,12 @@ class Collective:
     Attributes:
         number: from 1, in the group.
         what: the operation and what all ranks must agree on: dtype and sizes.
+        place: where the rank was: its step and block.
     """
 
     number: int
     what: str
+    place: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         return f"{self.what} (number {self.number})"
@@ -85,6 +87,7 @@ class Group:
         self._last: deque[Collective] = deque(maxlen=KEPT)
         self._since: float | None = None
         self._lock = threading.Lock()
+        self.observer: Callable[[Group, int, str], str] | None = None  # gets (number, what); tells the place
         self.hops: dict[int, Callable[[], None]] = {}  # of compiled code, by the address of what is received
         self._key = _register(name, self)
 
@@ -210,7 +213,8 @@ class Group:
         with self._lock:
             self._issued += 1
             self._digest = zlib.crc32(what.encode(), self._digest)
-            self._last.append(Collective(self._issued, what))
+            place = "" if self.observer is None else self.observer(self, self._issued, what)
+            self._last.append(Collective(self._issued, what, place))
             self._since = time.monotonic()
 
     @contextmanager

@@ -39,7 +39,7 @@ class GuidanceParallelism:
         """What a pipeline is given for `model`."""
         return BranchedModel(self, model, branches)
 
-    def call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         """One call of several; what it returns is deferred."""
         call = _Call(model, args, kwargs)
         self._open.append(call)
@@ -118,7 +118,7 @@ class BranchedModel(nn.Module):
         model = self._held[0]
 
         @functools.wraps(model.forward, updated=())
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: object, **kwargs: object) -> Any:
             if kwargs.get("return_dict") is not False:
                 raise ValueError("a transformer is not called with return_dict=False: its branches cannot be split")
             run = self._guidance.batch if self._branches == "batch" else self._guidance.call
@@ -165,7 +165,7 @@ class Deferred:
 
 
 def _operator(name: str) -> Any:
-    def operate(self: Deferred, *others: Any) -> Any:
+    def operate(self: Deferred, *others: object) -> Any:
         return getattr(self.value, name)(*_resolved(others))
 
     return operate
@@ -192,7 +192,7 @@ for _name in (
 class _Call:
     """A call that waits for the others."""
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs
         self.device = next(_tensors([args, kwargs])).device
         self.computed: list[Tensor] | None = None
@@ -222,7 +222,7 @@ class _Outputs:
         return iter(self._call.arrived or ())
 
 
-def _resolved(value: Any) -> Any:
+def _resolved(value: object) -> Any:
     """`value` with every deferred tensor in it resolved."""
     if isinstance(value, Deferred):
         return value.value
@@ -233,7 +233,7 @@ def _resolved(value: Any) -> Any:
     return value
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
@@ -243,7 +243,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _signature(value: Any) -> object:
+def _signature(value: object) -> object:
     """What shapes follow from: those of tensors, and modes, counts and switches; no numbers that change every step."""
     if isinstance(value, Tensor):
         return value.shape

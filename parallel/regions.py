@@ -221,7 +221,7 @@ class SequenceParallelism:
         head_dim = getattr(module, scatter.features) // getattr(module, scatter.heads)
         ulysses = Ulysses(self._group, self._index, self._parts)
 
-        def begin(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        def begin(_: nn.Module, __: object, output: Tensor) -> Tensor:
             if not self.running:
                 return output
             own = output.view(*output.shape[:2], -1, head_dim)
@@ -305,7 +305,7 @@ class SequenceParallelism:
         present = [self._lengths[name] for name in segments if name in self._lengths]
         return SequenceLayout(tuple(present), self._parts)
 
-    def _leave(self, region: SequenceRegion, output: Any) -> Any:
+    def _leave(self, region: SequenceRegion, output: object) -> Any:
         names = (region.gathers,) if isinstance(region.gathers, str) else region.gathers
         if isinstance(output, Tensor):
             gathered: Any = self._gather(output, names)
@@ -328,7 +328,7 @@ class SequenceParallelism:
         ]
         return gathered[0] if len(gathered) == 1 else torch.cat(gathered, TOKEN_DIM)
 
-    def _end(self, *_: Any) -> None:
+    def _end(self, *_: object) -> None:
         self._region, self._lengths, self._real = None, {}, {}
 
 
@@ -344,7 +344,7 @@ class ModuleAttention:
         """Whether the module's tokens are local now."""
         return self.sequence.running
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
         """Over this rank's tokens, `[batch, local tokens, heads, head_dim]`; only while a region is being run."""
         return self.sequence.attend(self.scope, query, key, value, **options)
 

@@ -43,7 +43,7 @@ class RequestOptions(SharedOptions, total=False):
     seed: int
 
 
-def _option(text: str, default: Any = ...) -> Any:
+def _option(text: str, default: object = ...) -> Any:
     """A field that users set; `text` is its help. It has to be given where there is no default."""
     return field(metadata={"help": text}) if default is ... else field(default=default, metadata={"help": text})
 

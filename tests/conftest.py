@@ -27,6 +27,7 @@ STARTS_RANKS = {
     "test_lost_node",
     "test_nothing_left_behind",
     "test_rank_messages",
+    "test_serve_process",
     "test_torchrun_faults",
     "test_video_file",
 }

@@ -181,14 +181,14 @@ class CommandPath:
         from crossdock.runtime.models.transformers import build_transformers, transformers_in
         from crossdock.runtime.pipeline.pipeline import _load_pipeline
 
-        key = (recipe, plan.spec.transformer, *plan.transformers)
+        key = (recipe, plan.layout.spec.transformer, *plan.layout.transformers)
         model = self._transformers.get(key)
-        if model is None or damaged.partition("/")[0] in plan.transformers:
-            model = build_transformers(plan.spec.transformer, plan.model_dir, plan.transformers)
+        if model is None or damaged.partition("/")[0] in plan.layout.transformers:
+            model = build_transformers(plan.layout.spec.transformer, plan.layout.model_dir, plan.layout.transformers)
         if not damaged:
             self._transformers[key] = model
-        streamed = dict(zip(plan.transformers, transformers_in(model).values(), strict=True))
-        _load_pipeline(plan, torch.device("cpu"), streamed | dict.fromkeys(plan.encoders))
+        streamed = dict(zip(plan.layout.transformers, transformers_in(model).values(), strict=True))
+        _load_pipeline(plan.layout, torch.device("cpu"), streamed | dict.fromkeys(plan.layout.encoders))
 
     def _place_canaries(self, model_dir: Path) -> list[Path]:
         """Code and a pickle that tell when they are executed, wherever a checkpoint may have some."""

@@ -22,8 +22,9 @@ from crossdock.offload.stream.loader import BlockLoader
 from crossdock.parallel.mesh import Mesh
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.rank import probe as probe_module
 from crossdock.runtime.rank import worker as worker_module
+from crossdock.runtime.rank.probe import probe as probe_module
+from crossdock.runtime.rank.probe import unsharded as unsharded_module
 from crossdock.runtime.rank.weights import compare as arrival_module
 from crossdock.runtime.rank.weights.compare import WeightCheck
 from crossdock.runtime.rank.weights.load import WeightLoader
@@ -161,7 +162,7 @@ def planned_alone(**offload: Any) -> Plant:
 
         def with_own_plan(self: RankWorker, plan: RunPlan, **options: Any) -> Any:
             config = plan.config.model_copy(update={"offload": plan.config.offload.model_copy(update=offload)})
-            return setup(self, make_plan(config, plan.model_dir, plan.device), **options)
+            return setup(self, make_plan(config, plan.layout.model_dir, plan.layout.device), **options)
 
         patch.setattr(RankWorker, "setup", with_own_plan)
 
@@ -190,8 +191,8 @@ def left_on_meta(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     load_outside = WeightLoader.load_outside
 
     def forgetful(loader: WeightLoader) -> None:
-        plan = loader._plan
-        loader._plan = replace(plan, outside=tuple(fqn for fqn in plan.outside if fqn != "x_pad_token"))
+        memory = loader._memory
+        loader._memory = replace(memory, outside=tuple(fqn for fqn in memory.outside if fqn != "x_pad_token"))
         load_outside(loader)
 
     patch.setattr(WeightLoader, "load_outside", forgetful)
@@ -245,7 +246,7 @@ def slice_of_another_rank(worker: RankWorker, patch: pytest.MonkeyPatch) -> None
     load_blocks = WeightLoader.load_blocks
 
     def crossed(loader: WeightLoader) -> Any:
-        mine, loader._slices = loader._slices, loader._plan.slices[0]
+        mine, loader._slices = loader._slices, loader._layout.slices[0]
         weights = load_blocks(loader)
         loader._slices = weights.slices = mine
         return weights
@@ -293,7 +294,7 @@ def gathered_without_slicing(worker: RankWorker, patch: pytest.MonkeyPatch) -> N
         assert true is not None
 
         def all_gather(whole: Tensor, shard: Tensor) -> None:
-            largest = max(block.layout.slot_bytes for block in self.loaded.plan.blocks)
+            largest = max(block.layout.slot_bytes for block in self.loaded.plan.memory.blocks)
             padded, gathered = shard.new_zeros(largest // true.parts), whole.new_empty(largest)
             padded[: len(shard)] = shard
             true.all_gather(gathered, padded)
@@ -359,7 +360,7 @@ def with_table(module: Any, patch: pytest.MonkeyPatch) -> None:
 
 
 def table_on_ranks(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
-    for module in (worker_module, arrival_module, probe_module):
+    for module in (worker_module, arrival_module, probe_module, unsharded_module):
         with_table(module, patch)
 
 

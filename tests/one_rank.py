@@ -20,7 +20,8 @@ OF_THE_ATTEMPT = {field.name for field in fields(RankRequest)} - {"asked"}
 @contextmanager
 def admitted(plan: RunPlan) -> Iterator[RankWorker]:
     """Set up and admitted by a coordinator; torn down at the end."""
-    worker = RankWorker(0, 1, torch.device(plan.device, 0) if plan.device == "cuda" else torch.device(plan.device))
+    device = plan.layout.device
+    worker = RankWorker(0, 1, torch.device(device, 0) if device == "cuda" else torch.device(device))
     try:
         Coordinator(plan).admit([worker.setup(plan)], rehearsed=False)
         yield worker

@@ -37,6 +37,12 @@ def _plan(directory: Path, **config: Any) -> RunPlan:
     return make_plan(RunConfig.parse(config), directory, "cpu")
 
 
+def _plan_as(directory: Path, family: str) -> RunPlan:
+    """As if the model were one of that family."""
+    plan = _plan(directory)
+    return replace(plan, layout=replace(plan.layout, spec=SPECS[family]))
+
+
 def _edit_json(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
     content = json.loads(path.read_text())
     edit(content)
@@ -67,7 +73,7 @@ def _refused(kind: type[UserError], directory: Path, *texts: str, **config: Any)
 
 def test_a_healthy_directory_is_planned(damaged: Path) -> None:
     """The other tests of this file fail for what they damage, and not for something else."""
-    assert len(_plan(damaged).blocks) == 8
+    assert len(_plan(damaged).memory.blocks) == 8
 
 
 def test_missing_directory(tmp_path: Path) -> None:
@@ -227,14 +233,14 @@ def test_a_negative_prompt_that_would_do_nothing(flux2_dir: Path) -> None:
 
 
 def test_guidance_that_a_distilled_model_lacks(flux2_dir: Path) -> None:
-    plan = replace(_plan(flux2_dir), spec=SPECS["flux3-distilled"])
+    plan = _plan_as(flux2_dir, "flux3-distilled")
     with pytest.raises(RequestError, match="guidance_scale: found 4; flux3-distilled has no guidance: leave it out"):
         check_request(plan, GenerateRequest.of("x", guidance_scale=4.0))
 
 
 @pytest.mark.parametrize("family", ["flux3", "hunyuan-video-1.5"])
 def test_a_pipeline_that_takes_one_prompt_at_a_time(family: str, flux2_dir: Path) -> None:
-    plan = replace(_plan(flux2_dir), spec=SPECS[family])
+    plan = _plan_as(flux2_dir, family)
     check_request(plan, GenerateRequest.of("x", images_per_prompt=3))
     with pytest.raises(RequestError, match=f"batch_size: found 2; {family} takes one prompt at a time: leave it out"):
         check_request(plan, GenerateRequest.of("x", images_per_prompt=3, batch_size=2))
@@ -242,7 +248,7 @@ def test_a_pipeline_that_takes_one_prompt_at_a_time(family: str, flux2_dir: Path
 
 @pytest.mark.parametrize(("frames", "near"), [(None, 0), (124, 0), (345, 0), (9, 124), (130, 124), (1000, 345)])
 def test_frames_of_which_a_model_has_a_few_counts(flux2_dir: Path, frames: int | None, near: int) -> None:
-    plan, request = replace(_plan(flux2_dir), spec=SPECS["minimax-h3"]), GenerateRequest.of("x", frames=frames)
+    plan, request = _plan_as(flux2_dir, "minimax-h3"), GenerateRequest.of("x", frames=frames)
     if not near:
         check_request(plan, request)
         return
@@ -256,8 +262,8 @@ def test_a_component_of_another_workflow_is_left_out(flux2_dir: Path, tmp_path: 
     model = tmp_path / "model"
     make_checkpoint("minimax-h3", model)
     expected = _plan(model)
-    assert expected.pixel_multiple == 32
-    assert expected.decoders == ("vae", "audio_vae")
+    assert expected.layout.pixel_multiple == 32
+    assert expected.layout.decoders == ("vae", "audio_vae")
     for name in ("transformer_ref", "another"):
         shutil.copytree(model / "transformer", model / name)
     _edit_json(model / MODULAR_INDEX, lambda index: index.update(transformer_ref=index["transformer"]))

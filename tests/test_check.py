@@ -19,14 +19,14 @@ import torch
 from test_nothing_left_behind import CLI, Watched
 
 from crossdock.launch import cli
-from crossdock.launch.commands import check
+from crossdock.launch.commands import check, generate
 from crossdock.launch.commands.options import run_app
 from crossdock.runtime.contract.coordinator import SHOWN
-from crossdock.runtime.contract.numbers import SAME_NUMBERS
+from crossdock.runtime.contract.numbers import PROBE_CHECKS, SAME_AS_ONE, SAME_NUMBERS
 from crossdock.runtime.contract.verify import CHECKS, STEP_CHECKS
 from crossdock.runtime.errors import LaunchError, RankError
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.rank.probe import probe_numbers
+from crossdock.runtime.rank.probe.probe import probe_numbers
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.records import RankReport
 from layouts import CONFIGS
@@ -75,7 +75,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[HereGang]]:
             gangs.append(HereGang(plant, edit, *arguments))
             return gangs[-1]
 
-        monkeypatch.setattr(check, "choose_gang", lambda *_: make_gang)
+        for command in (check, generate):
+            monkeypatch.setattr(command, "choose_gang", lambda *_: make_gang)
         return gangs
 
     return here
@@ -133,7 +134,9 @@ def test_the_table_with_a_probe(
     assert _check(checkpoints["z-image"], "--probe") == 0
     out = capsys.readouterr().out
     assert "not probed" not in out
-    assert "10 outputs" in " ".join(out.split())
+    words = " ".join(out.replace("│", " ").split())
+    assert "10 outputs" in words
+    assert "0.0e+00" in words, "one rank does what one rank does"
     assert [asked[2] for asked in gangs[0].asked if asked[0] is RankWorker.setup] == [True]
 
 
@@ -145,13 +148,15 @@ def test_json_is_all_there_is(
     here()
     assert _check(checkpoints["flux2-klein"], "--probe", "--json", config=config) == 0
     content = json.loads(capsys.readouterr().out)
-    assert set(content) == {"model", "layout", "holds", "composition", "violations", "ranks"}
+    assert set(content) == {"model", "layout", "holds", "composition", "violations", "ranks", "deviations"}
     assert content["model"] == str(checkpoints["flux2-klein"])
     assert content["holds"] is True
     assert content["violations"] == []
-    assert [row["check"] for row in content["composition"]] == [*CHECKS, *STEP_CHECKS, SAME_NUMBERS]
+    assert [row["check"] for row in content["composition"]] == [*CHECKS, *STEP_CHECKS, *PROBE_CHECKS]
     assert {row["status"] for row in content["composition"]} == {"holds", "no step yet"}
     assert all(set(row) == {"check", "status", "detail"} for row in content["composition"])
+    assert len(content["deviations"]) == 18
+    assert {row["error"] for row in content["deviations"]} == {0.0}
     (rank,) = content["ranks"]
     assert set(rank) == {"rank", "homes", "resident", "slots", "slot_bytes", "device_bytes", "host_bytes"}
     streamed = config == "layerwise"
@@ -175,7 +180,7 @@ def test_a_violated_composition_is_told_whole(
     status = {row["check"]: row["status"] for row in content["composition"]}
     assert status["single-owner"] == "violated"
     assert status["complete"] == "holds"
-    assert status[SAME_NUMBERS] == "not probed"
+    assert status[SAME_NUMBERS] == status[SAME_AS_ONE] == "not probed"
     found = [violation for violation in content["violations"] if violation["check"] == "single-owner"]
     assert len(found) > 10 * SHOWN
     assert set(found[0]) == {"check", "rank", "where", "expected", "found", "remedy"}
@@ -192,16 +197,45 @@ def test_a_violated_probe_names_the_block(
     printed = capsys.readouterr()
     assert printed.err == ""
     (plan, *_) = (argument for call in gangs[0].asked for argument in call if isinstance(argument, RunPlan))
-    name = plan.blocks[4].name
+    name = plan.memory.blocks[4].name
     (line,) = [line for line in printed.out.splitlines() if line.startswith("same-numbers: ")]
     assert line.startswith(f"same-numbers: rank 0: {name}: expected the output without streaming (checksum 0x")
     assert "violated" in printed.out
     assert [gang.closed for gang in gangs] == [1]
 
 
+@pytest.mark.parametrize("faulty", [False, True])
+def test_generate_probes_first(
+    faulty: bool,
+    checkpoints: Checkpoints,
+    here: Callable[..., Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What the unsharded model does not compute is not drawn: exit code 1, one message, no file."""
+
+    def wrong(worker: RankWorker, work: Any) -> None:
+        if faulty and work is probe_numbers:
+            worker.loaded.weights.blocks[4].module.register_forward_hook(lambda module, args, output: output * 1.001)
+
+    gangs, out = here(plant=wrong), tmp_path / "out.png"
+    size = ["--height=64", "--width=64", "--steps=1", "--prompt=a fox", f"--out={out}"]
+    command = ["generate", str(checkpoints["z-image"]), f"--config={CONFIGS / 'layerwise.yaml'}", "--probe", *size]
+    assert run_app(cli.app, command) == faulty
+    printed = capsys.readouterr()
+    asked = [work for work, *_ in gangs[0].asked]
+    assert asked.index(probe_numbers) < (len(asked) if faulty else asked.index(RankWorker.generate))
+    assert (RankWorker.generate in asked) != faulty
+    assert out.exists() != faulty
+    if faulty:
+        assert "same-as-one: rank 0: layers.0: expected what one rank alone computes" in printed.err
+    else:
+        assert "same-as-one: largest error 0.0e+00 of at most 1.0e-04" in printed.out
+
+
 def test_every_check_says_what_it_promises() -> None:
     """A check without a promise would be an empty cell."""
-    assert set(CHECKS) | {SAME_NUMBERS} <= set(check.PROMISES)
+    assert set(CHECKS) | set(STEP_CHECKS) | set(PROBE_CHECKS) == set(check.PROMISES)
 
 
 @pytest.mark.parametrize(
@@ -286,8 +320,10 @@ def test_two_ranks_through_ray(checkpoints: Checkpoints) -> None:
     content = json.loads(done.stdout)
     assert content["holds"] is True
     assert [rank["rank"] for rank in content["ranks"]] == [0, 1]
-    assert content["composition"][-1]["status"] == "holds"
-    assert content["composition"][-1]["detail"] == "34 outputs of 2 ranks"
+    numbers, one = content["composition"][-2:]
+    assert (numbers["status"], numbers["detail"]) == ("holds", "34 outputs of 2 ranks")
+    assert one["status"] == "holds"
+    assert one["detail"].startswith("largest error ")
     assert _shared_memory() == before
 
 

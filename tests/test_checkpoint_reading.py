@@ -33,6 +33,7 @@ from crossdock.runtime.models import checkpoint
 from crossdock.runtime.models.checkpoint import stored_tensors
 from crossdock.runtime.models.meta import build_config_on_meta, build_on_meta, non_persistent_buffers
 from crossdock.runtime.plan.make_plan import make_plan
+from crossdock.runtime.plan.memory_plan import MemoryPlan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.weights import load as weights
 from crossdock.runtime.rank.weights.load import RankWeights, WeightLoader
@@ -202,14 +203,14 @@ class Rank:
 @contextmanager
 def _loaded(plan: RunPlan) -> Iterator[list[Rank]]:
     """Every rank of `plan` with its blocks loaded; stores are closed at the end."""
-    world = World(plan.mesh.world_size)
+    world = World(plan.layout.mesh.world_size)
     ready = []
     for rank in range(world.size):
-        groups = plan.mesh.groups(rank)
-        mesh = Mesh(plan.mesh, rank, groups, dict.fromkeys(groups))
-        model = build_on_meta(plan.spec.transformer, plan.model_dir / "transformer")
-        at = plan.mesh.coordinates(rank)["tp"]
-        TensorParallelism.apply(model, plan.spec.tensor_plan, at, plan.mesh.tp, group=None)
+        groups = plan.layout.mesh.groups(rank)
+        mesh = Mesh(plan.layout.mesh, rank, groups, dict.fromkeys(groups))
+        model = build_on_meta(plan.layout.spec.transformer, plan.layout.model_dir / "transformer")
+        at = plan.layout.mesh.coordinates(rank)["tp"]
+        TensorParallelism.apply(model, plan.layout.spec.tensor_plan, at, plan.layout.mesh.tp, group=None)
         loader = WeightLoader(plan, mesh, model, torch.device("cpu"))
         ready.append((mesh, model, loader, _count(loader._files)))
     with pytest.MonkeyPatch.context() as patch:
@@ -229,17 +230,17 @@ def _loaded(plan: RunPlan) -> Iterator[list[Rank]]:
 
 
 def _whole(plan: RunPlan) -> dict[str, Tensor]:
-    files = (plan.model_dir / "transformer").glob("*.safetensors")
+    files = (plan.layout.model_dir / "transformer").glob("*.safetensors")
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def _packed(plan: RunPlan, number: int, tp: int, whole: Mapping[str, Tensor]) -> Tensor:
     """The bytes of block `number` on TP rank `tp`, put together from whole tensors."""
-    block = plan.blocks[number]
+    block = plan.memory.blocks[number]
     memory = torch.zeros(block.layout.slot_bytes, dtype=torch.uint8)
     for entry in block.layout.entries:
         fqn = f"{block.name}.{entry.name}"
-        value = _take(plan.slices[tp].get(fqn), whole[fqn]).to(plan.dtypes[fqn]).contiguous()
+        value = _take(plan.layout.slices[tp].get(fqn), whole[fqn]).to(plan.layout.dtypes[fqn]).contiguous()
         assert tuple(value.shape) == entry.shape
         memory[entry.offset : entry.offset + value.nbytes] = value.reshape(-1).view(torch.uint8)
     return memory
@@ -276,11 +277,11 @@ def test_every_rank_holds_exactly_its_bytes(name: str, family: str, checkpoints:
     with _loaded(plan) as ranks:
         for rank in ranks:
             tp, index = rank.mesh.index_in("tp"), rank.mesh.index_in("weights")
-            assert [block.name for block in rank.weights.blocks] == [block.name for block in plan.blocks]
+            assert [block.name for block in rank.weights.blocks] == [block.name for block in plan.memory.blocks]
             for number, block in enumerate(rank.weights.blocks):
                 expected, start = _packed(plan, number, tp, whole), 0
                 if block.home.sharded:
-                    expected = expected.chunk(plan.mesh.hsdp_shard)[index]
+                    expected = expected.chunk(plan.layout.mesh.hsdp_shard)[index]
                     start = index * len(expected)
                 assert rank.weights.ranges[block.name][0] == start
                 assert torch.equal(block.source, expected), f"rank {rank.mesh.rank}: {block.name}"
@@ -296,9 +297,9 @@ def test_what_is_outside_the_blocks(name: str, family: str, checkpoints: dict[st
         for rank in ranks:
             rank.loader.load_outside()
             live = dict(rank.model.named_parameters()) | dict(rank.model.named_buffers())
-            for fqn in plan.outside:
-                expected = _take(plan.slices[rank.mesh.index_in("tp")].get(fqn), whole[fqn])
-                assert torch.equal(live[fqn], expected.to(plan.dtypes[fqn])), fqn
+            for fqn in plan.memory.outside:
+                expected = _take(plan.layout.slices[rank.mesh.index_in("tp")].get(fqn), whole[fqn])
+                assert torch.equal(live[fqn], expected.to(plan.layout.dtypes[fqn])), fqn
             loose = [v for module in rank.model.modules() for v in vars(module).values() if isinstance(v, Tensor)]
             assert not any(value.is_meta for value in loose)
 
@@ -307,21 +308,21 @@ def test_what_is_outside_the_blocks(name: str, family: str, checkpoints: dict[st
 def test_a_rank_reads_its_share_and_no_more(name: str, flux2_dir: Path) -> None:
     """Pitfall 6: the whole model read on every rank before it is cut. Slack: the rows at a shard's two ends."""
     plan = _plan(name, flux2_dir)
-    sizes = {fqn: math.prod(stored.shape) for fqn, stored in plan.stored.items()}
-    inside = {fqn: size for fqn, size in sizes.items() if plan.owner_of(fqn)}
+    sizes = {fqn: math.prod(stored.shape) for fqn, stored in plan.layout.stored.items()}
+    inside = {fqn: size for fqn, size in sizes.items() if plan.memory.owner_of(fqn)}
     with _loaded(plan) as ranks:
         for rank in ranks:
-            slices = plan.slices[rank.mesh.index_in("tp")]
-            filled = [block for block in plan.blocks if block.name in rank.weights.filled]
+            slices = plan.layout.slices[rank.mesh.index_in("tp")]
+            filled = [block for block in plan.memory.blocks if block.name in rank.weights.filled]
             rows = sum(2 * max((math.prod(e.shape[1:]) for e in block.layout.entries), default=0) for block in filled)
             share = sum(
                 size * (slices[fqn].size / slices[fqn].full_size if fqn in slices else 1)
                 for fqn, size in inside.items()
                 if any(fqn.startswith(f"{block.name}.") for block in filled)
             )
-            assert share / plan.mesh.hsdp_shard * 0.5 < sum(rank.reads.elements.values())
+            assert share / plan.layout.mesh.hsdp_shard * 0.5 < sum(rank.reads.elements.values())
             padding = sum(block.layout.slot_bytes for block in filled) / 4 - share
-            assert sum(rank.reads.elements.values()) <= (share + padding) / plan.mesh.hsdp_shard + rows
+            assert sum(rank.reads.elements.values()) <= (share + padding) / plan.layout.mesh.hsdp_shard + rows
             assert rank.reads.elements.keys() <= inside.keys()
 
 
@@ -330,10 +331,11 @@ def test_sharers_divide_the_reading_and_map_one_store(flux2_dir: Path) -> None:
     plan = _plan("layerwise-ulysses2-ring2", flux2_dir)
     with _loaded(plan) as ranks:
         filled = [name for rank in ranks for name in rank.weights.filled]
-        assert sorted(filled) == sorted(block.name for block in plan.blocks)
+        assert sorted(filled) == sorted(block.name for block in plan.memory.blocks)
         assert {rank.weights.shares_store_with for rank in ranks} == {(0, 1, 2, 3)}
         stores = [rank.weights.store for rank in ranks]
-        assert all(store is not None and store.nbytes == plan.host_bytes for store in stores)
+        everything = sum(block.held_bytes for block in plan.memory.blocks)
+        assert all(store is not None and store.nbytes == everything for store in stores)
         first, last = ranks[0].weights.blocks[0].source, ranks[3].weights.blocks[0].source
         first[5] ^= 0xFF
         assert first[5] == last[5], "two stores, not one"
@@ -349,7 +351,7 @@ def test_stores_are_apart_by_slice_and_by_shard(flux2_dir: Path) -> None:
 
 def test_a_budget_keeps_some_blocks_resident(flux2_dir: Path) -> None:
     """The "budget" row above is what it is meant to be: some blocks stay on the device, and all have a host copy."""
-    blocks = _plan("budget", flux2_dir).blocks
+    blocks = _plan("budget", flux2_dir).memory.blocks
     assert {block.slot is None for block in blocks} == {True, False}
     assert {block.home for block in blocks} == {Home.HOST}
 
@@ -372,15 +374,15 @@ def test_a_failing_read_is_not_swallowed(flux2_dir: Path, monkeypatch: pytest.Mo
 def test_dtype_of_the_config(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`dtype: bfloat16` halves the blocks; `_keep_in_fp32_modules` and tensors that are no floats stay as they are."""
     auto, half = _plan("layerwise-tp2", flux2_dir), _plan("bfloat16", flux2_dir)
-    assert set(auto.dtypes.values()) == {torch.float32}
-    assert set(half.dtypes.values()) == {torch.bfloat16}
-    for before, after in zip(auto.blocks, half.blocks, strict=True):
+    assert set(auto.layout.dtypes.values()) == {torch.float32}
+    assert set(half.layout.dtypes.values()) == {torch.bfloat16}
+    for before, after in zip(auto.memory.blocks, half.memory.blocks, strict=True):
         big = [(a.nbytes, b.nbytes) for a, b in zip(before.layout.entries, after.layout.entries, strict=True)]
         assert all(a == 2 * b for a, b in big)
-    assert half.pipeline_dtype == torch.bfloat16
+    assert half.layout.pipeline_dtype == torch.bfloat16
     cls = diffusers.Flux2Transformer2DModel
     monkeypatch.setattr(cls, "_keep_in_fp32_modules", ["norm_q", "time_guidance_embed"], raising=False)
-    for fqn, dtype in _plan("bfloat16", flux2_dir).dtypes.items():
+    for fqn, dtype in _plan("bfloat16", flux2_dir).layout.dtypes.items():
         kept = {"norm_q", "time_guidance_embed"} & set(fqn.split("."))
         assert dtype == (torch.float32 if kept else torch.bfloat16), fqn
 
@@ -523,7 +525,7 @@ def test_tensors_kept_in_lists_and_mappings_go_to_the_device() -> None:
     own.to = lambda *_: copied  # type: ignore[method-assign, assignment]  # as on another device
     model.kept, model.named, model.direct = [own], {"table": own}, own
     loader = object.__new__(WeightLoader)
-    loader._plan = cast(RunPlan, SimpleNamespace(outside=()))
+    loader._memory = cast(MemoryPlan, SimpleNamespace(outside=()))
     loader._model, loader._device = model, torch.device("cpu")
     loader.load_outside()
     assert all(found is copied for found in (model.kept[0], model.named["table"], model.direct))

@@ -18,7 +18,7 @@ from crossdock.runtime.models.latents import number_of_chunks
 from crossdock.runtime.pipeline.denoise_loop import DenoiseLoop, StepEnd
 from crossdock.runtime.pipeline.replicate import replicated
 from crossdock.runtime.plan.request_checks import check_request
-from crossdock.runtime.rank.probe import probe_request
+from crossdock.runtime.rank.probe.probe import probe_request
 from crossdock.runtime.request import GenerateRequest
 
 HELIOS = SPECS["helios"]
@@ -90,8 +90,9 @@ def test_shapes_only_sends_no_values() -> None:
 
 @pytest.mark.parametrize(("frames", "told"), [(66, None), (65, "a multiple of 33, such as 33"), (9, "such as 33")])
 def test_frames_are_whole_chunks(frames: int, told: str | None) -> None:
-    held = {"device": "cpu", "pipeline_dtype": torch.float32, "decoder_features": 3, "config": RunConfig()}
-    plan = SimpleNamespace(spec=HELIOS, pixel_multiple=16, frame_multiple=4, **held)
+    held = {"device": "cpu", "pipeline_dtype": torch.float32, "decoder_features": 3}
+    layout = SimpleNamespace(spec=HELIOS, pixel_multiple=16, frame_multiple=4, **held)
+    plan = SimpleNamespace(layout=layout, config=RunConfig())
     request = GenerateRequest.of("a", frames=frames)
     if told is None:
         check_request(plan, request)  # type: ignore[arg-type]
@@ -101,7 +102,7 @@ def test_frames_are_whole_chunks(frames: int, told: str | None) -> None:
 
 
 def test_the_probe_makes_one_chunk() -> None:
-    plan = SimpleNamespace(spec=HELIOS, pixel_multiple=16, frame_multiple=4)
-    assert probe_request(plan).frames == 33  # type: ignore[arg-type]
-    plan.spec = replace(HELIOS, chunk_frames=None)
-    assert probe_request(plan).frames == 5  # type: ignore[arg-type]
+    layout = SimpleNamespace(spec=HELIOS, pixel_multiple=16, frame_multiple=4)
+    assert probe_request(layout).frames == 33  # type: ignore[arg-type]
+    layout.spec = replace(HELIOS, chunk_frames=None)
+    assert probe_request(layout).frames == 5  # type: ignore[arg-type]

@@ -23,10 +23,10 @@ class Recorder:
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
-        self.calls: list[tuple[Path, Path, GenerateRequest, Outputs]] = []
+        self.calls: list[tuple[Path, Path, GenerateRequest, Outputs, bool]] = []
 
-    def __call__(self, config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs) -> None:
-        self.calls.append((config, model_dir, request, outputs))
+    def __call__(self, config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs, probe: bool) -> None:
+        self.calls.append((config, model_dir, request, outputs, probe))
         if self.error is not None:
             raise self.error
 
@@ -53,7 +53,14 @@ def run_with(error: BaseException | None, arguments: list[str]) -> tuple[int, Re
 
 def test_generate_passes_everything_on(tmp_path: Path, arguments: list[str]) -> None:
     more = ["--prompt=a dog", "--seed=7", "--steps=2", "--height=208", "--width=176", "--guidance-scale=1.5"]
-    more += ["--negative-prompt=blur", "--frames=9", "--images-per-prompt=3", "--batch-size=2", "--time-limit-s=60"]
+    more += [
+        "--negative-prompt=blur",
+        "--frames=9",
+        "--images-per-prompt=3",
+        "--batch-size=2",
+        "--time-limit-s=60",
+        "--probe",
+    ]
     files = [f"--latents={tmp_path / 'l.safetensors'}", f"--report={tmp_path / 'r.json'}"]
     code, recorder = run_with(None, arguments + more + files)
     assert code == 0
@@ -65,6 +72,7 @@ def test_generate_passes_everything_on(tmp_path: Path, arguments: list[str]) -> 
                 (RequestItem("a fox", "blur", 7), RequestItem("a dog", "blur", 10)), 2, 208, 176, 1.5, 9, 3, 2, 60.0
             ),
             Outputs(tmp_path / "out.png", tmp_path / "l.safetensors", tmp_path / "r.json"),
+            True,
         )
     ]
 
@@ -72,6 +80,7 @@ def test_generate_passes_everything_on(tmp_path: Path, arguments: list[str]) -> 
 def test_generate_defaults(arguments: list[str]) -> None:
     _, recorder = run_with(None, arguments)
     assert recorder.calls[0][2] == GenerateRequest((RequestItem("a fox", None, 0),), steps=4, height=256, width=256)
+    assert recorder.calls[0][-1] is False
 
 
 @pytest.mark.parametrize(

@@ -206,9 +206,9 @@ def test_a_run_with_a_codec(budget: str | None, packed: Callable[[], None], flux
     expected, figures = _run(plain, probe=False)
     packed()
     plan = _plan(flux2_dir)
-    assert plan.staging_bytes == max(PACKED.travel_bytes(b.layout, 1) for b in plan.blocks) > 0
-    assert plan.least_budget_bytes - plain.least_budget_bytes in (0, plan.staging_bytes)
-    assert plan.arena_bytes is not None
+    assert plan.memory.staging_bytes == max(PACKED.travel_bytes(b.layout, 1) for b in plan.memory.blocks) > 0
+    assert plan.least_budget_bytes - plain.least_budget_bytes in (0, plan.memory.staging_bytes)
+    assert plan.memory.arena_bytes is not None
     if budget is not None:
         bytes_ = plan.least_budget_bytes + (0 if budget == "least" else 2**20)
         with pytest.raises(ConfigError, match=f"at least {plan.least_budget_bytes} bytes"):
@@ -216,12 +216,12 @@ def test_a_run_with_a_codec(budget: str | None, packed: Callable[[], None], flux
         plan = _plan(flux2_dir, device_budget=f"{bytes_}B")
     latents, measured = _run(plan, probe=True)
     assert torch.equal(latents, expected)
-    held = sum(PACKED.held_bytes(block.layout, 1) for block in plan.blocks)
-    assert measured.host_bytes == plan.host_bytes == held != figures.host_bytes
+    held = sum(PACKED.held_bytes(block.layout, 1) for block in plan.memory.blocks)
+    assert measured.host_bytes == held != figures.host_bytes
     if budget is None:
         assert measured.slot_bytes == figures.slot_bytes
-        travel = sum(plan.travel_sizes_of(range(len(plan.blocks))))
-        slots = sum(plan.slot_sizes_of(range(len(plan.blocks))))
+        travel = sum(block.travel_bytes for block in plan.memory.blocks)
+        slots = sum(block.layout.slot_bytes for block in plan.memory.blocks)
         assert measured.h2d_bytes_per_step * slots == figures.h2d_bytes_per_step * travel
 
 
@@ -243,10 +243,12 @@ def test_shards_of_several_ranks(
     (_, expected, before), (plan, latents, after) = found
     assert torch.equal(latents, expected)
     for rank in after:
-        held = sum(map(plan.held_bytes, plan.blocks))
+        held = sum(block.held_bytes for block in plan.memory.blocks)
         assert (rank["host_bytes"], rank["shard_bytes"]) == ((held, 0) if offload else (0, held))
     for one, other in zip(before, after, strict=True):
         assert other["slot_bytes"] == one["slot_bytes"]
-        for block, travel in zip(plan.blocks, plan.travel_sizes_of(range(len(plan.blocks))), strict=True):
+        for block in plan.memory.blocks:
             plain, packed_ = (rank["blocks"][block.name]["gathered_bytes"] for rank in (one, other))
-            assert plain % (block.layout.slot_bytes // 2) == packed_ % (travel // 2) == 0 < min(plain, packed_)
+            assert (
+                plain % (block.layout.slot_bytes // 2) == packed_ % (block.travel_bytes // 2) == 0 < min(plain, packed_)
+            )

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import diffusers
@@ -78,7 +77,8 @@ def test_budgets_from_least_to_whole(family: str, checkpoints: Checkpoints) -> N
     """
     directory = checkpoints[family]
     least = _minimum(directory)
-    whole = sum(block.layout.slot_bytes for block in _plan(directory).blocks) + _plan(directory).outside_bytes
+    memory = _plan(directory).memory
+    whole = sum(block.layout.slot_bytes for block in memory.blocks) + memory.outside_bytes
     last = how_many(2, 4, 9)
     budgets = [least + (whole + 4096 - least) * tenth // last for tenth in range(last + 1)]
     expected = reference_latents(directory, size=ODD_SIZE)
@@ -100,7 +100,7 @@ def test_budgets_from_least_to_whole(family: str, checkpoints: Checkpoints) -> N
     assert max_error(first, expected) <= TOLERANCE if first is not None else False
     assert moved == sorted(moved, reverse=True)
     assert moved[0] > 5 * moved[-1]
-    assert _plan(directory).turn_bytes["text_encoder"] < encoder_bytes, "it is not streamed"
+    assert memory.turn_bytes["text_encoder"] < encoder_bytes, "it is not streamed"
 
 
 @pytest.mark.parametrize("config", [{"tp_degree": 2}, {"dp_degree": 2, "hsdp": {"shard": 2}}], ids=["tp2", "hsdp2"])
@@ -116,12 +116,13 @@ def test_budgets_of_several_ranks(config: dict[str, Any], gang_of: GangOf, check
                 results.append(generation.latents[0])
             peaks = [row["peak_weight_bytes"] for row in generation.report["ranks"]]
             plan, schedule = engine.plan, generation.report["schedule"]
-        assert plan.budget_bytes is not None
-        assert max(peaks) <= plan.budget_bytes
-        assert (schedule["budget_bytes"], schedule["arena_bytes"]) == (plan.budget_bytes, plan.arena_bytes)
+        budget_and_arena = plan.memory.budget_bytes, plan.memory.arena_bytes
+        assert plan.memory.budget_bytes is not None
+        assert max(peaks) <= plan.memory.budget_bytes
+        assert (schedule["budget_bytes"], schedule["arena_bytes"]) == budget_and_arena
     assert all(torch.equal(found, results[0]) for found in results)
     assert "improved" in schedule["schedule_note"], "auto takes what is free once it is known"
-    assert len(schedule["resident"]) == len(plan.blocks)
+    assert len(schedule["resident"]) == len(plan.memory.blocks)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -130,16 +131,16 @@ def test_more_memory_is_never_slower(family: str, checkpoints: Checkpoints) -> N
     directory = checkpoints[family]
     least = _minimum(directory)
     plans = [_plan(directory, device_budget=f"{least + step * 2**19}B") for step in range(16)]
-    steps = [plan.residency.step_s for plan in plans]
+    steps = [plan.memory.residency.step_s for plan in plans]
     assert steps == sorted(steps, reverse=True)
-    assert plans[-1].residency.optimal
-    assert plans[-1].residency.exposed_s == pytest.approx(0.0, abs=1e-9)
+    assert plans[-1].memory.residency.optimal
+    assert plans[-1].memory.residency.exposed_s == pytest.approx(0.0, abs=1e-9)
 
 
 def test_a_fraction_needs_the_device(checkpoints: Checkpoints) -> None:
     """Half of a device that is too small is refused like any small budget, with the bytes that it comes to."""
     config = RunConfig.parse({"offload": {"layerwise": True, "device_budget": 0.5}})
-    assert make_plan(config, checkpoints["z-image"], "cpu").budget_bytes is None
+    assert make_plan(config, checkpoints["z-image"], "cpu").memory.budget_bytes is None
     with pytest.raises(ConfigError, match=r'found "0.5" \(500 bytes\); this model needs at least \d+ bytes'):
         make_plan(config, checkpoints["z-image"], "cpu", device_bytes=1000)
 
@@ -160,7 +161,7 @@ def test_a_rank_without_a_component_evicts_for_it() -> None:
     size = case.stream.blocks[0].layout.slot_bytes
     pipeline = object.__new__(RankPipeline)
     pipeline._arena, pipeline._active = case.stream.arena, ActiveComponent({}, torch.device("cpu"))
-    pipeline._plan = cast(RunPlan, SimpleNamespace(turn_bytes={"vae": size + 1}))
+    pipeline._turn_bytes = {"vae": size + 1}
     assert case.misses(range(4)) == 1
     assert case.misses(range(4)) == 0
     before = case.stream.counters.h2d_bytes
@@ -177,7 +178,7 @@ def test_a_rank_without_a_component_evicts_for_it() -> None:
 
 def _observation(plan: RunPlan, order: tuple[int, ...] | None = None, slow: int = 0, spare: int = 0) -> RankObservation:
     """Equal blocks, copies twice as long as computing, but for block `slow`, which computes for long."""
-    order = order or plan.order
+    order = order or plan.memory.order
     compute = [1.0 if index != slow else 20.0 for index in order]
     return RankObservation(order, Costs(tuple(compute), (2.0,) * len(order)), spare)
 
@@ -186,23 +187,23 @@ def test_the_schedule_follows_the_slowest_rank(flux2_dir: Path) -> None:
     """Every rank takes the same decision, from the costs of all: whose compute is slow, whose copies are."""
     plan = _plan(flux2_dir, device_budget=f"{_minimum(flux2_dir) + 2**20}B")
     both = [_observation(plan, slow=0), _observation(plan, slow=5)]
-    found, swapped = reschedule(plan, both, 2), reschedule(plan, both[::-1], 2)
+    found, swapped = (reschedule(plan.memory, plan.config.offload, seen, 2) for seen in (both, both[::-1]))
     assert found == swapped
-    assert found.plan is not None
-    assert found.plan.resident != plan.resident
+    assert found.memory is not None
+    assert found.memory.resident != plan.memory.resident
     costs = slowest([seen.costs for seen in both])
-    assert found.plan.residency.step_s < steady_step_s(costs, plan.residency.resident, plan.schedule)
-    assert found.plan.residency.optimal
+    assert found.memory.residency.step_s < steady_step_s(costs, plan.memory.residency.resident, plan.memory.schedule)
+    assert found.memory.residency.optimal
 
 
 def test_an_order_that_was_not_foreseen_gets_its_own_slots(flux2_dir: Path) -> None:
     """Interleaved stacks: blocks that follow each other must not share a slot."""
     plan = _plan(flux2_dir, prefetch=2)
-    order = (*plan.order[::2], *plan.order[1::2])
-    found = reschedule(plan, [_observation(plan, order)], 2)
-    assert found.plan is not None
-    assert [block.name for block in found.plan.streamed] == [plan.blocks[index].name for index in order]
-    slots = [block.slot for block in found.plan.streamed]
+    order = (*plan.memory.order[::2], *plan.memory.order[1::2])
+    found = reschedule(plan.memory, plan.config.offload, [_observation(plan, order)], 2)
+    assert found.memory is not None
+    assert [block.name for block in found.memory.streamed] == [plan.memory.blocks[index].name for index in order]
+    slots = [block.slot for block in found.memory.streamed]
     assert all(len(set(slots[i : i + 3])) == 3 for i in range(len(slots) - 2))
 
 
@@ -210,14 +211,14 @@ def test_a_schedule_is_changed_only_where_it_pays(flux2_dir: Path, monkeypatch: 
     """Every change loads all resident blocks again: a gain within what a measurement errs by is left."""
     plan = _plan(flux2_dir, device_budget=f"{_minimum(flux2_dir) + 2**20}B")
     seen = [_observation(plan, slow=0), _observation(plan, slow=5)]
-    taken = reschedule(plan, seen, 2).plan
+    taken = reschedule(plan.memory, plan.config.offload, seen, 2).memory
     assert taken is not None
     costs = slowest([one.costs for one in seen if one is not None])
-    gain = 1 - taken.residency.step_s / steady_step_s(costs, plan.residency.resident, plan.schedule)
+    gain = 1 - taken.residency.step_s / steady_step_s(costs, plan.memory.residency.resident, plan.memory.schedule)
     for wanted, pays in [(gain * 0.99, True), (gain * 1.01, False)]:
         monkeypatch.setattr(rescheduling, "WORTHWHILE", wanted)
-        found = reschedule(plan, seen, 2)
-        assert (found.plan is not None) == pays
+        found = reschedule(plan.memory, plan.config.offload, seen, 2)
+        assert (found.memory is not None) == pays
         assert found.schedule_note.startswith("improved after step 2" if pays else "kept after step 2")
 
 
@@ -231,14 +232,15 @@ def test_improving_changes_no_bit(flux2_dir: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(worker_module, "MEASURED_STEPS", 10**6)
         kept = worker.generate(REQUEST)
     monkeypatch.setattr(worker_module, "MEASURED_STEPS", 2)
-    monkeypatch.setattr(worker_module, "observe", lambda plan, *_: _observation(plan, tuple(reversed(plan.order)), 3))
+    seen = _observation(plan, tuple(reversed(plan.memory.order)), 3)
+    monkeypatch.setattr(worker_module, "observe", lambda *_: seen)
     coordinator = Coordinator(plan)
     with admitted(plan) as worker:
         results = [worker.generate(REQUEST) for _ in range(3)]
         for result in results:
             coordinator.review([result])
-    assert [result.plan is None for result in results] == [False, True, True]
-    assert coordinator.plan.order == tuple(reversed(plan.order))
+    assert [result.memory is None for result in results] == [False, True, True]
+    assert coordinator.plan.memory.order == tuple(reversed(plan.memory.order))
     for result in results:
         assert result.measurements.peak_weight_bytes <= budget
         assert torch.equal(_latents(result), _latents(kept))
@@ -331,9 +333,10 @@ def test_components_count_as_host_memory(host: str, flux2_dir: Path, monkeypatch
         stores = sum(store.nbytes for of_one in components for store in of_one)
     encoder, vae = (flux2_dir / name for name in ("text_encoder", "vae"))
     files = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (encoder, vae)]
-    assert stores < plan.component_host_bytes
-    assert 0.9 < plan.component_host_bytes / (sum(files) + max(files)) < 1.1, "all loaded, and one of them copied"
-    blocks = plan.host_bytes if host == "shared" else 0
+    host_bytes = plan.memory.component_host_bytes
+    assert stores < host_bytes
+    assert 0.9 < host_bytes / (sum(files) + max(files)) < 1.1, "all loaded, and one of them copied"
+    blocks = sum(block.held_bytes for block in plan.memory.blocks) if host == "shared" else 0
 
     def go_on(*_: Any, **__: Any) -> None:
         raise InterruptedError
@@ -341,7 +344,7 @@ def test_components_count_as_host_memory(host: str, flux2_dir: Path, monkeypatch
     for module, name in ((weights.HostStore, "create"), (weights.WeightLoader, "load_outside")):
         monkeypatch.setattr(module, name, go_on)
     for missing in (1, 0):
-        left = HostMemory(blocks + plan.component_host_bytes - missing, 2**33, "/sys/fs/cgroup/job")
+        left = HostMemory(blocks + host_bytes - missing, 2**33, "/sys/fs/cgroup/job")
         monkeypatch.setattr(weights, "host_memory", lambda left=left: left)
         refused = pytest.raises(LaunchError, match=r"text encoders and VAE \(0\.\d+ GiB\): needs 0\.\d+ GiB")
         with refused if missing else pytest.raises(InterruptedError):
@@ -369,8 +372,9 @@ def test_bytes_of_another_kind_have_another_key(flux2_dir: Path, tmp_path: Path)
         key(shards),
     ]
     other.append(key(of({"parallel": {"tp_degree": 2}})))
-    other.append(key(replace(plan, blocks=tuple(replace(b, codec=Identity("another")) for b in plan.blocks))))
-    file = next(iter(plan.stored.values())).file
+    blocks = tuple(replace(block, codec=Identity("another")) for block in plan.memory.blocks)
+    other.append(key(replace(plan, memory=replace(plan.memory, blocks=blocks))))
+    file = next(iter(plan.layout.stored.values())).file
     facts = file.stat()
     os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
     other.append(key(plan))
@@ -400,6 +404,6 @@ def test_a_crashed_gang_starts_again_without_reading(flux2_dir: Path, monkeypatc
     second.teardown()
     third.setup(plan)
     assert torch.equal(_latents(third.generate(REQUEST)), expected)
-    assert len(read) == len(plan.blocks), "an orderly end gives the memory up"
+    assert len(read) == len(plan.memory.blocks), "an orderly end gives the memory up"
     first.teardown()
     third.teardown()

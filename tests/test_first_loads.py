@@ -195,10 +195,10 @@ def test_a_resumed_request_looks_again(flux2_dir: Path) -> None:
 def test_later_requests_compare_nothing(flux2_dir: Path) -> None:
     """It would cost every step, and a LoRA that was merged later would be a fault."""
     with admitted(_plan(flux2_dir)) as worker:
-        assert {record.fqn for record in worker.report().arrivals} == set(worker.loaded.plan.outside)
+        assert {record.fqn for record in worker.report().arrivals} == set(worker.loaded.plan.memory.outside)
         first = worker.generate(REQUEST)
         plan = worker.loaded.plan
-        assert {record.fqn for record in first.arrivals} == set(plan.dtypes) - set(plan.outside)
+        assert {record.fqn for record in first.arrivals} == set(plan.layout.dtypes) - set(plan.memory.outside)
         damage(worker)
         second = worker.generate(REQUEST)
         assert second.arrivals == ()
@@ -243,7 +243,7 @@ def test_a_cancelled_request_does_not_hide_what_came(flux2_dir: Path) -> None:
         with pytest.raises(RequestCancelled):
             worker.generate(REQUEST)
         result = worker.generate(rank_request(PROMPT, height=SIZE, width=SIZE, steps=1, number=2))
-        assert {record.fqn for record in result.arrivals} == set(plan.dtypes) - set(plan.outside)
+        assert {record.fqn for record in result.arrivals} == set(plan.layout.dtypes) - set(plan.memory.outside)
     with admitted(plan) as worker:
         damage(worker)
         worker.cancel("nobody wants it", REQUEST.number)
@@ -253,7 +253,7 @@ def test_a_cancelled_request_does_not_hide_what_came(flux2_dir: Path) -> None:
 def test_a_review_without_arrivals_is_refused(flux2_dir: Path) -> None:
     """A rank on which nobody looks: all is missed by name, and no picture leaves."""
     with _engine(flux2_dir) as (engine, gang):
-        gang.worker.loaded.stream._first_loads.observe(lambda *_: None, range(len(engine.plan.blocks)))
+        gang.worker.loaded.stream._first_loads.observe(lambda *_: None, range(len(engine.plan.memory.blocks)))
         with pytest.raises(CompositionError) as caught:
             _generate(engine, [])
         texts = [str(violation) for violation in caught.value.violations]
@@ -267,7 +267,7 @@ def test_a_probe_does_not_count_as_the_first_step(flux2_dir: Path) -> None:
         engine.probe()
         assert gang.worker.report() == before
         assert len(_generate(engine, []).images) == 1
-        assert {record.fqn for record in gang.worker.report().arrivals} == set(engine.plan.dtypes)
+        assert {record.fqn for record in gang.worker.report().arrivals} == set(engine.plan.layout.dtypes)
 
 
 # -- several ranks ------------------------------------------------------------------------------------------------

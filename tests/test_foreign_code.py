@@ -54,9 +54,9 @@ class Checkpoint:
     def load(self, layerwise: bool = True) -> None:
         """Plan, and load what a rank loads that runs no text encoder."""
         plan = make_plan(RunConfig.parse({"offload": {"layerwise": layerwise}}), self.folder, "cpu")
-        model = build_transformers(plan.spec.transformer, plan.model_dir, plan.transformers)
-        given = dict(zip(plan.transformers, transformers_in(model).values(), strict=True))
-        _load_pipeline(plan, torch.device("cpu"), given | dict.fromkeys(plan.encoders))
+        model = build_transformers(plan.layout.spec.transformer, plan.layout.model_dir, plan.layout.transformers)
+        given = dict(zip(plan.layout.transformers, transformers_in(model).values(), strict=True))
+        _load_pipeline(plan.layout, torch.device("cpu"), given | dict.fromkeys(plan.layout.encoders))
 
     def refuses(self, *texts: str, layerwise: bool = True) -> None:
         with pytest.raises(CheckpointError) as caught:

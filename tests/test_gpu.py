@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from crossdock.offload.live.offloader import LayerwiseOffloader
+from crossdock.offload.memory import copy_engine
+from crossdock.offload.memory.arena import Slot
 from crossdock.offload.memory.copy_engine import make_copy_engine
 from crossdock.offload.memory.host_store import HostStore
 from crossdock.offload.memory.layout import BlockLayout, aligned_bytes
@@ -20,6 +24,9 @@ from crossdock.offload.schedule.slots import assign_slots
 from crossdock.offload.stream.block import Home, StreamedBlock
 from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.parallel.kernels import attention_with_lse, merge
+from crossdock.runtime.contract.ordering import Overlap, overlaps, trace_in_order
+from crossdock.runtime.contract.result import Violation
+from crossdock.runtime.plan.plan import RunPlan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,6 +82,64 @@ def test_streamed_is_bit_identical_to_resident(prefetch: int, dtype: torch.dtype
             stream.remove()
             store.close()
     assert torch.equal(outputs[0], outputs[1])
+
+
+def _raced(monkeypatch: pytest.MonkeyPatch, fault: str, epoch_s: float) -> tuple[list[Overlap], list[Violation]]:
+    """What the clock and the order of issue tell of six passes over six blocks; `fault` is that of block 4 in the last.
+
+    Copies take milliseconds, the blocks much less; the reader that is not waited for takes long.
+    """
+    monkeypatch.setattr(copy_engine, "_EPOCH_S", epoch_s)
+    device, passes, at = torch.device("cuda"), 6, 0
+    blocks = [_Block(2048) for _ in range(6)]
+    x = torch.randn(16, 2048, device=device)
+    stream, store = _stream(blocks, device, Home.HOST, prefetch=1)
+    slot, engine = stream._table.of[4], stream.engine
+    before = next(n for n in reversed(range(4)) if stream._table.of[n] is slot)
+    wait, submit, claim = engine.wait, engine.submit, Slot.claim
+
+    def ours() -> bool:
+        return at == passes - 1 and slot.holder == 4
+
+    def early(lane: Any, work: Any, after: Any, needs: Any = ()) -> Any:
+        event, done = submit(lane, copy_engine.nothing, after), submit(lane, work, (), needs)
+        return event if ours() else done
+
+    if fault == "wait":
+        monkeypatch.setattr(engine, "wait", lambda event: None if ours() and event is slot.ready else wait(event))
+    elif fault == "early":
+        monkeypatch.setattr(engine, "submit", early)
+    elif fault == "reader":
+        monkeypatch.setattr(Slot, "claim", lambda of, taker: claim(of, taker)[: 9 * (of is not slot or not ours())])
+    with torch.no_grad():
+        for at in range(passes):
+            for number, block in enumerate(blocks):
+                if number == before and at == passes - 1 and fault == "reader":
+                    block.register_forward_pre_hook(lambda *_: torch.cuda._sleep(200_000_000))
+                block(x)
+    torch.cuda.synchronize()
+    trace = stream.trace()
+    monkeypatch.undo()
+    stream.remove()
+    store.close()
+    plan = cast(RunPlan, SimpleNamespace(blocks=stream.blocks, schedule=stream.schedule))
+    return list(overlaps(trace)), list(trace_in_order(plan, 0, trace))
+
+
+@pytest.mark.parametrize("epoch_s", [8.0, 0.0])
+def test_a_healthy_stream_by_the_clock(epoch_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No false alarm, also where every event is counted from the one before it, of whichever stream."""
+    assert _raced(monkeypatch, "", epoch_s) == ([], [])
+
+
+@pytest.mark.parametrize("fault", ["wait", "early", "reader"])
+def test_a_race_by_the_clock(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was issued is all right, and what happened is not."""
+    found, issued = _raced(monkeypatch, fault, 8.0)
+    print(fault, *found, sep="\n   ")
+    assert issued == []
+    kinds = {(one.ends.kind, one.begins.kind) for one in found if one.begins.block == "blocks.4"}
+    assert (("compute_end", "load_begin") if fault == "reader" else ("load_end", "compute_begin")) in kinds
 
 
 def test_device_memory_falls() -> None:

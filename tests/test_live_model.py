@@ -250,7 +250,7 @@ def test_a_submodule_and_a_method_are_the_blocks_turn(model: Model) -> None:
         stream = offloader.stream
         for index, use in ((1, lambda block: block.norm(X)), (2, lambda block: block.row())):
             use(_block(model, index))
-            assert stream.latest == ("compute_end", f"blocks.{index}")
+            assert stream.latest() == ("compute_end", f"blocks.{index}")
         stream.engine.drain()  # what was fetched ahead is noted when it has come
         since = stream.upcoming
         for use in (lambda block: block.norm(X), lambda block: block.cached(X), lambda block: block(X)):

@@ -79,7 +79,8 @@ def test_latents_equal_diffusers(
             Engine.start(config, directory, gang)
         return
     found = {}
-    with Engine.start(config, directory, gang, probe=row.recipe in FAMILIES) as engine:
+    with Engine.start(config, directory, gang, probe=True) as engine:
+        print(f"{layout.name} {row.recipe} same-as-one: {engine.contract_result.composition[-1]['detail']}")
         for size in row.sizes:
             generation = engine.generate(prompt, steps=row.steps, height=size[0], width=size[1], **row.wishes)
             found[size] = generation.latents[0]

@@ -101,39 +101,40 @@ def _plan(directory: Path, budget: str | None = None, prefetch: int = 1) -> RunP
 
 
 def _seen(plan: RunPlan, spare: int, copy_s: float = 2.0) -> RankObservation:
-    count = len(plan.order)
-    return RankObservation(plan.order, Costs((1.0,) * count, (copy_s,) * count), spare)
+    count = len(plan.memory.order)
+    return RankObservation(plan.memory.order, Costs((1.0,) * count, (copy_s,) * count), spare)
 
 
 def test_auto_takes_what_is_spare_on_every_rank(flux2_dir: Path) -> None:
     """The memory of the fullest rank bounds all: the others would have room for blocks that it has not."""
     plan = _plan(flux2_dir, "auto")
-    assert plan.arena_bytes is not None
+    assert plan.memory.arena_bytes is not None
     small, large = 2**20, 2**30
-    alone = reschedule(plan, [_seen(plan, small)], 2).plan
-    both = reschedule(plan, [_seen(plan, large), _seen(plan, small)], 2).plan
+    alone = reschedule(plan.memory, plan.config.offload, [_seen(plan, small)], 2).memory
+    both = reschedule(plan.memory, plan.config.offload, [_seen(plan, large), _seen(plan, small)], 2).memory
     assert alone is not None
     assert both is not None
     assert both == alone
-    assert alone.arena_bytes == plan.arena_bytes + small
+    assert alone.arena_bytes == plan.memory.arena_bytes + small
     assert alone.residency.device_bytes <= alone.arena_bytes
     assert alone.budget_bytes is not None
     assert alone.blocks_budget_bytes == alone.arena_bytes
-    everything = reschedule(plan, [_seen(plan, large)], 2).plan
+    everything = reschedule(plan.memory, plan.config.offload, [_seen(plan, large)], 2).memory
     assert everything is not None
     assert len(everything.resident) == len(everything.blocks), "and it takes no more than all blocks"
-    assert everything.arena_bytes == max(plan.arena_bytes, sum(block.layout.slot_bytes for block in plan.blocks))
+    all_blocks = sum(block.layout.slot_bytes for block in plan.memory.blocks)
+    assert everything.arena_bytes == max(plan.memory.arena_bytes, all_blocks)
 
 
 def test_ranks_that_disagree_change_nothing(flux2_dir: Path) -> None:
     """What would pay on one rank is left when another ran the blocks in another order, or could not tell."""
     plan = _plan(flux2_dir, "auto")
     seen = _seen(plan, 2**20)
-    assert reschedule(plan, [seen, seen], 2).plan is not None
+    assert reschedule(plan.memory, plan.config.offload, [seen, seen], 2).memory is not None
     for other in (None, replace(seen, order=seen.order[::-1])):
         for ranks in ([seen, other], [other, seen]):
-            found = reschedule(plan, ranks, 2)
-            assert found.plan is None
+            found = reschedule(plan.memory, plan.config.offload, ranks, 2)
+            assert found.memory is None
             assert "one order" in found.schedule_note
 
 
@@ -141,14 +142,14 @@ def test_slots_of_another_order_fit_its_blocks(flux2_dir: Path) -> None:
     """Sizes in the order of the plan, costs in the order of the run: the slots would not be as planned."""
     plan = _plan(flux2_dir, prefetch=2)
     seen = _seen(plan, 0)
-    sizes = [block.layout.slot_bytes for block in plan.blocks]
-    slots = plan.schedule.slots
-    largest_first = sorted(plan.order, key=lambda index: -sizes[index])
+    sizes = [block.layout.slot_bytes for block in plan.memory.blocks]
+    slots = plan.memory.schedule.slots
+    largest_first = sorted(plan.memory.order, key=lambda index: -sizes[index])
     by_slot = sorted(range(len(slots)), key=lambda place: slots[place])
     sharing = tuple(index for _, index in sorted(zip(by_slot, largest_first, strict=True)))  # large ones share slots
     assert sum(slot_sizes([sizes[index] for index in sharing], slots)) < sum(slot_sizes(sizes, slots))
-    for order in (plan.order[::-1], sharing):
-        found = reschedule(plan, [replace(seen, order=order)], 2).plan
+    for order in (plan.memory.order[::-1], sharing):
+        found = reschedule(plan.memory, plan.config.offload, [replace(seen, order=order)], 2).memory
         assert found is not None
         assert found.order == order
         places = [block.slot for block in found.streamed if block.slot is not None]
@@ -161,32 +162,33 @@ def test_only_auto_takes_spare_memory(flux2_dir: Path) -> None:
     """A budget that somebody has set is a promise, however much the device has left."""
     for budget in (None, "100MiB", 0.5):
         plan = _plan(flux2_dir, budget)  # type: ignore[arg-type]
-        found = reschedule(plan, [_seen(plan, 2**40)], 2).plan
+        found = reschedule(plan.memory, plan.config.offload, [_seen(plan, 2**40)], 2).memory
         for after in [found] if found is not None else []:
-            assert (after.arena_bytes, after.budget_bytes) == (plan.arena_bytes, plan.budget_bytes)
+            assert (after.arena_bytes, after.budget_bytes) == (plan.memory.arena_bytes, plan.memory.budget_bytes)
 
 
 def test_auto_uses_spare_memory_even_where_nothing_is_exposed(flux2_dir: Path) -> None:
     """Copies that compute hides still load the link; memory that lies idle costs nothing."""
     plan = _plan(flux2_dir, "auto")
-    found = reschedule(plan, [_seen(plan, 2**20, copy_s=0.001)], 2)
-    assert found.plan is not None
-    assert len(found.plan.resident) > len(plan.resident)
-    assert reschedule(plan, [_seen(plan, 0, copy_s=0.001)], 2).plan is None
+    found = reschedule(plan.memory, plan.config.offload, [_seen(plan, 2**20, copy_s=0.001)], 2)
+    assert found.memory is not None
+    assert len(found.memory.resident) > len(plan.memory.resident)
+    assert reschedule(plan.memory, plan.config.offload, [_seen(plan, 0, copy_s=0.001)], 2).memory is None
 
 
 def test_the_blocks_are_observed_in_the_order_of_the_run(flux2_dir: Path) -> None:
     """Costs that are read in another order than the slots are given in belong to other blocks."""
     plan = _plan(flux2_dir)
-    order = plan.order[::-1]
-    facts: list[Fact] = [(0.0, "load_begin", plan.blocks[0].name, 1000), (1.0, "load_end", plan.blocks[0].name, 0)]
+    order = plan.memory.order[::-1]
+    names = [block.name for block in plan.memory.blocks]
+    facts: list[Fact] = [(0.0, "load_begin", names[0], 1000), (1.0, "load_end", names[0], 0)]
     now = 1.0
     for index in (*order, order[0]):
-        facts += [(now, "wait_begin", plan.blocks[index].name, 0), (now, "compute_begin", plan.blocks[index].name, 0)]
+        facts += [(now, "wait_begin", names[index], 0), (now, "compute_begin", names[index], 0)]
         now += 1.0 + index
-    seen = observe(plan, order, _trace(facts), 77)
+    seen = observe(plan.memory, order, _trace(facts), 77)
     assert seen is not None
     assert (seen.order, seen.spare_bytes) == (order, 77)
     assert seen.costs.compute_s == pytest.approx([1.0 + index for index in order])
-    assert seen.costs.copy_s == pytest.approx([plan.blocks[index].layout.slot_bytes * 1e-3 for index in order])
-    assert observe(plan, None, _trace(facts), 77) is None
+    assert seen.costs.copy_s == pytest.approx([plan.memory.blocks[index].layout.slot_bytes * 1e-3 for index in order])
+    assert observe(plan.memory, None, _trace(facts), 77) is None

@@ -21,7 +21,7 @@ from crossdock.runtime.errors import ConfigError
 from crossdock.runtime.models.checkpoint import StoredTensor, stored_tensors
 from crossdock.runtime.plan.checks import check_pages
 from crossdock.runtime.plan.make_plan import make_plan
-from crossdock.runtime.plan.plan import PlannedBlock
+from crossdock.runtime.plan.memory_plan import PlannedBlock
 from crossdock.runtime.rank.weights.mmap_pages import CheckpointPages
 from crossdock.runtime.rank.weights.source import WeightSource
 from crossdock.runtime.watch.gang import Gang
@@ -122,11 +122,11 @@ def test_every_rank_of_a_model(family: str, tp: int, shards: int, checkpoints: d
     offload = {"layerwise": True, "host": "mmap"}
     config = RunConfig.parse({"parallel": {"tp_degree": tp, **sharding}, "offload": offload})
     plan = make_plan(config, checkpoints[family], "cpu")
-    files = (plan.model_dir / "transformer").glob("*.safetensors")
+    files = (plan.layout.model_dir / "transformer").glob("*.safetensors")
     whole = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    pages = _pages(plan.stored)
-    for slices in plan.slices:
-        for block in plan.blocks:
+    pages = _pages(plan.layout.stored)
+    for slices in plan.layout.slices:
+        for block in plan.memory.blocks:
             memory = _filled(pages, block, slices, shards)
             for entry in block.layout.entries:
                 fqn = f"{block.name}.{entry.name}"
@@ -193,7 +193,7 @@ def test_a_tied_tensor_is_not_converted_under_any_name(stored_as: str, tmp_path:
     layout = BlockLayout.of(module)
     save_file({f"x.{stored_as}.weight": torch.zeros(4, 4)}, tmp_path / "x.safetensors")
     with pytest.raises(ConfigError, match=r"x\.a\.weight is stored as torch.float32 and held as torch.bfloat16"):
-        check_pages(["x"], [layout], stored_tensors(tmp_path))
+        check_pages([PlannedBlock("x", layout, Home.HOST, 0)], stored_tensors(tmp_path))
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -153,14 +153,14 @@ def test_memory_that_runs_out_lowers_the_budget_once(flux2_dir: Path) -> None:
     """One notch, and it is said; a second time is an error that says what to do."""
     with _engine(flux2_dir, "6MiB") as (engine, gang):
         expected = _generate(engine)
-        before = engine.plan.budget_bytes
+        before = engine.plan.memory.budget_bytes
         schedule = expected.report["schedule"]
         assert schedule["verdict"] == schedule["schedule_note"], "its former name, for one version"
         _fail(gang, torch.OutOfMemoryError("planted"))
         found = _generate(engine)
         assert before is not None
-        assert engine.plan.budget_bytes == int(before * 0.9)
-        assert found.report["schedule"]["budget_bytes"] == engine.plan.budget_bytes
+        assert engine.plan.memory.budget_bytes == int(before * 0.9)
+        assert found.report["schedule"]["budget_bytes"] == engine.plan.memory.budget_bytes
         remedy = f"device budget lowered from {before} bytes to {int(before * 0.9)} bytes"
         assert found.report["faults"][0]["remedy"] == remedy
         assert torch.equal(found.latents[0], expected.latents[0])
@@ -189,7 +189,7 @@ def test_the_least_budget_is_a_notch_as_well(flux2_dir: Path) -> None:
         expected = _generate(engine)
         _fail(gang, torch.OutOfMemoryError("planted"))
         found = _generate(engine)
-        assert engine.plan.budget_bytes == least
+        assert engine.plan.memory.budget_bytes == least
         assert torch.equal(found.latents[0], expected.latents[0])
 
 
@@ -219,12 +219,12 @@ def test_memory_that_runs_out_while_new_ranks_load(flux2_dir: Path, monkeypatch:
         return setup(worker, *args, **options)
 
     with _engine(flux2_dir, "6MiB") as (engine, gang):
-        before = engine.plan.budget_bytes
+        before = engine.plan.memory.budget_bytes
         monkeypatch.setattr(RankWorker, "setup", faulty)
         _fail(gang, ValueError("planted"))
         found = _generate(engine)
         assert before is not None
-        assert engine.plan.budget_bytes == int(before * 0.9)
+        assert engine.plan.memory.budget_bytes == int(before * 0.9)
         (fault,) = found.report["faults"]
         assert [text.partition(" (")[0] for text in fault["meanwhile"]] == ["rank 0: OutOfMemoryError: no room"]
         assert "after 1 more faults" in survived(fault)

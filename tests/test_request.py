@@ -185,7 +185,8 @@ def test_ranks_elsewhere_may_have_more(plan: RunPlan) -> None:
 
 
 def test_the_frames_of_a_video_count(plan: RunPlan) -> None:
-    video = replace(plan, spec=replace(plan.spec, fps=16), frame_multiple=4)
+    layout = replace(plan.layout, spec=replace(plan.layout.spec, fps=16), frame_multiple=4)
+    video = replace(plan, layout=layout)
     check_request(video, replace(GOOD, frames=81))
     with pytest.raises(RequestError, match="pixels with 6000000003 values of 4 bytes each take"):
         check_request(video, replace(GOOD, frames=2 * 10**9 + 1))

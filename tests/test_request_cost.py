@@ -152,4 +152,4 @@ def test_all_of_a_long_request_is_judged(checkpoints: Checkpoints) -> None:
             computed = Counter(event.block for event in result.timeline.events if event.kind == "compute_begin")
             assert len(result.timeline.events) > worker.loaded.stream._log._limit
             assert set(computed.values()) == {2 * STEPS}, "guidance makes two passes of a step"
-            assert computed.keys() == {block.name for block in plan.blocks}
+            assert computed.keys() == {block.name for block in plan.memory.blocks}

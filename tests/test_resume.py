@@ -185,7 +185,7 @@ def test_the_repeated_step_is_not_counted(flux2_dir: Path) -> None:
         snapshots = _cut(worker, REQUEST)
         worker.generate(REQUEST)
         plan = worker.loaded.plan
-        streamed = 2 * sum(block.layout.slot_bytes for block in plan.streamed)  # twice per step, under guidance
+        streamed = 2 * sum(block.layout.slot_bytes for block in plan.memory.streamed)  # twice per step, under guidance
         finished = worker.model_steps
         part, _ = _resume(worker, snapshots[3])
         assert worker.model_steps == finished + STEPS - 3

@@ -66,7 +66,7 @@ LATENTS = Fault("same-state", "the latents", faults.latents)
 HOME = Fault("single-owner", BLOCK, faults.another_home, late=True)
 HOOKS = Fault("same-order", BLOCK, faults.hooks_lost, late=True)
 SOME_TIME = Fault("same-order", BLOCK, faults.hooks_lost_and_found, late=True)
-WEIGHT = Fault("same-state", OUTSIDE, faults.outside_weight, late=True)
+WEIGHT = Fault("arrives", OUTSIDE, faults.outside_weight, late=True)
 EMBEDDINGS = Fault("same-state", "encoder_hidden_states, given to the transformer", faults.embeddings)
 BROADCAST = Fault("same-state", "what encode_prompt returned[0]", faults.embeddings, at=(1,))
 NUMBERS = (
@@ -150,7 +150,7 @@ def test_the_other_transformer(gang_of: GangOf, checkpoint_of: Callable[[str], P
 def test_every_fault_is_caught(layout: str, gang_of: GangOf, flux2_dir: Path) -> None:
     """A wrong picture leaves, or somebody else is blamed. All in one load: what comes after a fault is right again."""
     plan = _plan(flux2_dir, PARALLEL[layout])
-    size = plan.mesh.world_size
+    size = plan.layout.mesh.world_size
     gang: Any = gang_of(size) if size > 1 else HereGang()
     rank, ask = min(1, size - 1), lambda *work: gang.collective_rpc(*work, timeout_s=TIMEOUT_S)
     try:

@@ -38,7 +38,7 @@ def _block_bytes(engine: Engine) -> list[int]:
     def measure(worker: Any) -> int:
         spans = sorted(
             (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
-            for block in worker.loaded.plan.blocks
+            for block in worker.loaded.plan.memory.blocks
             for group in ("parameters", "buffers")
             for tensor in getattr(worker.loaded.model.get_submodule(block.name), group)()
         )
@@ -59,7 +59,7 @@ def test_device_bytes_stay_within_the_window(
     """Pitfall 1: a no-op offload gives the right picture and saves nothing. Bytes are read off the live model."""
     config = _config(layout, prefetch=prefetch)
     with Engine.start(config, checkpoints[family], gang_of(config.world_size)) as engine:
-        sizes = [block.layout.slot_bytes for block in engine.plan.blocks]
+        sizes = [block.layout.slot_bytes for block in engine.plan.memory.blocks]
         held = _block_bytes(engine)
         _latents(engine)
         after = _block_bytes(engine)
@@ -77,7 +77,9 @@ def test_tensor_parallelism_halves_the_largest_block(family: str, checkpoints: C
 
     whole = make_plan(_config("layerwise"), checkpoints[family], "cpu")
     halves = make_plan(_config("layerwise_tp2"), checkpoints[family], "cpu")
-    ratio = max(b.layout.slot_bytes for b in halves.blocks) / max(b.layout.slot_bytes for b in whole.blocks)
+    ratio = max(b.layout.slot_bytes for b in halves.memory.blocks) / max(
+        b.layout.slot_bytes for b in whole.memory.blocks
+    )
     assert ratio < 0.65
 
 
@@ -86,7 +88,7 @@ def test_hsdp_holds_its_share_and_the_window(family: str, gang_of: GangOf, check
     """HSDP without offload: 1/S of all blocks plus the window, and the report says the same as the live model."""
     config = _config("hsdp")
     with Engine.start(config, checkpoints[family], gang_of(config.world_size)) as engine:
-        sizes = [block.layout.slot_bytes for block in engine.plan.blocks]
+        sizes = [block.layout.slot_bytes for block in engine.plan.memory.blocks]
         window = _block_bytes(engine)
         report = engine.generate(PROMPT, steps=2).report
         shards = engine.gang.collective_rpc(
@@ -152,7 +154,7 @@ def test_one_host_copy_per_node(family: str, gang_of: GangOf, checkpoints: Check
     """Pitfall 29: four ranks hold the block weights once per node (proportional set size, all ranks together)."""
     config = _config("layerwise_ulysses2_ring2")
     with Engine.start(config, checkpoints[family], gang_of(config.world_size)) as engine:
-        total = sum(block.layout.slot_bytes for block in engine.plan.blocks)
+        total = sum(block.layout.slot_bytes for block in engine.plan.memory.blocks)
         ranks = engine.generate(PROMPT, steps=2).report["ranks"]
     shares = [row["host_pss_bytes"] for row in ranks]
     print(f"{family}: blocks {total} bytes; proportional shares {shares}, together {sum(shares) / total:.3f} of it")
@@ -164,7 +166,7 @@ def test_a_rank_reads_only_its_own_bytes(gang_of: GangOf, checkpoints: Checkpoin
     """Pitfall 6: under HSDP no rank ever has all block bytes; what it read is its shard."""
     config = _config("layerwise_hsdp")
     with Engine.start(config, checkpoints["z-image"], gang_of(config.world_size)) as engine:
-        total = sum(block.layout.slot_bytes for block in engine.plan.blocks)
+        total = sum(block.layout.slot_bytes for block in engine.plan.memory.blocks)
         stores = engine.gang.collective_rpc(lambda worker: worker.loaded.weights.store.nbytes, timeout_s=60)
         sharers = engine.gang.collective_rpc(lambda worker: worker.loaded.weights.shares_store_with, timeout_s=60)
     assert stores == [total // 2] * 4

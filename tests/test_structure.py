@@ -13,6 +13,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
 
 from house import imported, room_of
 
@@ -39,14 +40,18 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "watch": {"errors", "reports"},
         "pipeline": {"errors", "request", "media", "models", "plan", "reports"},
         "rank/weights": {"errors", "models", "plan", "reports"},
-        "rank": {"errors", "request", "models", "plan", "reports", "contract", "pipeline", "rank/weights"},
+        "rank": {"errors", "request", "models", "plan", "reports", "contract", "watch", "pipeline", "rank/weights"},
+        "rank/probe": {"request", "models", "plan", "reports", "contract", "pipeline", "rank/weights", "rank"},
     },
     "launch": {
         "console": set(),
         "gangs/ranks": set(),
         "gangs": {"console", "gangs/ranks"},
         "engine": {"gangs"},
-        "commands": {"console", "gangs", "engine"},
+        "video_file": set(),
+        "serve": {"engine"},
+        "serve/web": {"engine", "serve", "video_file"},
+        "commands": {"console", "gangs", "engine", "serve/web", "video_file"},
         "cli": {"console", "commands", "gangs/ranks"},
         "torchrun": {"console", "gangs", "commands"},
     },
@@ -151,6 +156,34 @@ def test_files_are_small(room: str) -> None:
     for path in _modules(room):
         lines = path.read_text(encoding="utf-8").count("\n")
         assert lines <= 400, f"{path.relative_to(ROOT)} has {lines} lines: is it still one room?"
+
+
+def _private(tree: ast.Module) -> Iterator[str]:
+    """Names with one leading underscore: attributes of others, also by `getattr` and the like, and what is imported."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name("self" | "cls" | "os")):
+                continue
+            case ast.Attribute(attr=name) | ast.Call(ast.Name("getattr" | "hasattr"), [_, ast.Constant(str(name)), *_]):
+                names = [name]
+            case ast.ImportFrom(module=str(module)):
+                names = [*module.split("."), *(alias.name for alias in node.names)]
+            case _:
+                continue
+        yield from (name for name in names if name.startswith("_") and not name.startswith("__"))
+
+
+def test_what_diffusers_keeps_to_itself_is_read_in_one_file() -> None:
+    """Any release may change it: whoever looks for what broke has one file to read."""
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in _modules("runtime")}
+    found = {path.relative_to(ROOT).as_posix(): set(_private(tree)) for path, tree in trees.items()}
+    nodes = [node for tree in trees.values() for node in ast.walk(tree)]
+    own = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    own |= {n.target.id for n in nodes if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    ours = own.union(*map(_assigned, trees.values())) | set(dir(torch.nn.Module())) | {"_pytree"}
+    inside = found.pop("runtime/models/diffusers_api.py") - ours
+    assert {"_blocks", "_guidance_scale", "_tp_plan"} <= inside
+    assert {name: names - ours for name, names in found.items() if names - ours} == {}
 
 
 def test_an_installation_has_every_package() -> None:

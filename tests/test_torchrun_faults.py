@@ -332,6 +332,21 @@ def test_torchrun_without_restarts(flux2_dir: Path, tmp_path: Path) -> None:
         assert run.survivors() == []
 
 
+@thorough
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_and_another_size(rank: int, flux2_dir: Path, tmp_path: Path) -> None:
+    """gloo ends the process that gets more than it expects; what it had issued is told by the other one."""
+    with _torchrun(tmp_path, flux2_dir, CONFIGS / "layerwise_tp2.yaml", _fault(rank, "size")) as run:
+        assert run.finish() == 1
+        (told,) = run.errors
+        print(told)
+        assert "all_reduce torch.float32 7" in told
+        assert "of group tp (ranks (0, 1)) in step 2, block single_transformer_blocks.4" in told
+        assert "which of them is wrong is not known" in told
+        assert run.survivors() == []
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("number", some([signal.SIGTERM, signal.SIGINT, signal.SIGKILL], 1))
 def test_torchrun_is_ended(number: int, flux2_dir: Path, tmp_path: Path) -> None:

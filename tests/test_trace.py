@@ -168,7 +168,7 @@ def test_a_request_of_one_rank(flux2_dir: Path) -> None:
             result = worker.generate(rank_request("a fox", steps=3, height=64, width=64, guidance_scale=1.0))
     finally:
         worker.teardown()
-    measured, trace, blocks = result.measurements, result.timeline, {block.name for block in plan.blocks}
+    measured, trace, blocks = result.measurements, result.timeline, {block.name for block in plan.memory.blocks}
     assert [span.name for span in trace.spans] == ["encode", "step 1", "step 2", "step 3", "decode"]
     assert all(left.begin_s <= left.end_s <= right.begin_s for left, right in pairwise(trace.spans))
     for span, times in zip(trace.spans[1:4], measured.steps, strict=True):

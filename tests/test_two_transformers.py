@@ -19,14 +19,14 @@ from crossdock.launch.engine.engine import Engine
 from crossdock.offload.schedule.residency import Costs
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
-from crossdock.runtime.contract.numbers import same_numbers
+from crossdock.runtime.contract.numbers import RETURNED, same_as_one, same_numbers
 from crossdock.runtime.contract.result import CompositionError
 from crossdock.runtime.errors import ConfigError
 from crossdock.runtime.pipeline.denoise_loop import DenoiseLoop
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.reschedule import RankObservation, reschedule
-from crossdock.runtime.rank.probe import probe_numbers, probe_request
+from crossdock.runtime.rank.probe.probe import probe_numbers, probe_request
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.rank_result import RankResult
 from reference import PROMPT, TOLERANCE, max_error, reference
@@ -52,14 +52,14 @@ def _plan(directory: Path, **offload: Any) -> RunPlan:
 
 
 def _blocks_bytes(plan: RunPlan, name: str = "") -> int:
-    return sum(block.layout.slot_bytes for block in plan.blocks if block.name.startswith(name))
+    return sum(block.layout.slot_bytes for block in plan.memory.blocks if block.name.startswith(name))
 
 
 def _budget(directory: Path, share: float) -> str:
     """From the least (0.0) to all blocks of one transformer (1.0)."""
     plan = _plan(directory)
     least = plan.least_budget_bytes
-    return f"{least + int(share * (plan.outside_bytes + _blocks_bytes(plan, f'{FIRST}.') - least)) + 4096}B"
+    return f"{least + int(share * (plan.memory.outside_bytes + _blocks_bytes(plan, f'{FIRST}.') - least)) + 4096}B"
 
 
 def _transformer_of(name: str) -> str:
@@ -82,15 +82,15 @@ def _loads(result: RankResult) -> list[list[str]]:
 def test_the_plan_has_both(directory: Path) -> None:
     """Names say whose they are; files are asked for what they call it; one order, but two passes."""
     plan = _plan(directory)
-    assert plan.transformers == (FIRST, SECOND)
-    assert {_transformer_of(fqn) for fqn in plan.dtypes} == {FIRST, SECOND}
-    for fqn, stored in plan.stored.items():
+    assert plan.layout.transformers == (FIRST, SECOND)
+    assert {_transformer_of(fqn) for fqn in plan.layout.dtypes} == {FIRST, SECOND}
+    for fqn, stored in plan.layout.stored.items():
         assert fqn == f"{stored.file.parent.name}.{stored.name}"
-    assert [{_transformer_of(plan.blocks[index].name) for index in pass_} for pass_ in plan.passes] == [
+    assert [{_transformer_of(plan.memory.blocks[index].name) for index in pass_} for pass_ in plan.memory.passes] == [
         {FIRST},
         {SECOND},
     ]
-    assert tuple(chain(*plan.passes)) == plan.order == tuple(range(len(plan.blocks)))
+    assert tuple(chain(*plan.memory.passes)) == plan.memory.order == tuple(range(len(plan.memory.blocks)))
 
 
 def test_both_use_the_same_memory(directory: Path) -> None:
@@ -98,13 +98,13 @@ def test_both_use_the_same_memory(directory: Path) -> None:
     kept = []
     for share in (0.0, 0.7, 1.0):
         plan = _plan(directory, device_budget=_budget(directory, share))
-        assert plan.arena_bytes is not None
-        assert plan.arena_bytes <= max(_blocks_bytes(plan, f"{FIRST}."), *plan.turn_bytes.values())
-        slots = [[plan.blocks[index].slot for index in pass_] for pass_ in plan.passes]
+        assert plan.memory.arena_bytes is not None
+        assert plan.memory.arena_bytes <= max(_blocks_bytes(plan, f"{FIRST}."), *plan.memory.turn_bytes.values())
+        slots = [[plan.memory.blocks[index].slot for index in pass_] for pass_ in plan.memory.passes]
         assert slots[0] == slots[1]
         assert None not in slots[0]
-        kept.append(len(plan.residency.resident))
-    assert 0 < kept[0] <= kept[1] < kept[2] == len(plan.passes[0]), "one of them fits"
+        kept.append(len(plan.memory.residency.resident))
+    assert 0 < kept[0] <= kept[1] < kept[2] == len(plan.memory.passes[0]), "one of them fits"
     with pytest.raises(ConfigError, match="this model needs at least"):
         _plan(directory, device_budget=f"{_plan(directory).least_budget_bytes - 1}B")
 
@@ -112,14 +112,15 @@ def test_both_use_the_same_memory(directory: Path) -> None:
 def test_what_fits_stays(directory: Path) -> None:
     """Where both fit, neither has to come again."""
     plan = _plan(directory)
-    budget = plan.outside_bytes + _blocks_bytes(plan) + 4096
+    budget = plan.memory.outside_bytes + _blocks_bytes(plan) + 4096
     plan = _plan(directory, device_budget=f"{budget}B")
-    assert plan.resident == frozenset(range(len(plan.blocks)))
+    assert plan.memory.resident == frozenset(range(len(plan.memory.blocks)))
     with admitted(plan) as worker:
         first, second = worker.generate(REQUEST), worker.generate(REQUEST)
-        assert {len(found) for found in (first.arrivals, second.arrivals)} == {len(plan.dtypes) - len(plan.outside), 0}
+        inside = len(plan.layout.dtypes) - len(plan.memory.outside)
+        assert {len(found) for found in (first.arrivals, second.arrivals)} == {inside, 0}
         loads = _loads(second)
-        assert set(chain.from_iterable(loads)) < {block.name for block in plan.blocks}, (
+        assert set(chain.from_iterable(loads)) < {block.name for block in plan.memory.blocks}, (
             "only what the VAE and the encoder took"
         )
         assert not loads[1]
@@ -136,9 +137,9 @@ def test_one_that_is_not_there_is_left_out(directory: Path, tmp_path: Path) -> N
         (alone / "model_index.json").write_text(json.dumps(index))
         shutil.rmtree(alone / name)
         plan = _plan(alone)
-        assert plan.transformers == (SECOND if name == FIRST else FIRST,)
-        assert len(plan.passes) == 1
-        assert plan.blocks[0].name == "blocks.0"
+        assert plan.layout.transformers == (SECOND if name == FIRST else FIRST,)
+        assert len(plan.memory.passes) == 1
+        assert plan.memory.blocks[0].name == "blocks.0"
 
 
 # -- what is streamed -----------------------------------------------------------------------------------------------
@@ -172,9 +173,9 @@ def test_only_the_one_that_runs_is_streamed(
     for step, found in enumerate(loads):
         name = FIRST if step < SWITCH else SECOND
         assert {_transformer_of(block) for block in found} <= {name}, f"step {step + 1}"
-        pass_ = plan.passes[step >= SWITCH]
-        slots = [plan.blocks[index].slot for index in pass_]
-        passing = sum(plan.blocks[i].layout.slot_bytes for i in pass_ if slots.count(plan.blocks[i].slot) > 1)
+        pass_ = plan.memory.passes[step >= SWITCH]
+        slots = [plan.memory.blocks[index].slot for index in pass_]
+        passing = sum(plan.memory.slot_sizes_of([i for i in pass_ if slots.count(plan.memory.blocks[i].slot) > 1]))
         if step in (1, 3):  # a turn's first step brings what stays in it, too
             assert result.measurements.steps[step].h2d_bytes == PASSES * passing
     assert share != 0.7 or 0 < result.measurements.steps[1].h2d_bytes < PASSES * _blocks_bytes(plan, f"{FIRST}.")
@@ -221,23 +222,28 @@ def test_the_probe_runs_both(directory: Path) -> None:
     """One step would be of the first alone, and nothing would be known of the second."""
     plan = _plan(directory)
     with admitted(plan) as worker:
-        report = probe_numbers(worker, probe_request(plan))
-        assert {block.name for block in plan.blocks} < {name for name, _ in report.on}
-        assert list(same_numbers(plan, [report])) == []
+        report = probe_numbers(worker, probe_request(plan.layout))
+        assert {block.name for block in plan.memory.blocks} < {name for name, _ in report.on}
+        assert list(same_numbers(plan.layout, [report])) == []
+        assert {block.name for block in plan.memory.blocks} < {found.block for found in report.alone}
+        assert [found.call for found in report.alone if found.block == RETURNED] == [1, 2, 3, 4], (
+            "guided, a step of each"
+        )
+        assert list(same_as_one(plan.layout, [report])) == []
         second = next(block for block in worker.loaded.stream.blocks if block.name.startswith(SECOND))
         assert isinstance(second.source, Tensor)
         second.layout.entries[0].view(second.source).mul_(1.5)
-        found = list(same_numbers(plan, [probe_numbers(worker, probe_request(plan))]))
+        found = list(same_numbers(plan.layout, [probe_numbers(worker, probe_request(plan.layout))]))
         assert found[0].where.startswith(second.name)
 
 
 def test_one_that_never_has_a_turn_is_told(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = _plan(directory)
-    monkeypatch.setattr("crossdock.runtime.rank.probe._MOST_STEPS", 4)
+    monkeypatch.setattr("crossdock.runtime.rank.probe.probe._MOST_STEPS", 4)
     with admitted(plan) as worker:
         worker.loaded.pipeline.pipe.register_to_config(boundary_ratio=None)
-        report = probe_numbers(worker, probe_request(plan))
-    (violation,) = same_numbers(plan, [report])
+        report = probe_numbers(worker, probe_request(plan.layout))
+    (violation,) = same_numbers(plan.layout, [report])
     assert (violation.check, violation.where, violation.found) == ("same-numbers", SECOND, "none")
 
 
@@ -245,7 +251,7 @@ def test_one_that_never_has_a_turn_is_told(directory: Path, monkeypatch: pytest.
 
 
 def _observed(plan: RunPlan, pass_: int, spare: int = 0) -> RankObservation:
-    order = (*plan.passes[pass_][::2], *plan.passes[pass_][1::2])
+    order = (*plan.memory.passes[pass_][::2], *plan.memory.passes[pass_][1::2])
     return RankObservation(order, Costs((1.0,) * len(order), (2.0,) * len(order)), spare)
 
 
@@ -253,10 +259,10 @@ def _observed(plan: RunPlan, pass_: int, spare: int = 0) -> RankObservation:
 def test_what_one_has_shown_holds_for_both(pass_: int, directory: Path) -> None:
     """The order, the residents and the slots, place by place, whichever of them was observed."""
     plan = _plan(directory, device_budget=_budget(directory, 0.7))
-    found = reschedule(plan, [_observed(plan, pass_)], 2).plan
+    found = reschedule(plan.memory, plan.config.offload, [_observed(plan, pass_)], 2).memory
     assert found is not None
-    places = [plan.passes[pass_].index(index) for index in _observed(plan, pass_).order]
-    assert found.passes == tuple(tuple(own[place] for place in places) for own in plan.passes)
+    places = [plan.memory.passes[pass_].index(index) for index in _observed(plan, pass_).order]
+    assert found.passes == tuple(tuple(own[place] for place in places) for own in plan.memory.passes)
     slots = [[found.blocks[index].slot for index in own] for own in found.passes]
     assert slots[0] == slots[1]
 
@@ -266,12 +272,12 @@ def test_auto_takes_the_memory_for_one_or_for_both(directory: Path) -> None:
     plan = make_plan(
         RunConfig.parse({"offload": {"layerwise": True, "device_budget": "auto"}}), directory, "cpu", device_bytes=2**33
     )
-    assert plan.arena_bytes is not None
-    arena, both, one = plan.arena_bytes, _blocks_bytes(plan), _blocks_bytes(plan, f"{FIRST}.")
+    assert plan.memory.arena_bytes is not None
+    arena, both, one = plan.memory.arena_bytes, _blocks_bytes(plan), _blocks_bytes(plan, f"{FIRST}.")
     for room, taken in ((one - 1, one - 1), (both - 1, one), (both, both)):
         if room < arena:
             continue
-        found = reschedule(plan, [_observed(plan, 0, room - arena)], 2).plan
+        found = reschedule(plan.memory, plan.config.offload, [_observed(plan, 0, room - arena)], 2).memory
         assert found is not None
         assert found.arena_bytes == max(arena, taken)
         assert (found.resident == frozenset(found.order)) == (taken == both)
@@ -290,7 +296,7 @@ def test_a_changed_schedule_serves_both(budget: str, directory: Path, monkeypatc
         for number in (1, 2):
             result = worker.generate(changed(REQUEST, number=number))
             assert result.schedule_note.startswith("improved after step 2"), result.schedule_note
-            assert (result.plan is not None) == (number == 1)
+            assert (result.memory is not None) == (number == 1)
             coordinator.review([result])
             assert result.latents is not None
             assert max_error(result.latents, reference(directory, PROMPT, SIZE, frames=FRAMES).latents) <= TOLERANCE

@@ -20,6 +20,7 @@ from crossdock.launch.engine.engine import Engine
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.contract.coordinator import Coordinator
+from crossdock.runtime.contract.numbers import PROBE_CHECKS
 from crossdock.runtime.contract.ordering import trace_in_order
 from crossdock.runtime.contract.result import CompositionError
 from crossdock.runtime.contract.verify import CHECKS, STEP_CHECKS, verify_composition
@@ -468,9 +469,9 @@ def test_a_missing_rank_is_a_violation(healthy: Callable[[str], Healthy]) -> Non
 def test_a_request_is_reviewed_with_the_same_rule(healthy: Callable[[str], Healthy]) -> None:
     plan, reports = healthy("layerwise_tp2")
     trace = reports[0].trace
-    assert list(trace_in_order(plan, 0, trace)) == []
+    assert list(trace_in_order(plan.memory, 0, trace)) == []
     without_load = [event for event in trace if not event.kind.startswith("load")]
-    assert list(trace_in_order(plan, 0, without_load))
+    assert list(trace_in_order(plan.memory, 0, without_load))
 
 
 def test_the_coordinator_fails_closed(healthy: Callable[[str], Healthy]) -> None:
@@ -478,7 +479,7 @@ def test_the_coordinator_fails_closed(healthy: Callable[[str], Healthy]) -> None
     plan, reports = healthy("layerwise_tp2")
     coordinator = Coordinator(plan)
     coordinator.admit(reports)
-    to_come = ["no step yet"] * len(STEP_CHECKS) + ["not probed"]
+    to_come = ["no step yet"] * len(STEP_CHECKS) + ["not probed"] * len(PROBE_CHECKS)
     assert [row["status"] for row in coordinator.composition] == ["holds"] * len(CHECKS) + to_come
     broken = [_tensor(reports[0], OUTSIDE, device="meta", place="nowhere"), reports[1]]
     with pytest.raises(CompositionError, match=rf"single-owner: rank 0: {OUTSIDE}: expected on cpu, found on meta"):
@@ -522,6 +523,6 @@ def test_home_records_are_what_they_say(healthy: Callable[[str], Healthy]) -> No
     """The reports that the faults are planted in are not empty: every block, every tensor, both ranks."""
     plan, reports = healthy("layerwise_tp2")
     for report in reports:
-        assert len(report.homes) == len(plan.blocks) == 9
-        assert {record.fqn for record in report.tensors} == set(plan.dtypes)
+        assert len(report.homes) == len(plan.memory.blocks) == 9
+        assert {record.fqn for record in report.tensors} == set(plan.layout.dtypes)
         assert all(isinstance(home, HomeRecord) for home in report.homes)

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from av.video.reformatter import ColorRange, Colorspace
 
-from crossdock.launch.commands import video_file
+from crossdock.launch import video_file
 from crossdock.launch.commands.options import Outputs
 from crossdock.launch.commands.outputs import write_outputs
-from crossdock.launch.commands.video_file import write_video
+from crossdock.launch.video_file import write_video
 from crossdock.runtime.errors import RequestError
 from crossdock.runtime.media import Audio, Video
 from layouts import CONFIGS

@@ -277,8 +277,47 @@ def test_different_collectives_of_two(waiting_s: float | None) -> None:
     ).fault()
     assert fault is not None
     assert fault.rank == 1
-    start = "it issued all_reduce 8 as number 2 of group tp (ranks (0, 1)), where rank 0 issued all_gather 4; it is in "
-    assert fault.what.startswith(start + "step 3, block layers.2")
+    start = "it issued all_reduce 8 as number 2 of group tp (ranks (0, 1)), where rank 0 issued all_gather 4; which of "
+    assert fault.what.startswith(start + "them is wrong is not known; it is in step 3, block layers.2")
+
+
+def _placed(whats: Sequence[str], place: str) -> GroupRecord:
+    record = issued("tp", range(3), whats, 0.1)
+    return replace(record, last=tuple(replace(call, place=place) for call in record.last))
+
+
+@pytest.mark.parametrize("odd", range(3))
+def test_sizes_of_all_ranks(odd: int) -> None:
+    """Which collective of which block and step, each rank's size, and which rank is alone with its."""
+    whats = ["broadcast 1", "all_reduce torch.float32 100"], ["broadcast 1", "all_reduce torch.float32 107"]
+    records = [_placed(whats[rank == odd], f"step {2 + (rank == odd)}, block b") for rank in range(3)]
+    fault = watch_of(*(at(rank, record) for rank, record in enumerate(records))).fault()
+    assert fault is not None
+    assert fault.rank == odd
+    others = ", ".join(str(rank) for rank in range(3) if rank != odd)
+    assert fault.what.startswith(
+        "it issued all_reduce torch.float32 107 as number 2 of group tp (ranks (0, 1, 2)) in step 3, block b, "
+        f"where ranks {others} issued all_reduce torch.float32 100 in step 2, block b; it is in step 3"
+    )
+
+
+def test_three_sizes() -> None:
+    """Of three that all differ, one is left out."""
+    fault = watch_of(*(at(rank, _placed([f"all_reduce {rank}"], "step 1")) for rank in range(3))).fault()
+    assert fault is not None
+    assert "where rank 0 issued all_reduce 0 and rank 2 issued all_reduce 2; which of them is wrong" in fault.what
+
+
+@pytest.mark.parametrize("gone", range(3))
+def test_a_rank_that_is_gone(gone: int) -> None:
+    """What it had issued last is known from another one only, and newer than what it had said itself."""
+    old = [at(rank, issued("tp", range(3), ["a"])) for rank in range(3)]
+    new = [at(rank, _placed(["a", "odd" if rank == 1 else "b"], "step 1")) for rank in range(3)]
+    heard = [replace(status, lost={gone: new[gone].groups}) for status in new if status.rank != gone]
+    assert culprit(*old) is None
+    assert culprit(*old, *heard) == 1
+    assert culprit(*heard) == 1, "it had never been heard"
+    assert culprit(*heard, *old[gone : gone + 1]) == 1, "and what is heard later is older"
 
 
 @pytest.mark.parametrize("odd", range(4))

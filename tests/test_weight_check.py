@@ -30,6 +30,7 @@ from crossdock.runtime.models import transformers as transformers_module
 from crossdock.runtime.models.checkpoint import stored_tensors
 from crossdock.runtime.plan import make_plan as plan_module
 from crossdock.runtime.plan.make_plan import make_plan
+from crossdock.runtime.plan.model_layout import ModelLayout
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.weights import compare as arrival
 from crossdock.runtime.rank.weights.compare import WHOLE_BYTES, WeightCheck, sampled_rows
@@ -121,7 +122,7 @@ def test_a_healthy_load_is_admitted(family: str, way: str, dtype: str, checkpoin
     for probe in (False, True):
         with _worker(plan, probe) as (worker, report):
             assert verify_composition(plan, [report]) == []
-            assert {record.fqn for record in report.arrivals} == set(plan.dtypes)
+            assert {record.fqn for record in report.arrivals} == set(plan.layout.dtypes)
             assert verify_composition(plan, [worker.report()]) == []
             records.append({record.fqn: record for record in report.arrivals})
     sampled, whole = records
@@ -129,7 +130,7 @@ def test_a_healthy_load_is_admitted(family: str, way: str, dtype: str, checkpoin
         dtype != "auto"
     )
     for fqn, record in whole.items():
-        assert record.nbytes == plan.dtypes[fqn].itemsize * torch.Size(plan.stored[fqn].shape).numel()
+        assert record.nbytes == plan.layout.dtypes[fqn].itemsize * torch.Size(plan.layout.stored[fqn].shape).numel()
     assert _violations_in_the_first_request(plan) == []
 
 
@@ -143,8 +144,8 @@ def test_weights_that_were_changed_on_purpose_are_no_fault(rehearse: bool, flux2
         with worker.loaded.stream.gathered(BLOCK, write_back=True) as weights:
             weights["attn.to_out.weight"].mul_(2)
         before = worker.report().arrivals
-        assert {record.fqn for record in before} == set(plan.dtypes)
-        worker.loaded.stream.reschedule(plan.schedule, plan.resident, plan.order)
+        assert {record.fqn for record in before} == set(plan.layout.dtypes)
+        worker.loaded.stream.reschedule(plan.memory.schedule, plan.memory.resident, plan.memory.order)
         worker.loaded.stream.rehearse()
         again = worker.report()
         assert again.arrivals == before
@@ -183,7 +184,7 @@ def test_all_bytes_are_compared_by_a_probe(flux2_dir: Path, monkeypatch: pytest.
     """`check --probe` finds what the sample cannot: a byte of a row that it leaves out."""
     load = WeightLoader.load_blocks
     plan = _plan(flux2_dir)
-    shape = plan.stored[WEIGHT].shape
+    shape = plan.layout.stored[WEIGHT].shape
     rows = sampled_rows(WEIGHT, torch.empty(shape), None, ())
     assert rows is not None
     left_out = next(row for row in range(shape[0]) if row not in rows.tolist())
@@ -210,7 +211,7 @@ def test_a_load_that_brings_nothing_is_caught(way: str, flux2_dir: Path, monkeyp
     )
     plan = _plan(flux2_dir, WAYS[way])
     violations = _violations(plan)
-    block = next(block for block in plan.blocks if block.name == BLOCK)
+    block = next(block for block in plan.memory.blocks if block.name == BLOCK)
     assert sorted(_named(violations, "complete")) == sorted(f"{BLOCK}.{entry.name}" for entry in block.layout.entries)
     assert {violation.check for violation in violations} == {"complete", "single-owner"}, (
         "nothing was read from where it rests"
@@ -226,7 +227,7 @@ def test_a_tensor_left_out_of_a_load_is_caught(flux2_dir: Path, monkeypatch: pyt
         lambda block, target: moves(block, target)[:-1] if block.name == BLOCK else moves(block, target),
     )
     plan = _plan(flux2_dir, WAYS["mmap"])
-    last = next(block for block in plan.blocks if block.name == BLOCK).layout.entries[-1]
+    last = next(block for block in plan.memory.blocks if block.name == BLOCK).layout.entries[-1]
     assert _named(_violations(plan), "complete") == [f"{BLOCK}.{last.name}"]
 
 
@@ -260,7 +261,7 @@ def test_an_offload_that_saves_nothing_is_caught(flux2_dir: Path, monkeypatch: p
     with _worker(plan) as (_, report):
         violations = verify_composition(plan, [report])
     text = next(str(violation) for violation in violations if "bytes of weights" in violation.expected)
-    everything = sum(block.layout.slot_bytes for block in plan.blocks)
+    everything = sum(block.layout.slot_bytes for block in plan.memory.blocks)
     assert report.device_bytes.weights >= everything
     assert f"found {report.device_bytes.weights} bytes" in text
 
@@ -314,11 +315,11 @@ def test_a_resident_tensor_inside_a_slot_is_caught(flux2_dir: Path, monkeypatch:
     """What is outside of the blocks must not lie where blocks are streamed."""
     attach = BlockStream.attach
     plan = _plan(flux2_dir)
-    fqn = next(fqn for fqn in plan.outside if fqn.endswith("weight") and len(plan.stored[fqn].shape) == 2)
+    fqn = next(fqn for fqn in plan.memory.outside if fqn.endswith("weight") and len(plan.layout.stored[fqn].shape) == 2)
 
     def misplaced(self: BlockStream) -> None:
         attach(self)
-        if self.blocks[0].name == plan.blocks[0].name:
+        if self.blocks[0].name == plan.memory.blocks[0].name:
             model = models[-1]
             path, _, leaf = fqn.rpartition(".")
             owner = model.get_submodule(path)
@@ -417,7 +418,7 @@ def test_shards_in_the_wrong_order_are_caught(
     assert {violation.rank for violation in violations} == {0, 1}
     assert {violation.check for violation in violations} == {"complete"}
     names = set(_named(violations, "complete"))
-    assert all(any(name.startswith(f"{block.name}.") for name in names) for block in plan.blocks)
+    assert all(any(name.startswith(f"{block.name}.") for name in names) for block in plan.memory.blocks)
 
 
 @pytest.mark.parametrize("offload", [{"layerwise": True}, {"layerwise": True, "host": "mmap"}, {}])
@@ -433,7 +434,7 @@ def test_the_slice_of_another_rank_is_caught(
             def load_blocks(self) -> Any:
                 mine = self._slices
                 if worker.rank == 1:
-                    self._slices = plan.slices[0]
+                    self._slices = plan.layout.slices[0]
                 weights = super().load_blocks()
                 self._slices = weights.slices = mine
                 return weights
@@ -450,7 +451,7 @@ def test_the_slice_of_another_rank_is_caught(
     named = set(_named(violations, "complete"))
     for cut in ("layers.1.attention.to_q.weight", "layers.1.attention.to_out.0.weight"):
         assert cut in named, "cut along dim 0, and along dim 1"
-    assert not any(name not in plan.slices[0] for name in named), "what is not cut came right"
+    assert not any(name not in plan.layout.slices[0] for name in named), "what is not cut came right"
 
 
 # -- the comparison itself --------------------------------------------------------------------------------------------
@@ -494,16 +495,16 @@ class _Case:
         self.layout = BlockLayout.of(block, multiple=shards)
         self.memory = torch.full((self.layout.slot_bytes,), 0xFF, dtype=torch.uint8)
         self.layout.pack(block, self.memory)
-        mesh = SimpleNamespace(hsdp_shard=shards, coordinates=lambda rank: {"tp": 0})
-        plan = SimpleNamespace(
+        mesh = SimpleNamespace(hsdp_shard=shards)
+        layout = SimpleNamespace(
             stored=stored_tensors(folder),
-            slices=(slices,),
+            slices_of=lambda rank: slices,
             mesh=mesh,
             dtypes={name: value.dtype for name, value in model.named_buffers()},
         )
         home = Home.HOST if shards == 1 else Home.HOST_SHARD
         self._block = StreamedBlock("b", block, self.layout, home, ())
-        self._make = lambda: WeightCheck(cast(RunPlan, plan), 0, model, full=full)
+        self._make = lambda: WeightCheck(cast(ModelLayout, layout), (), 0, model, full=full)
 
     def wrong(self) -> set[str]:
         check = self._make()

@@ -43,6 +43,17 @@ def _skip_one(worker: RankWorker) -> None:
     group.all_reduce = all_reduce  # type: ignore[method-assign]
 
 
+def _other_size(worker: RankWorker) -> None:
+    group = worker.loaded.mesh.groups["tp"]
+    assert group is not None
+
+    def all_reduce(tensor: Any) -> None:
+        del group.all_reduce  # type: ignore[attr-defined]
+        group.all_reduce(tensor.new_ones(7))
+
+    group.all_reduce = all_reduce  # type: ignore[method-assign]
+
+
 def _end(kind: str, worker: RankWorker) -> None:
     note("fault", str(time.time()))
     if kind == "kill":
@@ -54,6 +65,8 @@ def _end(kind: str, worker: RankWorker) -> None:
         raise ValueError("planted")
     elif kind == "skip":
         _skip_one(worker)
+    elif kind == "size":
+        _other_size(worker)
     elif kind == "late":
         worker.stopping._limit_s = 0.0
 

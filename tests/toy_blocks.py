@@ -27,7 +27,7 @@ from crossdock.offload.stream.block import Home, StreamedBlock
 from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.offload.stream.loader import Gather
 from crossdock.runtime.contract.ordering import trace_in_order
-from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.plan.memory_plan import MemoryPlan
 
 WIDTH = 8
 STREAMED = (Home.HOST, Home.DEVICE_SHARD, Home.HOST_SHARD)
@@ -309,9 +309,9 @@ class Case:
         self.stream.remove()
         self.stream.engine.close()
         if in_order and isinstance(self.stream.engine, CpuCopyEngine):
-            plan = SimpleNamespace(blocks=self.stream.blocks, schedule=self.stream.schedule)
+            memory = SimpleNamespace(blocks=self.stream.blocks, schedule=self.stream.schedule)
             trace = [event for event in self.stream.trace() if event.sequence >= self.stream.scheduled_at]
-            assert list(trace_in_order(cast(RunPlan, plan), 0, trace)) == []
+            assert list(trace_in_order(cast(MemoryPlan, memory), 0, trace)) == []
 
 
 def run(modules: Sequence[Toy], order: Sequence[int]) -> Tensor:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -31,10 +32,12 @@ PROMISES = {
     "no-alias": "blocks share no memory, unless it stays on the device",
     "in-order": "load, gather, compute, free; no slot is overwritten under its reader",
     "same-collectives": "the ranks of a group issue the same collectives in the same order",
+    "arrives": "what blocks compute with is what first arrived, in every step of a request",
     "finite": "no step's latents have a number that is not finite (in every request)",
     "same-state": "a replica's ranks have the same inputs and latents in every step of a request",
     "same-order": "they compute the same blocks in the same order, each through its hooks (in every request)",
     "same-numbers": "a step with streaming and one without it give the same bits (--probe)",
+    "same-as-one": "each block gives what it gives in the unsharded model, but for rounding (--probe)",
 }
 _COLOURS = {"holds": "green", "violated": "bold red", "not probed": "dim", "no step yet": "dim", "off": "dim"}
 
@@ -103,7 +106,7 @@ def run_check(
 
 
 def check(config: RunConfig, model_dir: Path, launcher: Launcher, probe: bool) -> ContractResult:
-    """Launch, load, verify; end all ranks. `probe`: also run a step with streaming and without it."""
+    """Launch, load, verify; end all ranks. `probe`: see `Engine.probe`."""
     try:
         with Engine.start(config, model_dir, make_gang=choose_gang(launcher), probe=probe, rehearse=True) as engine:
             return engine.contract_result
@@ -122,6 +125,7 @@ def as_text(model_dir: Path, result: ContractResult) -> str:
         "composition": result.composition,
         "violations": [asdict(violation) for violation in result.violations],
         "ranks": [asdict(Holdings.of(report)) for report in result.reports],
+        "deviations": [_finite(asdict(deviation)) for deviation in result.deviations],
     }
     return json.dumps(content, indent=2)
 
@@ -166,6 +170,11 @@ def holdings_table(layout: str, ranks: Sequence[Holdings]) -> Table:
 def _nbytes(record: TensorRecord) -> int:
     dtype: torch.dtype = getattr(torch, record.dtype.removeprefix("torch."))
     return math.prod(record.shape) * dtype.itemsize
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity."""
+    return {name: None if value == math.inf else value for name, value in row.items()}
 
 
 def _mib(nbytes: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from crossdock.launch.engine.engine import Engine
 from crossdock.launch.engine.recovery import brief
 from crossdock.launch.gangs.choose import Command, choose_gang, choose_launcher
 from crossdock.runtime.config.yaml_file import load_config, locate
+from crossdock.runtime.contract.numbers import PROBE_CHECKS
 from crossdock.runtime.errors import UserError
 from crossdock.runtime.models.families import spec_for
 from crossdock.runtime.request import GenerateRequest
@@ -33,8 +34,13 @@ def run_generate(
     outputs: Outputs,
     command: Command,
     quiet: bool = False,
+    probe: bool = False,
 ) -> None:
-    """Generate and write the outputs. `quiet`: another rank prints and writes.
+    """Generate and write the outputs.
+
+    Args:
+        quiet: another rank prints and writes.
+        probe: see `Engine.probe`; what it refuses is not drawn.
 
     Raises:
         UserError: with file, line and key path, where the config is to blame.
@@ -47,9 +53,11 @@ def run_generate(
         launcher = choose_launcher(config, command, "generate")
         console.print(f"{model_dir}: starting {config.world_size} ranks ({launcher})", markup=False)
         notify = partial(console.print, markup=False)
-        make_gang = choose_gang(launcher)
-        with Engine.start(config, model_dir, make_gang=make_gang, first_request=request, notify=notify) as engine:
-            verified = "composition verified, what arrives is compared in the first step"
+        options: dict[str, Any] = {"make_gang": choose_gang(launcher), "first_request": request, "notify": notify}
+        with Engine.start(config, model_dir, probe=probe, **options) as engine:
+            rows = engine.contract_result.composition
+            probed = "; ".join(f"{row['check']}: {row['detail']}" for row in rows if row["check"] in PROBE_CHECKS)
+            verified = f"composition verified; {probed if probe else 'what arrives is compared in the first step'}"
             console.print(f"layout: {engine.plan.layout_name}; {verified}", markup=False)
             with _step_bar(console) as step:
                 generation = engine.run(request, step)
@@ -73,7 +81,7 @@ def locating(config_path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _step_bar(console: Console) -> Iterator[Any]:
+def _step_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal, a plain line per step elsewhere."""
     if not console.is_terminal or console.quiet:
         yield lambda done, total: console.print(f"step {done}/{total}", markup=False)

@@ -59,10 +59,11 @@ class Outputs:
         return [self.image.with_stem(f"{self.image.stem}_{index}") for index in range(images)]
 
 
-RunGenerate = Callable[[Path, Path, GenerateRequest, Outputs], None]
-"""Takes the config file, the model directory, the request and the outputs, all checked."""
+RunGenerate = Callable[[Path, Path, GenerateRequest, Outputs, bool], None]
+"""Takes the config file, the model directory, the request and the outputs, all checked; whether to probe first."""
 
 
+_PROBE = "run a small step with streaming, without it, and of the unsharded model on one rank; compare block by block."
 RunCheck = Callable[[Path, Path, bool, bool], None]
 """Takes the config file and the model directory, both checked; whether to probe, and whether to print JSON."""
 
@@ -90,6 +91,7 @@ def build_app(run: RunGenerate) -> typer.Typer:
         trace: Annotated[
             Path | None, typer.Option(help="Also write what every rank did when (JSON, for Perfetto and `timeline`).")
         ] = None,
+        probe: Annotated[bool, typer.Option("--probe", help=f"Before anything is drawn: {_PROBE}")] = False,
         **options: Any,
     ) -> None:
         """Draw one picture, or make one video, for each prompt."""
@@ -97,8 +99,8 @@ def build_app(run: RunGenerate) -> typer.Typer:
         outputs = Outputs(out, latents, report, trace)
         request.validate()
         outputs.check(len(request.pictures))
-        _check_inputs(config, model_dir)
-        run(config, model_dir, request, outputs)
+        check_inputs(config, model_dir)
+        run(config, model_dir, request, outputs, probe)
 
     app.command()(_with_request_options(generate))
     return app
@@ -132,13 +134,11 @@ def add_check(app: typer.Typer, run: RunCheck) -> typer.Typer:
             Path, typer.Argument(metavar="MODEL_DIR", help="Checkpoint directory in the diffusers format.")
         ],
         config: Annotated[Path, typer.Option(help="YAML file with the layout; see `config-schema`.")],
-        probe: Annotated[
-            bool, typer.Option("--probe", help="Also run one step with streaming and without it, and compare the bits.")
-        ] = False,
+        probe: Annotated[bool, typer.Option("--probe", help=f"Also {_PROBE}")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     ) -> None:
         """Load the model and verify that sharding and offloading compose; nothing is drawn."""
-        _check_inputs(config, model_dir)
+        check_inputs(config, model_dir)
         run(config, model_dir, probe, as_json)
 
     return app
@@ -170,7 +170,11 @@ def run_app(app: typer.Typer, arguments: list[str] | None = None, complain: Call
     return 0
 
 
-def _check_inputs(config: Path, model_dir: Path) -> None:
+def check_inputs(config: Path, model_dir: Path) -> None:
+    """
+    Raises:
+        ConfigError, CheckpointError: what they name cannot be read.
+    """
     load_config(config)  # read again by the run; here so that a mistake shows before the heavy imports
     if not model_dir.is_dir():
         raise CheckpointError(f"{model_dir}: no such directory; give a checkpoint in the diffusers format")

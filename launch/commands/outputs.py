@@ -7,15 +7,14 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
 from crossdock.launch.commands.options import Outputs
-from crossdock.launch.commands.video_file import write_video
 from crossdock.launch.engine.generation import Generation
+from crossdock.launch.video_file import write_video
 from crossdock.runtime.media import Video
 from crossdock.runtime.reports.trace_file import chrome_trace
 
@@ -40,7 +39,7 @@ def write_outputs(generation: Generation, outputs: Outputs) -> list[Path]:
     return paths
 
 
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
+def _write(path: Path, write: Callable[[Path], object]) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(part)

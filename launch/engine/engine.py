@@ -15,7 +15,7 @@ from typing import Any, Self, Unpack
 import torch
 
 from crossdock.launch.engine.generation import Generation
-from crossdock.launch.engine.progress import Delays, Notify, Progress, Steps
+from crossdock.launch.engine.progress import Delays, Notify, Preview, Progress, Steps
 from crossdock.launch.engine.ranks import Ranks
 from crossdock.launch.engine.recovery import RPC_S, Fault, Snapshots, Survived
 from crossdock.launch.engine.request_queue import RequestQueue
@@ -41,7 +41,11 @@ CLOSE_S = 30.0
 
 
 class Engine:
-    """Use it as a context manager; `close` ends all ranks."""
+    """Use it as a context manager; `close` ends all ranks.
+
+    Attributes:
+        statuses: what was last heard of the ranks while they worked.
+    """
 
     def __init__(
         self,
@@ -57,6 +61,7 @@ class Engine:
         self._queue = RequestQueue(self._execute, threaded=gang.own_rank is None)
         self._number = 0  # of the last round of pictures
         self._unreported: list[Fault] = []  # survived at the start, and in requests that were stopped
+        self.statuses: Mapping[int, RankStatus] = {}
         self._abandoned = False  # closed while somebody still worked
 
     @property
@@ -68,6 +73,16 @@ class Engine:
     def contract_result(self) -> ContractResult:
         """On the composition of what the ranks hold now."""
         return self._ranks.coordinator.result
+
+    @property
+    def closed(self) -> bool:
+        """It takes no more requests: it was closed, or its ranks are gone for good."""
+        return self._queue.closed
+
+    @property
+    def recovering(self) -> bool:
+        """Ranks are being replaced. For any thread."""
+        return self._ranks.replacing
 
     @classmethod
     def start(
@@ -146,8 +161,13 @@ class Engine:
                 self._stop(run, "interrupted")
             raise
 
-    def submit(self, request: GenerateRequest, progress: Progress | None = None) -> RequestHandle:
-        """Put a request at the end of the queue. For any thread; `progress` is called on another one.
+    def submit(
+        self, request: GenerateRequest, progress: Progress | None = None, preview: Preview | None = None
+    ) -> RequestHandle:
+        """Put a request at the end of the queue. For any thread; `progress` and `preview` are called on another one.
+
+        Args:
+            preview: gets latents meanwhile: of the last step of a round of pictures that was seen, not of all.
 
         Where torchrun starts the ranks, every rank has to submit the same requests in the same order and ask for their
         results in the same order, on one thread: a request runs while somebody waits for it or for a later one.
@@ -156,7 +176,7 @@ class Engine:
             RequestError: it does not fit the model.
             EngineClosedError: the engine is closed.
         """
-        run = self._begin(request, progress)
+        run = self._begin(request, progress, preview)
         self._queue.submit(run)
         return RequestHandle(run, self._queue.wait, self._stop)
 
@@ -170,10 +190,11 @@ class Engine:
             self._stop(run, reason)
 
     def probe(self) -> None:
-        """Let every rank run one step with streaming and without it: the same bits, or it raises.
+        """Let every rank run one small step with streaming and without it: the same bits, or it raises; and one rank of
+        each guidance branch the unsharded model: every block returns the same, but for rounding, or it raises.
 
         Raises:
-            CompositionError: streaming changed a number.
+            CompositionError: streaming changed a number, or sharding one by more than its rounding.
             RankError: a rank failed; the engine is closed.
         """
         with self._queue.alone():
@@ -209,14 +230,14 @@ class Engine:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
-    def _begin(self, request: GenerateRequest, progress: Progress | None) -> RequestRun:
+    def _begin(self, request: GenerateRequest, progress: Progress | None, preview: Preview | None = None) -> RequestRun:
         check_request(self.plan, request)
         rounds = -(-len(request.items) * request.images_per_prompt // self._at_once(request))
-        steps = rounds * request.steps * number_of_chunks(self.plan.spec, request.frames)
-        return RequestRun(request, steps, progress)
+        steps = rounds * request.steps * number_of_chunks(self.plan.layout.spec, request.frames)
+        return RequestRun(request, steps, progress, preview)
 
     def _at_once(self, request: GenerateRequest) -> int:
-        return self.plan.mesh.dp * request.batch_size
+        return self.plan.layout.mesh.dp * request.batch_size
 
     def _stop(self, run: RequestRun, reason: str) -> None:
         run.ask_to_stop(reason)
@@ -256,6 +277,7 @@ class Engine:
         self._ranks.renew()
         launch, pictures, done = self.plan.config.launch, run.request.pictures, list[RankResult]()
         limit_s, keep_every = run.request.time_limit_s, launch.recovery.keep_every if self.gang.can_restart else 0
+        keep_every = 1 if run.preview is not None and self.plan.layout.spec.resumes else keep_every
         asked = replace(run.request, time_limit_s=launch.timeouts.request_s if limit_s is None else limit_s)
         for first in range(0, len(pictures), at_once := self._at_once(asked)):
             self._number += 1
@@ -264,19 +286,20 @@ class Engine:
         return Generation(
             [media for result in done for media in result.media],
             [one for result in done if result.latents is not None for one in torch.split(result.latents, 1)],
-            self._report(done[-self.plan.mesh.world_size :], run.survived.faults),
+            self._report(done[-self.plan.layout.mesh.world_size :], run.survived.faults),
             [result.timeline for result in done],
         )
 
     def _round(self, run: RequestRun, request: RankRequest) -> list[RankResult]:
         """One round of pictures, whatever happens to the ranks meanwhile."""
-        snapshots = Snapshots(self.plan, self.gang)
+        snapshots = Snapshots(self.plan.layout, self.gang, run.preview)
         asked, delays = request.asked, Delays(self._ranks.notify)
-        shown = Steps(run.end_step, asked.steps * number_of_chunks(self.plan.spec, asked.frames))
+        shown = Steps(run.end_step, asked.steps * number_of_chunks(self.plan.layout.spec, asked.frames))
         first = time.perf_counter()
         run.number = request.number
 
         def notice(statuses: Mapping[int, RankStatus]) -> None:
+            self.statuses = dict(statuses)
             shown.notice(statuses)
             snapshots.notice(statuses)
             delays.notice(statuses)
@@ -324,7 +347,7 @@ class Engine:
             "layout": self.plan.layout_name,
             "ranks": rows,
             # verdict: what schedule_note was called before, for one version
-            "schedule": {**asdict(self.plan.schedule_report(note)), "verdict": note},
+            "schedule": {**self.plan.memory.schedule_report(note), "verdict": note},
             "composition": self._ranks.coordinator.composition,
             "faults": [asdict(fault) for fault in faults],
             "phases_s": {phase: round(seconds, 4) for phase, seconds in phases.items()},

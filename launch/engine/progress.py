@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from torch import Tensor
+
 from crossdock.runtime.reports.status import RankStatus
 from crossdock.runtime.watch.watch import Watch
 
 Progress = Callable[[int, int], None]
 """Called with (finished steps, all steps)."""
+Preview = Callable[[int, Tensor], None]
+"""Called with a finished step and its latents `[pictures, ...]`, on the CPU: as the pipeline's loop holds them."""
 Notify = Callable[[str], None]
 """Gets a line for the user."""
 

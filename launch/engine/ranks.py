@@ -19,7 +19,7 @@ from crossdock.runtime.errors import CrossdockError, RankError, RequestCancelled
 from crossdock.runtime.pipeline.snapshot import Snapshot
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.rank.probe import probe_numbers, probe_request
+from crossdock.runtime.rank.probe.probe import probe_numbers, probe_request
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.rank_result import RankResult
 from crossdock.runtime.request import RankRequest
@@ -32,6 +32,7 @@ class Ranks:
     Attributes:
         gone: why they were given up; None: they were not.
         ending: no more are to be started.
+        replacing: others are being started in the place of some.
         phases: seconds of the last start.
     """
 
@@ -54,9 +55,10 @@ class Ranks:
         self.coordinator = Coordinator(plan)
         self.phases = {"launch": 0.0, "load": 0.0, "verify": 0.0}
         self.gone: str | None = None
-        self.ending = False
+        self.ending = self.replacing = False
         self._owns_gang = owns_gang
         self._how = thorough, rehearses
+        self._again = False  # after a fault: all that arrives is compared
         self._idle = False  # the ranks wait for work: nobody was interrupted in the middle of it
 
     @property
@@ -101,7 +103,7 @@ class Ranks:
 
     def probe(self) -> None:
         """See `Engine.probe`."""
-        request, timeout_s = probe_request(self.plan), self.plan.config.launch.timeouts.request_s
+        request, timeout_s = probe_request(self.plan.layout), self.plan.config.launch.timeouts.request_s
         self._idle = False
         try:
             probes = self.gang.collective_rpc(probe_numbers, request, timeout_s=timeout_s)
@@ -128,7 +130,7 @@ class Ranks:
         Raises:
             RankError: there have been enough attempts, or memory ran out and cannot be saved; they are given up.
         """
-        self._idle = False
+        self._idle, self.replacing = False, True
         began = time.perf_counter()
         remedy, meanwhile = "new ranks", list[RankError]()
 
@@ -144,10 +146,13 @@ class Ranks:
             if attempts < 1 or error.kind == "late" or not self.gang.can_restart or self.ending:
                 raise error
             self.notify(f"{brief(error)}; remedy: {remedy}")
+            self._again = True
             restart(self.gang, self._load, attempts, lost_again)
         except BaseException as fatal:
             self._give_up(fatal)
             raise
+        finally:
+            self.replacing = False
         recovery_s = time.perf_counter() - began
         again = tuple(map(str, meanwhile))
         fault = Fault(error.rank, error.kind, str(error), resumed_after, lost_s, recovery_s, remedy, again)
@@ -169,9 +174,12 @@ class Ranks:
         began = time.perf_counter()
         if self.plan.config.offload.is_relative:
             device_bytes = min(self.gang.collective_rpc(RankWorker.device_bytes, timeout_s=timeouts.launch_s))
-            plan = make_plan(self.plan.config, self.plan.model_dir, self.plan.device, device_bytes)
+            layout = self.plan.layout
+            plan = make_plan(self.plan.config, layout.model_dir, layout.device, device_bytes)
             self.coordinator = Coordinator(plan)
-        reports = self.gang.collective_rpc(RankWorker.setup, self.plan, *self._how, timeout_s=timeouts.load_s)
+        reports = self.gang.collective_rpc(
+            RankWorker.setup, self.plan, *self._how, self._again, timeout_s=timeouts.load_s
+        )
         loaded = time.perf_counter()
         self._idle = True
         self.coordinator.admit(reports, self._how[1])

@@ -6,9 +6,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
+
+from crossdock.launch.engine.progress import Preview
 from crossdock.runtime.errors import CrossdockError, RankError
 from crossdock.runtime.pipeline.snapshot import Snapshot, common_start
 from crossdock.runtime.plan.make_plan import make_plan
+from crossdock.runtime.plan.model_layout import ModelLayout
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.status import RankStatus
@@ -53,9 +57,11 @@ class Survived:
 class Snapshots:
     """The newest snapshots that the first rank of every replica has, fetched while the ranks work."""
 
-    def __init__(self, plan: RunPlan, gang: Gang) -> None:
+    def __init__(self, layout: ModelLayout, gang: Gang, preview: Preview | None = None) -> None:
+        """`preview`: gets the latents of steps that all replicas have done."""
         self._gang = gang
-        mesh = plan.mesh
+        self._preview, self._shown = preview, 0
+        mesh = layout.mesh
         self._leaders = sorted({mesh.replica_group(rank)[0] for rank in range(mesh.world_size)})
         self._kept: dict[int, tuple[Snapshot, ...]] = dict.fromkeys(self._leaders, ())
         self._not_before_s = 0.0
@@ -72,6 +78,14 @@ class Snapshots:
                 except RankError:
                     self._not_before_s = time.monotonic() + ALONE_S
                     return
+        if self._preview is not None:
+            self._show(self._preview)
+
+    def _show(self, preview: Preview) -> None:
+        start = self.start()
+        if start is not None and start[0].step > self._shown:
+            self._shown = start[0].step
+            preview(self._shown, torch.cat([snapshot.latents for snapshot in start]))
 
     def forget(self) -> None:
         """None of them is to be trusted."""
@@ -113,21 +127,21 @@ def with_less_memory(plan: RunPlan) -> RunPlan | None:
     little as possible.
     """
     lower: str | None = None
-    if plan.budget_bytes is not None:
-        lower_bytes = max(int(plan.budget_bytes * NOTCH), plan.least_budget_bytes)
-        if lower_bytes >= plan.budget_bytes:
+    if plan.memory.budget_bytes is not None:
+        lower_bytes = max(int(plan.memory.budget_bytes * NOTCH), plan.least_budget_bytes)
+        if lower_bytes >= plan.memory.budget_bytes:
             return None
         lower = f"{lower_bytes}B"
     elif plan.config.offload.device_budget != "auto":
         return None
     offload = plan.config.offload.model_copy(update={"device_budget": lower})
-    return make_plan(plan.config.model_copy(update={"offload": offload}), plan.model_dir, plan.device)
+    return make_plan(plan.config.model_copy(update={"offload": offload}), plan.layout.model_dir, plan.layout.device)
 
 
 def budget_text(plan: RunPlan) -> str:
     """The budget for a message."""
-    if plan.budget_bytes is not None:
-        return f"{plan.budget_bytes} bytes"
+    if plan.memory.budget_bytes is not None:
+        return f"{plan.memory.budget_bytes} bytes"
     return "auto" if plan.config.offload.device_budget == "auto" else "as little as possible"
 
 

@@ -41,6 +41,10 @@ class RequestQueue:
         """The request under way."""
         return self._current
 
+    @property
+    def closed(self) -> bool:
+        return self._closed is not None
+
     def submit(self, run: RequestRun) -> None:
         with self._changed:
             self._enter(run)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from crossdock.launch.engine.generation import Generation
-from crossdock.launch.engine.progress import Progress
+from crossdock.launch.engine.progress import Preview, Progress
 from crossdock.launch.engine.recovery import Survived
 from crossdock.runtime.request import GenerateRequest
 
@@ -18,16 +18,20 @@ class RequestRun:
         id: by order of submission, from 1; the queue gives it.
         number: of the round under way, by which the ranks know it; 0: none has begun.
         told: the number of the round that a rank was asked to stop.
+        preview: gets the latents of steps that are done.
         steps: of all rounds. `finished_steps`: how many of them are done.
     """
 
-    def __init__(self, request: GenerateRequest, steps: int, progress: Progress | None) -> None:
+    def __init__(
+        self, request: GenerateRequest, steps: int, progress: Progress | None, preview: Preview | None = None
+    ) -> None:
         self.id = 0
         self.request = request
         self.steps = steps
         self.finished_steps = 0
         self.number = self.told = 0
         self.survived = Survived()
+        self.preview = preview
         self.outcome: Future[Generation] = Future()
         self._progress = progress
         self._lock = threading.Lock()

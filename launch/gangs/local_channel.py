@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
 
 import cloudpickle
 
@@ -40,6 +39,10 @@ class RankDiedError(Exception):
     """The other end of a rank's connection is closed."""
 
 
+Answer = tuple[int, bytes]
+"""The kind of what a rank sent, and that itself."""
+
+
 @dataclass
 class _Connection:
     """One rank's socket and output, and what is under way on it."""
@@ -48,7 +51,7 @@ class _Connection:
     output: int
     unsent: deque[memoryview] = field(default_factory=deque)
     arrived: bytearray = field(default_factory=bytearray)
-    waiting: dict[int, Future[Any]] = field(default_factory=dict)
+    waiting: dict[int, Future[Answer]] = field(default_factory=dict)
     tail: bytes = b""
     ended: bool = False
 
@@ -83,15 +86,15 @@ class Channel:
         self._thread = threading.Thread(target=self._run, name="crossdock-local", daemon=True)
         self._thread.start()
 
-    def ask(self, ranks: Sequence[int], kind: int, work: Callable[..., Any], *args: Any) -> list[Future[Any]]:
+    def ask(self, ranks: Sequence[int], kind: int, work: Callable[..., object], *args: object) -> list[Future[Answer]]:
         """`work(host, *args)` on these ranks. A future holds what arrives (pickled), an error that the rank raised, or
         `RankDiedError`.
         """
         packed = cloudpickle.dumps((work, args))
-        futures: list[Future[Any]] = []
+        futures: list[Future[Answer]] = []
         with self._lock:  # of two callers, one is the first on all ranks
             for rank in ranks:
-                connection, future = self._connections[rank], Future[Any]()
+                connection, future = self._connections[rank], Future[Answer]()
                 futures.append(future)
                 if connection.ended or self._closing:
                     future.set_exception(RankDiedError())

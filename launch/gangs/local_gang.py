@@ -22,7 +22,16 @@ from typing import Any, TypeVar
 import cloudpickle
 
 from crossdock.launch.gangs.choose import check_gpus
-from crossdock.launch.gangs.local_channel import ANSWER, BESIDE, CALL, PACKET_BYTES, TAIL_BYTES, Channel, RankDiedError
+from crossdock.launch.gangs.local_channel import (
+    ANSWER,
+    BESIDE,
+    CALL,
+    PACKET_BYTES,
+    TAIL_BYTES,
+    Answer,
+    Channel,
+    RankDiedError,
+)
 from crossdock.launch.gangs.ranks.host import RENDEZVOUS_VARIABLES, RankHost
 from crossdock.launch.gangs.ranks.process_state import process_state
 from crossdock.launch.gangs.ranks.rendezvous import LOOPBACK
@@ -80,7 +89,7 @@ class LocalGang:
             raise
 
     def collective_rpc(
-        self, work: Callable[..., T], *args: Any, timeout_s: float, notice: Notice | None = None
+        self, work: Callable[..., T], *args: object, timeout_s: float, notice: Notice | None = None
     ) -> list[T]:
         ranks = self._ranks
         if ranks is None:
@@ -88,7 +97,7 @@ class LocalGang:
         futures = ranks.channel.ask(range(self.world_size), CALL, RankHost.collective_rpc, work, args)
         return await_results(ranks, futures, time.monotonic() + timeout_s, Watcher(ranks, notice))
 
-    def rpc(self, rank: int, work: Callable[..., T], *args: Any, timeout_s: float) -> T:
+    def rpc(self, rank: int, work: Callable[..., T], *args: object, timeout_s: float) -> T:
         ranks = self._ranks
         if ranks is None or not 0 <= rank < self.world_size:
             raise RankError(rank, "is not there", "silent")
@@ -216,7 +225,7 @@ class _Server:
         self._control.close()
         os.close(self._output)
 
-    def _ask(self, command: dict[str, Any], handles: Sequence[int] = ()) -> dict[str, Any] | None:
+    def _ask(self, command: dict[str, object], handles: Sequence[int] = ()) -> dict[str, Any] | None:
         if os.getpid() != self._owner:
             return None
         with self._lock:
@@ -274,10 +283,10 @@ class _Ranks:
             raise
         self.channel = Channel(ends)
 
-    def wait(self, futures: Sequence[Future[Any]], timeout_s: float) -> list[Future[Any]]:
+    def wait(self, futures: Sequence[Future[Answer]], timeout_s: float) -> list[Future[Answer]]:
         return list(wait(futures, timeout_s).done)
 
-    def result(self, future: Future[Any], rank: int) -> Any:
+    def result(self, future: Future[Answer], rank: int) -> Any:
         try:
             kind, packed = future.result(timeout=0)
         except RankDiedError:
@@ -290,7 +299,7 @@ class _Ranks:
             return value
         raise value
 
-    def ask_status(self, rank: int) -> Future[Any]:
+    def ask_status(self, rank: int) -> Future[Answer]:
         return self.channel.ask([rank], BESIDE, RankHost.status)[0]
 
     def stopped(self, rank: int, silent: set[int]) -> str | None:

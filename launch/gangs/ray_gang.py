@@ -154,7 +154,7 @@ class RayGang:
             raise
 
     def collective_rpc(
-        self, work: Callable[..., T], *args: Any, timeout_s: float, notice: Notice | None = None
+        self, work: Callable[..., T], *args: object, timeout_s: float, notice: Notice | None = None
     ) -> list[T]:
         if not self._actors:
             raise RankError(0, "this gang is closed; start a new engine", "died")
@@ -163,7 +163,7 @@ class RayGang:
         ranks = _Actors(self._actors, self._places)
         return await_results(ranks, futures, time.monotonic() + timeout_s, Watcher(ranks, notice))
 
-    def rpc(self, rank: int, work: Callable[..., T], *args: Any, timeout_s: float) -> T:
+    def rpc(self, rank: int, work: Callable[..., T], *args: object, timeout_s: float) -> T:
         try:
             result: T = ray.get(self._actors[rank].rpc.remote(work, args), timeout=timeout_s)
         except (ray.exceptions.RayError, IndexError) as error:
@@ -206,7 +206,7 @@ class RayGang:
             self._init_ray(quiet)
         self._owns_ray = True
 
-    def _init_ray(self, quiet: dict[str, Any]) -> None:
+    def _init_ray(self, quiet: dict[str, object]) -> None:
         if (address := self._config.ray_address) is not None:
             deadline = time.monotonic() + self._config.timeouts.launch_s
             check_reachable(address, self._config.timeouts.launch_s)

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
@@ -63,7 +63,7 @@ class TorchrunGang:
         raise RankError(self._worker.rank, "only torchrun itself can start its ranks again: --max-restarts")
 
     def collective_rpc(
-        self, work: Callable[..., T], *args: Any, timeout_s: float, notice: Notice | None = None
+        self, work: Callable[..., T], *args: object, timeout_s: float, notice: Notice | None = None
     ) -> list[T]:
         """`timeout_s` does not bound the work here: torchrun's agent and the collectives' own limit do."""
         if self._watch is None:
@@ -85,7 +85,7 @@ class TorchrunGang:
         self._broken = broken
         return results
 
-    def rpc(self, rank: int, work: Callable[..., T], *args: Any, timeout_s: float) -> T:
+    def rpc(self, rank: int, work: Callable[..., T], *args: object, timeout_s: float) -> T:
         if rank != self._worker.rank:
             raise RankError(rank, f"cannot be reached from rank {self._worker.rank} under torchrun", "silent")
         return work(self._worker, *args)

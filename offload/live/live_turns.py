@@ -50,7 +50,7 @@ class _State:
     returning: Event | None = None
     active: bool = False
 
-    def holds(self, kept: dict[str, Any], leaf: str, number: int) -> bool:
+    def holds(self, kept: dict[str, object], leaf: str, number: int) -> bool:
         """Whether the module has what it was given for its turn, in the memory that it was given."""
         return kept.get(leaf) is self.present[number] and self.local[number].data_ptr() == self.addresses[number]
 
@@ -157,7 +157,7 @@ class LiveTurns(Turns):
             for guarded, key, _ in state.guards:
                 guarded.pop(key, None)
 
-    def without_slot(self, index: int, result: Any) -> Any:
+    def without_slot(self, index: int, result: object) -> Any:
         """What a turn gives away: no tensor in it lies in the slot, which soon holds something else."""
         state = self._states[index]
         assert state.memory is not None
@@ -223,14 +223,14 @@ class _Enter(_Guard):
     own: frozenset[int]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, module: nn.Module, *_: Any) -> None:
+    def __call__(self, module: nn.Module, *_: object) -> None:
         if id(module) not in self.own:
             return
         turn = self.turn(self.index)
         turn.__enter__()
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
-        def leave(module: nn.Module, args: Any, output: Any) -> Any:
+        def leave(module: nn.Module, args: object, output: object) -> Any:
             handle.remove()
             output = self.turns.without_slot(self.index, output)
             turn.__exit__(None, None, None)
@@ -238,7 +238,7 @@ class _Enter(_Guard):
 
         handle = module.register_forward_hook(leave, always_call=True)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+    def __deepcopy__(self, memo: dict[int, object]) -> Callable[..., None]:
         return _nothing
 
 
@@ -250,10 +250,10 @@ class Instead(_Guard):
     name: str
     act: Callable[..., Any]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         return self.act(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self, memo: dict[int, object]) -> Any:
         copied = memo.get(id(self.module))
         return self if copied is None else MethodType(getattr(type(self.module), self.name), copied)
 
@@ -262,7 +262,7 @@ def _methods(turns: LiveTurns, index: int, turn: Turn, module: nn.Module) -> Ite
     """A turn around each method of the block's class, but `forward` and what every module has."""
 
     def in_turn(method: MethodType) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: object, **kwargs: object) -> Any:
             with turn(index):
                 return turns.without_slot(index, method(*args, **kwargs))
 
@@ -291,5 +291,5 @@ def _statistics(block: StreamedBlock) -> Iterator[tuple[nn.Module, int]]:
                 yield owner, number
 
 
-def _nothing(*_: Any) -> None:
+def _nothing(*_: object) -> None:
     """What a hook is on a copy of its module."""

@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -22,6 +22,8 @@ from torch import Tensor
 
 Lane = Literal["copy", "gather"]
 LANES: tuple[Lane, ...] = ("copy", "gather")
+_EPOCH_S = 8.0
+"""So often there is another CUDA event from which times are counted."""
 
 
 class Event(Protocol):
@@ -62,7 +64,9 @@ class CopyEngine(Protocol):
         """`mark` on this node's monotonic clock (`time.perf_counter`); waits until the device got there."""
 
     def reset_clock(self) -> None:
-        """Times are exact near the last call only: call it now and then, while the device has nothing to do."""
+        """The two clocks drift apart: call it now and then, while the device has nothing to do. The order of what was
+        before it and after it does not show in times that are closer than it is exact (a millisecond).
+        """
 
     def drain(self) -> None:
         """Return when all work submitted so far has been given to the device (CUDA: it is at once; CPU: has run)."""
@@ -168,7 +172,7 @@ class CudaCopyEngine:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._streams = {lane: torch.cuda.Stream(device) for lane in LANES}  # type: ignore[no-untyped-call]
-        self.reset_clock()
+        self._epoch, self._epoch_began = self._now()
 
     def submit(
         self, lane: Lane, work: Callable[[], None], after: Sequence[Event], needs: Sequence[Event] = ()
@@ -200,22 +204,26 @@ class CudaCopyEngine:
             return None  # a captured event has no time of its own
         event = _timing_event()
         event.record(torch.cuda.current_stream(self._device) if lane == "compute" else self._streams[lane])
-        return self._epoch, event
+        mark = self._epoch, event
+        if (now := time.perf_counter()) - self._epoch_began > _EPOCH_S:
+            self._epoch, self._epoch_began = _Epoch(event, self._epoch), now
+        return mark
 
     def seconds(self, mark: Mark) -> float:
         if mark is None:
             return 0.0
         epoch: _Epoch = mark[0]
-        event = mark[1]
-        event.synchronize()
-        return epoch.at_s + float(epoch.event.elapsed_time(event)) / 1e3
+        return epoch.seconds(mark[1])
 
     def reset_clock(self) -> None:
-        # elapsed_time is ms in fp32: 4 us exact after a minute, 0.25 ms after an hour
+        self._epoch, self._epoch_began = self._now()
+
+    def _now(self) -> tuple[_Epoch, float]:
         event = _timing_event()
         event.record(torch.cuda.current_stream(self._device))
         event.synchronize()
-        self._epoch = _Epoch(event, time.perf_counter())
+        now = time.perf_counter()
+        return _Epoch(event, now), now
 
     def drain(self) -> None:
         pass
@@ -225,12 +233,27 @@ class CudaCopyEngine:
             stream.synchronize()
 
 
-@dataclass(frozen=True)
 class _Epoch:
-    """A CUDA event, and when it happened on the host's clock."""
+    """A CUDA event from which times are counted, and when it was on the host's clock, or from which epoch that is told.
 
-    event: Any
-    at_s: float
+    `elapsed_time` is ms in fp32: 0.5 us exact after `_EPOCH_S`, but 0.25 ms after an hour.
+    """
+
+    def __init__(self, event: Any, since: float | _Epoch) -> None:
+        self.event = event
+        self._since = since
+
+    def seconds(self, event: Any) -> float:
+        """When it happened; waits until it has. Of events of one epoch and of its followers, the order is kept."""
+        untold = [self]
+        while isinstance(epoch := untold[-1]._since, _Epoch):
+            untold.append(epoch)
+        for later, earlier in reversed(list(pairwise(untold))):
+            later._since = earlier.seconds(later.event)
+        assert isinstance(self._since, float)
+        event.synchronize()
+        self.event.synchronize()  # of another stream, maybe
+        return self._since + float(self.event.elapsed_time(event)) / 1e3
 
 
 def nothing() -> None:

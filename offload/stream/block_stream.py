@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from crossdock.offload.memory.arena import Arena
-from crossdock.offload.memory.copy_engine import CopyEngine
+from crossdock.offload.memory.copy_engine import CopyEngine, Lane
 from crossdock.offload.schedule.slots import SlotSchedule
 from crossdock.offload.stream.block import StreamedBlock, Turns
 from crossdock.offload.stream.first_loads import FirstLoadCallback, FirstLoadObserver
@@ -95,8 +95,8 @@ class BlockStream:
         if self._hooks.attached:
             raise RuntimeError("this block stream is attached already")
         for index, block in enumerate(self.blocks):
-            noted = partial(self._note, "compute_begin"), partial(self._note, "compute_end")
-            self._hooks.attach(index, block, *((self._before, self._after) if block.home.streamed else noted))
+            fixed = partial(self._note, "compute_begin"), self._fixed_computed
+            self._hooks.attach(index, block, *((self._before, self._after) if block.home.streamed else fixed))
         self._bind()
 
     def remove(self) -> None:
@@ -113,11 +113,13 @@ class BlockStream:
         self._poison()
         self._first_loads.observe(callback, self._run_order.order)
 
-    def rehearse(self, unseen: bool = False) -> None:
-        """Stream every block once without computing, so that ordering is proven. Collective when sharded.
+    def observe_uses(self, callback: FirstLoadCallback) -> None:
+        """`callback` gets every block, as at its first load, each time it has computed, before its memory is free."""
+        self._loads.on_use = callback
 
-        Args:
-            unseen: only those that have not come since `observe_first_loads`.
+    def rehearse(self, unseen: bool = False) -> None:
+        """Stream every block once without computing, so that ordering is proven; `unseen`: of those, the ones that have
+        not come since `observe_first_loads`. Collective when sharded.
         """
         for index in self._run_order.rehearsal:
             if not unseen or index in self._first_loads.unseen:
@@ -198,10 +200,9 @@ class BlockStream:
         fixed = {b.name: b.source for b in self.blocks if not b.home.streamed and isinstance(b.source, Tensor)}
         return fixed | {self.blocks[index].name: slot.memory for index, slot in self._table.own.items()}
 
-    @property
-    def latest(self) -> tuple[EventKind, str] | None:
-        """What the compute stream was last given, and of which block; for any thread."""
-        return self._log.latest
+    def latest(self, lane: Lane | Literal["compute"] = "compute") -> tuple[EventKind, str] | None:
+        """What the lane was last given, and of which block; for any thread."""
+        return self._log.latest.get(lane)
 
     @property
     def read(self) -> dict[str, list[Tensor]]:
@@ -327,6 +328,10 @@ class BlockStream:
             slot.holder = None
             slot.ready = self.engine.submit("copy", lambda: fill_nan(slot.memory), (done,))
 
+    def _fixed_computed(self, index: int) -> None:
+        self._note("compute_end", index)
+        self._loads.show(index, cast(Tensor, self.blocks[index].source))
+
     def settle_interrupted(self) -> None:
         """`settle`, unless the block is still at it."""
         if self._reading is not None and not is_running(self.blocks[self._reading].module):
@@ -377,15 +382,12 @@ class BlockStream:
 
     def _end_loads(self) -> None:
         self.settle()
-        for slot in self._table.every:
-            with suppress(Exception):  # a load that failed is of no interest any more; one under way must end first
-                self.engine.wait(slot.ready)
+        self._loads.end(self._table.every)
 
     def _bind(self) -> None:
         for index, block in enumerate(self.blocks):
             memory = self._table.of[index].memory if block.home.streamed else block.source
-            assert isinstance(memory, Tensor)
-            self._turns.bind(index, memory)
+            self._turns.bind(index, cast(Tensor, memory))
 
     def _poison(self) -> None:
         """No slot holds anything but NaN from here on."""

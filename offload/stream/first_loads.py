@@ -13,6 +13,10 @@ FirstLoadCallback = Callable[[StreamedBlock, Tensor], None]
 """Gets a block and its memory: uint8, all its bytes, on the device; they have come, for the compute stream."""
 
 
+def to_nobody(block: StreamedBlock, memory: Tensor) -> None:
+    """Nobody looks."""
+
+
 class FirstLoadObserver:
     """Calls back for every block once.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import nn
@@ -45,7 +44,7 @@ class BlockHooks:
     def _hook(self, act: Act, index: int, own: nn.Module) -> Callable[..., None]:
         """A hook that a compiled caller calls but does not trace. On a copy of the block it does nothing."""
 
-        def hook(module: nn.Module, *_: Any) -> None:
+        def hook(module: nn.Module, *_: object) -> None:
             if module is own and not self.suspended:
                 act(index)
 

@@ -40,7 +40,7 @@ class EventLog:
         self.kept_since = math.inf
         self._lock = threading.Lock()
         self._events: deque[tuple[int, EventKind, str, int | None, Mark, int, bool]] = deque()
-        self.latest: tuple[EventKind, str] | None = None  # (event, block) of the compute stream
+        self.latest: dict[str, tuple[EventKind, str]] = {}  # lane -> (event, block)
 
     def note(
         self,
@@ -56,8 +56,7 @@ class EventLog:
             self.upcoming += 1
             while len(self._events) > self._limit and self._events[0][0] < self.kept_since:
                 self._events.popleft()
-        if lane == "compute":
-            self.latest = kind, block
+        self.latest[lane] = kind, block
 
     def keep(self) -> None:
         """Keep all events from here on, however many: all of a request are judged. The limit is for those before."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
+
+from torch import Tensor
 
 from crossdock.offload.memory.arena import Slot
 from crossdock.offload.memory.copy_engine import CopyEngine, Event
 from crossdock.offload.stream.block import StreamedBlock, Turns
+from crossdock.offload.stream.first_loads import FirstLoadCallback, to_nobody
 from crossdock.offload.stream.loader import BlockLoader, poison
 
 
@@ -19,6 +24,7 @@ class SlotLoads:
         self._turns = turns
         self._pending: set[Slot] = set()  # claimed for a load of which not all is enqueued
         self.staging: Slot | None = None  # where what travels encoded waits to be decoded
+        self.on_use: FirstLoadCallback = to_nobody
 
     def enqueue(self, slot: Slot, holder: int, block: StreamedBlock, number: int | None, chunks: int = 1) -> None:
         """Load `block` into `slot`, behind the slot's last reader and its last load; not if it is there.
@@ -68,6 +74,12 @@ class SlotLoads:
             slot.holder = None  # half filled: the next request loads it again
             raise
 
+    def end(self, slots: Iterable[Slot]) -> None:
+        """Wait for all loads: one that failed is of no interest any more, one under way must end first."""
+        for slot in slots:
+            with suppress(Exception):
+                self._engine.wait(slot.ready)
+
     def begin_reading(self, slot: Slot, holder: int) -> None:
         """The compute stream has waited: the block's turn begins."""
         self._turns.begin(holder)
@@ -75,6 +87,7 @@ class SlotLoads:
 
     def end_reading(self, slot: Slot, holder: int) -> Event:
         """The event after which the slot may be overwritten: what the block wrote has been written back by then."""
+        self.show(holder, slot.memory)
         done = self._engine.record()
         if written := self._turns.end(holder):
 
@@ -86,6 +99,11 @@ class SlotLoads:
             self._turns.written(holder, done)
         slot.end_reading(done)
         return done
+
+    def show(self, holder: int, memory: Tensor) -> None:
+        """A block has computed with what is in `memory` (uint8)."""
+        block = self._turns.blocks[holder]
+        self.on_use(block, memory[: block.layout.slot_bytes])
 
     def forget(self, slot: Slot) -> None:
         """What the slot holds is out of date."""

@@ -67,7 +67,7 @@ def printable(text: str) -> str:
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
-def _check_shape(value: Any) -> None:
+def _check_shape(value: object) -> None:
     """Not too deep, and not too many values."""
     level, depth, count = [value], 0, 0
     while level:
@@ -80,7 +80,7 @@ def _check_shape(value: Any) -> None:
         level = [each for values in inside for each in values]
 
 
-def walk(value: Any) -> Iterator[tuple[int, str, Any]]:
+def walk(value: object) -> Iterator[tuple[int, str, Any]]:
     """(depth, dotted key, value) of `value` and of everything in it; items of a list have their index as key."""
     pending: list[tuple[int, str, Any]] = [(0, "", value)]
     while pending:
@@ -90,7 +90,7 @@ def walk(value: Any) -> Iterator[tuple[int, str, Any]]:
         pending.extend((depth + 1, f"{path}.{key}" if path else str(key), each) for key, each in inside)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:

@@ -64,7 +64,7 @@ def found(value: object) -> str:
     return f"{shown} ({_TYPE_NAMES.get(type(value), 'a ' + type(value).__name__)})"
 
 
-def _problem(details: ErrorDetails, schema: dict[str, Any]) -> Problem:
+def _problem(details: ErrorDetails, schema: dict[str, object]) -> Problem:
     path = _key_path(details, schema)
     match details["type"]:
         case "refused":
@@ -82,7 +82,7 @@ def _problem(details: ErrorDetails, schema: dict[str, Any]) -> Problem:
             return Problem(path, f"found {found(value)}{hint or ';'} allowed: {_allowed(node, schema)}")
 
 
-def _key_path(details: ErrorDetails, schema: dict[str, Any]) -> KeyPath:
+def _key_path(details: ErrorDetails, schema: dict[str, object]) -> KeyPath:
     """Where the problem is, without the branches of unions that pydantic adds to it."""
     path = tuple(str(part) for part in details["loc"])
     for length in range(1, len(path)):
@@ -91,7 +91,7 @@ def _key_path(details: ErrorDetails, schema: dict[str, Any]) -> KeyPath:
     return path
 
 
-def _node_at(schema: dict[str, Any], path: KeyPath) -> dict[str, Any]:
+def _node_at(schema: dict[str, object], path: KeyPath) -> dict[str, Any]:
     """The JSON schema of one key; an optional section is looked through."""
     node: Mapping[str, Any] = schema
     for key in path:

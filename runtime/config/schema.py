@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -237,6 +237,11 @@ class VerifyConfig(Section):
         default=True,
         description="The ranks of a replica have the same inputs and latents, and compute the same blocks.",
     )
+    arrivals: Literal["every", "rolling", "first"] = Field(
+        default="rolling",
+        description="How much of the weights is compared with what first arrived, when it has computed. every: all, in "
+        "each step. rolling: a share of each block in each step, all in the last. first: first arrivals alone.",
+    )
 
 
 class RunConfig(Section):
@@ -256,7 +261,7 @@ class RunConfig(Section):
         return self.parallel.world_size
 
     @classmethod
-    def parse(cls, data: Mapping[str, Any], source: str | None = None) -> Self:
+    def parse(cls, data: Mapping[str, object], source: str | None = None) -> Self:
         """Build from a mapping as read from YAML or JSON.
 
         Raises `ConfigError` with one line for each problem, each starting with `source` where it is given.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from crossdock.runtime.contract.result import Violation
+from crossdock.runtime.plan.memory_plan import MemoryPlan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import REPORT_IT, MemorySpan, RankReport, TensorRecord
 
@@ -36,42 +37,42 @@ class _Claim:
 def no_alias(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:
     """Blocks share memory with each other only through a slot, and with the part outside never."""
     for report in reports:
-        yield from _claims_are_disjoint(plan, report)
-        yield from _entries_are_disjoint(plan, report)
+        yield from _claims_are_disjoint(plan.memory, report)
+        yield from _entries_are_disjoint(plan.memory, report)
 
 
-def _claims_are_disjoint(plan: RunPlan, report: RankReport) -> Iterator[Violation]:
-    moving = {block.name for block in plan.blocks if block.home.streamed}
-    for one, other in _overlapping(_claims(plan, report)):
+def _claims_are_disjoint(memory: MemoryPlan, report: RankReport) -> Iterator[Violation]:
+    moving = {block.name for block in memory.blocks if block.home.streamed}
+    for one, other in _overlapping(_claims(memory, report)):
         if not _may_share(one, other, moving):
             yield _violation(report, one, other)
 
 
-def _claims(plan: RunPlan, report: RankReport) -> list[_Claim]:
+def _claims(memory: MemoryPlan, report: RankReport) -> list[_Claim]:
     claims = [_Claim("slot", f"slot {number}", span) for number, span in enumerate(report.slots)]
     for home in report.homes:
         if home.stays is not None:
             claims.append(_Claim("stays", f"the memory of {home.block}", home.stays, home.block))
         if home.rest is not None and home.home.streamed:
             claims.append(_Claim("rest", f"{home.block} at rest", home.rest, home.block))
-    memory = _memory_of_blocks(plan, report)
+    held = _memory_of_blocks(memory, report)
     for record in report.tensors:
-        block = plan.owner_of(record.fqn)
+        block = memory.owner_of(record.fqn)
         if record.span is None:
             continue
         if block is None:
             claims.append(_Claim("outside", record.fqn, record.span))
-        elif block.name not in memory or not memory[block.name].holds(record.span):
+        elif block.name not in held or not held[block.name].holds(record.span):
             claims.append(_Claim("stray", record.fqn, record.span, block.name))
     claims += [_Claim("plain", record.fqn, record.span) for record in report.plain if record.span is not None]
     return claims
 
 
-def _memory_of_blocks(plan: RunPlan, report: RankReport) -> dict[str, MemorySpan]:
+def _memory_of_blocks(memory: MemoryPlan, report: RankReport) -> dict[str, MemorySpan]:
     """Block -> the device memory that its tensors should lie in."""
-    memory = {home.block: home.stays for home in report.homes if home.stays is not None}
-    shared = {b.name: report.slots[b.slot] for b in plan.streamed if b.slot is not None and b.slot < len(report.slots)}
-    return memory | shared
+    slots, own = report.slots, {home.block: home.stays for home in report.homes if home.stays is not None}
+    shared = {b.name: slots[b.slot] for b in memory.streamed if b.slot is not None and b.slot < len(slots)}
+    return own | shared
 
 
 def _may_share(one: _Claim, other: _Claim, moving: set[str]) -> bool:
@@ -109,14 +110,14 @@ def _tensor_there(report: RankReport, span: MemorySpan, besides: str = "") -> st
     return "" if first is None else f" (holds {first.fqn})"
 
 
-def _entries_are_disjoint(plan: RunPlan, report: RankReport) -> Iterator[Violation]:
+def _entries_are_disjoint(memory: MemoryPlan, report: RankReport) -> Iterator[Violation]:
     """Two names of one block have bytes in common only where they are one tensor of its layout."""
     records: dict[str, list[TensorRecord]] = {}
     for record in report.tensors:
-        block = plan.owner_of(record.fqn)
+        block = memory.owner_of(record.fqn)
         if block is not None:
             records.setdefault(block.name, []).append(record)
-    for block in plan.blocks:
+    for block in memory.blocks:
         entry_of = {f"{block.name}.{name}": entry for entry in block.layout.entries for name in entry.names}
         held = [_Claim("stray", r.fqn, r.span, block.name) for r in records.get(block.name, ()) if r.span is not None]
         for one, other in _overlapping(held):

@@ -11,6 +11,7 @@ from crossdock.offload.schedule.slots import slot_sizes
 from crossdock.offload.stream.block import Home
 from crossdock.parallel.tensor import part_shape
 from crossdock.runtime.contract.result import Violation
+from crossdock.runtime.plan.memory_plan import MemoryPlan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import REPORT_IT, HomeRecord, MemorySpan, RankReport, TensorRecord
 
@@ -22,19 +23,20 @@ _LET_GO = "something keeps weights on the device that are streamed: let go of it
 
 def single_owner(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:
     """Every parameter and buffer has exactly one home; none on meta; none outside the blocks off the device."""
+    layout, move_it = plan.layout, "move it yourself, or register it as a buffer"
     for report in reports:
         found = Counter(record.fqn for record in report.tensors)
-        for fqn in plan.dtypes:
+        for fqn in layout.dtypes:
             if found[fqn] != 1:
                 yield Violation("single-owner", report.rank, fqn, "one home", f"{found[fqn]}", REPORT_IT)
-        for fqn in found.keys() - plan.dtypes.keys():
+        for fqn in found.keys() - layout.dtypes.keys():
             remedy = "add it to the checkpoint, or do not register it on the model"
             yield Violation("single-owner", report.rank, fqn, "no such tensor", "an unplanned one", remedy)
         for record in report.tensors:
             yield from _check_home(plan, report.rank, record)
         for record in report.plain:
-            yield from _check_device(plan, report.rank, record, "move it yourself, or register it as a buffer")
-        yield from _check_freed(plan, report)
+            yield from _check_device(layout.device, report.rank, record, move_it)
+        yield from _check_freed(plan.memory, report)
         yield from _check_bytes(plan, report)
         for module, what in report.foreign_hooks:
             remedy = "remove it: two mechanisms must not move the same weights"
@@ -44,14 +46,15 @@ def single_owner(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Viola
 def all_read(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:
     """Once every block has been streamed: from where it rests."""
     for report in reports:
-        yield from read_at_rest(plan, report.rank, report.homes, {home.block: home.read for home in report.homes})
+        reads = {home.block: home.read for home in report.homes}
+        yield from read_at_rest(plan.memory, report.rank, report.homes, reads)
 
 
 def _check_home(plan: RunPlan, rank: int, record: TensorRecord) -> Iterator[Violation]:
-    yield from _check_device(plan, rank, record, REPORT_IT)
+    yield from _check_device(plan.layout.device, rank, record, REPORT_IT)
     if record.device == "meta":
         return
-    block = plan.owner_of(record.fqn)
+    block = plan.memory.owner_of(record.fqn)
     if block is None:
         expected, offset = "outside", 0
     else:
@@ -61,19 +64,19 @@ def _check_home(plan: RunPlan, rank: int, record: TensorRecord) -> Iterator[Viol
     if (record.place, record.offset) != (expected, offset):
         found = f"{record.place} at byte {record.offset}"
         yield Violation("single-owner", rank, record.fqn, f"{expected} at byte {offset}", found, REPORT_IT)
-    if record.dtype != str(plan.dtypes.get(record.fqn, record.dtype)):
-        yield Violation("single-owner", rank, record.fqn, str(plan.dtypes[record.fqn]), record.dtype, REPORT_IT)
+    if record.dtype != str(plan.layout.dtypes.get(record.fqn, record.dtype)):
+        yield Violation("single-owner", rank, record.fqn, str(plan.layout.dtypes[record.fqn]), record.dtype, REPORT_IT)
 
 
-def _check_device(plan: RunPlan, rank: int, record: TensorRecord, remedy: str) -> Iterator[Violation]:
+def _check_device(device: str, rank: int, record: TensorRecord, remedy: str) -> Iterator[Violation]:
     if record.device == "meta":
-        yield Violation("single-owner", rank, record.fqn, f"on {plan.device}", "on meta: never loaded", remedy)
-    elif record.device.split(":")[0] != plan.device:
-        yield Violation("single-owner", rank, record.fqn, f"on {plan.device}", f"on {record.device}", remedy)
+        yield Violation("single-owner", rank, record.fqn, f"on {device}", "on meta: never loaded", remedy)
+    elif record.device.split(":")[0] != device:
+        yield Violation("single-owner", rank, record.fqn, f"on {device}", f"on {record.device}", remedy)
 
 
 def read_at_rest(
-    plan: RunPlan, rank: int, homes: Sequence[HomeRecord], reads: Mapping[str, Sequence[MemorySpan]]
+    memory: MemoryPlan, rank: int, homes: Sequence[HomeRecord], reads: Mapping[str, Sequence[MemorySpan]]
 ) -> Iterator[Violation]:
     """What was copied into the slots are the very bytes that rest in the home, not another copy of them."""
     for home in homes:
@@ -84,7 +87,7 @@ def read_at_rest(
         strange = [span for span in read if not any(place.holds(span) for place in places)]
         if read and not strange:
             continue
-        where = plan.tensor_at(home.block, home.start)
+        where = memory.tensor_at(home.block, home.start)
         expected = f"bytes read from where they rest ({home.home}: {_spans(places)})"
         found = f"read from {_spans(strange)}: {_whose(homes, home, strange[0])}" if strange else "never read"
         remedy = "something keeps weights of its own and loads from there: let go of it (a hook, a wrapper, a cache)"
@@ -102,10 +105,10 @@ def _spans(spans: Sequence[MemorySpan]) -> str:
     return f"{first} and {len(spans) - 1} more" if len(spans) > 1 else first
 
 
-def _check_freed(plan: RunPlan, report: RankReport) -> Iterator[Violation]:
+def _check_freed(memory: MemoryPlan, report: RankReport) -> Iterator[Violation]:
     """Per streamed block: it has no bytes on the device beside its slot's, so that they fall when the slot is freed."""
     records = {record.fqn: record for record in report.tensors}
-    for block in plan.streamed:
+    for block in memory.streamed:
         names = (f"{block.name}.{name}" for entry in block.layout.entries for name in entry.names)
         held = [records[fqn] for fqn in names if fqn in records]
         own = [record for record in held if record.place != f"slot {block.slot}" and record.span is not None]
@@ -120,10 +123,9 @@ def _check_bytes(plan: RunPlan, report: RankReport) -> Iterator[Violation]:
     """What lies on the device is what the plan has there. A total, because a hidden copy belongs to no tensor."""
     planned, counted = planned_device_bytes(plan, report), report.device_bytes
     found = counted.weights + counted.shards
-    where = next(
-        (r.fqn for r in report.tensors if r.place == "outside" and plan.owner_of(r.fqn) is not None), "device memory"
-    )
-    pieces = 1 + sum(not block.home.on_host for block in plan.blocks)
+    outside = (record.fqn for record in report.tensors if record.place == "outside")
+    where = next((fqn for fqn in outside if plan.memory.owner_of(fqn) is not None), "device memory")
+    pieces = 1 + sum(not block.home.on_host for block in plan.memory.blocks)
     if found > planned + pieces * ALIGNMENT:
         expected = f"at most {planned} bytes of weights on the device"
         yield Violation("single-owner", report.rank, where, expected, f"{found} bytes", _LET_GO)
@@ -136,18 +138,18 @@ def _check_bytes(plan: RunPlan, report: RankReport) -> Iterator[Violation]:
 
 def planned_device_bytes(plan: RunPlan, report: RankReport) -> int:
     """Slots, resident blocks, shards, and what is outside; for a buffer that no checkpoint holds, its found shape."""
-    blocks = plan.blocks
-    slots = plan.arena_bytes
+    layout, memory = plan.layout, plan.memory
+    blocks, slots = memory.blocks, memory.arena_bytes
     if slots is None:
-        streamed = [block.layout.slot_bytes for block in plan.streamed]
-        slots = sum(slot_sizes(streamed, plan.schedule.slots))
-        slots += sum(blocks[index].layout.slot_bytes for index in plan.resident) + plan.staging_bytes
+        streamed = [block.layout.slot_bytes for block in memory.streamed]
+        slots = sum(slot_sizes(streamed, memory.schedule.slots))
+        slots += sum(blocks[index].layout.slot_bytes for index in memory.resident) + memory.staging_bytes
     resident = sum(block.layout.slot_bytes for block in blocks if not block.home.streamed)
-    shards = sum(plan.held_bytes(block) for block in blocks if block.home is Home.DEVICE_SHARD)
-    slices = plan.slices[plan.mesh.coordinates(report.rank)["tp"]]
+    shards = sum(block.held_bytes for block in blocks if block.home is Home.DEVICE_SHARD)
+    slices = layout.slices_of(report.rank)
     shapes = {record.fqn: record.shape for record in report.tensors}
     outside = 0
-    for fqn in plan.outside:
-        shape = part_shape(plan.stored[fqn].shape, slices.get(fqn)) if fqn in plan.stored else shapes.get(fqn, (0,))
-        outside += math.prod(shape) * plan.dtypes[fqn].itemsize
+    for fqn in memory.outside:
+        shape = part_shape(layout.stored[fqn].shape, slices.get(fqn)) if fqn in layout.stored else shapes.get(fqn, (0,))
+        outside += math.prod(shape) * layout.dtypes[fqn].itemsize
     return slots + resident + shards + outside

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 
 from crossdock.runtime.errors import CrossdockError
-from crossdock.runtime.reports.records import RankReport
+from crossdock.runtime.reports.records import Deviation, RankReport
+from crossdock.runtime.reports.status import ranks_text
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,39 @@ class Violation:
         )
 
 
+def common(found: Mapping[int, Hashable]) -> Hashable | None:
+    """What more than half of the ranks have; None: there is no such thing."""
+    value, count = Counter(found.values()).most_common(1)[0]
+    return value if 2 * count > len(found) else None
+
+
+def to_compare(found: Mapping[int, Hashable]) -> dict[int, int]:
+    """For every rank that differs from most, one of those; without a majority, for every rank one that differs."""
+    usual = common(found)
+    blamed = [rank for rank, value in found.items() if value != usual] if len(set(found.values())) > 1 else []
+    return {
+        rank: next(other for other, value in found.items() if value != found[rank] and usual in (None, value))
+        for rank in blamed
+    }
+
+
+def outvoted(check: str, where: str, found: Mapping[int, Hashable], remedy: str) -> Iterator[Violation]:
+    """The ranks that differ from most; where there is no majority, all. `found`: by rank; numbers are checksums."""
+    usual = common(found)
+    agree = [rank for rank, value in found.items() if value == usual]
+    for rank in to_compare(found):
+        if usual is None:
+            others = ", ".join(f"{_told(other)} on rank {at}" for at, other in found.items() if at != rank)
+            expected = f"the same on all ranks ({others})"
+        else:
+            expected = f"{_told(usual)}, as on {ranks_text(agree)}"
+        yield Violation(check, rank, where, expected, _told(found[rank]), remedy)
+
+
+def _told(value: Hashable) -> str:
+    return f"checksum {value:#x}" if isinstance(value, int) else "nothing" if value is None else str(value)
+
+
 @dataclass(frozen=True)
 class ContractResult:
     """What the coordinator found.
@@ -34,12 +70,14 @@ class ContractResult:
             `report.json`.
         violations: every one.
         reports: what was judged.
+        deviations: of a probe, how far each output of a block is from the unsharded model's.
     """
 
     layout: str
     composition: tuple[dict[str, str], ...]
     violations: tuple[Violation, ...]
     reports: tuple[RankReport, ...]
+    deviations: tuple[Deviation, ...] = ()
 
 
 class CompositionError(CrossdockError):

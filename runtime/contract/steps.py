@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Protocol
 
 import torch
 
 from crossdock.offload.stream.trace import TraceEvent
-from crossdock.runtime.contract.result import Violation
-from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.reports.records import REPORT_IT, RunRecord, StepRecord
+from crossdock.runtime.contract.result import Violation, common, outvoted
+from crossdock.runtime.plan.model_layout import ModelLayout
+from crossdock.runtime.reports.records import RunRecord, StepRecord, WeightsRecord
 
 _FLOAT16 = "float16 ends at 65504, which activations exceed: set dtype to bfloat16 or float32 in the YAML file"
 _NOT_FLOAT16 = "look at the checkpoint and the request's numbers; if both are right, report it"
@@ -31,12 +31,15 @@ class Saw(Protocol):
     def seen(self) -> RunRecord: ...
 
     @property
+    def weights(self) -> WeightsRecord: ...
+
+    @property
     def trace(self) -> tuple[TraceEvent, ...]: ...
 
 
-def finite(plan: RunPlan, results: Sequence[Saw]) -> Iterator[Violation]:
+def finite(layout: ModelLayout, results: Sequence[Saw]) -> Iterator[Violation]:
     """Of each replica the first step whose latents are not finite, and where that begins in it."""
-    for replica in _groups(plan, results, "dp"):
+    for replica in _groups(layout, results, "dp"):
         faulty = [(step.step, result.rank, step) for result in replica for step in result.seen.steps if not step.finite]
         if not faulty:
             continue
@@ -44,22 +47,18 @@ def finite(plan: RunPlan, results: Sequence[Saw]) -> Iterator[Violation]:
         named = [found for found in faulty if found[0] == number and found[2].not_finite_from]
         _, rank, step = min(named or faulty, key=lambda found: (found[0], found[2].not_finite_place, found[1]))
         where = f"step {number}: {step.not_finite_from or 'outside the blocks'}"
-        remedy = _FLOAT16 if torch.float16 in plan.dtypes.values() else _NOT_FLOAT16
+        remedy = _FLOAT16 if torch.float16 in layout.dtypes.values() else _NOT_FLOAT16
         found = "the first that is not, and latents that are not either" if named else "latents that are not"
         yield Violation("finite", rank, where, "finite numbers", found, remedy)
 
 
-def same_state(plan: RunPlan, results: Sequence[Saw]) -> Iterator[Violation]:
+def same_state(layout: ModelLayout, results: Sequence[Saw]) -> Iterator[Violation]:
     """What goes into a step, and the latents that come out, is the same on all ranks of a replica.
 
-    Of each replica the first quantity, of the first step, in which ranks differ; and tensors that changed meanwhile.
+    Of each replica the first quantity, of the first step, in which ranks differ.
     """
-    for result in results:
-        for fqn in result.seen.changed:
-            expected = "the bytes that it had after the load"
-            yield Violation("same-state", result.rank, fqn, expected, "others at the request's end", REPORT_IT)
-    for replica in _groups(plan, results, "dp"):
-        branches = _groups(plan, replica, "dp", "cfg")
+    for replica in _groups(layout, results, "dp"):
+        branches = _groups(layout, replica, "dp", "cfg")
         for steps in range(min(len(result.seen.steps) for result in replica)):
             inputs = list(_first_difference(replica, steps, lambda step: step.inputs))
             inside = [v for branch in branches for v in _first_difference(branch, steps, lambda step: step.branch)]
@@ -78,18 +77,18 @@ def _first_difference(
     for name in dict.fromkeys(name for of_rank in values.values() for name in of_rank):
         found = {rank: of_rank.get(name) for rank, of_rank in values.items()}
         if len(set(found.values())) > 1:
-            yield from _outvoted("same-state", f"step {next(iter(steps.values())).step}: {name}", found, _ALIKE)
+            yield from outvoted("same-state", f"step {next(iter(steps.values())).step}: {name}", found, _ALIKE)
             return
 
 
-def same_order(plan: RunPlan, results: Sequence[Saw]) -> Iterator[Violation]:
+def same_order(layout: ModelLayout, results: Sequence[Saw]) -> Iterator[Violation]:
     """The ranks of a replica computed the same blocks in the same order, each of them through its hooks."""
     for result in results:
         for path in result.seen.unhooked:
             expected = "the hooks that it had after the load"
             yield Violation("same-order", result.rank, path or "the model", expected, "not all of them", _UNHOOKED)
         yield from _streamed_as_called(result)
-    for replica in _groups(plan, results, "dp"):
+    for replica in _groups(layout, results, "dp"):
         for steps in zip(*(result.seen.steps for result in replica), strict=False):
             called = {
                 result.rank: result.seen.orders[step.computed] for result, step in zip(replica, steps, strict=True)
@@ -104,9 +103,9 @@ def _other_blocks(step: int, called: Mapping[int, tuple[str, ...]]) -> Iterator[
     for place, names in enumerate(zip_longest(*called.values(), fillvalue="nothing")):
         if len(set(names)) > 1:
             found = dict(zip(called, names, strict=True))
-            common = _common(found)
-            where = next((name for name in names if name not in ("nothing", common)), names[0])
-            yield from _outvoted("same-order", f"step {step}: {common or where}, call {place + 1}", found, _CALLED)
+            usual = common(found)
+            where = next((name for name in names if name not in ("nothing", usual)), names[0])
+            yield from outvoted("same-order", f"step {step}: {usual or where}, call {place + 1}", found, _CALLED)
             return
 
 
@@ -124,33 +123,10 @@ def _streamed_as_called(result: Saw) -> Iterator[Violation]:
             return
 
 
-def _outvoted(check: str, where: str, found: Mapping[int, Hashable], remedy: str) -> Iterator[Violation]:
-    """The ranks that differ from most; where there is no majority, all."""
-    common = _common(found)
-    agree = [rank for rank, value in found.items() if value == common]
-    for rank, value in found.items():
-        if common is None:
-            others = ", ".join(f"{_told(other)} on rank {at}" for at, other in found.items() if at != rank)
-            yield Violation(check, rank, where, f"the same on all ranks ({others})", _told(value), remedy)
-        elif value != common:
-            expected = f"{_told(common)}, as on {'ranks' if len(agree) > 1 else 'rank'} {', '.join(map(str, agree))}"
-            yield Violation(check, rank, where, expected, _told(value), remedy)
-
-
-def _common(found: Mapping[int, Hashable]) -> Hashable | None:
-    """What more than half of the ranks have; None: there is no such thing."""
-    value, count = Counter(found.values()).most_common(1)[0]
-    return value if 2 * count > len(found) else None
-
-
-def _told(value: Hashable) -> str:
-    return f"checksum {value:#x}" if isinstance(value, int) else "nothing" if value is None else str(value)
-
-
-def _groups(plan: RunPlan, results: Sequence[Saw], *axes: str) -> list[list[Saw]]:
+def _groups(layout: ModelLayout, results: Sequence[Saw], *axes: str) -> list[list[Saw]]:
     """The results of ranks with the same place on `axes`, by rank."""
     groups: dict[tuple[int, ...], list[Saw]] = defaultdict(list)
     for result in sorted(results, key=lambda result: result.rank):
-        place = plan.mesh.coordinates(result.rank)
+        place = layout.mesh.coordinates(result.rank)
         groups[tuple(place[axis] for axis in axes)].append(result)
     return list(groups.values())

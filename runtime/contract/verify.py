@@ -9,15 +9,23 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
+from crossdock.offload.stream.trace import TraceEvent
 from crossdock.runtime.contract.aliasing import no_alias
 from crossdock.runtime.contract.collectives import Issued, same_collectives
-from crossdock.runtime.contract.coverage import all_compared, all_equal, complete
-from crossdock.runtime.contract.ordering import all_rehearsed, in_order, same_schedule, trace_in_order
+from crossdock.runtime.contract.coverage import all_compared, all_equal, arrives, complete
+from crossdock.runtime.contract.ordering import (
+    all_rehearsed,
+    in_order,
+    in_order_by_the_clock,
+    same_schedule,
+    trace_in_order,
+)
 from crossdock.runtime.contract.ownership import all_read, read_at_rest, single_owner
 from crossdock.runtime.contract.result import Violation
 from crossdock.runtime.contract.steps import Saw, finite, same_order, same_state
+from crossdock.runtime.plan.memory_plan import MemoryPlan
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.reports.records import MemorySpan, RankReport
+from crossdock.runtime.reports.records import MemorySpan, RankReport, RankTrace
 
 CHECKS: dict[str, Callable[[RunPlan, Sequence[RankReport]], Iterable[Violation]]] = {
     "same-schedule": same_schedule,
@@ -25,13 +33,14 @@ CHECKS: dict[str, Callable[[RunPlan, Sequence[RankReport]], Iterable[Violation]]
     "complete": complete,
     "no-alias": no_alias,
     "in-order": in_order,
-    "same-collectives": same_collectives,
+    "same-collectives": lambda plan, reports: same_collectives(plan.layout, reports),
 }
 
 STEP_CHECKS: dict[str, Callable[[RunPlan, Sequence[Saw]], Iterable[Violation]]] = {
-    "finite": finite,
-    "same-state": same_state,
-    "same-order": same_order,
+    "arrives": arrives,
+    "finite": lambda plan, results: finite(plan.layout, results),
+    "same-state": lambda plan, results: same_state(plan.layout, results),
+    "same-order": lambda plan, results: same_order(plan.layout, results),
 }
 """What only steps can show."""
 
@@ -49,7 +58,7 @@ def verify_composition(plan: RunPlan, reports: Sequence[RankReport], rehearsed: 
     Args:
         rehearsed: all blocks were streamed once; else `verify_arrivals` judges what arrives in the first request.
     """
-    missing = set(range(plan.mesh.world_size)) - {report.rank for report in reports}
+    missing = set(range(plan.layout.mesh.world_size)) - {report.rank for report in reports}
     if missing:
         return [Violation("same-schedule", min(missing), "report", "one", "none", "a rank is missing; start again")]
     checks = (*CHECKS.values(), *(_REHEARSAL if rehearsed else ()))
@@ -65,6 +74,9 @@ class Did(Issued, Saw, Protocol):
     """What a rank tells of a request."""
 
     @property
+    def timeline(self) -> RankTrace: ...
+
+    @property
     def scheduled_at(self) -> int: ...
 
     @property
@@ -72,24 +84,33 @@ class Did(Issued, Saw, Protocol):
 
 
 def verify_request(
-    plan: RunPlan, reports: Sequence[RankReport], results: Sequence[Did], before: RunPlan | None = None
+    plan: RunPlan, reports: Sequence[RankReport], results: Sequence[Did], before: MemoryPlan | None = None
 ) -> list[Violation]:
     """What the ranks did in a request: its steps, in-order, same-collectives, and of single-owner what was read.
 
     Args:
         reports: what the ranks held when they were admitted.
-        before: the plan that held until the schedule was changed in this request, where it was.
+        before: what held until the schedule was changed in this request, where it was.
     """
-    ordered = [violation for result in results for violation in _in_order(plan, before or plan, result)]
+    memory = plan.memory
+    ordered = [violation for result in results for violation in _in_order(memory, before or memory, result)]
     homes = {report.rank: report.homes for report in reports}
-    read = [v for result in results for v in read_at_rest(plan, result.rank, homes.get(result.rank, ()), result.read)]
+    read = [v for result in results for v in read_at_rest(memory, result.rank, homes.get(result.rank, ()), result.read)]
     steps = [violation for check in STEP_CHECKS.values() for violation in check(plan, results)]
-    return [*steps, *ordered, *read, *same_collectives(plan, results)]
+    return [*steps, *ordered, *read, *same_collectives(plan.layout, results)]
 
 
-def _in_order(plan: RunPlan, before: RunPlan, result: Did) -> Iterator[Violation]:
-    """Every step, under the schedule that held at the time."""
-    trace = result.trace
-    changed = bisect_left(trace, result.scheduled_at, key=lambda event: event.sequence)
-    yield from trace_in_order(before, result.rank, trace[:changed])
-    yield from trace_in_order(plan, result.rank, trace[changed:])
+def _in_order(memory: MemoryPlan, before: MemoryPlan, result: Did) -> Iterator[Violation]:
+    """Every step, under the schedule that held at the time. What was in the slots before has happened long ago, and may
+    have been timed by another clock.
+    """
+    trace, timed = _at(result.trace, result.scheduled_at), _at(result.timeline.events, result.scheduled_at)
+    for held, issued, happened in zip((before, memory), trace, timed, strict=True):
+        yield from trace_in_order(held, result.rank, issued)
+        yield from in_order_by_the_clock(held, result.rank, happened)
+
+
+def _at(trace: Sequence[TraceEvent], scheduled_at: int) -> tuple[Sequence[TraceEvent], Sequence[TraceEvent]]:
+    """The part under the schedule before, and that under the present one."""
+    changed = bisect_left(trace, scheduled_at, key=lambda event: event.sequence)
+    return trace[:changed], trace[changed:]

@@ -49,13 +49,13 @@ class TooLargeError(ValueError):
         self.key = key
 
 
-def largest_number(config: Mapping[str, Any]) -> tuple[str, int]:
+def largest_number(config: Mapping[str, object]) -> tuple[str, int]:
     """(dotted key, value) of the whole number that is furthest from 0."""
     numbers = [(key, item) for _, key, item in walk(dict(config)) if isinstance(item, int)]
     return max(numbers, key=lambda number: abs(number[1]), default=("", 0))
 
 
-def check_values(config: Mapping[str, Any]) -> None:
+def check_values(config: Mapping[str, object]) -> None:
     """
     Raises:
         TooLargeError: names the key.
@@ -71,7 +71,7 @@ def check_values(config: Mapping[str, Any]) -> None:
             raise TooLargeError(f"has {len(item)} items; no model has a list of more than {MAX_ITEMS}", path)
 
 
-def check_counts(content: Mapping[str, Any]) -> None:
+def check_counts(content: Mapping[str, object]) -> None:
     """Counts of what is made in a loop, whoever makes it: layers, and what schedulers and tokenizers lay out.
 
     Raises:
@@ -127,7 +127,7 @@ def check_table(result: object) -> None:
             raise TooLargeError(f"asks for a table of {leaf.numel()} numbers")
 
 
-def blame(config: Mapping[str, Any], builds: Callable[[Mapping[str, Any]], bool]) -> str | None:
+def blame(config: Mapping[str, object], builds: Callable[[Mapping[str, object]], bool]) -> str | None:
     """The dotted key without which, or with 1 in whose place, `builds` says yes; None: there is no such key.
 
     Args:
@@ -142,6 +142,6 @@ def blame(config: Mapping[str, Any], builds: Callable[[Mapping[str, Any]], bool]
 
 
 def _builds_with(
-    rest: Mapping[str, Any], key: str, builds: Callable[[Mapping[str, Any]], bool], part: Mapping[str, Any]
+    rest: Mapping[str, object], key: str, builds: Callable[[Mapping[str, object]], bool], part: Mapping[str, object]
 ) -> bool:
     return builds({**rest, key: part})

@@ -108,7 +108,7 @@ def _own_components(index: Mapping[str, Any], model_dir: Path) -> dict[str, Any]
     return {**listed, **own}
 
 
-def component_names(index: Mapping[str, Any]) -> list[str]:
+def component_names(index: Mapping[str, object]) -> list[str]:
     """The pipeline's components that have files of their own."""
     return [
         name

@@ -116,7 +116,7 @@ def _check_file(file: Path) -> None:
             raise CheckpointError(f"{file}: {error.key}: {error}; is the file damaged?") from None
 
 
-def _check_keys(file: Path, content: Mapping[str, Any]) -> None:
+def _check_keys(file: Path, content: Mapping[str, object]) -> None:
     for _, found, value in walk(dict(content)):
         path = printable(found[:200])
         key = path.rpartition(".")[2]

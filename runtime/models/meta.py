@@ -38,8 +38,8 @@ class _BoundedTables(TorchFunctionMode):
         self,
         func: Callable[..., Any],
         types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
     ) -> Any:
         if (drawn := _drawn(func, args, kwargs)) is not None:
             return drawn
@@ -49,7 +49,7 @@ class _BoundedTables(TorchFunctionMode):
         return result
 
 
-def _drawn(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Tensor | None:
+def _drawn(func: Callable[..., Any], args: tuple[object, ...], kwargs: dict[str, object] | None) -> Tensor | None:
     """The weight that `func` only fills with numbers, where it has none: that takes a third of the time."""
     if getattr(func, "__module__", None) != nn.init.__name__:
         return None
@@ -68,8 +68,8 @@ class _EmptyOnMeta(TorchFunctionMode):
         self,
         func: Callable[..., Any],
         types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
     ) -> Any:
         if (drawn := _drawn(func, args, kwargs)) is not None:
             return drawn
@@ -81,7 +81,7 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _shapes_only(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _shapes_only(func: Callable[..., Any], args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
     """What `func` would return, without its numbers; nothing where that costs nothing, or where it cannot say."""
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if tensors and all(tensor.is_meta for tensor in tensors):
@@ -117,7 +117,7 @@ def build_on_meta(class_name: str, component_dir: Path, library: str = "diffuser
 
 @contextmanager
 def described(
-    path: Path, class_name: str, config: Mapping[str, Any], build: Callable[[Mapping[str, Any]], object]
+    path: Path, class_name: str, config: Mapping[str, object], build: Callable[[Mapping[str, object]], object]
 ) -> Iterator[None]:
     """Whatever a library raises while it makes a model of `config` says which key of which file it is about.
 
@@ -141,7 +141,9 @@ def described(
         raise CheckpointError(f"{where}{class_name} cannot be built: {what}") from None
 
 
-def _key_to_blame(config: Mapping[str, Any], build: Callable[[Mapping[str, Any]], object], message: str) -> str | None:
+def _key_to_blame(
+    config: Mapping[str, object], build: Callable[[Mapping[str, object]], object], message: str
+) -> str | None:
     """Found by leaving out one after the other, for a short while: then nothing builds any more.
 
     Args:
@@ -149,7 +151,7 @@ def _key_to_blame(config: Mapping[str, Any], build: Callable[[Mapping[str, Any]]
     """
     deadline = time.thread_time() + _BLAME_S
 
-    def builds(changed: Mapping[str, Any]) -> bool:
+    def builds(changed: Mapping[str, object]) -> bool:
         try:
             with bounded(deadline):
                 build(changed)
@@ -163,7 +165,7 @@ def _key_to_blame(config: Mapping[str, Any], build: Callable[[Mapping[str, Any]]
     return blame({key: config[key] for key in sorted(config, key=is_quoted, reverse=True)}, builds)
 
 
-def build_config_on_meta(class_name: str, config: Mapping[str, Any], library: str = "diffusers") -> nn.Module:
+def build_config_on_meta(class_name: str, config: Mapping[str, object], library: str = "diffusers") -> nn.Module:
     """The diffusers model `class_name` with `config`; raises whatever its constructor does.
 
     Where all that a constructor computes is in the checkpoint as well (a table of 150,000 positions takes 9 s), it is
@@ -177,7 +179,7 @@ def build_config_on_meta(class_name: str, config: Mapping[str, Any], library: st
     return _parameters_to_meta(model).eval()
 
 
-def build_shape(class_name: str, config: Mapping[str, Any], library: str = "diffusers") -> nn.Module | None:
+def build_shape(class_name: str, config: Mapping[str, object], library: str = "diffusers") -> nn.Module | None:
     """The same, with everything on meta; None where a constructor needs values."""
     try:
         return _shape_of(class_name, config, library)
@@ -187,13 +189,13 @@ def build_shape(class_name: str, config: Mapping[str, Any], library: str = "diff
         return None
 
 
-def _shape_of(class_name: str, config: Mapping[str, Any], library: str) -> nn.Module:
+def _shape_of(class_name: str, config: Mapping[str, object], library: str) -> nn.Module:
     with torch.device("meta"), _BoundedTables():
         model = _made(class_name, config, library)
     return _parameters_to_meta(model).eval()
 
 
-def _made(class_name: str, config: Mapping[str, Any], library: str) -> nn.Module:
+def _made(class_name: str, config: Mapping[str, object], library: str) -> nn.Module:
     model_class: Any = component_class(library, class_name)
     with bounded():
         model: nn.Module = model_class.from_config(copy.deepcopy(dict(config)))

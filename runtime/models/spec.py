@@ -62,6 +62,8 @@ class ModelSpec:
             for each, and decodes each before the next one begins.
         frame_counts: how many frames a video can have; None: that follows from chunks, or from the VAE.
         more_steps: how many more steps than are to be run the pipeline has to be asked for: 1 where it counts the end.
+        size: width and height in pixels where nobody says otherwise: its pipeline's own, or its card's.
+        steps: denoising steps where nobody says otherwise, likewise.
         resumes: whether a request that lost a rank goes on after the last step that was kept. Not where the loop
             carries more than latents and what its scheduler remembers; it begins anew then.
         published: its checkpoints.
@@ -92,9 +94,15 @@ class ModelSpec:
     chunk_frames: int | None = None
     frame_counts: range | None = None
     more_steps: int = 0
+    size: tuple[int, int] = (1024, 1024)
+    steps: int = 50
     resumes: bool = True
     published: tuple[Published, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
+
+    def fps_of(self, options: Mapping[str, Any]) -> int | None:
+        """Frames per second that a pipeline with these options makes."""
+        return next((fps for option, fps in self.fps_with.items() if options.get(option)), self.fps)
 
 
 def attention_plan(attention: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> dict[str, LinearStyle]:

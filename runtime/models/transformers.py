@@ -23,12 +23,6 @@ class Transformers(nn.Module):
         for name, transformer in transformers.items():
             self.add_module(name, transformer)
 
-    @property
-    def _keep_in_fp32_modules(self) -> list[str]:
-        """As a diffusers model has it."""
-        kept = (getattr(child, "_keep_in_fp32_modules", None) or () for child in self.children())
-        return sorted({name for names in kept for name in names})
-
 
 def transformer_names(wanted: Sequence[str], there: Collection[str]) -> tuple[str, ...]:
     """Of the components that a family streams, those that the checkpoint has; the first, where it has none."""

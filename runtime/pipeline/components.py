@@ -13,6 +13,7 @@ from crossdock.offload.live.offloader import LayerwiseOffloader
 from crossdock.offload.memory.arena import Arena
 from crossdock.offload.memory.copy_engine import CopyEngine
 from crossdock.offload.memory.host_memory import HostMemoryError
+from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.runtime.errors import LaunchError
 from crossdock.runtime.plan.component_needs import component_blocks, vae_parts
 
@@ -27,12 +28,18 @@ class Component(Protocol):
     def turn_bytes(self) -> int:
         """What it uses of the arena in its turn."""
 
+    @property
+    def stream(self) -> BlockStream | None:
+        """What brings it block by block; None: it moves as one."""
+
     def discard(self) -> None:
         """Give it up, and its memory."""
 
 
 class WholeComponent:
     """A component that is moved in one piece: it stays on the device, or comes and goes."""
+
+    stream = None
 
     def __init__(self, module: nn.Module, device: torch.device, stays: bool) -> None:
         self._module = module

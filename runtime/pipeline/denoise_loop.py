@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crossdock.runtime.models.diffusers_api import Pipeline, Scheduler, Timestep, variant
 from crossdock.runtime.pipeline.snapshot import Snapshot
 
 
@@ -33,18 +34,18 @@ class StepEnd:
     total: int
     repeated: bool
     snapshot: Callable[[], Snapshot]
-    pipe: Any
-    timestep: Any
+    pipe: Pipeline
+    timestep: Timestep
     latents: Tensor
 
 
 class Observer:
     """Is told what goes into the steps of a run. This one is not interested."""
 
-    def given(self, name: str, value: Any) -> None:
+    def given(self, name: str, value: object) -> None:
         """Before the first step: what was asked for, and what encoders returned. The same on all ranks of a replica."""
 
-    def called(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def called(self, transformer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """The pipeline calls a transformer."""
 
 
@@ -108,7 +109,7 @@ class DenoiseLoop:
                 handle.remove()
 
     @contextmanager
-    def told_by(self, pipe: Any) -> Iterator[dict[str, Any]]:
+    def told_by(self, pipe: Pipeline) -> Iterator[dict[str, object]]:
         """What `pipe` has to be called with, inside, for `tick` to be called at each step's end.
 
         Some pipelines have no argument for it: there, what the scheduler's step returns are the step's last latents.
@@ -118,18 +119,20 @@ class DenoiseLoop:
             return
         scheduler, original, steps = pipe.scheduler, type(pipe.scheduler), count()
 
-        def step(scheduler: Any, output: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        def step(
+            scheduler: Scheduler, output: Tensor, timestep: Timestep, *args: object, **kwargs: object
+        ) -> tuple[Tensor, ...]:
             latents, *others = original.step(scheduler, output, timestep, *args, **kwargs)
             return self.tick(pipe, next(steps), timestep, {"latents": latents})["latents"], *others
 
         # in its class: what the scheduler itself holds goes into snapshots
-        scheduler.__class__ = type(original.__name__, (original,), {"step": step})
+        scheduler.__class__ = variant(original, step=step)
         try:
             yield {}
         finally:
             scheduler.__class__ = original
 
-    def tick(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def tick(self, pipe: Pipeline, step: int, timestep: Timestep, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         repeated = self._resume is not None and self._finished == self._resume.step - 1
         self._finished += 1
         finished = self._finished
@@ -155,7 +158,7 @@ class DenoiseLoop:
             return [before.elapsed_time(after) for before, after in self._steps]
         return [(after - before) * 1e3 for before, after in self._steps]
 
-    def _begin(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, transformer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         self._observer.called(transformer, args, kwargs)
         if self._began is None:
             self._began = self._now()

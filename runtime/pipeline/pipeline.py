@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, Self
 
 import diffusers
@@ -18,21 +19,24 @@ from torch import Tensor, nn
 
 from crossdock.offload.memory.arena import Arena
 from crossdock.offload.memory.copy_engine import CopyEngine
+from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.parallel.guidance import GuidanceParallelism
 from crossdock.parallel.mesh import Mesh
 from crossdock.runtime.errors import CheckpointError, LaunchError
 from crossdock.runtime.media import Media, media_of
 from crossdock.runtime.models.checkpoint import index_file
+from crossdock.runtime.models.diffusers_api import Pipeline, working_on
 from crossdock.runtime.models.foreign_code import component_to_blame, unasked
 from crossdock.runtime.models.latents import number_of_chunks
-from crossdock.runtime.models.modular import as_pipeline, is_modular, share_block
 from crossdock.runtime.models.spec import ModelSpec
 from crossdock.runtime.models.transformers import transformers_in
 from crossdock.runtime.pipeline.components import Component, place_component
 from crossdock.runtime.pipeline.denoise_loop import DenoiseLoop, Observer, StepEnd, own_randomness
+from crossdock.runtime.pipeline.modular import as_pipeline, share_block
 from crossdock.runtime.pipeline.presence import ActiveComponent
 from crossdock.runtime.pipeline.replicate import replicated
 from crossdock.runtime.pipeline.snapshot import Snapshot, beginning_at
+from crossdock.runtime.plan.model_layout import ModelLayout
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import Span
 from crossdock.runtime.request import GenerateRequest, RequestItem
@@ -80,45 +84,46 @@ class RankPipeline:
         engine: CopyEngine,
         arena: Arena | None,
     ) -> None:
-        self._plan = plan
+        self._layout = layout = plan.layout
+        self._turn_bytes = plan.memory.turn_bytes
         self._device = device
         self._arena = arena
         first = mesh.rank == mesh.ranks["replica"][0]
-        absent = () if first else plan.encoders
-        streamed = dict(zip(plan.transformers, transformers_in(model).values(), strict=True))
-        self.pipe = _load_pipeline(plan, device, streamed | dict.fromkeys(absent))
-        self._modules = {name: getattr(self.pipe, name) for name in (*plan.encoders, *plan.decoders) if first}
+        absent = () if first else layout.encoders
+        streamed = dict(zip(layout.transformers, transformers_in(model).values(), strict=True))
+        self.pipe = _load_pipeline(layout, device, streamed | dict.fromkeys(absent))
+        self._modules = {name: getattr(self.pipe, name) for name in (*layout.encoders, *layout.decoders) if first}
         depth = plan.config.offload.depths[0]
         self._components = {
-            name: place_component(name, module, device, engine, arena, depth, decodes=name in plan.decoders)
+            name: place_component(name, module, device, engine, arena, depth, decodes=name in layout.decoders)
             for name, module in self._modules.items()
         }
         for name, component in self._components.items():
-            _check_turn(name, component, plan)
+            _check_turn(layout.model_dir / name, component, self._turn_bytes.get(name, 0))
         self._active = ActiveComponent(self._components, device)
         self._observer = Observer()
         self._encodes: list[tuple[float, float]] = []  # begin and end, seconds of time.perf_counter
         self._on_decode: Callable[[], bool] = lambda: False
         self._between_chunks: Callable[[], bool] = lambda: False
         self._hook(mesh, first)
-        if (group := mesh.groups["cfg"]) is not None and plan.spec.branches is not None:
+        if (group := mesh.groups["cfg"]) is not None and layout.spec.branches is not None:
             guidance = GuidanceParallelism(group)
             for name, transformer in streamed.items():
-                setattr(self.pipe, name, guidance.over(transformer, plan.spec.branches))
+                setattr(self.pipe, name, guidance.over(transformer, layout.spec.branches))
         self.pipe.set_progress_bar_config(disable=True)
 
     def _hook(self, mesh: Mesh, first: bool) -> None:
         """Encode on one rank for all of its replica, and decode on one."""
-        for name in self._plan.encoders if first else ():
+        for name in self._layout.encoders if first else ():
             self._active.watch(name, self._modules[name])
         share = partial(replicated, device=self._device, mesh=mesh, turn=self._encoding)
-        for name in self._plan.spec.encode:
-            if is_modular(type(self.pipe)):
+        for name in self._layout.spec.encode:
+            if isinstance(self.pipe, diffusers.ModularPipeline):
                 share_block(self.pipe, name, partial(self._told, name, share))
                 continue
             method = self._told(name, share, getattr(self.pipe, name))
             object.__setattr__(self.pipe, name, method)  # the pipeline's own way takes no call for a component
-        for name in self._plan.decoders:
+        for name in self._layout.decoders:
             module = getattr(self.pipe, name)
             if hasattr(module, "decode"):
                 module.decode = self._decoding(self._active.wrap(name, module.decode), mesh)
@@ -129,6 +134,20 @@ class RankPipeline:
     def on_device(self) -> tuple[nn.Module, ...]:
         """The modules beside the transformers that this rank runs."""
         return tuple(self._modules.values())
+
+    @property
+    def transformers(self) -> tuple[nn.Module, ...]:
+        """What the pipeline calls for each transformer."""
+        return tuple(getattr(self.pipe, name) for name in self._layout.transformers)
+
+    @property
+    def components(self) -> dict[str, tuple[nn.Module, BlockStream | None]]:
+        """Of each component that this rank runs, its module, and what streams it."""
+        return {name: (self._modules[name], component.stream) for name, component in self._components.items()}
+
+    def observe_uses(self, callback: Callable[[str], None]) -> None:
+        """`callback` gets the name of every component that was used, while it is still where it computes."""
+        self._active.on_use = callback
 
     def discard(self) -> None:
         """Give the components up."""
@@ -142,7 +161,7 @@ class RankPipeline:
         What the transformer loses must be the same everywhere: a block that one rank gathers, all have to gather.
         """
         if self._arena is not None:
-            self._arena.evict(max((self._plan.turn_bytes[name] for name in names), default=0))
+            self._arena.evict(max((self._turn_bytes[name] for name in names), default=0))
         with self._active:
             yield
 
@@ -184,12 +203,12 @@ class RankPipeline:
         self._on_decode = decodes
         output = None
         with own_randomness(self._device, items[0].seed) as generators, late, self._active:
-            chunks = number_of_chunks(self._plan.spec, request.frames)
+            chunks = number_of_chunks(self._layout.spec, request.frames)
             loop = DenoiseLoop(self._device, (*drawn, *generators), on_step, resume, chunks, self._observer)
             self._between_chunks = lambda: loop.between_chunks
             arguments = self._arguments(items, drawn, request)
             with (
-                loop.watching(*(getattr(self.pipe, name) for name in self._plan.transformers)),
+                loop.watching(*self.transformers),
                 loop.told_by(self.pipe) as tells,
                 self._guided(request),
                 suppress(_NotDecodedHereError),
@@ -212,25 +231,25 @@ class RankPipeline:
 
     def _arguments(
         self, items: Sequence[RequestItem], generators: list[torch.Generator], request: GenerateRequest
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """What the pipeline is called with."""
         several = len(items) > 1
         return {
             "prompt": [item.prompt for item in items] if several else items[0].prompt,
-            "num_inference_steps": request.steps + self._plan.spec.more_steps,
+            "num_inference_steps": request.steps + self._layout.spec.more_steps,
             "height": request.height,
             "width": request.width,
             "generator": generators if several else generators[0],
-            "output_type": "pil" if self._plan.spec.fps is None else "np",
+            "output_type": "pil" if self._layout.spec.fps is None else "np",
             "return_dict": False,
             **self._wishes(items, request),
         }
 
-    def _wishes(self, items: Sequence[RequestItem], request: GenerateRequest) -> dict[str, Any]:
+    def _wishes(self, items: Sequence[RequestItem], request: GenerateRequest) -> dict[str, object]:
         """What else was asked for; for all else, the pipeline has its own defaults."""
         negatives = [item.negative_prompt for item in items]
         wishes = {
-            self._plan.spec.guidance: request.guidance_scale,
+            self._layout.spec.guidance: request.guidance_scale,
             "negative_prompt": negatives[0] if len(items) == 1 or negatives[0] is None else negatives,
             "num_frames": request.frames,
         }
@@ -239,7 +258,7 @@ class RankPipeline:
     @contextmanager
     def _guided(self, request: GenerateRequest) -> Iterator[None]:
         """A component that sets the guidance, in place of an argument, as the request wants it."""
-        component, _, setting = (self._plan.spec.guidance or "").rpartition(".")
+        component, _, setting = (self._layout.spec.guidance or "").rpartition(".")
         if not component or request.guidance_scale is None:
             yield
             return
@@ -250,15 +269,15 @@ class RankPipeline:
         finally:
             setattr(self.pipe, component, own)
 
-    def _media(self, output: Sequence[Any]) -> list[Media]:
-        spec, path = self._plan.spec, self._plan.spec.sampling_rate
-        fps = next((fps for option, fps in spec.fps_with.items() if self.pipe.config.get(option)), spec.fps)
+    def _media(self, output: Sequence[object]) -> list[Media]:
+        spec, path = self._layout.spec, self._layout.spec.sampling_rate
+        fps = spec.fps_of(self.pipe.config)
         return media_of(output, fps, None if path is None else attrgetter(path)(self.pipe))
 
     @contextmanager
     def _encoding(self) -> Iterator[None]:
         began = time.perf_counter()
-        with self.turn(self._plan.encoders):
+        with self.turn(self._layout.encoders):
             yield
         self._encodes.append((began, time.perf_counter()))
 
@@ -269,7 +288,7 @@ class RankPipeline:
         encode = share(method)
 
         @functools.wraps(encode, updated=())  # pipelines may look at the signature
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: object, **kwargs: object) -> Any:
             value = encode(*args, **kwargs)
             self._observer.given(f"what {name} returned", value)
             return value
@@ -278,10 +297,10 @@ class RankPipeline:
 
     def _decoding(self, decode: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
         """`decode` of a component, where it is this rank's to do. The others go on if another chunk follows."""
-        turn = partial(self.turn, self._plan.decoders)
+        turn = partial(self.turn, self._layout.decoders)
         shapes_only = replicated(decode, self._device, mesh, turn, shapes_only=True)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: object, **kwargs: object) -> Any:
             if self._between_chunks():
                 return shapes_only(*args, **kwargs)
             with turn():
@@ -292,40 +311,34 @@ class RankPipeline:
         return call
 
 
-def _check_turn(name: str, component: Component, plan: RunPlan) -> None:
+def _check_turn(where: Path, component: Component, planned: int) -> None:
     """The plan went by the component's config; what was loaded may be of another dtype."""
-    planned = plan.turn_bytes.get(name, 0)
     if component.turn_bytes > planned:
         raise CheckpointError(
-            f"{plan.model_dir / name}: needs {component.turn_bytes} bytes on the device, but its config makes for "
+            f"{where}: needs {component.turn_bytes} bytes on the device, but its config makes for "
             f"{planned}; are its weights stored in another dtype than the transformer's? Set dtype in the YAML file"
         )
 
 
-def _load_pipeline(plan: RunPlan, device: torch.device, given: dict[str, nn.Module | None]) -> Any:
+def _load_pipeline(layout: ModelLayout, device: torch.device, given: dict[str, nn.Module | None]) -> Pipeline:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
     try:
         with unasked():
-            return _on_device(_pipeline_class(plan.spec), device).from_pretrained(
-                plan.model_dir, dtype=plan.pipeline_dtype, **options, **given
-            )
+            kind: Any = working_on(_pipeline_class(layout.spec), device)
+            found: Pipeline = kind.from_pretrained(layout.model_dir, dtype=layout.pipeline_dtype, **options, **given)
+            return found
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
         what = " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
-        where = component_to_blame(plan.model_dir, without=given) or index_file(plan.model_dir)
+        where = component_to_blame(layout.model_dir, without=given) or index_file(layout.model_dir)
         if isinstance(error, ImportError):  # a processor of images, which is loaded also where only texts are given
-            raise LaunchError(f"{where}: {plan.spec.pipeline} lacks a package: {what}") from error
-        raise CheckpointError(f"{where}: {plan.spec.pipeline} cannot be loaded: {what}") from error
+            raise LaunchError(f"{where}: {layout.spec.pipeline} lacks a package: {what}") from error
+        raise CheckpointError(f"{where}: {layout.spec.pipeline} cannot be loaded: {what}") from error
 
 
 def _pipeline_class(spec: ModelSpec) -> type:
     found: type = getattr(diffusers, spec.pipeline)
-    return as_pipeline(found, spec.outputs, spec.workflow) if is_modular(found) else found
-
-
-def _on_device(pipeline: type, device: torch.device) -> Any:
-    """`pipeline` that works on `device`, wherever the weights of its components rest."""
-    return type(pipeline.__name__, (pipeline,), {"_execution_device": property(lambda _: device)})
+    return as_pipeline(found, spec.outputs, spec.workflow) if issubclass(found, diffusers.ModularPipeline) else found

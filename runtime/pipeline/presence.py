@@ -13,11 +13,16 @@ from crossdock.runtime.pipeline.components import Component
 
 
 class ActiveComponent:
-    """Whoever is called comes onto the device, and stays until another one is called or the turn ends."""
+    """Whoever is called comes onto the device, and stays until another one is called or the turn ends.
+
+    Attributes:
+        on_use: gets the name of a component that was used, before it leaves.
+    """
 
     def __init__(self, components: Mapping[str, Component], device: torch.device) -> None:
         self._components = components
         self._device = device
+        self.on_use: Callable[[str], None] = lambda name: None
         self._name: str | None = None
         self._present = ExitStack()
 
@@ -30,7 +35,9 @@ class ActiveComponent:
 
     def clear(self) -> None:
         """The turn is over."""
-        self._name = None
+        used, self._name = self._name, None
+        if used is not None:
+            self.on_use(used)
         self._present.close()
 
     def __enter__(self) -> None:
@@ -42,7 +49,7 @@ class ActiveComponent:
     def watch(self, name: str, module: nn.Module) -> None:
         """Every call of `module`, or of a part of it, is one of `name`. What it is given is put where it runs."""
 
-        def come(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def come(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
             self.enter(name)
             return tuple(map(self._here, args)), {key: self._here(value) for key, value in kwargs.items()}
 
@@ -52,11 +59,11 @@ class ActiveComponent:
     def wrap(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         """Every call of what this returns is one of `method`, and of `name`."""
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: object, **kwargs: object) -> Any:
             self.enter(name)
             return method(*map(self._here, args), **{key: self._here(value) for key, value in kwargs.items()})
 
         return call
 
-    def _here(self, value: Any) -> Any:
+    def _here(self, value: object) -> Any:
         return value.to(self._device) if isinstance(value, Tensor) else value

@@ -40,7 +40,7 @@ def replicated(
     """
 
     @functools.wraps(method, updated=())  # pipelines may look at the signature
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> Any:
         with turn():
             value = None
             if mesh.rank == mesh.ranks["replica"][0]:
@@ -51,7 +51,7 @@ def replicated(
     return call
 
 
-def _broadcast(value: Any, device: torch.device, mesh: Mesh, shapes_only: bool) -> Any:
+def _broadcast(value: object, device: torch.device, mesh: Mesh, shapes_only: bool) -> Any:
     """`value` of the replica's first rank, or zeros of its shapes, on all its ranks. Collective over the replica."""
     group, source = mesh.groups["replica"], mesh.ranks["replica"][0]
     if group is None:
@@ -73,11 +73,11 @@ def _broadcast(value: Any, device: torch.device, mesh: Mesh, shapes_only: bool) 
     return value if mesh.rank == source else _load(structure, tensors)
 
 
-def _dump(value: Any, device: torch.device, tensors: list[Tensor]) -> bytes:
+def _dump(value: object, device: torch.device, tensors: list[Tensor]) -> bytes:
     """Pickle `value` with its tensors on `device` taken out, into `tensors`."""
 
     class Pickler(pickle.Pickler):
-        def persistent_id(self, item: Any) -> int | None:
+        def persistent_id(self, item: object) -> int | None:
             if isinstance(item, Tensor) and item.device.type == device.type:
                 tensors.append(item)
                 return len(tensors) - 1

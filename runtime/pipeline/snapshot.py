@@ -12,15 +12,13 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from crossdock.runtime.errors import RequestError
-
-_CONFIG = "_internal_dict"
-"""Where a diffusers scheduler keeps its configuration, which no step changes."""
+from crossdock.runtime.models.diffusers_api import Scheduler, Timestep, replace_scheduler_state, scheduler_state
 
 
 @dataclass(frozen=True)
@@ -38,19 +36,26 @@ class Snapshot:
     step: int
     timestep: float
     latents: Tensor
-    scheduler: Mapping[str, Any]
+    scheduler: Mapping[str, object]
     random: tuple[Tensor, ...]
 
     @classmethod
     def take(
-        cls, step: int, timestep: Any, latents: Tensor, scheduler: Any, generators: Sequence[torch.Generator]
+        cls,
+        step: int,
+        timestep: Timestep,
+        latents: Tensor,
+        scheduler: Scheduler,
+        generators: Sequence[torch.Generator],
     ) -> Self:
         """At a step's end. Shares no memory with the loop, which goes on."""
-        state = {name: _to_host(value) for name, value in vars(scheduler).items() if name != _CONFIG}
+        state = {name: _to_host(value) for name, value in scheduler_state(scheduler).items()}
         random = tuple(generator.get_state() for generator in generators)
         return cls(step, float(timestep), latents.detach().to("cpu", copy=True), state, random)
 
-    def restore(self, timestep: Any, latents: Tensor, scheduler: Any, generators: Sequence[torch.Generator]) -> Tensor:
+    def restore(
+        self, timestep: Timestep, latents: Tensor, scheduler: Scheduler, generators: Sequence[torch.Generator]
+    ) -> Tensor:
         """Replace what the repeated step left behind, and return the latents to go on with, on `latents`' device.
 
         Raises:
@@ -63,10 +68,8 @@ class Snapshot:
                 f"resume: the snapshot after step {self.step} is of another request: (timestep, shape, dtype, "
                 f"generators) are {found} in this one, {expected} in the snapshot; start from the first step"
             )
-        state = vars(scheduler)
-        for name in state.keys() - {_CONFIG}:
-            del state[name]
-        state.update((name, _from_host(value, latents.device)) for name, value in self.scheduler.items())
+        state = {name: _from_host(value, latents.device) for name, value in self.scheduler.items()}
+        replace_scheduler_state(scheduler, state)
         for generator, random in zip(generators, self.random, strict=True):
             generator.set_state(random)
         return self.latents.to(latents.device, copy=True)
@@ -99,7 +102,7 @@ def of_replica(resume: Sequence[Snapshot | None] | None, replica: int, replicas:
 
 
 @contextmanager
-def beginning_at(scheduler: Any, step: int) -> Iterator[None]:
+def beginning_at(scheduler: Scheduler, step: int) -> Iterator[None]:
     """A pipeline that runs inside begins with this step, counted from 1, instead of the first.
 
     Raises:
@@ -108,7 +111,7 @@ def beginning_at(scheduler: Any, step: int) -> Iterator[None]:
     original = scheduler.set_timesteps
 
     @functools.wraps(original)  # pipelines look at the signature
-    def set_timesteps(*args: Any, **kwargs: Any) -> None:
+    def set_timesteps(*args: object, **kwargs: object) -> None:
         original(*args, **kwargs)
         there = len(scheduler.timesteps)
         if not 1 <= step <= there:
@@ -129,7 +132,7 @@ class _OnDevice:
     tensor: Tensor
 
 
-def _to_host(value: Any) -> Any:
+def _to_host(value: object) -> object:
     if isinstance(value, Tensor):
         copied = value.detach().to("cpu", copy=True)
         return copied if value.device.type == "cpu" else _OnDevice(copied)
@@ -138,7 +141,7 @@ def _to_host(value: Any) -> Any:
     return copy.deepcopy(value)
 
 
-def _from_host(value: Any, device: torch.device) -> Any:
+def _from_host(value: object, device: torch.device) -> object:
     if isinstance(value, _OnDevice):
         return value.tensor.to(device, copy=True)
     if isinstance(value, list):

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from crossdock.offload.memory.layout import BlockLayout
 from crossdock.parallel.tensor import tensor_slices
 from crossdock.parallel.xfuser_attention import xfuser_installed, xfuser_limits
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import ConfigError, LaunchError
 from crossdock.runtime.models.checkpoint import StoredTensor
 from crossdock.runtime.models.spec import ModelSpec
+from crossdock.runtime.plan.memory_plan import PlannedBlock
 
 
 def check_degree(model: nn.Module, spec: ModelSpec, config: RunConfig) -> None:
@@ -60,11 +60,11 @@ def _heads(model: nn.Module, spec: ModelSpec) -> int:
     return int(config[spec.tensor_plan.head_count])
 
 
-def check_pages(names: Sequence[str], layouts: Sequence[BlockLayout], stored: Mapping[str, StoredTensor]) -> None:
+def check_pages(blocks: Sequence[PlannedBlock], stored: Mapping[str, StoredTensor]) -> None:
     """Bytes as they are stored can be streamed only where they are the bytes to be held."""
-    for name, layout in zip(names, layouts, strict=True):
-        for entry in layout.entries:
-            full = [f"{name}.{each}" for each in entry.names]
+    for block in blocks:
+        for entry in block.layout.entries:
+            full = [f"{block.name}.{each}" for each in entry.names]
             there = next((stored[each] for each in full if each in stored), None)
             if there is not None and there.dtype != entry.dtype:
                 raise ConfigError(

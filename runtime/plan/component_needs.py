@@ -18,6 +18,7 @@ from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout
 from crossdock.offload.schedule.slots import device_bytes
 from crossdock.runtime.models.build_limits import bounded
 from crossdock.runtime.models.checkpoint import read_json
+from crossdock.runtime.models.diffusers_api import kept_in_fp32
 from crossdock.runtime.models.foreign_code import unasked
 from crossdock.runtime.models.meta import build_on_meta, described, non_persistent_buffers
 
@@ -108,7 +109,7 @@ def _on_meta(folder: Path, library: str, class_name: str, dtype: torch.dtype) ->
     path = folder / "config.json"
     config = read_json(path)
 
-    def build(changed: Mapping[str, Any]) -> nn.Module:
+    def build(changed: Mapping[str, object]) -> nn.Module:
         return _text_model(class_name, transformers.AutoConfig.for_model(**copy.deepcopy(dict(changed))))
 
     with described(path, class_name, config, build), unasked():
@@ -116,7 +117,7 @@ def _on_meta(folder: Path, library: str, class_name: str, dtype: torch.dtype) ->
         return _cast(_text_model(class_name, loaded), library, dtype)
 
 
-def _text_model(class_name: str, config: Any) -> nn.Module:
+def _text_model(class_name: str, config: object) -> nn.Module:
     with torch.device("meta"), bounded():
         module: nn.Module = getattr(transformers, class_name)(config)
     return module
@@ -127,9 +128,9 @@ def _cast(module: nn.Module, library: str, dtype: torch.dtype) -> nn.Module:
 
     diffusers then leaves what is not in the checkpoint as it is, too.
     """
-    kept = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+    kept = kept_in_fp32(module, strictly=True)
     if library != "transformers" or dtype == torch.float16:
-        kept |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
+        kept |= kept_in_fp32(module)
     made = non_persistent_buffers(module) if kept and library != "transformers" else ()
     tables = {name: module.get_buffer(name) for name in made}
     nn.Module.to(module, dtype)

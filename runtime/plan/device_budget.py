@@ -8,7 +8,6 @@ never leaves and the arena.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from crossdock.offload.memory.layout import ALIGNMENT
 from crossdock.offload.schedule.residency import Residency, assumed_costs, minimum_bytes, plan_residency
@@ -16,15 +15,6 @@ from crossdock.offload.schedule.shared_slots import place_sizes, usable_bytes
 from crossdock.runtime.config.schema import OffloadConfig
 from crossdock.runtime.errors import ConfigError
 from crossdock.runtime.plan.component_needs import ComponentNeed
-
-
-@dataclass(frozen=True)
-class DeviceSpace:
-    """See the fields of the same names in `RunPlan`."""
-
-    residency: Residency
-    budget_bytes: int | None
-    arena_bytes: int | None
 
 
 def divide_device(
@@ -35,8 +25,8 @@ def divide_device(
     travel: Sequence[Sequence[int]],
     staging_bytes: int,
     others: Sequence[ComponentNeed],
-) -> DeviceSpace:
-    """Divide a device.
+) -> tuple[Residency, int | None, int | None]:
+    """Residency, budget and arena, as a `MemoryPlan` has them.
 
     Args:
         device_bytes: memory of the smallest device; None: not known yet, and a relative budget is not judged.
@@ -52,19 +42,19 @@ def divide_device(
     block_sizes, travel_sizes, depths = place_sizes(passes), place_sizes(travel), offload.depths
     costs = assumed_costs(block_sizes, travel_sizes)
     if not offload.layerwise:
-        return DeviceSpace(plan_residency(block_sizes, costs, None, depths, travel_sizes), None, None)
+        return plan_residency(block_sizes, costs, None, depths, travel_sizes), None, None
     least = minimum_bytes(block_sizes, depths) + staging_bytes
     largest = max((need.turn_bytes for need in others), default=0)
     budget = offload.budget_bytes(device_bytes)
     if budget is None:
         residency = plan_residency(block_sizes, costs, None, depths, travel_sizes)
-        return DeviceSpace(residency, None, max(residency.device_bytes + staging_bytes, largest))
+        return residency, None, max(residency.device_bytes + staging_bytes, largest)
     arena_bytes = budget - outside_bytes - ALIGNMENT
     if arena_bytes < max(least, largest):
         raise _too_small(offload, budget, outside_bytes, least, others)
     room = arena_bytes - staging_bytes
     residency = plan_residency(block_sizes, costs, room, depths, travel_sizes)
-    return DeviceSpace(residency, budget, min(arena_bytes, max(usable_bytes(passes, room) + staging_bytes, largest)))
+    return residency, budget, min(arena_bytes, max(usable_bytes(passes, room) + staging_bytes, largest))
 
 
 def _too_small(

@@ -6,9 +6,10 @@ Whatever can be wrong with the input is found here, in one process, before a ran
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from torch import nn
 from crossdock.offload.live.discovery import DiscoveryError, FoundBlock, discover_blocks
 from crossdock.offload.live.offloader import shared_tensors
 from crossdock.offload.memory.codec import IDENTITY
-from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout
+from crossdock.offload.memory.layout import BlockLayout
 from crossdock.offload.stream.block import Home
 from crossdock.parallel.mesh import MeshShape
 from crossdock.parallel.tensor import TensorParallelism, TensorSlice
@@ -28,16 +29,25 @@ from crossdock.runtime.models.checkpoint import (
     component_names,
     read_model_index,
 )
+from crossdock.runtime.models.diffusers_api import kept_in_fp32
 from crossdock.runtime.models.families import spec_for
 from crossdock.runtime.models.foreign_code import refuse_foreign_code
 from crossdock.runtime.models.latents import vae_scale
 from crossdock.runtime.models.meta import non_persistent_buffers
 from crossdock.runtime.models.spec import ModelSpec
-from crossdock.runtime.models.transformers import build_transformers, stored_of, transformer_names, transformers_in
+from crossdock.runtime.models.transformers import (
+    build_transformers,
+    prefixes,
+    stored_of,
+    transformer_names,
+    transformers_in,
+)
 from crossdock.runtime.plan.checks import check_attention, check_degree, check_guidance, check_pages
-from crossdock.runtime.plan.component_needs import component_needs, host_peak_bytes
+from crossdock.runtime.plan.component_needs import ComponentNeed, component_needs, host_peak_bytes
 from crossdock.runtime.plan.device_budget import divide_device
-from crossdock.runtime.plan.plan import PlannedBlock, RunPlan, in_slots, passes_of
+from crossdock.runtime.plan.memory_plan import MemoryPlan, PlannedBlock
+from crossdock.runtime.plan.model_layout import ModelLayout
+from crossdock.runtime.plan.plan import RunPlan
 
 CODEC = IDENTITY
 """Of every streamed block: what rests, travels and computes is the same."""
@@ -54,6 +64,27 @@ def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int
         ConfigError: the config does not fit the model.
         LaunchError: an optional package is missing.
     """
+    found = _describe(config, model_dir, device)
+    layout = _shard(config, found, model_dir, device)
+    return RunPlan(config, layout, _place(config, found, layout, device_bytes))
+
+
+@dataclass(frozen=True)
+class _FoundModel:
+    """What the model directory has. `model`: the transformers on meta, which `_shard` leaves with local shapes."""
+
+    spec: ModelSpec
+    index: Mapping[str, Any]
+    transformers: tuple[str, ...]
+    encoders: tuple[str, ...]
+    decoders: tuple[str, ...]
+    model: nn.Module
+    stored: Mapping[str, StoredTensor]
+    blocks: Sequence[FoundBlock]
+
+
+def _describe(config: RunConfig, model_dir: Path, device: str) -> _FoundModel:
+    """What there is; it is complete, and the config fits it."""
     spec = spec_for(model_dir)
     index = {name: value for name, value in read_model_index(model_dir).items() if name not in spec.unused}
     names = component_names(index)
@@ -67,72 +98,75 @@ def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int
         check_degree(transformer, spec, config)
         check_attention(transformer, spec, config, device)
     check_guidance(spec, config)
+    blocks = transformer_blocks(model, spec)
+    return _FoundModel(spec, index, transformers, encoders, decoders, model, stored, blocks)
 
-    mesh = mesh_shape(config)
-    found = transformer_blocks(model, spec)
-    block_names = [block.name for block in found]
+
+def _shard(config: RunConfig, found: _FoundModel, model_dir: Path, device: str) -> ModelLayout:
+    """How it is cut over the ranks."""
+    spec, model, mesh = found.spec, found.model, mesh_shape(config)
     slices = _tensor_slices(model, spec, mesh.tp)
-    dtypes = _dtypes(model, stored, config)
-    shared = shared_tensors(model, found)
-    layouts = [_layout(block, dtypes, mesh.hsdp_shard, shared) for block in found]
-    placed = {
-        f"{name}.{local}"
-        for name, layout in zip(block_names, layouts, strict=True)
-        for entry in layout.entries
-        for local in entry.names
-    }
-    outside = tuple(fqn for fqn in _all_tensors(model) if fqn not in placed)
-    pipeline_dtype = _pipeline_dtype(stored, config)
-    depth = config.offload.depths[0]
     scale = vae_scale(model_dir / spec.decoders[0] / "config.json")
-    others = (
-        component_needs(model_dir, index, encoders, decoders, pipeline_dtype, depth) if config.offload.layerwise else ()
-    )
-    outside_bytes = sum(_nbytes(model, fqn, dtypes) for fqn in outside) + sum(need.resident_bytes for need in others)
-    if config.offload.host == "mmap":
-        check_pages(block_names, layouts, stored)
-    home = _home(config, mesh)
-    order = tuple(range(len(found))) if home.streamed else ()
-    passes = passes_of(block_names, order, transformers)
-    codec = CODEC if home.streamed else IDENTITY
-    blocks = [PlannedBlock(name, layout, home, None, codec) for name, layout in zip(block_names, layouts, strict=True)]
-    staging = max((block.staging_bytes(mesh.hsdp_shard) for block in blocks), default=0)
-    space = divide_device(
-        config.offload,
-        device_bytes,
-        outside_bytes,
-        passes=[[blocks[index].layout.slot_bytes for index in pass_] for pass_ in passes],
-        travel=[[blocks[index].travel_bytes(mesh.hsdp_shard) for index in pass_] for pass_ in passes],
-        staging_bytes=staging,
-        others=others,
-    )
-    budget = None if space.budget_bytes is None else space.budget_bytes - outside_bytes - ALIGNMENT - staging
-    return RunPlan(
-        config,
+    return ModelLayout(
         model_dir,
         spec,
         mesh,
         device,
-        transformers,
-        in_slots(blocks, space.residency, passes, budget),
-        order,
-        space.residency,
-        space.budget_bytes,
-        space.arena_bytes,
-        encoders,
-        decoders,
-        {need.name: need.turn_bytes for need in others},
-        host_peak_bytes(others),
-        outside,
-        outside_bytes,
-        stored,
-        dtypes,
+        found.transformers,
+        found.encoders,
+        found.decoders,
+        found.stored,
+        _dtypes(model, found.stored, config),
         slices,
-        pipeline_dtype,
+        _pipeline_dtype(found.stored, config),
         spec.patch * scale.pixels,
         scale.frames,
         scale.features,
     )
+
+
+def _place(config: RunConfig, found: _FoundModel, layout: ModelLayout, device_bytes: int | None) -> MemoryPlan:
+    """Where it rests, and what passes through slots."""
+    offload, model, dtypes, parts = config.offload, found.model, layout.dtypes, layout.mesh.hsdp_shard
+    home, shared = _home(config, layout.mesh), shared_tensors(model, found.blocks)
+    codec = CODEC if home.streamed else IDENTITY
+    blocks = tuple(
+        PlannedBlock(block.name, _layout(block, dtypes, parts, shared), home, None, codec, parts)
+        for block in found.blocks
+    )
+    placed = {f"{b.name}.{local}" for b in blocks for entry in b.layout.entries for local in entry.names}
+    outside = tuple(fqn for fqn in _all_tensors(model) if fqn not in placed)
+    others: Sequence[ComponentNeed] = ()
+    if offload.layerwise:
+        components = found.encoders, found.decoders, layout.pipeline_dtype, offload.depths[0]
+        others = component_needs(layout.model_dir, found.index, *components)
+    outside_bytes = sum(_nbytes(model, fqn, dtypes) for fqn in outside) + sum(need.resident_bytes for need in others)
+    if offload.host == "mmap":
+        check_pages(blocks, found.stored)
+    passes = tuple(
+        tuple(index for index, block in enumerate(blocks) if home.streamed and block.name.startswith(prefix))
+        for prefix in prefixes(found.transformers)
+    )
+    residency, budget_bytes, arena_bytes = divide_device(
+        offload,
+        device_bytes,
+        outside_bytes,
+        passes=[[blocks[index].layout.slot_bytes for index in pass_] for pass_ in passes],
+        travel=[[blocks[index].travel_bytes for index in pass_] for pass_ in passes],
+        staging_bytes=max((block.staging_bytes for block in blocks), default=0),
+        others=others,
+    )
+    return MemoryPlan(
+        blocks,
+        passes,
+        residency,
+        budget_bytes,
+        arena_bytes,
+        {need.name: need.turn_bytes for need in others},
+        host_peak_bytes(others),
+        outside,
+        outside_bytes,
+    ).scheduled(residency, passes)
 
 
 def mesh_shape(config: RunConfig) -> MeshShape:
@@ -178,14 +212,13 @@ def _all_tensors(model: nn.Module) -> list[str]:
 
 def _dtypes(model: nn.Module, stored: Mapping[str, StoredTensor], config: RunConfig) -> dict[str, torch.dtype]:
     """As stored, or the config's dtype for floating-point tensors, but for what the class keeps in fp32."""
-    keep = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    keep = frozenset[str]().union(*map(kept_in_fp32, transformers_in(model).values()))
     buffers = non_persistent_buffers(model)
     dtypes: dict[str, torch.dtype] = {}
     for fqn in _all_tensors(model):
         dtype = model.get_buffer(fqn).dtype if fqn in buffers else stored[fqn].dtype
         if config.dtype != "auto" and dtype.is_floating_point and fqn not in buffers:
-            kept = any(part in keep for part in fqn.split("."))
-            dtype = torch.float32 if kept else getattr(torch, config.dtype)
+            dtype = getattr(torch, config.dtype) if keep.isdisjoint(fqn.split(".")) else torch.float32
         dtypes[fqn] = dtype
     return dtypes
 

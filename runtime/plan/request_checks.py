@@ -6,6 +6,7 @@ import torch
 
 from crossdock.offload.memory.device_memory import total_bytes
 from crossdock.runtime.errors import RequestError
+from crossdock.runtime.plan.model_layout import ModelLayout
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.request import GenerateRequest
 
@@ -18,40 +19,41 @@ def check_request(plan: RunPlan, request: GenerateRequest) -> None:
     Raises:
         RequestError: no pipeline, or not this one, can do what is asked for, or no such device can hold it.
     """
+    layout, spec = plan.layout, plan.layout.spec
     request.validate()
-    if request.batch_size > 1 and not plan.spec.batches:
+    if request.batch_size > 1 and not spec.batches:
         raise RequestError(
-            f"batch_size: found {request.batch_size}; {plan.spec.family} takes one prompt at a time: leave it out"
+            f"batch_size: found {request.batch_size}; {spec.family} takes one prompt at a time: leave it out"
         )
     for name in ("height", "width"):
-        pixels, multiple = getattr(request, name), plan.pixel_multiple
+        pixels, multiple = getattr(request, name), layout.pixel_multiple
         if pixels % multiple:
             below = max(pixels // multiple, 1) * multiple
             raise RequestError(
-                f"{name}: found {pixels}; allowed for {plan.spec.family}: a multiple of {multiple}, such as {below}"
+                f"{name}: found {pixels}; allowed for {spec.family}: a multiple of {multiple}, such as {below}"
             )
-    if request.guidance_scale is not None and plan.spec.guidance is None:
+    if request.guidance_scale is not None and spec.guidance is None:
         raise RequestError(
-            f"guidance_scale: found {request.guidance_scale:g}; {plan.spec.family} has no guidance: leave it out"
+            f"guidance_scale: found {request.guidance_scale:g}; {spec.family} has no guidance: leave it out"
         )
     negative = request.items[0].negative_prompt  # where one has none, all have none
-    if negative is not None and not plan.spec.negative_prompt:
+    if negative is not None and not spec.negative_prompt:
         raise RequestError(
-            f"negative_prompt: found {negative!r}; the guidance of {plan.spec.family} takes none: leave it out"
+            f"negative_prompt: found {negative!r}; the guidance of {spec.family} takes none: leave it out"
         )
     if request.frames is not None:
-        _check_frames(plan, request.frames)
-    _check_size(plan, request)
+        _check_frames(layout, request.frames)
+    _check_size(layout, _device_bytes(plan), request)
 
 
-def _check_size(plan: RunPlan, request: GenerateRequest) -> None:
+def _check_size(layout: ModelLayout, device_bytes: int, request: GenerateRequest) -> None:
     """What the decoder makes has to be on one device at once: the whole result, and one frame's last features."""
-    device_bytes = _device_bytes(plan)
-    itemsize, frames = plan.pipeline_dtype.itemsize, request.frames or 1
-    pixel_bytes = max(3 * frames, plan.decoder_features) * itemsize
+    itemsize, frames = layout.pipeline_dtype.itemsize, request.frames or 1
+    values, features = 3 * frames, layout.decoder_features
+    pixel_bytes = max(values, features) * itemsize
     needed = request.height * request.width * pixel_bytes
     if needed > device_bytes:
-        what = f"{3 * frames} values" if 3 * frames >= plan.decoder_features else f"{plan.decoder_features} features"
+        what = f"{values} values" if values >= features else f"{features} features"
         raise RequestError(
             f"height x width: {request.height} x {request.width} pixels with {what} of {itemsize} bytes each take "
             f"{needed / 2**30:.4g} GiB to decode, and a device has {device_bytes / 2**30:.4g} GiB; ask for less"
@@ -60,24 +62,31 @@ def _check_size(plan: RunPlan, request: GenerateRequest) -> None:
 
 def _device_bytes(plan: RunPlan) -> int:
     """Memory of a rank's device, where the ranks run on this machine."""
-    there = plan.device == "cpu" or torch.cuda.is_available()
+    there = plan.layout.device == "cpu" or torch.cuda.is_available()
     if plan.config.launch.ray_address is not None or not there:
         return MOST_DEVICE_BYTES
-    return total_bytes(torch.device("cuda:0" if plan.device == "cuda" else "cpu"))
+    return total_bytes(torch.device("cuda:0" if plan.layout.device == "cuda" else "cpu"))
 
 
-def _check_frames(plan: RunPlan, frames: int) -> None:
-    spec, chunk, counts = plan.spec, plan.spec.chunk_frames, plan.spec.frame_counts
+def nearest_frames(layout: ModelLayout, frames: int) -> int:
+    """The number of frames, at most so many if that can be, that the model can make."""
+    chunk, counts = layout.spec.chunk_frames, layout.spec.frame_counts
+    if counts is not None:
+        return max((count for count in counts if count <= frames), default=counts[0])
+    multiple, more = (layout.frame_multiple, 1) if chunk is None else (chunk, 0)
+    return max((frames - more) // multiple, 1 - more) * multiple + more
+
+
+def _check_frames(layout: ModelLayout, frames: int) -> None:
+    spec, counts = layout.spec, layout.spec.frame_counts
     if spec.fps is None:
         raise RequestError(f"frames: found {frames}; {spec.family} makes pictures: leave it out")
+    if (near := nearest_frames(layout, frames)) == frames:
+        return
+    multiple, one_more = (
+        (layout.frame_multiple, ", and one more") if spec.chunk_frames is None else (spec.chunk_frames, "")
+    )
+    allowed = f"a multiple of {multiple}{one_more}"
     if counts is not None:
-        if frames in counts:
-            return
-        near = max((count for count in counts if count < frames), default=counts[0])
-        allowed = f"from {counts[0]} to {counts[-1]} in steps of {counts.step}, such as {near}"
-        raise RequestError(f"frames: found {frames}; allowed for {spec.family}: {allowed}")
-    multiple, more = (plan.frame_multiple, 1) if chunk is None else (chunk, 0)
-    if (frames - more) % multiple:
-        below = max((frames - more) // multiple, 1 - more) * multiple + more
-        allowed = f"a multiple of {multiple}{', and one more' if more else ''}, such as {below}"
-        raise RequestError(f"frames: found {frames}; allowed for {spec.family}: {allowed}")
+        allowed = f"from {counts[0]} to {counts[-1]} in steps of {counts.step}"
+    raise RequestError(f"frames: found {frames}; allowed for {spec.family}: {allowed}, such as {near}")

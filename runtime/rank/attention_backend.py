@@ -13,27 +13,14 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from crossdock.parallel.regions import ModuleAttention, SequenceParallelism
+from crossdock.runtime.models.diffusers_api import dispatch_to, dispatches, register_attention
 
 
-def _backend_name(name: str) -> Any:
-    """A member of diffusers' enum; the enum is closed, so it is made by hand."""
-    member = str.__new__(AttentionBackendName, name)
-    member._name_, member._value_ = name.upper(), name
-    return member
-
-
-BACKEND = _backend_name("crossdock")
-CROSS_BACKEND = _backend_name("crossdock_cross")
-"""Of modules whose keys every rank holds whole: some processors hand no `_parallel_config` on for those."""
-
-
-@_AttentionBackendRegistry.register(BACKEND)  # type: ignore[untyped-decorator, unused-ignore]
 def _crossdock_attention(
     query: Tensor,
     key: Tensor,
@@ -57,7 +44,6 @@ def _crossdock_attention(
     return _local_attention(query, key, value, attn_mask, **options)
 
 
-@_AttentionBackendRegistry.register(CROSS_BACKEND)  # type: ignore[untyped-decorator, unused-ignore]
 def _cross_attention(
     query: Tensor,
     key: Tensor,
@@ -77,6 +63,11 @@ def _local_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
         mask = mask[:, None, None, :]
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return scaled_dot_product_attention(query, key, value, mask, **options).transpose(1, 2)
+
+
+BACKEND = register_attention("crossdock", _crossdock_attention)
+CROSS_BACKEND = register_attention("crossdock_cross", _cross_attention)
+"""Of modules whose keys every rank holds whole: some processors hand no `_parallel_config` on for those."""
 
 
 class _Listening(TorchFunctionMode):
@@ -100,7 +91,7 @@ class _Listening(TorchFunctionMode):
         value: Tensor,
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
-        **options: Any,
+        **options: object,
     ) -> Tensor:
         """query, key, value: `[batch, heads, local tokens, head_dim]`."""
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
@@ -119,17 +110,18 @@ class AttentionBinding:
         taken: dict[int, tuple[bool, ModuleAttention]] = {}
         scattered = False
         for path, module in model.named_modules():
-            processor: Any = getattr(module, "processor", None)
+            processor = getattr(module, "processor", None)
             cross, attention = sequence.is_cross(path), sequence.attention_of(path)
+            backend = CROSS_BACKEND if cross else BACKEND
             scattered = scattered or sequence.scatters_heads(path)
-            if processor is None or sequence.scatters_heads(path) or (cross and not _dispatches(processor)):
+            if processor is None or sequence.scatters_heads(path) or (cross and not dispatches(processor)):
                 continue
-            if not _dispatches(processor):
+            if not dispatches(processor):
                 self._listen(module, attention)
             elif taken.setdefault(id(processor), (cross, attention)) == (cross, attention):
-                self._point(processor, cross, attention)
+                self._undo.append(dispatch_to(processor, backend, attention))
             else:  # modules that share a processor do different things
-                self._point(self._own_processor(module, processor), cross, attention)
+                self._undo.append(dispatch_to(self._own_processor(module, processor), backend, attention))
         if not (self._undo or scattered):
             raise ValueError(f"{type(model).__name__} has no attention that diffusers dispatches")
 
@@ -137,17 +129,7 @@ class AttentionBinding:
         while self._undo:
             self._undo.pop()()
 
-    def _point(self, processor: Any, cross: bool, attention: ModuleAttention) -> None:
-        before = processor._attention_backend, processor._parallel_config
-
-        def undo() -> None:
-            processor._attention_backend, processor._parallel_config = before
-
-        self._undo.append(undo)
-        processor._attention_backend = CROSS_BACKEND if cross else BACKEND
-        processor._parallel_config = attention
-
-    def _own_processor(self, module: Any, processor: Any) -> Any:
+    def _own_processor(self, module: nn.Module, processor: nn.Module) -> nn.Module:
         self._undo.append(lambda: setattr(module, "processor", processor))
         module.processor = copy.copy(processor)
         return module.processor
@@ -155,16 +137,12 @@ class AttentionBinding:
     def _listen(self, module: nn.Module, attention: ModuleAttention) -> None:
         listening = ExitStack()
 
-        def begin(*_: Any) -> None:
+        def begin(*_: object) -> None:
             if attention.running:
                 listening.enter_context(_Listening(attention))
 
-        def end(*_: Any) -> None:
+        def end(*_: object) -> None:
             listening.close()
 
         self._undo.append(module.register_forward_pre_hook(begin).remove)
         self._undo.append(module.register_forward_hook(end, always_call=True).remove)
-
-
-def _dispatches(processor: Any) -> bool:
-    return hasattr(processor, "_attention_backend") and hasattr(processor, "_parallel_config")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from crossdock.offload.live.resting import is_resting
 from crossdock.offload.memory.layout import local_part
 from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.parallel.tensor import TensorSlice
-from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.plan.memory_plan import PlannedBlock
 from crossdock.runtime.reports.records import DeviceBytes, HomeRecord, MemorySpan, TensorRecord
 
 _CHUNK = 2**20
@@ -126,7 +126,7 @@ def _record(fqn: str, tensor: Tensor, place: tuple[str, int], part: TensorSlice 
 
 
 def record_homes(
-    plan: RunPlan,
+    blocks: Sequence[PlannedBlock],
     stream: BlockStream,
     ranges: Mapping[str, tuple[int, int]],
 ) -> tuple[HomeRecord, ...]:
@@ -134,7 +134,7 @@ def record_homes(
     Args:
         ranges: block -> the bytes of it that this rank holds.
     """
-    planned = {block.name: block for block in plan.blocks}
+    planned = {block.name: block for block in blocks}
     stays, reads = stream.resident_memory, record_reads(stream)
     return tuple(
         HomeRecord(

@@ -25,6 +25,7 @@ from crossdock.runtime.rank.inspection import (
 )
 from crossdock.runtime.rank.parallelize import ModelParallelism
 from crossdock.runtime.rank.step_watch import StepWatch
+from crossdock.runtime.rank.weights.arrivals import ArrivalWatch
 from crossdock.runtime.rank.weights.compare import WeightCheck
 from crossdock.runtime.rank.weights.load import RankWeights
 from crossdock.runtime.reports.records import RankReport
@@ -34,7 +35,7 @@ from crossdock.runtime.reports.records import RankReport
 class LoadedModel:
     """
     Attributes:
-        plan: what is held now; another one after a rescheduling.
+        plan: what is held now; `memory` is another one after a rescheduling.
         schedule_note: what was made of the measured costs.
         load_s: how long it took to connect and load.
     """
@@ -50,6 +51,7 @@ class LoadedModel:
     stream: BlockStream
     pipeline: RankPipeline
     weight_check: WeightCheck
+    arrivals: ArrivalWatch
     watch: StepWatch
     load_s: float
     schedule_note: str = "assumed costs: nothing was measured yet"
@@ -77,7 +79,7 @@ class LoadedModel:
             rank=self.mesh.rank,
             tensors=record_tensors(self.model, stream, weights.slices),
             plain=record_plain(self.model, stream),
-            homes=record_homes(self.plan, stream, weights.ranges),
+            homes=record_homes(self.plan.memory.blocks, stream, weights.ranges),
             order=stream.order,
             slot_bytes=tuple(memory.nbytes for memory in stream.slot_memory),
             slots=tuple(span for memory in stream.slot_memory if (span := memory_span(memory)) is not None),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
@@ -45,7 +44,7 @@ class ModelParallelism:
 
     def _cut_linears(self, transformer: nn.Module, plan: RunPlan, mesh: Mesh) -> None:
         place = mesh.index_in("tp"), mesh.shape.tp, mesh.groups["tp"]
-        self._undo.append(TensorParallelism.apply(transformer, plan.spec.tensor_plan, *place).remove)
+        self._undo.append(TensorParallelism.apply(transformer, plan.layout.spec.tensor_plan, *place).remove)
 
     def _cut_tokens(
         self, transformer: nn.Module, plan: RunPlan, mesh: Mesh, after_collective: Callable[[], None]
@@ -55,20 +54,20 @@ class ModelParallelism:
         attention = make_attention(plan, mesh, after_collective)
         sequence = SequenceParallelism(attention, shape.sequence_index(mesh.rank), shape.sequence, group)
         self._undo.append(sequence.remove)
-        sequence.apply(transformer, plan.spec.regions)
+        sequence.apply(transformer, plan.layout.spec.regions)
         self._undo.append(AttentionBinding(transformer, sequence).remove)
 
 
 def make_attention(plan: RunPlan, mesh: Mesh, after_collective: Callable[[], None]) -> Attend:
     """The attention that the plan asks for, in this rank's place of the mesh."""
     shape, groups = mesh.shape, mesh.groups
-    place: dict[str, Any] = {
-        "ulysses_group": groups["ulysses"],
-        "ulysses_rank": mesh.index_in("ulysses"),
-        "ulysses_degree": shape.ulysses,
-        "ring_group": groups["ring"],
-        "ring_rank": mesh.index_in("ring"),
-        "ring_degree": shape.ring,
-    }
     kind = XFuserAttention if plan.config.parallel.attention == "xfuser" else SequenceParallelAttention
-    return kind(**place, after_collective=after_collective)
+    return kind(
+        ulysses_group=groups["ulysses"],
+        ulysses_rank=mesh.index_in("ulysses"),
+        ulysses_degree=shape.ulysses,
+        ring_group=groups["ring"],
+        ring_rank=mesh.index_in("ring"),
+        ring_degree=shape.ring,
+        after_collective=after_collective,
+    )

@@ -50,7 +50,7 @@ class RequestState:
         return cls(
             items[first : first + max(counts[replica], 1)],
             leads and counts[replica] > 0,
-            request.keep_every if leads and loaded.plan.spec.resumes else 0,
+            request.keep_every if leads and loaded.plan.layout.spec.resumes else 0,
             snapshot,
             RequestLog(loaded.stream, snapshot.step if snapshot is not None else 0),
         )

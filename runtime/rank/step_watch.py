@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from crossdock.offload.stream.block import StreamedBlock
+from crossdock.runtime.models.diffusers_api import Pipeline, guidance_scale
 from crossdock.runtime.models.transformers import transformers_in
 from crossdock.runtime.pipeline.denoise_loop import Observer, StepEnd
 from crossdock.runtime.plan.plan import RunPlan
@@ -49,14 +50,14 @@ class StepWatch(Observer):
     """Of a model that is loaded: its hooks stay. Outside of `begin` and `end` it looks at nothing."""
 
     def __init__(self, plan: RunPlan, model: nn.Module, blocks: Sequence[StreamedBlock], device: torch.device) -> None:
-        self._verify, self._spec, self._cuda = plan.config.verify, plan.spec, device.type == "cuda"
-        self._compares = self._verify.state and plan.mesh.world_size > plan.mesh.dp  # with somebody
-        self._regions = plan.spec.regions if plan.mesh.sequence > 1 else None
+        self._verify, self._spec, self._cuda = plan.config.verify, plan.layout.spec, device.type == "cuda"
+        mesh = plan.layout.mesh
+        self._compares = self._verify.state and mesh.world_size > mesh.dp  # with somebody
+        self._regions = self._spec.regions if mesh.sequence > 1 else None
         self._step: _Step | None = None
         self._ended: list[_Step] = []  # not read yet
         self._steps: list[StepRecord] = []
         self._orders: dict[int, tuple[str, ...]] = {}
-        self._model = model
         self._last = ""  # the block that was called last in this pass
         self._stacks: set[str] = set()  # of which a block was called in it
         self._summed: dict[int, weakref.ref[Tensor]] = {}  # tensors of it, by id
@@ -70,8 +71,6 @@ class StepWatch(Observer):
                     before = disabled(partial(self._before, block.name))
                     block.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
         self._hooked = [(path, module, _hooks(module)) for path, module in model.named_modules() if _hooks(module)]
-        stored = [fqn for fqn in plan.outside if fqn in plan.stored] if self._verify.state else []
-        self._outside = dict(zip(stored, self._digests(stored), strict=True))
 
     # -- a request -----------------------------------------------------------------------------------------------
 
@@ -89,9 +88,7 @@ class StepWatch(Observer):
         if not self._verify.state:
             return RunRecord(tuple(self._steps), self._orders)
         unhooked = [path for path, module, before in self._hooked if not before <= _hooks(module)]
-        now = self._digests(self._outside)
-        changed = [fqn for (fqn, before), found in zip(self._outside.items(), now, strict=True) if before != found]
-        return RunRecord(tuple(self._steps), self._orders, tuple(unhooked), tuple(changed))
+        return RunRecord(tuple(self._steps), self._orders, tuple(unhooked))
 
     def end_step(self, end: StepEnd) -> tuple[bool, tuple[int, int]]:
         """Whether the step that was read last is finite; checksums of what a replica, and a guidance branch, shares."""
@@ -120,9 +117,9 @@ class StepWatch(Observer):
         state = _joined([*read.inputs.values(), *read.latents.values(), read.computed])
         return read.finite, (state, _joined([*read.branch.values()]))
 
-    def _guidance(self, pipe: Any) -> Any:
+    def _guidance(self, pipe: Pipeline) -> object:
         path = self._spec.guidance or ""
-        return attrgetter(path)(pipe) if "." in path else getattr(pipe, "_guidance_scale", None)
+        return attrgetter(path)(pipe) if "." in path else guidance_scale(pipe)
 
     # -- what the pipeline and the blocks tell -------------------------------------------------------------------
 
@@ -246,10 +243,6 @@ class StepWatch(Observer):
         computed = _joined([zlib.crc32(name.encode()) for name in step.computed])
         self._orders.setdefault(computed, tuple(step.computed))
         self._steps.append(StepRecord(step.number, finite, first, place, inputs, branch, latents, computed))
-
-    def _digests(self, names: Sequence[str] | Mapping[str, int]) -> list[int]:
-        found = [digest(attrgetter(name)(self._model)) for name in names]
-        return torch.stack(found).tolist() if found else []
 
 
 def _hooks(module: nn.Module) -> frozenset[int]:

@@ -38,6 +38,7 @@ from crossdock.runtime.rank.parallelize import ModelParallelism
 from crossdock.runtime.rank.request_state import RequestState
 from crossdock.runtime.rank.step_watch import StepWatch
 from crossdock.runtime.rank.stop import StepRefusedError, Stopping
+from crossdock.runtime.rank.weights.arrivals import ArrivalWatch, stamps
 from crossdock.runtime.rank.weights.compare import WeightCheck
 from crossdock.runtime.rank.weights.kept_stores import StoreHolder
 from crossdock.runtime.rank.weights.load import WeightLoader
@@ -45,6 +46,7 @@ from crossdock.runtime.reports.rank_result import RankResult
 from crossdock.runtime.reports.records import RankReport, RankTrace
 from crossdock.runtime.reports.status import RankStatus
 from crossdock.runtime.request import RankRequest
+from crossdock.runtime.watch.flight_recorder import FlightRecorder, Neighbours
 
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Where gloo and NCCL listen; by default at the address of the machine's name. Whoever sets them knows better."""
@@ -69,6 +71,7 @@ class RankWorker:
         self.stopping = Stopping()
         self.world: Group | None = None  # all ranks, once they have met
         self.model_steps = 0  # of the model that is loaded
+        self._recorder, self._neighbours = FlightRecorder(self._place), Neighbours()
         self._mesh: Mesh | None = None  # of the model that is loaded, or is being loaded
         self._loaded: LoadedModel | None = None
         self._state: RequestState | None = None  # of the request under way, or that a fault ended
@@ -94,8 +97,10 @@ class RankWorker:
             assert dist.group.WORLD is not None
             self.world = Group(dist.group.WORLD, "world")
             self.stopping.meet(self.world)
+            self._neighbours = Neighbours.of(self.rank, self.exchange(self._recorder.open()))
+            self._recorder.attach(self.world)
 
-    def exchange(self, value: Any) -> list[Any]:
+    def exchange(self, value: object) -> list[Any]:
         """`value` of every rank, by rank. Collective over the world."""
         return exchange(value, self.world)
 
@@ -103,37 +108,46 @@ class RankWorker:
         """Memory of this rank's device."""
         return total_bytes(self.device)
 
-    def setup(self, plan: RunPlan, probe: bool = False, rehearse: bool = False) -> RankReport:
+    def setup(self, plan: RunPlan, probe: bool = False, rehearse: bool = False, thorough: bool = False) -> RankReport:
         """Load, shard and stream the model of `plan`; the report says what this rank now holds. Collective.
 
         Args:
             probe: compare all bytes that arrive on the device with the checkpoint, not a sample. With a rehearsal.
             rehearse: stream every block once and compare it, instead of in the first step.
+            thorough: compare all bytes, whenever they arrive.
         """
         began = time.perf_counter()
         allocated = allocated_bytes(self.device)
         rehearse = rehearse or probe
+        layout, memory = plan.layout, plan.memory
         self.phase = "connect"
         timeout_s = plan.config.launch.timeouts.collective_s
-        self._mesh = mesh = Mesh.connect(plan.mesh, self.rank, timeout_s, self.world)
+        self._mesh = mesh = Mesh.connect(layout.mesh, self.rank, timeout_s, self.world)
+        for group in mesh.groups.values():
+            if group is not None:
+                self._recorder.attach(group)
         self.phase = "load"
-        model = build_transformers(plan.spec.transformer, plan.model_dir, plan.transformers)
+        model = build_transformers(layout.spec.transformer, layout.model_dir, layout.transformers)
         issued = AtRunTime(lambda: stream.collective_issued())
         parallelism = ModelParallelism.apply(model, plan, mesh, issued)
+        check = WeightCheck(layout, memory.outside, self.rank, model, full=probe or thorough)
+        files = stamps(plan)
+        if plan.config.offload.host == "mmap":
+            check.pin(memory.blocks)
         loader = WeightLoader(plan, mesh, model, self.device, self.holder)
         weights = loader.load_blocks()
         loader.load_outside()
         loader.close()
         copy_engine = make_copy_engine(self.device, timeout_s)
-        arena = None if plan.arena_bytes is None else Arena(plan.arena_bytes, self.device)
+        arena = None if memory.arena_bytes is None else Arena(memory.arena_bytes, self.device)
         stream = BlockStream(
             weights.blocks,
-            plan.schedule,
+            memory.schedule,
             self.device,
             copy_engine,
             self._gather(mesh),
-            resident=plan.resident,
-            passes=plan.passes,
+            resident=memory.resident,
+            passes=memory.passes,
             arena=arena,
             yield_to_collectives=self.device.type == "cuda" and self.world_size > 1,
         )
@@ -144,8 +158,9 @@ class RankWorker:
             if isinstance(module, EXCHANGING):
                 module.register_forward_hook(lambda *_: issued())
         pipeline = RankPipeline(plan, mesh, model, self.device, copy_engine, arena)
-        check = WeightCheck(plan, self.rank, model, full=probe)
-        made = (mesh, model, parallelism, weights, copy_engine, arena, stream, pipeline, check)
+        arrivals = ArrivalWatch(plan, model, stream, check, pipeline.components, files)
+        pipeline.observe_uses(arrivals.component_used)
+        made = (mesh, model, parallelism, weights, copy_engine, arena, stream, pipeline, check, arrivals)
         watch = StepWatch(plan, model, weights.blocks, self.device)
         self._loaded = loaded = LoadedModel(plan, self.device, *made, watch, time.perf_counter() - began)
         self.model_steps = 0
@@ -179,7 +194,7 @@ class RankWorker:
     def status(self) -> RankStatus:
         """What this rank is doing right now; for another thread."""
         loaded, state, mesh, denoises = self._loaded, self._state, self._mesh, self.phase == "denoise"
-        latest = loaded.stream.latest if loaded is not None and denoises else None
+        latest = loaded.stream.latest() if loaded is not None and denoises else None
         return RankStatus(
             self.rank,
             socket.gethostname(),
@@ -190,7 +205,17 @@ class RankWorker:
             bool(latest and latest[0] == "wait_begin"),
             self.kept.step if self.kept is not None else 0,
             (*(mesh.records() if mesh is not None else ()), *([self.world.record()] if self.world is not None else [])),
+            self._neighbours.lost(),
         )
+
+    def _place(self, group: str) -> str:
+        """Where this rank is, for a collective of that group."""
+        loaded, state = self._loaded, self._state
+        if self.phase != "denoise" or loaded is None or state is None:
+            return self.phase
+        event, block = loaded.stream.latest("gather" if group == "weights" else "compute") or ("", "")
+        where = f", {'after ' * (event == 'compute_end')}block {block}" if block else ""
+        return f"step {state.log.running}{where}"
 
     @property
     def snapshots(self) -> tuple[Snapshot, ...]:
@@ -226,6 +251,7 @@ class RankWorker:
         self.stopping.begin(request)
         self._state = state = RequestState.begin(request, loaded, resume)
         loaded.watch.begin()
+        loaded.arrivals.begin(request.asked.steps)
         on_step, on_decode = partial(self._on_step, state), partial(self._begin_decode, state)
         try:
             done = loaded.pipeline.run(state.items, request.asked, on_step, state.resume, on_decode, loaded.watch)
@@ -233,7 +259,7 @@ class RankWorker:
             self._finish_request()
             raise
         except StepRefusedError:
-            result = self._result(state, Denoised.nothing(time.perf_counter()), time.perf_counter())
+            result = self._result(state, Denoised.nothing(time.perf_counter()), time.perf_counter(), refused=True)
             self._finish_request()
             return result
         result = self._result(state, done, time.perf_counter())
@@ -277,7 +303,7 @@ class RankWorker:
 
     # -- parts of generate ---------------------------------------------------------------------------------------
 
-    def _begin_forward(self, stream: BlockStream, pass_: int, *_: Any) -> None:
+    def _begin_forward(self, stream: BlockStream, pass_: int, *_: object) -> None:
         self.phase = "denoise"
         stream.prepare(pass_)
 
@@ -293,12 +319,13 @@ class RankWorker:
             self.model_steps += 1
         loaded, mesh = self.loaded, self.loaded.mesh.shape
         finite, alike = loaded.watch.end_step(end)
-        refuse = loaded.weight_check.differ or not finite
+        arrived = loaded.arrivals.end_step(end.finished, end.total) and not loaded.weight_check.differ
+        refuse = not arrived or not finite
         self.stopping.agree(end.finished, end.total, refuse, alike, (mesh.dp, mesh.dp * mesh.cfg))
         state.keep(end)
         if end.repeated:
             return
-        if self.model_steps == MEASURED_STEPS and self.loaded.plan.order:
+        if self.model_steps == MEASURED_STEPS and self.loaded.plan.memory.order:
             self._reschedule(state)
         if self.on_progress is not None:
             self.on_progress(end.finished)
@@ -306,6 +333,7 @@ class RankWorker:
     def _finish_request(self) -> None:
         self.stopping.end()
         self.loaded.watch.forget()
+        self.loaded.arrivals.forget()
         self._state = None
         self.phase = "idle"
 
@@ -313,22 +341,25 @@ class RankWorker:
         """Look at the schedule again, with what the first steps have shown. Collective; every rank decides alike."""
         loaded = self.loaded
         stream, arena = loaded.stream, loaded.arena
-        seen = observe(loaded.plan, stream.recorded_order, stream.trace(), spare_bytes(self.device))
-        found = reschedule(loaded.plan, self.exchange(seen), self.model_steps)
-        plan = found.plan or loaded.plan
+        seen = observe(loaded.plan.memory, stream.recorded_order, stream.trace(), spare_bytes(self.device))
+        found = reschedule(loaded.plan.memory, loaded.plan.config.offload, self.exchange(seen), self.model_steps)
+        memory = found.memory or loaded.plan.memory
+        plan = replace(loaded.plan, memory=memory)
         self._loaded = loaded = replace(loaded, plan=plan, schedule_note=found.schedule_note)
-        if found.plan is None:
+        if found.memory is None:
             return
-        if arena is not None and plan.arena_bytes != arena.nbytes:
-            arena.resize(plan.arena_bytes or 0)
-        stream.reschedule(plan.schedule, plan.resident, plan.order)
+        if arena is not None and memory.arena_bytes != arena.nbytes:
+            arena.resize(memory.arena_bytes or 0)
+        stream.reschedule(memory.schedule, memory.resident, memory.order)
         before = stream.upcoming
+        if loaded.arrivals.looks:
+            loaded.weight_check.watch_again(stream)
         stream.rehearse()
         state.changed = loaded.report()  # now: later, another component may have the memory
         # belongs to no step; with what it fetched ahead: the report waited for that
         state.log.rehearsed = range(before, stream.upcoming)
 
-    def _result(self, state: RequestState, done: Denoised, decoded: float) -> RankResult:
+    def _result(self, state: RequestState, done: Denoised, decoded: float, refused: bool = False) -> RankResult:
         """What the coordinator judges; `decoded` of `time.perf_counter`. Collective where blocks have yet to come."""
         loaded, log = self.loaded, state.log
         issued = loaded.issued()  # first: the trace then has what gathers ahead noted, on all ranks alike
@@ -339,6 +370,7 @@ class RankWorker:
         measurements = log.measurements(*held, events, done.step_ms, phases)
         timeline = RankTrace(self.rank, measurements.host, measurements.device, events, spans)
         loaded.stream.rehearse(unseen=True)  # blocks that a cache skipped in the first request
+        arrived = loaded.arrivals.end(loaded.weights.ranges, refused)
         result = RankResult(
             self.rank,
             measurements,
@@ -350,7 +382,8 @@ class RankWorker:
             loaded.weight_check.unreported(),
             loaded.schedule_note,
             loaded.watch.end(),
+            arrived,
         )
         if state.changed is not None:
-            result.plan, result.report = loaded.plan, state.changed
+            result.memory, result.report = loaded.plan.memory, state.changed
         return result

@@ -9,8 +9,16 @@ from torch import Tensor
 from crossdock.offload.stream.trace import TraceEvent
 from crossdock.parallel.group import GroupRecord
 from crossdock.runtime.media import Media
-from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.reports.records import ArrivalRecord, Measurements, MemorySpan, RankReport, RankTrace, RunRecord
+from crossdock.runtime.plan.memory_plan import MemoryPlan
+from crossdock.runtime.reports.records import (
+    ArrivalRecord,
+    Measurements,
+    MemorySpan,
+    RankReport,
+    RankTrace,
+    RunRecord,
+    WeightsRecord,
+)
 
 
 @dataclass
@@ -21,8 +29,9 @@ class RankResult:
     `timeline` is the whole request, `before` the last event of every slot before it, `scheduled_at` the number of the
     first event under the present schedule, `collectives` what was issued so far, `read` what every block's loads
     read, as in `HomeRecord`, `arrivals` what has been compared with the checkpoint since the last report or result.
-    `schedule_note` says what became of the residency schedule, `seen` what was looked at in every step. Where the
-    schedule was changed in this request, `plan` is the new one and `report` what the rank now holds.
+    `schedule_note` says what became of the residency schedule, `seen` what was looked at in every step, `weights` which
+    weights were not what they were when they first arrived. Where the schedule was changed in this request, `memory` is
+    the new plan and `report` what the rank now holds.
     """
 
     rank: int
@@ -35,7 +44,8 @@ class RankResult:
     arrivals: tuple[ArrivalRecord, ...]
     schedule_note: str
     seen: RunRecord = field(default_factory=RunRecord)
-    plan: RunPlan | None = None
+    weights: WeightsRecord = field(default_factory=WeightsRecord)
+    memory: MemoryPlan | None = None
     report: RankReport | None = None
     latents: Tensor | None = None
     media: list[Media] = field(default_factory=list)

@@ -176,13 +176,40 @@ class RunRecord:
     Attributes:
         orders: the sequences in which blocks were called in a step, each once.
         unhooked: modules that have lost a hook since the load.
-        changed: tensors of the checkpoint outside the blocks that are not what they were after the load.
     """
 
     steps: tuple[StepRecord, ...] = ()
     orders: dict[int, tuple[str, ...]] = field(default_factory=dict)
     unhooked: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class WrongBytes:
+    """A block had other bytes, when it had computed, than when it first arrived.
+
+    Attributes:
+        step: of the request, counted from 1; 0: it is of a text encoder or a decoder.
+        at_rest: the first tensor of what rests of it on this rank that is not what the file has; empty: none.
+    """
+
+    step: int
+    block: str
+    at_rest: str = ""
+
+
+@dataclass(frozen=True)
+class WeightsRecord:
+    """What a rank saw of its weights in a request.
+
+    Attributes:
+        wrong: in the order in which it was seen.
+        changed: tensors outside the blocks that are not what they were after the load.
+        files: those that stay in use and have changed since the load.
+    """
+
+    wrong: tuple[WrongBytes, ...] = ()
     changed: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -237,14 +264,36 @@ class RankTrace:
 
 
 @dataclass(frozen=True)
+class Deviation:
+    """How far what a block returned on a rank is from what it returns in the unsharded model.
+
+    Attributes:
+        call: of a transformer, from 1; in each guidance branch.
+        error: the largest difference, relative to the largest value; inf where it cannot be told.
+        own_error: the unsharded model's, to itself in float32; 0 where that is what it computes in.
+        tokens: which ones the rank has; empty: all.
+        found: what there is instead of tensors that can be compared; empty: they can.
+    """
+
+    call: int
+    block: str
+    error: float
+    own_error: float = 0.0
+    tokens: str = ""
+    found: str = ""
+
+
+@dataclass(frozen=True)
 class ProbeReport:
     """One denoise step, run twice by one rank: checksums of what every call of a block returned, in order.
 
     Attributes:
         on: (block, checksum) of each call with streaming; the last entry is the final latents.
         off: the same without streaming, every block's weights read straight from the checkpoint's files.
+        alone: the latter beside one rank's step of the unsharded model, block by block.
     """
 
     rank: int
     on: tuple[tuple[str, int], ...]
     off: tuple[tuple[str, int], ...]
+    alone: tuple[Deviation, ...] = ()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from crossdock.parallel.group import GroupRecord
 
@@ -13,11 +13,12 @@ class RankStatus:
     """
     Attributes:
         host, pid: where the rank's process runs.
-        phase: "idle", "connect", "load", "verify" or "rehearsal", "encode", "denoise" or "decode".
+        phase: "idle", "connect", "load", "verify" or "rehearsal", "encode", "denoise" or "decode", "compare".
         step: the number of the step under way, from 1; None outside the denoise loop.
         block: the last one that was asked for; `waits` while its bytes have not arrived.
         kept_step: the step after which the newest snapshot was taken; 0: there is none.
         groups: what was issued on each of the mesh's groups, and on the world's.
+        lost: the same of ranks of this machine whose processes are gone: the last of it.
     """
 
     rank: int
@@ -29,6 +30,7 @@ class RankStatus:
     waits: bool = False
     kept_step: int = 0
     groups: tuple[GroupRecord, ...] = ()
+    lost: Mapping[int, tuple[GroupRecord, ...]] = field(default_factory=dict)
 
     @property
     def waiting(self) -> GroupRecord | None:

@@ -12,10 +12,11 @@ them left the program.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from crossdock.parallel.group import GroupRecord
+from crossdock.parallel.group import Collective, GroupRecord
 from crossdock.runtime.errors import CrossdockError, RankError
 from crossdock.runtime.reports.status import RankStatus, ranks_text
 
@@ -43,9 +44,16 @@ class Watch:
         self.statuses: dict[int, RankStatus] = {}
         self.ended: set[int] = set()
         self._patience_s = patience_s
+        self._lost: dict[int, tuple[GroupRecord, ...]] = {}
 
     def hear(self, status: RankStatus) -> None:
+        """With what is known of ranks that are gone; what they had said before was older."""
         self.statuses[status.rank] = status
+        self._lost |= status.lost
+        for rank, groups in self._lost.items():
+            known = self.statuses.get(rank, RankStatus(rank, status.host, 0, "lost"))
+            others = tuple(group for group in known.groups if _group(groups, group) is None)
+            self.statuses[rank] = replace(known, groups=(*others, *groups))
 
     def end(self, rank: int) -> None:
         """The rank has handed in its result, and was heard since: what it has issued by then is all it will issue."""
@@ -126,33 +134,38 @@ class Watch:
 
 
 def different_collective(statuses: Mapping[int, RankStatus], patience_s: float = PATIENCE_S) -> Fault | None:
-    """Two ranks of a group whose collectives of one number differ. What most of them issued is taken to be right; of
-    equally many, what the smallest rank did. Before that is known, `patience_s` are waited for the others.
+    """Ranks of a group whose collectives of one number differ. What most of them issued is taken to be right; without
+    a majority, that is said. Before that is known, `patience_s` are waited for the others.
     """
-    seen: dict[tuple[str, tuple[int, ...], int], dict[str, list[int]]] = {}
+    seen: dict[tuple[str, tuple[int, ...], int], dict[int, Collective]] = {}
     for rank in sorted(statuses):
         for group in statuses[rank].groups:
             for call in group.last:
-                seen.setdefault((group.name, group.ranks, call.number), {}).setdefault(call.what, []).append(rank)
-    for (name, ranks, number), choices in sorted(seen.items(), key=lambda item: item[0][2]):
-        if len(choices) > 1:
-            common, rest = _by_number(choices.items())
-            odd, there = rest[1][0], [rank for chosen in choices.values() for rank in chosen]
-            known = 2 * len(common[1]) > len(ranks) or len(there) == len(ranks)
-            if not known and not any(_under_way((statuses[rank].waiting for rank in there), patience_s)):
+                seen.setdefault((group.name, group.ranks, call.number), {})[rank] = call
+    for (name, ranks, number), calls in sorted(seen.items(), key=lambda item: item[0][2]):
+        if len({call.what for call in calls.values()}) > 1:
+            choices = Counter(call.what for call in calls.values())
+            (_, count), (other, _) = choices.most_common(2)
+            known = 2 * count > len(ranks) or len(calls) == len(ranks)
+            if not known and not any(_under_way((statuses[rank].waiting for rank in calls), patience_s)):
                 continue
-            return Fault(
-                odd,
-                f"it issued {rest[0]} as number {number} of group {name} (ranks {ranks}), where "
-                f"{ranks_text(common[1])} issued {common[0]}; it is in {statuses[odd]}",
-            )
+            odd = next(rank for rank, call in calls.items() if call.what == other)
+            told = f"it issued {other} as number {number} of group {name} (ranks {ranks}){_where(calls[odd])}, where "
+            told += " and ".join(_issued_by(calls, what, calls[odd]) for what in choices if what != other)
+            unsure = "" if 2 * count > len(calls) else "; which of them is wrong is not known"
+            return Fault(odd, f"{told}{unsure}; it is in {statuses[odd]}")
     return None
 
 
-def _by_number(choices: Iterable[tuple[str, list[int]]]) -> tuple[tuple[str, list[int]], tuple[str, list[int]]]:
-    """The most common choice, and the next."""
-    first, second, *_ = sorted(choices, key=lambda choice: -len(choice[1]))
-    return first, second
+def _issued_by(calls: Mapping[int, Collective], what: str, odd: Collective) -> str:
+    """Who issued it, and where, unless that is where the odd one was."""
+    ranks = [rank for rank, call in calls.items() if call.what == what]
+    place = _where(calls[ranks[0]]) if calls[ranks[0]].place != odd.place else ""
+    return f"{ranks_text(ranks)} issued {what}{place}"
+
+
+def _where(call: Collective) -> str:
+    return f" in {call.place}" if call.place else ""
 
 
 def _under_way(groups: Iterable[GroupRecord | None], patience_s: float) -> Iterator[GroupRecord]:

@@ -12,8 +12,9 @@ longer together; aim: 3% of the load. Both are long, and their difference is sho
 ranks and coordinator spend checking.
 
 A request: the coordinator's questions four times a second, the record of every collective, the trace of every block,
-the ranks' agreement at every step's end and the review of the request, all on or all off; aim: 1% of a step. That is
-less than most machines' noise: it is also put together from what the slower rank spends in each.
+the digests of weights, what is looked at in every step (`verify`), the ranks' agreement at its end and the review of
+the request, all on or all off; aim: 1% of a step. That is less than most machines' noise: it is also put together from
+what the slower rank spends in each (of what is looked at in steps: at their ends).
 """
 
 from __future__ import annotations
@@ -149,15 +150,18 @@ def _timed_setup(worker: RankWorker, plan: RunPlan, checked: bool) -> RankReport
     """On a rank: `setup`, with all that is checked in it or without; `took` has what it and the first step spend."""
     import crossdock.offload.stream.slot_loads as loading
     from crossdock.runtime.rank.loaded_model import LoadedModel
+    from crossdock.runtime.rank.weights.arrivals import ArrivalWatch
     from crossdock.runtime.rank.weights.compare import WeightCheck
 
     start, report, arriving = _ONE_AFTER_THE_OTHER
-    took = worker.took = dict.fromkeys((*_ONE_AFTER_THE_OTHER, "poisoning, on the copy lane"), 0.0)  # type: ignore[attr-defined]
+    digested = "  of it their digests, for later steps"
+    took = worker.took = dict.fromkeys((*_ONE_AFTER_THE_OTHER, digested, "poisoning, on the copy lane"), 0.0)  # type: ignore[attr-defined]
     parts = (
         (start, WeightCheck, "begin"),
         (start, WeightCheck, "watch"),
         (report, LoadedModel, "report"),
         (arriving, WeightCheck, "block"),
+        (digested, ArrivalWatch, "arrived"),
         ("poisoning, on the copy lane", loading, "poison"),
     )
     with ExitStack() as stack:
@@ -245,11 +249,18 @@ def _parts(engine: Engine, steps: int, size: int) -> dict[str, float]:
 def _time_checks(worker: RankWorker) -> None:
     from crossdock.offload.stream.loader import EventLog
     from crossdock.parallel.group import Group
+    from crossdock.runtime.rank.step_watch import StepWatch
     from crossdock.runtime.rank.stop import Stopping
+    from crossdock.runtime.rank.weights.arrivals import ArrivalWatch
 
     parts = (
         ("the record of collectives", Group, "_begin"),
         ("the trace of blocks", EventLog, "note"),
+        ("arrives: digests of blocks", ArrivalWatch, "_used"),
+        ("arrives: comparing them", ArrivalWatch, "end_step"),
+        ("arrives: text encoder and VAE", ArrivalWatch, "component_used"),
+        ("arrives: the rest, at the request's end", ArrivalWatch, "end"),
+        ("finite, same-state, same-order: at steps' ends", StepWatch, "end_step"),
         ("the agreement at a step's end", Stopping, "agree"),
         ("answers to the coordinator", RankWorker, "status"),
     )
@@ -258,6 +269,7 @@ def _time_checks(worker: RankWorker) -> None:
     for name, owner, work in parts:
         timed = _timed(took, name, getattr(owner, work))
         worker.switched.enter_context(patch.object(owner, work, timed))  # type: ignore[attr-defined]
+    _observe(worker)
 
 
 @contextmanager
@@ -276,15 +288,26 @@ def _unchecked(engine: Engine) -> Iterator[None]:
 def _switch_off(worker: RankWorker) -> None:
     from crossdock.offload.stream.loader import EventLog
     from crossdock.parallel.group import Group
+    from crossdock.runtime.rank.step_watch import StepWatch
     from crossdock.runtime.rank.stop import Stopping
+    from crossdock.runtime.rank.weights.arrivals import ArrivalWatch
 
     worker.switched: Any = ExitStack()  # type: ignore[misc, attr-defined]
-    for owner, name in ((Group, "_begin"), (Stopping, "agree"), (EventLog, "note")):
+    off = ((Group, "_begin"), (Stopping, "agree"), (EventLog, "note"), (ArrivalWatch, "begin"), (StepWatch, "begin"))
+    for owner, name in off:  # what has not begun looks at nothing
         worker.switched.enter_context(patch.object(owner, name, lambda *_, **__: None))  # type: ignore[attr-defined]
 
 
 def _switch_on(worker: RankWorker) -> None:
     worker.switched.close()  # type: ignore[attr-defined]
+    _observe(worker)
+
+
+def _observe(worker: RankWorker) -> None:
+    """Streams and pipeline keep the methods that they were given."""
+    loaded = worker.loaded
+    loaded.stream.observe_uses(loaded.arrivals._used)
+    loaded.pipeline.observe_uses(loaded.arrivals.component_used)
 
 
 def _show_requests(console: Console, found: list[tuple[Times, Times]]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -55,13 +54,13 @@ class RankHost:
         except (RuntimeError, OSError) as error:
             raise RankError(worker.rank, f"could not meet the others: {error}", "cut off") from None
 
-    def collective_rpc(self, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    def collective_rpc(self, work: Callable[..., object], args: tuple[object, ...]) -> object:
         try:
             return work(self._worker, *args)
         except Exception as error:
             raise rank_error(self._worker.status(), error) from None
 
-    def rpc(self, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    def rpc(self, work: Callable[..., object], args: tuple[object, ...]) -> object:
         return work(self._worker, *args)
 
     def status(self) -> RankStatus:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from crossdock.runtime.errors import CrossdockError, RankError, RequestCancelled
 from crossdock.runtime.watch.faults import first_cause, is_conclusive
@@ -14,27 +14,34 @@ from crossdock.runtime.watch.watch import EXPLAIN_S, SILENT_S, SUSPECT_S, Watch,
 
 POLL_S = 0.1
 ASK_EVERY_S = 0.25
+LAST_WORDS_S = 1.0
+"""How long those that are left may take to say what a rank that died had issued."""
 
 
-class Ranks(Protocol):
-    """How a gang reaches its ranks. A future is whatever `ask_status`, or the gang, makes of a question to one."""
+F = TypeVar("F")
+
+
+class Ranks(Protocol[F]):
+    """How a gang reaches its ranks. A future, `F`, is whatever it makes of a question to one."""
 
     world_size: int
 
-    def wait(self, futures: Sequence[Any], timeout_s: float) -> Sequence[Any]:
+    def wait(self, futures: Sequence[F], timeout_s: float) -> Sequence[F]:
         """Those that are done, as soon as all are, or when the time is up."""
 
-    def result(self, future: Any, rank: int) -> Any:
+    def result(self, future: F, rank: int) -> Any:
         """Of a future that is done. Raises a CrossdockError: what the rank raised, or that it died."""
 
-    def ask_status(self, rank: int) -> Any:
+    def ask_status(self, rank: int) -> F:
         """A future `RankStatus`."""
 
     def stopped(self, rank: int, silent: set[int]) -> str | None:
         """Where its process is, if that is stopped; ranks that are not `silent` may be asked."""
 
 
-def await_results(ranks: Ranks, futures: Sequence[Any], deadline: float, watcher: Watcher | None = None) -> list[Any]:
+def await_results(
+    ranks: Ranks[F], futures: Sequence[F], deadline: float, watcher: Watcher[F] | None = None
+) -> list[Any]:
     """All results, of ranks 0, 1, ... The first failure that explains itself ends the wait: others may hang in a
     collective. `deadline` of `time.monotonic`.
     """
@@ -66,17 +73,17 @@ def await_results(ranks: Ranks, futures: Sequence[Any], deadline: float, watcher
     return [results[rank] for rank in range(len(futures))]
 
 
-class Watcher:
+class Watcher(Generic[F]):
     """Asks every rank what it is doing, one question at a time each."""
 
-    def __init__(self, ranks: Ranks, notice: Notice | None = None) -> None:
+    def __init__(self, ranks: Ranks[F], notice: Notice | None = None) -> None:
         self.watch = Watch()
         self._ranks = ranks
         self._notice = notice
-        self._questions: dict[Any, int] = {}
+        self._questions: dict[F, int] = {}
         self._asked_at: dict[int, float] = {}
         self._over: set[int] = set()  # their results are in
-        self._final: set[Any] = set()  # questions that were asked since
+        self._final: set[F] = set()  # questions that were asked since
         self._next = 0.0
 
     def end(self, rank: int) -> None:
@@ -122,7 +129,7 @@ class Watcher:
             return error
         with contextlib.suppress(Exception):
             for _ in range(2):  # the answers to open questions may be from before
-                self.poll(patience_s=ASK_EVERY_S)
-        if error.kind == "cut off" and (fault := different_collective(self.watch.statuses)) is not None:
+                self.poll(patience_s=ASK_EVERY_S if error.kind == "cut off" else LAST_WORDS_S)
+        if error.kind in ("cut off", "died") and (fault := different_collective(self.watch.statuses)) is not None:
             return RankError(fault.rank, fault.what, "collectives")
         return self.watch.explain(error)

@@ -16,5 +16,6 @@ SPEC = ModelSpec(
     encoders=("text_encoder", "text_encoder_2"),
     branches=None,  # its guidance is in the model
     negative_prompt=False,
+    steps=28,
     published=(Published("FLUX.1-dev", 11.901e9, {"guidance_embeds": True}),),
 )

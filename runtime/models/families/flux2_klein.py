@@ -14,6 +14,7 @@ SPEC = ModelSpec(
     regions=(REGION,),
     branches="calls",
     negative_prompt=False,
+    steps=4,
     published=(
         Published(
             "FLUX.2-klein-4B",

@@ -14,5 +14,6 @@ SPEC = replace(
     branches=None,
     guidance=None,
     negative_prompt=False,
+    steps=16,
     published=(Published("FLUX.3-image-klein", 5.6e9, {"flow_map": True}),),
 )

@@ -41,5 +41,6 @@ SPEC = ModelSpec(
     fps=24,
     chunk_frames=33,
     resumes=False,  # the loop carries the chunks that are done
+    size=(640, 384),
     published=(Published("Helios-Base", 14_312_427_584),),
 )

@@ -43,5 +43,6 @@ SPEC = ModelSpec(
     encoders=("text_encoder", "text_encoder_2"),
     patch=1,
     fps=24,
+    size=(848, 480),
     published=(Published("HunyuanVideo-1.5-480p_t2v", 8_326_608_160, {"task_type": "t2v"}),),
 )

@@ -34,5 +34,6 @@ SPEC = ModelSpec(
         ),
     ),
     branches="calls",
+    steps=28,
     published=(Published("Krea-2-Raw", 12.820e9), Published("Krea-2-Turbo", 12.820e9)),
 )

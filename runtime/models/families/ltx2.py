@@ -67,5 +67,7 @@ SPEC = ModelSpec(
     fps=24,
     sampling_rate="vocoder.config.output_sampling_rate",
     resumes=False,  # the audio's latents and scheduler are the loop's own
+    size=(768, 512),
+    steps=30,
     published=(Published("LTX-2", 18.876e9, {"rope_type": "split"}),),
 )

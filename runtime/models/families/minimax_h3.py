@@ -52,5 +52,6 @@ SPEC = ModelSpec(
     frame_counts=range(124, 346, 17),  # 5 to 15 seconds, 17 n + 5
     more_steps=1,
     resumes=False,  # the audio's latents and scheduler are the loop's own
+    size=(832, 480),
     published=(Published("MiniMax-H3", 33_122_992_896),),
 )

@@ -44,5 +44,6 @@ SPEC = ModelSpec(
     ),
     branches="calls",
     guidance="true_cfg_scale",
+    size=(1328, 1328),
     published=(Published("Qwen-Image", 20.430e9), Published("Qwen-Image-2512", 20.430e9)),
 )

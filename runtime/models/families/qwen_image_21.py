@@ -36,5 +36,6 @@ SPEC = ModelSpec(
     ),
     branches="calls",
     guidance="true_cfg_scale",
+    steps=40,
     published=(Published("Qwen-Image-2.1", 7.115e9),),
 )

@@ -40,6 +40,7 @@ SPEC = ModelSpec(
     ),
     branches="batch",
     encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
+    steps=28,
     published=(
         Published(
             "Stable-Diffusion-3.5-large",

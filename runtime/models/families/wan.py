@@ -37,6 +37,7 @@ SPEC = ModelSpec(
     transformers=("transformer", "transformer_2"),
     fps=16,
     fps_with={"expand_timesteps": 24},  # the 5B model of Wan 2.2
+    size=(832, 480),
     published=(
         Published("Wan2.1-T2V-14B", 14_288_491_584),
         Published("Wan2.1-T2V-1.3B", 1_418_996_800, {"ffn_dim": 8960, "num_attention_heads": 12, "num_layers": 30}),

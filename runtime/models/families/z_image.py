@@ -41,5 +41,6 @@ SPEC = ModelSpec(
     ),
     regions=tuple(_region(stack) for stack in STACKS),
     branches="batch",
+    steps=9,
     published=(Published("Z-Image-Turbo", 6.155e9, {"axes_lens": [1536, 512, 512]}),),
 )

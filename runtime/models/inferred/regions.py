@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.models._modeling_parallel import ContextParallelOutput
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from crossdock.parallel.regions import SHARD_LIKE_DIM, TOKEN_DIM, SequenceRegion
+from crossdock.runtime.models.diffusers_api import declared_cuts
 
 _WHAT = "Sequence parallelism"
 
@@ -25,20 +25,20 @@ class _NoRegionError(Exception):
 
 
 def infer_regions(
-    model: nn.Module, inputs: Mapping[str, Any] | None
+    model: nn.Module, inputs: Mapping[str, object] | None
 ) -> tuple[tuple[SequenceRegion, ...], tuple[str, ...]]:
     """The regions of `model`, and what is missing of them.
 
     Args:
         inputs: arguments of forward, for one pass; None: nothing is run.
     """
-    plan = getattr(model, "_cp_plan", None)
-    if plan is None:
+    declared = declared_cuts(model)
+    if declared is None:
         return (), (
             f"{_WHAT}: {type(model).__name__} has no _cp_plan, so that the places to cut tokens are not known.",
         )
     try:
-        enter, cuts, leave = _one_region(plan)
+        enter, cuts, leave = _one_region(*declared)
         if inputs is None:
             raise _NoRegionError(f"in which order attention joins {_listed(cuts)} is seen in a run only; give inputs")
         return (_watched(model, enter, cuts, leave, inputs),), ()
@@ -46,10 +46,8 @@ def infer_regions(
         return (), (f"{_WHAT}: {type(model).__name__}._cp_plan is no region: {unclear}.",)
 
 
-def _one_region(plan: Mapping[str, Any]) -> tuple[str, tuple[str, ...], str]:
+def _one_region(starts: Mapping[str, Any], ends: Sequence[str]) -> tuple[str, tuple[str, ...], str]:
     """Where tokens are cut, the arguments that are cut, and where they are put together."""
-    ends = [path for path, what in plan.items() if isinstance(what, ContextParallelOutput)]
-    starts = {path: what for path, what in plan.items() if path not in ends}
     for path, what in starts.items():
         if not isinstance(what, Mapping) or any(
             not isinstance(name, str) or cut.split_output for name, cut in what.items()
@@ -71,7 +69,7 @@ def _watched(
     put_out: dict[str, int] = {}
     spy = _JoinSpy()
 
-    def note_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note_arguments(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         given.update(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments)
 
     def note_output(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -130,5 +128,5 @@ class _JoinSpy(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _listed(names: Sequence[str] | Mapping[str, Any]) -> str:
+def _listed(names: Sequence[str] | Mapping[str, object]) -> str:
     return " and ".join(names)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +30,7 @@ class InferredSpec(ModelSpec):
     missing: tuple[str, ...] = ()
 
 
-def infer_spec(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> InferredSpec:
+def infer_spec(model: nn.Module, inputs: Mapping[str, object] | None = None) -> InferredSpec:
     """What `model` says of itself.
 
     Stacks are those that the model declares, else those that its structure shows (`live.discovery`), in the order
@@ -77,7 +76,7 @@ def infer_spec(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Inf
 _BEYOND = "Pipeline: a transformer does not tell its pipeline, nor what becomes of its latents."
 
 
-def _first_runs(model: nn.Module, blocks: Sequence[FoundBlock], inputs: Mapping[str, Any]) -> tuple[str, ...]:
+def _first_runs(model: nn.Module, blocks: Sequence[FoundBlock], inputs: Mapping[str, object]) -> tuple[str, ...]:
     """The names of the blocks as they first run."""
     ran: dict[str, None] = {}
 

@@ -19,6 +19,7 @@ from diffusers.hooks.tensor_parallel import PackedColwiseParallel, PackedRowwise
 from torch import nn
 
 from crossdock.parallel.tensor import COLUMN, ROW, LinearStyle, TensorPlan, matching_modules
+from crossdock.runtime.models.diffusers_api import declared_linears
 from crossdock.runtime.models.inferred.trial import UntriedError, try_halves, try_plan
 
 _WHAT = "Tensor parallelism"
@@ -50,7 +51,7 @@ class _Found:
 
 
 def infer_tensor_plan(
-    model: nn.Module, blocks: Sequence[str], inputs: Mapping[str, Any] | None = None
+    model: nn.Module, blocks: Sequence[str], inputs: Mapping[str, object] | None = None
 ) -> tuple[TensorPlan, tuple[str, ...]]:
     """The plan for `model`, and what is missing of it. Without linears: there is nothing that can be cut.
 
@@ -58,7 +59,7 @@ def infer_tensor_plan(
         blocks: paths of the transformer blocks.
         inputs: arguments of forward; a plan from structure is tried on their shapes.
     """
-    declared = getattr(model, "_tp_plan", None)
+    declared = declared_linears(model)
     found, missing = _declared(model, declared) if declared else _from_structure(model, blocks)
     if not found.linears:
         return TensorPlan({}, ""), tuple(missing)
@@ -87,7 +88,7 @@ def _name(model: nn.Module) -> str:
     return type(model).__name__
 
 
-def _declared(model: nn.Module, declared: Mapping[str, Any]) -> tuple[_Found, list[str]]:
+def _declared(model: nn.Module, declared: Mapping[str, object]) -> tuple[_Found, list[str]]:
     found, missing = _Found(), []
     for pattern, what in declared.items():
         try:
@@ -101,7 +102,7 @@ def _declared(model: nn.Module, declared: Mapping[str, Any]) -> tuple[_Found, li
     return found, missing
 
 
-def _style(what: Any) -> LinearStyle:
+def _style(what: object) -> LinearStyle:
     if what == "colwise":
         return COLUMN
     if what == "rowwise":
@@ -183,7 +184,7 @@ def _attention(module: nn.Module) -> dict[str, LinearStyle]:
     return dict.fromkeys(columns, COLUMN) | dict.fromkeys(rows, ROW)
 
 
-def _counts_heads(name: str, value: Any) -> bool:
+def _counts_heads(name: str, value: object) -> bool:
     return name != "heads" and type(value) is int and _HEAD_COUNT.fullmatch(name) is not None
 
 
@@ -278,5 +279,5 @@ def _head_count(model: nn.Module, found: _Found) -> tuple[str, list[str]]:
     return "", [f"{_WHAT}: which key of the model's config is its number of heads is not to be seen ({list(keys)})."]
 
 
-def _counts(key: str, value: Any) -> bool:
+def _counts(key: str, value: object) -> bool:
     return type(value) is int and _HEAD_COUNT.fullmatch(key) is not None

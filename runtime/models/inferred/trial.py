@@ -17,7 +17,7 @@ class UntriedError(Exception):
     """The trial is no evidence, for or against the plan."""
 
 
-def try_plan(model: nn.Module, plan: TensorPlan, inputs: Mapping[str, Any], degree: int = 2) -> str | None:
+def try_plan(model: nn.Module, plan: TensorPlan, inputs: Mapping[str, object], degree: int = 2) -> str | None:
     """What goes wrong when rank 0 of `degree` runs on inputs of these shapes; None: nothing.
 
     Raises:
@@ -43,7 +43,7 @@ def _on_meta(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, instead)
 
 
-def _runs(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
+def _runs(model: nn.Module, inputs: Mapping[str, object]) -> str | None:
     try:
         with torch.no_grad():
             model(**copy.deepcopy(dict(inputs)))

@@ -30,7 +30,7 @@ def clip_tokenizer() -> Any:
     return CLIPTokenizer(vocab=vocab, merges=list(merges), model_max_length=77)
 
 
-def clip_text_config(tokenizer: Any, hidden: int = CLIP_HIDDEN) -> Any:
+def clip_text_config(tokenizer: Any, hidden: int = CLIP_HIDDEN) -> object:
     from transformers import CLIPTextConfig
 
     return CLIPTextConfig(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from crossdock.runtime.models.tiny.clip import CLIP_HIDDEN, clip_text_config, clip_tokenizer
 from crossdock.runtime.models.tiny.flux_blocks import QUERY_KEY_NORMS
 from crossdock.runtime.models.tiny.parts import (
@@ -18,7 +16,7 @@ from crossdock.runtime.models.tiny.parts import (
 from crossdock.runtime.models.tiny.t5 import t5_sizes, t5_tokenizer
 
 
-def _transformer() -> Any:
+def _transformer() -> object:
     from diffusers import FluxTransformer2DModel
 
     return FluxTransformer2DModel(
@@ -34,7 +32,7 @@ def _transformer() -> Any:
     )
 
 
-def _components() -> dict[str, Any]:
+def _components() -> dict[str, object]:
     from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
     tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from crossdock.runtime.models.tiny.flux_blocks import QUERY_KEY_NORMS, tiny_flux2_transformer, tiny_flux2_vae
 from crossdock.runtime.models.tiny.mistral import mistral3_config, mistral_tokenizer
 from crossdock.runtime.models.tiny.parts import TinyRecipe, flow_scheduler
 
 
-def _components() -> dict[str, Any]:
+def _components() -> dict[str, object]:
     from transformers import Mistral3ForConditionalGeneration
 
     tokenizer = mistral_tokenizer()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from crossdock.runtime.models.tiny.flux_blocks import QUERY_KEY_NORMS, tiny_flux2_transformer, tiny_flux2_vae
 from crossdock.runtime.models.tiny.parts import TinyRecipe, flow_scheduler, qwen3_config, qwen_tokenizer
 
 
-def _components() -> dict[str, Any]:
+def _components() -> dict[str, object]:
     from transformers import Qwen3ForCausalLM
 
     tokenizer = qwen_tokenizer()

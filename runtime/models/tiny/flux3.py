@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from crossdock.runtime.models.tiny.parts import HEAD_DIM, HEADS, LATENT_CHANNELS, TEXT_HIDDEN, VAE_CHANNELS, TinyRecipe
 from crossdock.runtime.models.tiny.qwen_vl import qwen3_vl_config, qwen_vl_processor, qwen_vl_tokenizer
 
 TAPPED = 8  # hidden states of the text encoder, the last of which is its 32nd
 
 
-def _transformer(flow_map: bool) -> Any:
+def _transformer(flow_map: bool) -> object:
     from diffusers import Flux3Transformer2DModel
 
     return Flux3Transformer2DModel(
@@ -27,7 +25,7 @@ def _transformer(flow_map: bool) -> Any:
     )
 
 
-def components(flow_map: bool = False) -> dict[str, Any]:
+def components(flow_map: bool = False) -> dict[str, object]:
     from diffusers import AutoencoderKLFlux2
     from transformers import Qwen3VLForConditionalGeneration
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from crossdock.runtime.models.tiny.parts import HEAD_DIM, HEADS, LATENT_CHANNELS, TEXT_HIDDEN, VAE_CHANNELS
 
 QUERY_KEY_NORMS = tuple(f"attn.norm_{name}.weight" for name in ("q", "k", "added_q", "added_k"))
 
 
-def tiny_flux2_transformer(num_layers: int, num_single_layers: int, guidance_embeds: bool) -> Any:
+def tiny_flux2_transformer(num_layers: int, num_single_layers: int, guidance_embeds: bool) -> object:
     from diffusers import Flux2Transformer2DModel
 
     return Flux2Transformer2DModel(
@@ -25,7 +23,7 @@ def tiny_flux2_transformer(num_layers: int, num_single_layers: int, guidance_emb
     )
 
 
-def tiny_flux2_vae() -> Any:
+def tiny_flux2_vae() -> object:
     from diffusers import AutoencoderKLFlux2
 
     return AutoencoderKLFlux2(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from crossdock.runtime.models.tiny.parts import HEAD_DIM, HEADS, LATENT_CHANNELS, TEXT_HIDDEN, TinyRecipe
 from crossdock.runtime.models.tiny.t5 import t5_sizes, t5_tokenizer
 
 
-def _transformer() -> Any:
+def _transformer() -> object:
     from diffusers import HeliosTransformer3DModel
 
     return HeliosTransformer3DModel(
@@ -24,7 +22,7 @@ def _transformer() -> Any:
     )
 
 
-def _vae() -> Any:
+def _vae() -> object:
     from diffusers import AutoencoderKLWan
 
     return AutoencoderKLWan(
@@ -36,7 +34,7 @@ def _vae() -> Any:
     )
 
 
-def _components() -> dict[str, Any]:
+def _components() -> dict[str, object]:
     from diffusers import HeliosScheduler
     from transformers import UMT5Config, UMT5EncoderModel
 

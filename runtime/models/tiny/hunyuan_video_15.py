@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from crossdock.runtime.models.tiny.parts import (
     HEADS,
     LATENT_CHANNELS,
@@ -18,7 +16,7 @@ _HEAD_DIM = 12
 _SEEN = tuple(f"attn.norm_{name}.weight" for name in ("q", "k", "added_q", "added_k"))  # among some 500 text tokens
 
 
-def _transformer() -> Any:
+def _transformer() -> object:
     from diffusers import HunyuanVideo15Transformer3DModel
 
     return HunyuanVideo15Transformer3DModel(
@@ -37,7 +35,7 @@ def _transformer() -> Any:
     )
 
 
-def _vae() -> Any:
+def _vae() -> object:
     from diffusers import AutoencoderKLHunyuanVideo15
 
     return AutoencoderKLHunyuanVideo15(
@@ -45,7 +43,7 @@ def _vae() -> Any:
     )
 
 
-def _text_encoder(vocab_size: int) -> Any:
+def _text_encoder(vocab_size: int) -> object:
     from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
     head_dim = TEXT_HIDDEN // HEADS
@@ -71,7 +69,7 @@ def _text_encoder(vocab_size: int) -> Any:
     )
 
 
-def _components() -> dict[str, Any]:
+def _components() -> dict[str, object]:
     from diffusers import ClassifierFreeGuidance
     from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from crossdock.runtime.models.tiny.parts import (
     HEAD_DIM,
     HEADS,
@@ -17,7 +15,7 @@ from crossdock.runtime.models.tiny.qwen_vl import qwen3_vl_config, qwen_image_va
 _TEXT_LAYERS = (1, 3, 4, 6)
 
 
-def _transformer() -> Any:
+def _transformer() -> object:
     from diffusers import Krea2Transformer2DModel
 
     return Krea2Transformer2DModel(
@@ -37,7 +35,7 @@ def _transformer() -> Any:
     )
 
 
-def _components() -> dict[str, Any]:
+def _components() -> dict[str, object]:
     from transformers import Qwen3VLModel
 
     tokenizer = qwen_vl_tokenizer()

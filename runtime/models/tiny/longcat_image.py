@@ -11,7 +11,7 @@ from crossdock.runtime.models.tiny.qwen_vl import qwen25_vl_config, qwen_vl_toke
 _LATENT_CHANNELS = 16  # the pipeline has this number in its code
 
 
-def _transformer() -> Any:
+def _transformer() -> object:
     from diffusers import LongCatImageTransformer2DModel
 
     return LongCatImageTransformer2DModel(
@@ -26,7 +26,7 @@ def _transformer() -> Any:
     )
 
 
-def _text_encoder(tokenizer: Any) -> Any:
+def _text_encoder(tokenizer: Any) -> object:
     """Writes some ten tokens: every twelfth ends the text."""
     from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -40,7 +40,7 @@ def _text_encoder(tokenizer: Any) -> Any:
     return encoder
 
 
-def _components() -> dict[str, Any]:
+def _components() -> dict[str, object]:
     from diffusers.pipelines.longcat_image.system_messages import SYSTEM_PROMPT_EN
 
     tokenizer = qwen_vl_tokenizer(SYSTEM_PROMPT_EN)

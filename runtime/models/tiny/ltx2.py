@@ -20,7 +20,7 @@ AUDIO_CHANNELS = 2
 AUDIO_FEATURES = AUDIO_CHANNELS * MEL_BINS // 4  # of an audio token; the audio VAE makes one of four mel bins
 
 
-def _transformer() -> Any:
+def _transformer() -> object:
     from diffusers import LTX2VideoTransformer3DModel
 
     audio_dim = HEADS * HEAD_DIM // 2
@@ -45,7 +45,7 @@ def _transformer() -> Any:
     )
 
 
-def _connectors() -> Any:
+def _connectors() -> object:
     from diffusers.pipelines.ltx2 import LTX2TextConnectors
 
     sizes = {"num_attention_heads": HEADS, "attention_head_dim": TEXT_HIDDEN // HEADS, "num_layers": 2}
@@ -60,7 +60,7 @@ def _connectors() -> Any:
     )
 
 
-def _vae() -> Any:
+def _vae() -> object:
     from diffusers import AutoencoderKLLTX2Video
 
     return AutoencoderKLLTX2Video(
@@ -75,7 +75,7 @@ def _vae() -> Any:
     )
 
 
-def _audio_vae() -> Any:
+def _audio_vae() -> object:
     from diffusers import AutoencoderKLLTX2Audio
 
     return AutoencoderKLLTX2Audio(
@@ -86,7 +86,7 @@ def _audio_vae() -> Any:
     )
 
 
-def _vocoder() -> Any:
+def _vocoder() -> object:
     from diffusers.pipelines.ltx2 import LTX2Vocoder
 
     return LTX2Vocoder(
@@ -111,7 +111,7 @@ def _tokenizer() -> Any:
     )
 
 
-def _text_encoder(vocab_size: int) -> Any:
+def _text_encoder(vocab_size: int) -> object:
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
     text = {
@@ -138,7 +138,7 @@ def _text_encoder(vocab_size: int) -> Any:
     return Gemma3ForConditionalGeneration(config)
 
 
-def _components() -> dict[str, Any]:
+def _components() -> dict[str, object]:
     tokenizer = _tokenizer()
     return {
         "scheduler": flow_scheduler(shift=1.0, dynamic_shifting=True),

@@ -9,16 +9,17 @@ while the fp32 result stays insensitive to rounding: wrong wiring shows, another
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crossdock.runtime.errors import CheckpointError, RequestError
-from crossdock.runtime.models.modular import Assembled, is_modular
+from crossdock.runtime.models.checkpoint import MODULAR_INDEX
 from crossdock.runtime.models.tiny.parts import TinyRecipe
 from crossdock.runtime.models.tiny.recipes import SPEC_OF_RECIPE, TINY
 
@@ -90,6 +91,28 @@ def _no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+class _Assembled:
+    """A new pipeline of components, to be saved.
+
+    Args:
+        repository: what its index calls the place that the components are in.
+    """
+
+    def __init__(self, pipeline: Any, components: Mapping[str, Any], repository: str) -> None:
+        self._pipe = pipeline()
+        self._pipe.update_components(**components)
+        self._repository = repository
+
+    def save_pretrained(self, directory: Path, **options: object) -> None:
+        self._pipe.save_pretrained(str(directory), overwrite_modular_index=True, **options)
+        path = directory / MODULAR_INDEX
+        index = json.loads(path.read_text(encoding="utf-8"))
+        for value in index.values():
+            if isinstance(value, list) and value[0] is not None:  # else it is not saved
+                value[2]["pretrained_model_name_or_path"] = self._repository
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
 def _build(name: str, seed: int) -> Any:
     import diffusers
     import torch
@@ -103,8 +126,8 @@ def _build(name: str, seed: int) -> Any:
         if isinstance(module, nn.Module):
             _randomise(module.eval(), recipe, generator)
     pipeline = getattr(diffusers, SPEC_OF_RECIPE[name].pipeline)
-    if is_modular(pipeline):
-        return Assembled(pipeline, components, f"crossdock/{name}")
+    if issubclass(pipeline, diffusers.ModularPipeline):
+        return _Assembled(pipeline, components, f"crossdock/{name}")
     return pipeline(**components, **recipe.options)
 
 

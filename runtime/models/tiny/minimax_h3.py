@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from crossdock.runtime.models.tiny.parts import HEAD_DIM, HEADS, LATENT_CHANNELS, TEXT_HIDDEN, TinyRecipe
 from crossdock.runtime.models.tiny.qwen_vl import (
     latent_statistics,
@@ -18,7 +16,7 @@ SAMPLING_RATE = 8000
 HOP = (8, 5, 5)  # samples per audio latent, of which there are 40 a second
 
 
-def _transformer() -> Any:
+def _transformer() -> object:
     from diffusers import MiniMaxH3Transformer3DModel
 
     return MiniMaxH3Transformer3DModel(
@@ -37,7 +35,7 @@ def _transformer() -> Any:
     )
 
 
-def _vae() -> Any:
+def _vae() -> object:
     from diffusers import AutoencoderKLMiniMaxH3
 
     return AutoencoderKLMiniMaxH3(
@@ -52,7 +50,7 @@ def _vae() -> Any:
     )
 
 
-def _audio_vae() -> Any:
+def _audio_vae() -> object:
     from diffusers import AutoencoderKLMiniMaxH3Audio
 
     return AutoencoderKLMiniMaxH3Audio(
@@ -71,7 +69,7 @@ def _audio_vae() -> Any:
     )
 
 
-def _components() -> dict[str, Any]:
+def _components() -> dict[str, object]:
     from diffusers import MiniMaxH3Scheduler
     from transformers import Qwen3VLForConditionalGeneration
 

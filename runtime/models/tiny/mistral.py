@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from crossdock.runtime.models.tiny.parts import HEADS, TEXT_HIDDEN, TOKENIZER_TEXTS
+from crossdock.runtime.models.tiny.parts import HEADS, TEXT_HIDDEN, byte_level_bpe
 
 _IMAGE_TOKEN = "[IMG]"
 _SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", _IMAGE_TOKEN)
@@ -25,21 +25,10 @@ def mistral_tokenizer() -> Any:
     The published checkpoints wrap theirs in a processor of texts and images, which cannot be loaded without
     torchvision. Pipelines call either in the same way.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=[*_SPECIAL_TOKENS, _PAD_TOKEN],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(TOKENIZER_TEXTS, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
+        tokenizer_object=byte_level_bpe([*_SPECIAL_TOKENS, _PAD_TOKEN]),
         unk_token="<unk>",
         bos_token="<s>",
         eos_token="</s>",
@@ -52,7 +41,7 @@ def mistral_tokenizer() -> Any:
     return tokenizer
 
 
-def mistral3_config(tokenizer: Any, layers: int) -> Any:
+def mistral3_config(tokenizer: Any, layers: int) -> object:
     """With a vision tower, which no pipeline runs that is given text only."""
     from transformers import Mistral3Config, MistralConfig, PixtralVisionConfig
 

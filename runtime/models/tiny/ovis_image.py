@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from crossdock.runtime.models.tiny.flux_blocks import QUERY_KEY_NORMS
 from crossdock.runtime.models.tiny.parts import (
     HEAD_DIM,
@@ -18,7 +16,7 @@ from crossdock.runtime.models.tiny.parts import (
 )
 
 
-def _transformer() -> Any:
+def _transformer() -> object:
     from diffusers import OvisImageTransformer2DModel
 
     return OvisImageTransformer2DModel(
@@ -33,7 +31,7 @@ def _transformer() -> Any:
     )
 
 
-def _components() -> dict[str, Any]:
+def _components() -> dict[str, object]:
     from transformers import Qwen3Model
 
     tokenizer = qwen_tokenizer()

@@ -5,7 +5,7 @@ Only the sizes are small, and not all powers of two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,36 +49,41 @@ class TinyRecipe:
             attention can then pick a few tokens, so that each shows in the picture.
     """
 
-    components: Callable[[], dict[str, Any]]
+    components: Callable[[], dict[str, object]]
     outputs: tuple[str, ...]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
     sharp: tuple[str, ...] = ()
     sharpness: float = 1.5
 
 
-def qwen_tokenizer() -> Any:
-    """A byte-level BPE tokenizer with the files, special tokens and chat format of Qwen's."""
+def byte_level_bpe(special_tokens: Sequence[str]) -> object:
+    """Trained on a few texts, for `tokenizer_object` of a tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import Qwen2TokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=list(special_tokens),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     bpe.train_from_iterator(TOKENIZER_TEXTS, trainer)
-    tokenizer = Qwen2TokenizerFast(
-        tokenizer_object=bpe, additional_special_tokens=list(SPECIAL_TOKENS[1:3]), model_max_length=1024
-    )
+    return bpe
+
+
+def qwen_tokenizer() -> Any:
+    """A byte-level BPE tokenizer with the files, special tokens and chat format of Qwen's."""
+    from transformers import Qwen2TokenizerFast
+
+    bpe, more = byte_level_bpe(SPECIAL_TOKENS), list(SPECIAL_TOKENS[1:3])
+    tokenizer = Qwen2TokenizerFast(tokenizer_object=bpe, additional_special_tokens=more, model_max_length=1024)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
-def kl_vae(latent_channels: int = LATENT_CHANNELS) -> Any:
+def kl_vae(latent_channels: int = LATENT_CHANNELS) -> object:
     from diffusers import AutoencoderKL
 
     levels = len(VAE_CHANNELS)
@@ -97,7 +102,7 @@ def kl_vae(latent_channels: int = LATENT_CHANNELS) -> Any:
     )
 
 
-def qwen3_config(vocab_size: int, layers: int) -> Any:
+def qwen3_config(vocab_size: int, layers: int) -> object:
     from transformers import Qwen3Config
 
     return Qwen3Config(
@@ -115,7 +120,7 @@ def qwen3_config(vocab_size: int, layers: int) -> Any:
     )
 
 
-def flow_scheduler(shift: float, dynamic_shifting: bool) -> Any:
+def flow_scheduler(shift: float, dynamic_shifting: bool) -> object:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=dynamic_shifting)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from crossdock.runtime.models.tiny.parts import (
     HEAD_DIM,
     HEADS,
@@ -15,7 +13,7 @@ from crossdock.runtime.models.tiny.parts import (
 from crossdock.runtime.models.tiny.qwen_vl import qwen25_vl_config, qwen_image_vae, qwen_vl_tokenizer
 
 
-def _transformer() -> Any:
+def _transformer() -> object:
     from diffusers import QwenImageTransformer2DModel
 
     return QwenImageTransformer2DModel(
@@ -29,7 +27,7 @@ def _transformer() -> Any:
     )
 
 
-def _components() -> dict[str, Any]:
+def _components() -> dict[str, object]:
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     tokenizer = qwen_vl_tokenizer()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from crossdock.runtime.models.tiny.parts import (
     HEAD_DIM,
     HEADS,
@@ -25,7 +23,7 @@ _CHAT_TEMPLATE = """\
 {% endfor %}"""
 
 
-def _transformer() -> Any:
+def _transformer() -> object:
     from diffusers import QwenImage21Transformer2DModel
 
     return QwenImage21Transformer2DModel(
@@ -39,7 +37,7 @@ def _transformer() -> Any:
     )
 
 
-def _vae() -> Any:
+def _vae() -> object:
     from diffusers import AutoencoderKLQwenImage21
 
     return AutoencoderKLQwenImage21(
@@ -51,7 +49,7 @@ def _vae() -> Any:
     )
 
 
-def _components() -> dict[str, Any]:
+def _components() -> dict[str, object]:
     from transformers import Qwen3VLForConditionalGeneration
 
     tokenizer = qwen_vl_tokenizer()

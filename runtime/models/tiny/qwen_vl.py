@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from crossdock.runtime.models.tiny.parts import (
@@ -72,7 +73,7 @@ def _image_tokens(tokenizer: Any) -> dict[str, int]:
     }
 
 
-def _text_config(tokenizer: Any, layers: int, rope: dict[str, Any]) -> dict[str, Any]:
+def _text_config(tokenizer: Any, layers: int, rope: Mapping[str, object]) -> dict[str, object]:
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": TEXT_HIDDEN,
@@ -88,7 +89,7 @@ def _text_config(tokenizer: Any, layers: int, rope: dict[str, Any]) -> dict[str,
     }
 
 
-def qwen25_vl_config(tokenizer: Any, layers: int) -> Any:
+def qwen25_vl_config(tokenizer: object, layers: int) -> object:
     from transformers import Qwen2_5_VLConfig
 
     return Qwen2_5_VLConfig(
@@ -99,7 +100,7 @@ def qwen25_vl_config(tokenizer: Any, layers: int) -> Any:
     )
 
 
-def qwen3_vl_config(tokenizer: Any, layers: int) -> Any:
+def qwen3_vl_config(tokenizer: Any, layers: int) -> object:
     from transformers import Qwen3VLConfig
 
     rope = {"rope_theta": 5e6, "mrope_interleaved": True}
@@ -112,7 +113,7 @@ def qwen3_vl_config(tokenizer: Any, layers: int) -> Any:
     )
 
 
-def qwen_vl_processor(tokenizer: Any, chat_template: str = CHAT_TEMPLATE) -> Any:
+def qwen_vl_processor(tokenizer: object, chat_template: str = CHAT_TEMPLATE) -> object:
     """Another one than the published checkpoints', whose video part needs torchvision; for text they are the same."""
     from transformers import LlavaProcessor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -129,7 +130,7 @@ def latent_statistics(channels: int) -> dict[str, list[float]]:
     }
 
 
-def qwen_image_vae() -> Any:
+def qwen_image_vae() -> object:
     from diffusers import AutoencoderKLQwenImage
 
     return AutoencoderKLQwenImage(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from crossdock.runtime.models.tiny.clip import clip_text_config, clip_tokenizer
 from crossdock.runtime.models.tiny.parts import (
     HEAD_DIM,
@@ -20,7 +18,7 @@ from crossdock.runtime.models.tiny.t5 import t5_sizes, t5_tokenizer
 _CLIP_HIDDEN = (24, 40)  # side by side they are narrower than what the third encoder gives
 
 
-def _transformer() -> Any:
+def _transformer() -> object:
     from diffusers import SD3Transformer2DModel
 
     return SD3Transformer2DModel(
@@ -39,7 +37,7 @@ def _transformer() -> Any:
     )
 
 
-def _components() -> dict[str, Any]:
+def _components() -> dict[str, object]:
     from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     clip, t5 = clip_tokenizer(), t5_tokenizer()

@@ -27,7 +27,7 @@ def t5_tokenizer() -> Any:
     return T5TokenizerFast(vocab=list(pieces.items()), extra_ids=4, model_max_length=512)
 
 
-def t5_sizes(vocab_size: int, layers: int = 3) -> dict[str, Any]:
+def t5_sizes(vocab_size: int, layers: int = 3) -> dict[str, object]:
     """Of a T5 or UMT5 encoder; arguments of its config."""
     return {
         "vocab_size": vocab_size,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from crossdock.runtime.models.tiny.parts import HEAD_DIM, HEADS, LATENT_CHANNELS, TEXT_HIDDEN, TinyRecipe
 from crossdock.runtime.models.tiny.t5 import t5_sizes, t5_tokenizer
 
 
-def _transformer(channels: int) -> Any:
+def _transformer(channels: int) -> object:
     from diffusers import WanTransformer3DModel
 
     return WanTransformer3DModel(
@@ -24,7 +23,7 @@ def _transformer(channels: int) -> Any:
     )
 
 
-def _vae(channels: int, **options: Any) -> Any:
+def _vae(channels: int, **options: object) -> object:
     from diffusers import AutoencoderKLWan
 
     return AutoencoderKLWan(
@@ -37,7 +36,7 @@ def _vae(channels: int, **options: Any) -> Any:
     )
 
 
-def _components(channels: int = LATENT_CHANNELS, two: bool = False, **vae: Any) -> dict[str, Any]:
+def _components(channels: int = LATENT_CHANNELS, two: bool = False, **vae: object) -> dict[str, object]:
     from diffusers import UniPCMultistepScheduler
     from transformers import UMT5Config, UMT5EncoderModel
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from crossdock.runtime.models.tiny.parts import (
     HEADS,
     HIDDEN,
@@ -17,7 +15,7 @@ from crossdock.runtime.models.tiny.parts import (
 )
 
 
-def _transformer() -> Any:
+def _transformer() -> object:
     from diffusers import ZImageTransformer2DModel
 
     return ZImageTransformer2DModel(
@@ -33,7 +31,7 @@ def _transformer() -> Any:
     )
 
 
-def _components() -> dict[str, Any]:
+def _components() -> dict[str, object]:
     from transformers import Qwen3Model
 
     tokenizer = qwen_tokenizer()

@@ -10,23 +10,32 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from crossdock.offload.stream.block import StreamedBlock
+from crossdock.offload.memory.layout import BlockLayout, TensorEntry
+from crossdock.offload.stream.block import Home, StreamedBlock
 from crossdock.offload.stream.block_stream import BlockStream
+from crossdock.offload.stream.first_loads import FirstLoadCallback, to_nobody
 from crossdock.parallel.tensor import TensorSlice, part_shape
+from crossdock.runtime.errors import CheckpointError
+from crossdock.runtime.models.checkpoint import StoredTensor, stored_tensors
 from crossdock.runtime.models.meta import non_persistent_buffers
 from crossdock.runtime.models.transformers import build_transformers
-from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.plan.memory_plan import PlannedBlock
+from crossdock.runtime.plan.model_layout import ModelLayout
+from crossdock.runtime.rank.weights.digests import tensor_digest
 from crossdock.runtime.rank.weights.source import WeightSource
 from crossdock.runtime.reports.records import ArrivalRecord
 
 WHOLE_BYTES = 32 * 1024
 """Tensors up to this size are compared whole."""
+LARGE_BYTES = 1024 * 1024
+"""From here on digests are compared: they are faster, and taken on the device."""
 BETWEEN = 3
 """How many rows between the first and the last are compared."""
 
@@ -36,19 +45,23 @@ class WeightCheck:
 
     Attributes:
         differ: some tensor was not what the checkpoint has.
+        on_arrival: gets every block, and its memory, when it is compared.
     """
 
-    def __init__(self, plan: RunPlan, rank: int, model: nn.Module, *, full: bool) -> None:
-        """`full`: compare all bytes, not some rows."""
+    def __init__(self, layout: ModelLayout, outside: Sequence[str], rank: int, model: nn.Module, *, full: bool) -> None:
+        """`outside`: what lies outside the blocks. `full`: compare all bytes, not some rows."""
         self.records: list[ArrivalRecord] = []
         self.differ = False
+        self.on_arrival: FirstLoadCallback = to_nobody
+        self._pinned: dict[str, int] = {}
         self._reported = 0
-        self._plan = plan
+        self._layout = layout
+        self._outside = outside
         self._model = model
         self._full = full
-        self._slices = plan.slices[plan.mesh.coordinates(rank)["tp"]]
+        self._slices = layout.slices_of(rank)
         self._unstored = non_persistent_buffers(model)
-        self._source = WeightSource(plan.stored)  # its own: nothing that the loader has read or kept
+        self._source = WeightSource(layout.stored)  # its own: nothing that the loader has read or kept
 
     def begin(self, stream: BlockStream, *, rehearse: bool) -> None:
         """Compare what is on the device to stay.
@@ -69,6 +82,22 @@ class WeightCheck:
         """Compare every streamed block when it comes for the first time; until then, slots are poisoned."""
         stream.observe_first_loads(self.block)
 
+    def watch_again(self, stream: BlockStream) -> None:
+        """As `watch`, and all rows: where the blocks come from, or go to, has changed."""
+        self._full = True
+        self.watch(stream)
+
+    def pin(self, blocks: Sequence[PlannedBlock]) -> None:
+        """Before a run that reads its blocks from the files while it goes on: what they have now is what is right."""
+        if not self._full:
+            for block in blocks:
+                shapes = torch.empty(block.layout.slot_bytes, dtype=torch.uint8, device="meta")
+                for fqn, tensor, cuts in self._entries(block.name, block.layout, block.home, shapes):
+                    if fqn in self._layout.stored and tuple(tensor.shape) == self._shape(fqn):
+                        rows = sampled_rows(fqn, tensor, self._slices.get(fqn), cuts)
+                        self._pinned[fqn] = _crc(_brief(_bytes(self._expected(fqn, rows), None)))
+            self._source.close()
+
     def unreported(self) -> tuple[ArrivalRecord, ...]:
         """The records that are new since the last call."""
         self._source.close()
@@ -77,21 +106,60 @@ class WeightCheck:
 
     def block(self, block: StreamedBlock, memory: Tensor) -> None:
         """`memory`: uint8, on the device: all of the block's bytes."""
-        parts = self._plan.mesh.hsdp_shard if block.home.sharded else 1
-        size = block.layout.slot_bytes // parts
-        found = []
-        for entry in block.layout.entries:
-            names = [f"{block.name}.{name}" for name in entry.names]
-            fqn = next((name for name in names if name in self._plan.stored), names[0])
+        self._compare(self._entries(block.name, block.layout, block.home, memory))
+        self.on_arrival(block, memory)
+
+    def _entries(
+        self, block: str, layout: BlockLayout, home: Home, memory: Tensor
+    ) -> Iterator[tuple[str, Tensor, Sequence[int]]]:
+        parts = self._layout.mesh.hsdp_shard if home.sharded else 1
+        size = layout.slot_bytes // parts
+        for entry in layout.entries:
             # where a shard begins; so that of every rank's shard something is compared
             cuts = [cut - entry.offset for cut in range(size, parts * size, size)]
-            found.append((fqn, entry.view(memory), cuts))
-        self._compare(found)
+            yield self._name(block, entry), entry.view(memory), cuts
+
+    def _name(self, block: str, entry: TensorEntry) -> str:
+        names = [f"{block}.{name}" for name in entry.names]
+        return next((name for name in names if name in self._layout.stored), names[0])
+
+    def first_difference(self, block: StreamedBlock, held: Tensor, start: int, stop: int) -> str:
+        """The first tensor of which `held`, bytes [start, stop) of the block, is not what the file has; empty: none."""
+        try:
+            for entry in block.layout.entries:
+                low, high = max(entry.offset, start), min(entry.offset + entry.nbytes, stop)
+                if low < high:
+                    fqn = self._name(block.name, entry)
+                    right = _bytes(self._expected(fqn, None), None)
+                    found = held[low - start : high - start].cpu()
+                    if not torch.equal(found, right[low - entry.offset : high - entry.offset]):
+                        return fqn
+        except CheckpointError:  # the file is not the one that it was
+            pass
+        finally:
+            self._source.close()
+        return ""
+
+    def component(self, name: str, module: nn.Module) -> None:
+        """A text encoder or decoder, where it rests after its load: its parameters that a file has by the same name and
+        shape. What differs is recorded.
+        """
+        stored = _stored_of(self._layout.model_dir / name)
+        source = WeightSource(stored)
+        for fqn, parameter in module.named_parameters():
+            tensor = parameter.data
+            if fqn in stored and stored[fqn].shape == tuple(tensor.shape):
+                rows = None if self._full else sampled_rows(f"{name}.{fqn}", tensor, None, ())
+                right = _bytes(_rows_of_part(source.rows(fqn), None, rows).to(tensor.dtype), None)
+                live = _bytes(tensor, rows).cpu()
+                if not torch.equal(live, right):
+                    self.records.append(ArrivalRecord(f"{name}.{fqn}", right.nbytes, _crc(right), _crc(live)))
+                    self.differ = True
 
     def outside(self) -> None:
         """The model's live tensors outside the blocks."""
         found = []
-        for fqn in self._plan.outside:
+        for fqn in self._outside:
             path, _, leaf = fqn.rpartition(".")
             found.append((fqn, getattr(self._model.get_submodule(path), leaf), ()))
         self._compare(found)
@@ -105,9 +173,11 @@ class WeightCheck:
             if tensor.is_meta or tuple(tensor.shape) != self._shape(fqn):
                 continue
             rows = None if self._full else sampled_rows(fqn, tensor, self._slices.get(fqn), cuts)
-            stored = _bytes(self._expected(fqn, rows), None)
-            expected.append((fqn, stored.nbytes, _crc(stored)))
-            picked.append(_bytes(tensor, rows))
+            live = _bytes(tensor, rows)
+            right = None if self._full else self._pinned.get(fqn)
+            right = _crc(_brief(_bytes(self._expected(fqn, rows), None))) if right is None else right
+            expected.append((fqn, live.nbytes, right))
+            picked.append(_brief(live))
         for record, live in zip(expected, _on_host(picked), strict=True):
             self.records.append(ArrivalRecord(*record, _crc(live)))
             self.differ |= self.records[-1].found != self.records[-1].expected
@@ -115,7 +185,7 @@ class WeightCheck:
     def _shape(self, fqn: str) -> tuple[int, ...]:
         if fqn in self._unstored:
             return tuple(self._recomputed.get_buffer(fqn).shape)
-        return part_shape(self._plan.stored[fqn].shape, self._slices.get(fqn))
+        return part_shape(self._layout.stored[fqn].shape, self._slices.get(fqn))
 
     def _expected(self, fqn: str, rows: Tensor | None) -> Tensor:
         """Rows of this rank's part of a tensor, in the dtype in which it is held."""
@@ -123,12 +193,13 @@ class WeightCheck:
             whole, part = self._recomputed.get_buffer(fqn), None
         else:
             whole, part = self._source.rows(fqn), self._slices.get(fqn)
-        return _rows_of_part(whole, part, rows).to(self._plan.dtypes[fqn])
+        return _rows_of_part(whole, part, rows).to(self._layout.dtypes[fqn])
 
     @cached_property
     def _recomputed(self) -> nn.Module:
         """The model once more, for the buffers that its constructor computes."""
-        return build_transformers(self._plan.spec.transformer, self._plan.model_dir, self._plan.transformers)
+        layout = self._layout
+        return build_transformers(layout.spec.transformer, layout.model_dir, layout.transformers)
 
 
 def sampled_rows(fqn: str, tensor: Tensor, part: TensorSlice | None, cuts: Sequence[int]) -> Tensor | None:
@@ -169,6 +240,19 @@ def _bytes(tensor: Tensor, rows: Tensor | None) -> Tensor:
         return tensor.new_empty(0, dtype=torch.uint8)
     raw = tensor.detach().contiguous().reshape(length, -1).view(torch.uint8)
     return (raw if rows is None else raw[rows]).reshape(-1)
+
+
+def _brief(raw: Tensor) -> Tensor:
+    """What stands for bytes (uint8) when they are compared, where they are: themselves, or of many a digest."""
+    return raw if raw.nbytes <= LARGE_BYTES else tensor_digest(raw).view(torch.uint8)
+
+
+def _stored_of(folder: Path) -> dict[str, StoredTensor]:
+    """Empty where it is not plain which files are loaded."""
+    indices = len(list(folder.glob("*.safetensors.index.json")))
+    if indices > 1 or (not indices and len(list(folder.glob("*.safetensors"))) != 1):
+        return {}
+    return stored_tensors(folder)
 
 
 def _on_host(parts: list[Tensor]) -> Sequence[Tensor]:

@@ -23,7 +23,8 @@ from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.errors import LaunchError
 from crossdock.runtime.models.meta import non_persistent_buffers
-from crossdock.runtime.plan.plan import PlannedBlock, RunPlan
+from crossdock.runtime.plan.memory_plan import PlannedBlock
+from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.weights.kept_stores import StoreHolder
 from crossdock.runtime.rank.weights.mmap_pages import CheckpointPages
 from crossdock.runtime.rank.weights.source import WeightSource
@@ -69,10 +70,10 @@ class HostPart:
     def key(self, plan: RunPlan, held_bytes: int) -> str:
         """A digest of everything that decides the bytes: the files, the layout, the codec, the part."""
         digest = hashlib.sha256()
-        files = sorted({stored.file for stored in plan.stored.values()})
-        facts: list[object] = [self.tp, self.shard, held_bytes, plan.mesh.tp, plan.mesh.hsdp_shard]
+        files = sorted({stored.file for stored in plan.layout.stored.values()})
+        facts: list[object] = [self.tp, self.shard, held_bytes, plan.layout.mesh.tp, plan.layout.mesh.hsdp_shard]
         facts += [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        facts += [(block.name, block.layout, block.codec.name) for block in plan.blocks]
+        facts += [(block.name, block.layout, block.codec.name) for block in plan.memory.blocks]
         for fact in facts:
             digest.update(repr(fact).encode())
         return digest.hexdigest()
@@ -90,20 +91,20 @@ class WeightLoader:
         self, plan: RunPlan, mesh: Mesh, model: nn.Module, device: torch.device, holder: StoreHolder | None = None
     ) -> None:
         """`holder`: keeps the host memory beyond this rank."""
-        self._plan = plan
+        self._plan, self._layout, self._memory = plan, plan.layout, plan.memory
         self._mesh = mesh
         self._model = model
         self._device = device
         self._holder = holder
-        self._slices: Mapping[str, TensorSlice] = plan.slices[mesh.shape.coordinates(mesh.rank)["tp"]]
-        self._files = WeightSource(plan.stored)
+        self._slices = plan.layout.slices_of(mesh.rank)
+        self._files = WeightSource(plan.layout.stored)
         self._unstored = non_persistent_buffers(model)
         self._buffers = {fqn: model.get_buffer(fqn) for fqn in self._unstored}
         self._found_filled = False
         self._kept_as = "", ""
         self._free: Tensor | None = None
         in_files = plan.config.offload.host == "mmap"
-        self._pages = CheckpointPages(self._files, plan.stored) if in_files else None
+        self._pages = CheckpointPages(self._files, plan.layout.stored) if in_files else None
 
     def load_blocks(self) -> RankWeights:
         """Fill every block's home. Collective over the world where blocks or components rest in host memory.
@@ -112,12 +113,12 @@ class WeightLoader:
             LaunchError: there is not enough host memory for them; before a byte was read.
         """
         components = self._component_bytes()
-        if self._pages or not any(block.home.on_host for block in self._plan.blocks):
+        if self._pages or not any(block.home.on_host for block in self._memory.blocks):
             self._check_memory(0, components)
         store, sharers = (None, (self._mesh.rank,)) if self._pages else self._host_store(components)
         self._free = None if store is None else store.bytes
         blocks, filled, ranges = [], [], {}
-        for number, block in enumerate(self._plan.blocks):
+        for number, block in enumerate(self._memory.blocks):
             start, stop = ranges[block.name] = self._range(block)
             source = self._source(block, start, stop)
             if isinstance(source, Tensor) and number % len(sharers) == sharers.index(self._mesh.rank):
@@ -136,13 +137,12 @@ class WeightLoader:
 
     def _source(self, block: PlannedBlock, start: int, stop: int) -> Tensor | tuple[Piece, ...]:
         """Where bytes [start, stop) of the block rest: still empty, but in the page cache."""
-        held_bytes = self._plan.held_bytes(block)
         if not block.home.on_host:
-            return aligned_bytes(held_bytes, self._device).zero_()
+            return aligned_bytes(block.held_bytes, self._device).zero_()
         if self._pages is not None:
             return self._pages.pieces(block, self._slices, self._buffers, start, stop)
         assert self._free is not None
-        source, self._free = self._free[:held_bytes], self._free[held_bytes:]
+        source, self._free = self._free[: block.held_bytes], self._free[block.held_bytes :]
         return source
 
     def read_block(self, block: PlannedBlock) -> Tensor:
@@ -153,10 +153,10 @@ class WeightLoader:
 
     def load_outside(self) -> None:
         """Everything outside the blocks goes to the device: parameters, buffers, tensors kept as plain attributes."""
-        for fqn in self._plan.outside:
+        for fqn in self._memory.outside:
             path, _, leaf = fqn.rpartition(".")
             module = self._model.get_submodule(path)
-            value = self._value(fqn).to(self._device, self._plan.dtypes[fqn], copy=True)
+            value = self._value(fqn).to(self._device, self._layout.dtypes[fqn], copy=True)
             if leaf in module._parameters:
                 module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
             else:
@@ -175,20 +175,20 @@ class WeightLoader:
 
     def _component_bytes(self) -> int:
         """Host memory that text encoders and VAEs need on this node: the first rank of each replica runs them."""
-        if not self._plan.component_host_bytes:
+        if not self._memory.component_host_bytes:
             return 0
         runs = self._mesh.rank == self._mesh.ranks["replica"][0]
         on_node = exchange((node_id(), runs), self._mesh.world)
-        return self._plan.component_host_bytes * on_node.count((node_id(), True))
+        return self._memory.component_host_bytes * on_node.count((node_id(), True))
 
     def _host_store(self, components: int) -> tuple[HostStore | None, tuple[int, ...]]:
         """One store per node and slice: the first rank that holds the slice makes or finds it, the others map it."""
-        on_host = [block for block in self._plan.blocks if block.home.on_host]
+        on_host = [block for block in self._memory.blocks if block.home.on_host]
         if not on_host:
             return None, (self._mesh.rank,)
         world_size, rank = self._mesh.shape.world_size, self._mesh.rank
         shard = self._mesh.index_in("weights") if on_host[0].home is Home.HOST_SHARD else 0
-        held_bytes = sum(map(self._plan.held_bytes, on_host))
+        held_bytes = sum(block.held_bytes for block in on_host)
         part = HostPart(node_id(), self._mesh.shape.coordinates(rank)["tp"], shard)
         parts = exchange(part, self._mesh.world)
         sharers = tuple(other for other in range(world_size) if parts[other] == part)
@@ -222,7 +222,7 @@ class WeightLoader:
             what += f"{' and ' if what else ''}text encoders and VAE ({components / GIB:.2f} GiB)"
         try:
             remedy = FOR_A_RUN if blocks else "run fewer replicas per node, or use a smaller dtype"
-            require(blocks + components, f"{self._plan.model_dir}: {what}", host_memory(), remedy)
+            require(blocks + components, f"{self._layout.model_dir}: {what}", host_memory(), remedy)
         except HostMemoryError as error:
             raise LaunchError(str(error), "offload.host") from None
 
@@ -233,8 +233,8 @@ class WeightLoader:
             return
         raw = torch.zeros(stop - start, dtype=torch.uint8)  # what lies between tensors is the same on all ranks
         self._fill(block, raw, start, stop)
-        parts = block.parts(self._plan.mesh.hsdp_shard)
-        source.copy_(block.codec.encode(block.layout, parts, start // len(raw) if len(raw) else 0, raw))
+        place = start // len(raw) if len(raw) else 0
+        source.copy_(block.codec.encode(block.layout, block.parts, place, raw))
 
     def _fill(self, block: PlannedBlock, target: Tensor, start: int, stop: int) -> None:
         """Bytes [start, stop) of the block into `target` (uint8, stop - start long)."""

@@ -17,7 +17,7 @@ from crossdock.offload.memory.layout import TensorEntry
 from crossdock.offload.stream.block import Piece
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.models.checkpoint import StoredTensor
-from crossdock.runtime.plan.plan import PlannedBlock
+from crossdock.runtime.plan.memory_plan import PlannedBlock
 from crossdock.runtime.rank.weights.source import WeightSource
 
 

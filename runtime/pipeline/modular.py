@@ -7,7 +7,6 @@ a step's end, so that its steps are told by the scheduler; and what comes out is
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -18,14 +17,11 @@ import torch
 from torch import nn
 
 from crossdock.runtime.models.checkpoint import MODULAR_INDEX
+from crossdock.runtime.models.diffusers_api import ModularPipeline, blocks_of, variant
 from crossdock.runtime.models.foreign_code import is_component
 
 Share = Callable[[Callable[..., Any]], Callable[..., Any]]
 """Makes of a function one that runs on one rank, with what it returns on all."""
-
-
-def is_modular(pipeline: type) -> bool:
-    return issubclass(pipeline, diffusers.ModularPipeline)
 
 
 def as_pipeline(pipeline: type, outputs: tuple[str, ...], workflow: str | None = None) -> type:
@@ -38,10 +34,10 @@ def as_pipeline(pipeline: type, outputs: tuple[str, ...], workflow: str | None =
 
     class Adapted(pipeline):  # type: ignore[misc]
         @classmethod
-        def from_pretrained(cls, model_dir: Path, dtype: torch.dtype, **given: Any) -> Any:
+        def from_pretrained(cls, model_dir: Path, dtype: torch.dtype, **given: object) -> ModularPipeline:
             return _loaded(partial(cls, workflow=workflow), model_dir, dtype, given)
 
-        def __call__(self, return_dict: bool, **inputs: Any) -> Any:
+        def __call__(self, return_dict: bool, **inputs: object) -> Any:
             found = super().__call__(output=list(outputs), **inputs)
             return found if return_dict else tuple(found[name] for name in outputs)
 
@@ -49,7 +45,9 @@ def as_pipeline(pipeline: type, outputs: tuple[str, ...], workflow: str | None =
     return Adapted
 
 
-def _loaded(pipeline: Any, model_dir: Path, dtype: torch.dtype, given: Mapping[str, Any]) -> Any:
+def _loaded(
+    pipeline: Callable[..., ModularPipeline], model_dir: Path, dtype: torch.dtype, given: Mapping[str, object]
+) -> ModularPipeline:
     """A pipeline with the components of `model_dir`, but for those that are `given`: as modules, or None for none.
 
     Blocks whose components are not in this directory (another model's, of another repository) are left out.
@@ -57,36 +55,38 @@ def _loaded(pipeline: Any, model_dir: Path, dtype: torch.dtype, given: Mapping[s
     options = {"local_files_only": given.get("local_files_only", True)}
     pipe = pipeline(pretrained_model_name_or_path=str(model_dir), **options)
     here = {name for name in pipe.pretrained_component_names if (model_dir / name).is_dir()}
-    for name, block in list(pipe._blocks.sub_blocks.items()):
+    blocks = blocks_of(pipe)
+    for name, block in list(blocks.items()):
         wanted = {part.name for part in block.expected_components if part.default_creation_method == "from_pretrained"}
         if not wanted <= here:
-            pipe._blocks.sub_blocks.pop(name)
+            blocks.pop(name)
     for name in sorted(here - given.keys()):
         pipe.register_components(**{name: _load_component(pipe.get_component_spec(name), model_dir, dtype, options)})
     pipe.register_components(**{name: module for name, module in given.items() if isinstance(module, nn.Module)})
     return pipe
 
 
-def _load_component(spec: Any, model_dir: Path, dtype: torch.dtype, options: Mapping[str, Any]) -> Any:
+def _load_component(spec: Any, model_dir: Path, dtype: torch.dtype, options: Mapping[str, object]) -> object:
     """The component as it lies in `model_dir`, whatever place and class its entry in the index names."""
     kind = spec.type_hint
     if (spec.pretrained_model_name_or_path, spec.subfolder) != (str(model_dir), spec.name):
         raise ValueError(f"{MODULAR_INDEX}: {spec.name}: names another place than {model_dir / spec.name}")
     if not is_component(kind):
         raise ValueError(f"{MODULAR_INDEX}: {spec.name}: {kind} is no class of a component")
-    more: dict[str, Any] = {"use_safetensors": True} if issubclass(kind, nn.Module) else {}
+    more: dict[str, object] = {"use_safetensors": True} if issubclass(kind, nn.Module) else {}
     if not issubclass(kind, diffusers.ConfigMixin):  # transformers'
         more["trust_remote_code"] = False
     return spec.load(dtype=dtype, **options, **more)
 
 
-def share_block(pipe: Any, name: str, share: Share) -> None:
+def share_block(pipe: ModularPipeline, name: str, share: Share) -> None:
     """The block called `name` runs on one rank, and what it puts into the state is put there on all."""
-    block = copy.copy(pipe._blocks.sub_blocks[name])  # pipelines of a class have their blocks in common
+    blocks = blocks_of(pipe)
+    block = copy.copy(blocks[name])  # pipelines of a class have their blocks in common
     kinds = {output.name: output.kwargs_type for output in block.intermediate_outputs}
     own = type(block)
 
-    def values(state: Any) -> dict[str, Any]:
+    def values(state: object) -> dict[str, Any]:
         _, after = own.__call__(block, pipe, state)
         return {output: after.get(output) for output in kinds}
 
@@ -97,27 +97,5 @@ def share_block(pipe: Any, name: str, share: Share) -> None:
             state.set(output, value, kinds[output])
         return components, state
 
-    block.__class__ = type(own.__name__, (own,), {"__call__": call})
-    pipe._blocks.sub_blocks[name] = block
-
-
-class Assembled:
-    """A new pipeline of components, to be saved.
-
-    Args:
-        repository: what its index calls the place that the components are in.
-    """
-
-    def __init__(self, pipeline: Any, components: Mapping[str, Any], repository: str) -> None:
-        self._pipe = pipeline()
-        self._pipe.update_components(**components)
-        self._repository = repository
-
-    def save_pretrained(self, directory: Path, **options: Any) -> None:
-        self._pipe.save_pretrained(str(directory), overwrite_modular_index=True, **options)
-        path = directory / MODULAR_INDEX
-        index = json.loads(path.read_text(encoding="utf-8"))
-        for value in index.values():
-            if isinstance(value, list) and value[0] is not None:  # else it is not saved
-                value[2]["pretrained_model_name_or_path"] = self._repository
-        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    block.__class__ = variant(own, __call__=call)
+    blocks[name] = block

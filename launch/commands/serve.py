@@ -1,0 +1,40 @@
+"""What the `serve` command does."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from crossdock.launch.commands.generate import locating
+from crossdock.launch.commands.options import check_inputs
+from crossdock.launch.engine.engine import Engine
+from crossdock.launch.engine.progress import Notify
+from crossdock.launch.gangs.choose import choose_gang, choose_launcher
+from crossdock.runtime.config.yaml_file import load_config
+from crossdock.runtime.errors import LaunchError
+
+
+def run_serve(config_path: Path, model_dir: Path, **options: Any) -> None:
+    """`options`: the fields of `ServeOptions`.
+
+    Raises:
+        UserError: with file, line and key path, where the config is to blame.
+    """
+    check_inputs(config_path, model_dir)
+    try:
+        from crossdock.launch.serve.web.server import ServeOptions, serve
+    except ModuleNotFoundError as error:
+        message = f"serve needs the package {error.name}: pip install 'crossdock[serve]'"
+        raise LaunchError(message) from None
+    config = load_config(config_path)
+    console = Console(highlight=False, soft_wrap=True)
+    with locating(config_path):
+        make_gang = choose_gang(choose_launcher(config, "crossdock", "serve"))
+
+        def start(notify: Notify) -> Engine:
+            return Engine.start(config, model_dir, make_gang=make_gang, rehearse=True, notify=notify)
+
+        serve(config, model_dir, start, ServeOptions(**options), partial(console.print, markup=False))
