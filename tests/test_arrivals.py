@@ -376,6 +376,19 @@ def test_whatever_changes_shows() -> None:
 
 
 @quick
+@pytest.mark.parametrize("distance", [8, 128, 256, 512, 4096, 32 * 512])
+def test_what_is_exchanged_shows(distance: int) -> None:
+    """Words or rows, near or far; also what is moved on in a ring, such as a bias by one."""
+    memory = torch.randint(0, 256, (64 * 512,), dtype=torch.uint8, generator=torch.Generator().manual_seed(distance))
+    other = memory.clone()
+    other[:8], other[distance : distance + 8] = memory[distance : distance + 8], memory[:8]
+    moved = torch.cat([memory[:256].roll(4), memory[256:]])
+    for changed in (other, moved):
+        assert not phase_digests(changed).equal(phase_digests(memory))
+        assert not phase_digest(changed, 0).equal(phase_digest(memory, 0))
+        assert not tensor_digest(changed[:20_000]).equal(tensor_digest(memory[:20_000]))
+
+
 @pytest.mark.parametrize("length", [0, 1, 7, 511, 512, 513, 5000])
 def test_any_tensor_has_a_digest(length: int) -> None:
     """Wherever it lies."""

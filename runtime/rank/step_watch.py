@@ -25,6 +25,7 @@ from crossdock.runtime.models.transformers import transformers_in
 from crossdock.runtime.pipeline.denoise_loop import Observer, StepEnd
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.inspection import digest
+from crossdock.runtime.rank.weights.digests import read_later
 from crossdock.runtime.reports.records import RunRecord, StepRecord
 
 _MASK = 2**63 - 1
@@ -212,17 +213,7 @@ class StepWatch(Observer):
         device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
         if device is None:
             return lambda: [int(tensor) for tensor in tensors]
-        packed = torch.stack([tensor.to(device, non_blocking=True) for tensor in tensors])
-        host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-        host.copy_(packed, non_blocking=True)
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record()
-
-        def read() -> list[int]:
-            arrived.synchronize()
-            return host.tolist()
-
-        return read
+        return read_later(torch.stack([tensor.to(device, non_blocking=True) for tensor in tensors]))
 
     def _read(self) -> None:
         step = self._ended.pop(0)

@@ -25,7 +25,7 @@ from crossdock.offload.stream.block import StreamedBlock
 from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.weights.compare import WeightCheck
-from crossdock.runtime.rank.weights.digests import phase_digest, phase_digests, phases_of, tensor_digest
+from crossdock.runtime.rank.weights.digests import phase_digest, phase_digests, phases_of, read_later, tensor_digest
 from crossdock.runtime.reports.records import WeightsRecord, WrongBytes
 
 Component = tuple[nn.Module, BlockStream | None]
@@ -93,7 +93,7 @@ class ArrivalWatch:
         self._phase = 0  # of the step that runs, modulo those of a block
         self._step, self._whole = 1, True
         self._now: _Looks | None = None
-        self._sent: list[tuple[list[tuple[int, str, int]], Callable[[], list[bool]]]] = []
+        self._sent: list[tuple[list[tuple[int, str, int]], Callable[[], list[int]]]] = []
         self._wrong: list[tuple[int, str]] = []
         self._partly: dict[str, None] = {}  # blocks of which, when they computed last, not all was looked at
         if not self.looks:
@@ -246,7 +246,7 @@ class ArrivalWatch:
         looks, self._now = self._now, _Looks()
         device = looks.found[0].device
         found, known = (torch.cat([each.to(device) for each in side]) for side in (looks.found, looks.known))
-        self._sent.append((looks.names, _to_host(found != known)))
+        self._sent.append((looks.names, read_later(found != known)))
 
     def _read(self, left: int) -> None:
         """All that was sent but the last `left`."""
@@ -263,21 +263,6 @@ class ArrivalWatch:
         if block is None or not isinstance(block.source, Tensor) or not block.codec.in_place:
             return WrongBytes(step, name)
         return WrongBytes(step, name, self._check.first_difference(block, block.source, *ranges[name]))
-
-
-def _to_host(wrong: Tensor) -> Callable[[], list[bool]]:
-    if not wrong.is_cuda:
-        return wrong.tolist
-    host = torch.empty(wrong.shape, dtype=wrong.dtype, pin_memory=True)
-    host.copy_(wrong, non_blocking=True)
-    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    copied.record()
-
-    def read() -> list[bool]:
-        copied.synchronize()
-        return host.tolist()
-
-    return read
 
 
 def _between(layout: BlockLayout) -> Tensor:
