@@ -383,10 +383,10 @@ def test_what_is_exchanged_shows(distance: int) -> None:
     other = memory.clone()
     other[:8], other[distance : distance + 8] = memory[distance : distance + 8], memory[:8]
     moved = torch.cat([memory[:256].roll(4), memory[256:]])
-    for changed in (other, moved):
-        assert not phase_digests(changed).equal(phase_digests(memory))
-        assert not phase_digest(changed, 0).equal(phase_digest(memory, 0))
-        assert not tensor_digest(changed[:20_000]).equal(tensor_digest(memory[:20_000]))
+    for altered in (other, moved):
+        assert not phase_digests(altered).equal(phase_digests(memory))
+        assert not phase_digest(altered, 0).equal(phase_digest(memory, 0))
+        assert not tensor_digest(altered[:20_000]).equal(tensor_digest(memory[:20_000]))
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 511, 512, 513, 5000])
