@@ -145,7 +145,7 @@ def gather_swapped(worker: RankWorker, patch: pytest.MonkeyPatch, at: int) -> No
     """The parts of one block change places on this rank."""
     gather_all = BlockLoader._all_gather
 
-    def gathered(loader: BlockLoader, job: Any, *args: Any) -> Any:
+    def gathered(loader: BlockLoader, job: Any, *args: Any, **more: Any) -> Any:
         right = loader._gather
         assert right is not None
         if job.block.name == BLOCK and runs(worker, at):
@@ -156,7 +156,7 @@ def gather_swapped(worker: RankWorker, patch: pytest.MonkeyPatch, at: int) -> No
 
             loader._gather = replace(right, all_gather=swapped)
         try:
-            return gather_all(loader, job, *args)
+            return gather_all(loader, job, *args, **more)
         finally:
             loader._gather = right
 
