@@ -6,6 +6,8 @@ A plant runs on the rank, before the request, and takes effect in step `at`. Wha
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -65,6 +67,10 @@ def at_rest(worker: RankWorker, patch: pytest.MonkeyPatch, at: int) -> None:
 def byte_at_rest(worker: RankWorker, patch: pytest.MonkeyPatch, at: int) -> None:
     """One bit."""
     _when(worker, patch, at - 1, lambda pipe: _flip(worker, _one(block_of(worker).source)))
+
+
+def killed(worker: RankWorker, patch: pytest.MonkeyPatch, at: int) -> None:
+    _when(worker, patch, at, lambda pipe: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def before_the_request(worker: RankWorker, patch: pytest.MonkeyPatch, at: int) -> None:

@@ -23,6 +23,8 @@ from torch import nn
 
 import crossdock.runtime.pipeline.pipeline as pipeline_module
 import crossdock.runtime.plan.reschedule as rescheduling
+from crossdock.launch.engine.engine import Engine
+from crossdock.launch.gangs.local_gang import LocalGang
 from crossdock.offload.memory.layout import BlockLayout
 from crossdock.offload.stream.block import Home, StreamedBlock
 from crossdock.runtime.config.schema import RunConfig
@@ -116,14 +118,14 @@ def _plan(directory: Path, parallel: dict[str, Any], offload: dict[str, Any], **
 def _with(plant: Plant | None, rank: int, at: int) -> Callable[[RankWorker, RankRequest], RankResult]:
     """A request with the fault planted on one rank meanwhile."""
 
-    def run(worker: Any, request: RankRequest) -> RankResult:
+    def run(worker: Any, request: RankRequest, *resume: Any) -> RankResult:
         import pytest
 
         worker.undo = []
         with pytest.MonkeyPatch.context() as patch:
             if plant is not None and worker.rank == rank:
                 plant(worker, patch, at)
-            return worker.generate(request)
+            return worker.generate(request, *resume)
 
     return run
 
@@ -344,6 +346,32 @@ def test_every_step_reads_all(flux2_dir: Path) -> None:
         found, steps = run.judged(faults.byte_at_rest, 0, 2)
         assert {one.check for one in found} == {"arrives"}
         assert steps == 2
+
+
+class LosesARank(LocalGang):
+    """Rank 1 is killed in step 2; the one that comes in its place has a copy that is half done in the last step."""
+
+    attempts = 0
+
+    def collective_rpc(self, work: Any, *args: Any, **options: Any) -> list[Any]:
+        if work is RankWorker.generate:
+            self.attempts += 1
+            work = _with(faults.killed, 1, 2) if self.attempts == 1 else _with(faults.half_done, 1, STEPS)
+        return super().collective_rpc(work, *args, **options)
+
+
+@not_quick
+def test_a_fault_after_a_recovery(flux2_dir: Path) -> None:
+    """New ranks know anew what is right."""
+    config = RunConfig.parse({"parallel": {"tp_degree": 2}, "offload": LAYERWISE})
+    lines: list[str] = []
+    with Engine.start(config, flux2_dir, make_gang=LosesARank, notify=lines.append) as engine:
+        with pytest.raises(CompositionError) as found:
+            engine.run(REQUEST.asked)
+        assert cast(LosesARank, engine.gang).attempts == 2
+    assert any("new ranks" in line for line in lines)
+    assert {(one.check, one.rank) for one in found.value.violations} == {("arrives", 1)}
+    assert found.value.violations[0].where.startswith(f"step {STEPS}: {BLOCK}")
 
 
 # -- digests ---------------------------------------------------------------------------------------------------------
