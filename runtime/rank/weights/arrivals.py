@@ -218,8 +218,8 @@ class ArrivalWatch:
         self._now.known.append(known)
 
     def _clean(self, block: StreamedBlock, memory: Tensor) -> None:
-        """What is brought piece by piece leaves what lies between tensors as it was: nobody's, and zero from here."""
-        if isinstance(block.source, Tensor):
+        """What is brought piece by piece, or decoded, leaves what lies between tensors as it was: zero from here."""
+        if isinstance(block.source, Tensor) and block.codec.in_place:
             return
         if block.layout not in self._padding:
             self._padding[block.layout] = _between(block.layout).to(memory.device)
