@@ -119,9 +119,9 @@ class Coordinator:
     def _adopt(self, results: Sequence[RankResult]) -> None:
         memory = next(result.memory for result in results if result.memory is not None)
         self.plan = replace(self.plan, memory=memory)
-        row = self._rows[SAME_AS_ONE]
+        probed = {check: row for check, row in self._rows.items() if check == SAME_AS_ONE}
         self.admit([result.report for result in results if result.report is not None])
-        self._rows[SAME_AS_ONE] = row  # the schedule has no part in it
+        self._rows |= probed  # the schedule has no part in it
 
     def _judge(self, details: Mapping[str, str], violations: list[Violation]) -> None:
         """`details`: what is said of each check that holds."""
