@@ -104,7 +104,7 @@ def test_a_forced_reschedule(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -
     with _one(flux2_dir, {"device_budget": _budget(flux2_dir, 0.6)}) as (engine, gang):
         before = copy.copy(engine.plan)
         _ask(engine, steps=5)
-        assert engine.plan.resident != before.resident, gang.worker.loaded.schedule_note
+        assert engine.plan.memory.resident != before.memory.resident, gang.worker.loaded.schedule_note
         _ask(engine)
 
 
