@@ -57,8 +57,8 @@ def _one(directory: Path, offload: dict[str, Any] | None = None, **config: Any) 
 def _budget(directory: Path, share: float) -> str:
     """From the least (0.0) to the whole model (1.0)."""
     plan = make_plan(RunConfig.parse({"offload": LAYERWISE}), directory, "cpu")
-    blocks = sum(block.layout.slot_bytes for block in plan.blocks)
-    return f"{int(plan.least_budget_bytes + share * (plan.outside_bytes + blocks - plan.least_budget_bytes))}B"
+    blocks = sum(block.layout.slot_bytes for block in plan.memory.blocks)
+    return f"{int(plan.least_budget_bytes + share * (plan.memory.outside_bytes + blocks - plan.least_budget_bytes))}B"
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
