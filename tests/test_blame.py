@@ -13,7 +13,7 @@ from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.contract.coverage import _replicas_agree, _slices_cover
 from crossdock.runtime.contract.numbers import same_numbers
 from crossdock.runtime.contract.result import Violation, outvoted, to_compare
-from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.plan.model_layout import ModelLayout
 from crossdock.runtime.reports.records import ArrivalRecord, ProbeReport, RankReport
 
 WEIGHT = "blocks.0.ff.weight"
@@ -70,8 +70,8 @@ def _cut(parts: Sequence[TensorSlice | None]) -> list[Violation]:
         )
         for rank, part in enumerate(parts)
     }
-    plan = SimpleNamespace(mesh=MeshShape(tp=len(parts)), stored={WEIGHT: SimpleNamespace(shape=full)})
-    return list(_slices_cover(cast(RunPlan, plan), cast(Any, records)))
+    layout = SimpleNamespace(mesh=MeshShape(tp=len(parts)), stored={WEIGHT: SimpleNamespace(shape=full)})
+    return list(_slices_cover(cast(ModelLayout, layout), cast(Any, records)))
 
 
 def _part(rank: int, dim: int = 0) -> TensorSlice:
@@ -99,7 +99,7 @@ def test_parts_of_a_tensor(bad: int) -> None:
 @pytest.mark.parametrize("bad", range(3))
 def test_other_blocks_without_streaming(bad: int) -> None:
     calls, others = (("a", 1), ("b", 2)), (("a", 1), ("c", 2))
-    plan = SimpleNamespace(mesh=MeshShape(tp=3), transformers={"transformer": None})
+    layout = SimpleNamespace(mesh=MeshShape(tp=3), transformers={"transformer": None})
     reports = [ProbeReport(rank, *[others if rank == bad else calls] * 2) for rank in range(3)]
-    found = list(same_numbers(cast(RunPlan, plan), reports))
+    found = list(same_numbers(cast(ModelLayout, layout), reports))
     assert [(violation.rank, violation.found) for violation in found] == [(bad, "c")]

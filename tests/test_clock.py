@@ -36,6 +36,7 @@ from crossdock.runtime.contract.ordering import (
 from crossdock.runtime.contract.result import Violation
 from crossdock.runtime.contract.verify import verify_request
 from crossdock.runtime.plan.make_plan import make_plan
+from crossdock.runtime.plan.memory_plan import MemoryPlan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.rank_result import RankResult
@@ -217,7 +218,7 @@ def test_what_happens_again_is_told_once() -> None:
         at, by = step * 1000.0, 10.0 + step
         told += [("load_begin", "a", 0, at), ("load_end", "a", 0, at + 500)]
         told += [("compute_begin", "a", 0, at + 500 - by), ("compute_end", "a", 0, at + 900)]
-    (violation,) = in_order_by_the_clock(cast(RunPlan, SimpleNamespace(blocks=())), 3, _events(*told))
+    (violation,) = in_order_by_the_clock(cast(MemoryPlan, SimpleNamespace(blocks=())), 3, _events(*told))
     assert (violation.check, violation.rank, violation.where) == ("in-order", 3, "a in slot 0")
     assert violation.expected == "its compute after the load of a, by the device's clock"
     assert "59.0 us before that ended" in violation.found
@@ -357,7 +358,7 @@ def test_a_race_on_the_device(fault: str, at: int, monkeypatch: pytest.MonkeyPat
     trace = stream.trace()
     monkeypatch.undo()
     case.finish()
-    plan = cast(RunPlan, SimpleNamespace(blocks=stream.blocks, schedule=stream.schedule))
+    plan = cast(MemoryPlan, SimpleNamespace(blocks=stream.blocks, schedule=stream.schedule))
     assert list(trace_in_order(plan, 0, trace)) == []
     (found,) = _of_block(list(overlaps(trace)), f"blocks.{block}")
     expected = ("compute_end", "load_begin") if fault == "reader" else ("load_end", "compute_begin")

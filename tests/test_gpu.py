@@ -26,7 +26,7 @@ from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.parallel.kernels import attention_with_lse, merge
 from crossdock.runtime.contract.ordering import Overlap, overlaps, trace_in_order
 from crossdock.runtime.contract.result import Violation
-from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.plan.memory_plan import MemoryPlan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -122,7 +122,7 @@ def _raced(monkeypatch: pytest.MonkeyPatch, fault: str, epoch_s: float) -> tuple
     monkeypatch.undo()
     stream.remove()
     store.close()
-    plan = cast(RunPlan, SimpleNamespace(blocks=stream.blocks, schedule=stream.schedule))
+    plan = cast(MemoryPlan, SimpleNamespace(blocks=stream.blocks, schedule=stream.schedule))
     return list(overlaps(trace)), list(trace_in_order(plan, 0, trace))
 
 

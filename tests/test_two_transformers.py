@@ -24,6 +24,7 @@ from crossdock.runtime.contract.result import CompositionError
 from crossdock.runtime.errors import ConfigError
 from crossdock.runtime.pipeline.denoise_loop import DenoiseLoop
 from crossdock.runtime.plan.make_plan import make_plan
+from crossdock.runtime.plan.memory_plan import MemoryPlan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.reschedule import RankObservation, reschedule
 from crossdock.runtime.rank.probe.probe import probe_numbers, probe_request
@@ -250,8 +251,8 @@ def test_one_that_never_has_a_turn_is_told(directory: Path, monkeypatch: pytest.
 # -- the schedule that follows what was measured --------------------------------------------------------------------
 
 
-def _observed(plan: RunPlan, pass_: int, spare: int = 0) -> RankObservation:
-    order = (*plan.memory.passes[pass_][::2], *plan.memory.passes[pass_][1::2])
+def _observed(memory: MemoryPlan, pass_: int, spare: int = 0) -> RankObservation:
+    order = (*memory.passes[pass_][::2], *memory.passes[pass_][1::2])
     return RankObservation(order, Costs((1.0,) * len(order), (2.0,) * len(order)), spare)
 
 
@@ -259,9 +260,9 @@ def _observed(plan: RunPlan, pass_: int, spare: int = 0) -> RankObservation:
 def test_what_one_has_shown_holds_for_both(pass_: int, directory: Path) -> None:
     """The order, the residents and the slots, place by place, whichever of them was observed."""
     plan = _plan(directory, device_budget=_budget(directory, 0.7))
-    found = reschedule(plan.memory, plan.config.offload, [_observed(plan, pass_)], 2).memory
+    found = reschedule(plan.memory, plan.config.offload, [_observed(plan.memory, pass_)], 2).memory
     assert found is not None
-    places = [plan.memory.passes[pass_].index(index) for index in _observed(plan, pass_).order]
+    places = [plan.memory.passes[pass_].index(index) for index in _observed(plan.memory, pass_).order]
     assert found.passes == tuple(tuple(own[place] for place in places) for own in plan.memory.passes)
     slots = [[found.blocks[index].slot for index in own] for own in found.passes]
     assert slots[0] == slots[1]
@@ -277,7 +278,7 @@ def test_auto_takes_the_memory_for_one_or_for_both(directory: Path) -> None:
     for room, taken in ((one - 1, one - 1), (both - 1, one), (both, both)):
         if room < arena:
             continue
-        found = reschedule(plan.memory, plan.config.offload, [_observed(plan, 0, room - arena)], 2).memory
+        found = reschedule(plan.memory, plan.config.offload, [_observed(plan.memory, 0, room - arena)], 2).memory
         assert found is not None
         assert found.arena_bytes == max(arena, taken)
         assert (found.resident == frozenset(found.order)) == (taken == both)
@@ -289,7 +290,7 @@ def test_a_changed_schedule_serves_both(budget: str, directory: Path, monkeypatc
     budget = _budget(directory, 0.7) if budget == "half" else budget
     config = RunConfig.parse({"offload": {"layerwise": True, "device_budget": budget}})
     plan = make_plan(config, directory, "cpu", device_bytes=2**33)
-    monkeypatch.setattr("crossdock.runtime.rank.worker.observe", lambda plan, *_: _observed(plan, 0, 2**16))
+    monkeypatch.setattr("crossdock.runtime.rank.worker.observe", lambda memory, *_: _observed(memory, 0, 2**16))
     with admitted(plan) as worker:
         coordinator = Coordinator(plan)
         coordinator.admit([worker.report()], rehearsed=False)
