@@ -30,7 +30,7 @@ from crossdock.runtime.reports.records import Deviation, ProbeReport
 from crossdock.runtime.watch.gang import Gang
 from layouts import FAMILIES
 from reference import ODD_SIZE, PROMPT
-from tiers import not_quick
+from tiers import not_quick, some
 
 pytestmark = not_quick
 
@@ -81,7 +81,7 @@ def _expect_first(violations: list[Violation], block: str) -> None:
 # -- healthy -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some(FAMILIES, 1))
 @pytest.mark.parametrize("offload", ONE_RANK.values(), ids=ONE_RANK.keys())
 def test_the_same_numbers_on_one_rank(offload: dict[str, Any], family: str, checkpoints: Checkpoints) -> None:
     """No false alarm; every block is compared, and the checksums are of different things."""
@@ -115,7 +115,7 @@ def test_the_same_numbers_on_two_ranks(
     assert torch.equal(*latents)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some(FAMILIES, 1))
 @pytest.mark.parametrize("offload", ONE_RANK.values(), ids=ONE_RANK.keys())
 def test_a_probe_leaves_nothing_behind(offload: dict[str, Any], family: str, checkpoints: Checkpoints) -> None:
     """A probe that is taken for a step, stays in the trace or leaves blocks bound elsewhere spoils what follows."""
@@ -201,7 +201,7 @@ def test_one_block_at_a_time(checkpoints: Checkpoints, monkeypatch: pytest.Monke
 # -- faults ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some(FAMILIES, 1))
 @pytest.mark.parametrize("place", [0, 4, -1])
 @pytest.mark.parametrize("offload", [STREAMED["shared"], {}], ids=["shared", "resident"])
 def test_a_flipped_bit_names_its_block(
@@ -220,7 +220,7 @@ def test_a_flipped_bit_names_its_block(
     assert f"of the {(passes - 1) * len(blocks) - behind} calls behind it" in violations[0].found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some(FAMILIES, 1))
 def test_pages_of_another_block_are_found(family: str, checkpoints: Checkpoints) -> None:
     """From the page cache a block comes in pieces: pieces of its neighbour have the right shapes and wrong numbers."""
     with _worker(checkpoints[family], **STREAMED["mmap"]) as worker:
