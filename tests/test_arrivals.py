@@ -453,7 +453,7 @@ def test_a_block_may_write_its_buffers() -> None:
     config = RunConfig()
     parts = {"layout": SimpleNamespace(stored={}, device="cpu"), "memory": SimpleNamespace(outside=())}
     plan = SimpleNamespace(config=config, **parts)
-    stream = SimpleNamespace(blocks=(block,), observe_uses=lambda callback: None)
+    stream = SimpleNamespace(blocks=(block,), observe_uses=lambda *callbacks: None)
     check = SimpleNamespace(first_difference=lambda *_: "")
     watch = ArrivalWatch(cast(RunPlan, plan), module, cast(Any, stream), cast(Any, check), {}, {})
     watch.arrived(block, memory)

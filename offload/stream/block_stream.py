@@ -10,7 +10,7 @@ took the memory): a block whose slot holds another is loaded on demand and count
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Literal, cast
@@ -113,9 +113,9 @@ class BlockStream:
         self._poison()
         self._first_loads.observe(callback, self._run_order.order)
 
-    def observe_uses(self, callback: FirstLoadCallback) -> None:
-        """`callback` gets every block, as at its first load, each time it has computed, before its memory is free."""
-        self._loads.on_use = callback
+    def observe_uses(self, used: FirstLoadCallback, written: Callable[[Collection[str]], None]) -> None:
+        """`used` gets every block that has computed, before its memory is free; `written` what `gathered` writes to."""
+        self._loads.on_use, self._loads.on_write = used, written
 
     def rehearse(self, unseen: bool = False) -> None:
         """Stream every block once without computing, so that ordering is proven; `unseen`: of those, the ones that have
@@ -287,6 +287,7 @@ class BlockStream:
             for part in weights.parts & self._table.of.keys():
                 self._loads.forget(self._table.of[part])
             weights.write_back()
+            self._loads.on_write({self.blocks[part].name for part in weights.parts})
 
     def _before(self, index: int) -> None:
         if self._run_order.learn(index):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from functools import partial
 
@@ -25,6 +25,7 @@ class SlotLoads:
         self._pending: set[Slot] = set()  # claimed for a load of which not all is enqueued
         self.staging: Slot | None = None  # where what travels encoded waits to be decoded
         self.on_use: FirstLoadCallback = to_nobody
+        self.on_write: Callable[[Collection[str]], None] = lambda names: None
 
     def enqueue(self, slot: Slot, holder: int, block: StreamedBlock, number: int | None, chunks: int = 1) -> None:
         """Load `block` into `slot`, behind the slot's last reader and its last load; not if it is there.

@@ -306,7 +306,7 @@ def _switch_on(worker: RankWorker) -> None:
 def _observe(worker: RankWorker) -> None:
     """Streams and pipeline keep the methods that they were given."""
     loaded = worker.loaded
-    loaded.stream.observe_uses(loaded.arrivals._used)
+    loaded.stream.observe_uses(loaded.arrivals._used, loaded.arrivals._written_to)
     loaded.pipeline.observe_uses(loaded.arrivals.component_used)
 
 

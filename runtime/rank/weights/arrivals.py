@@ -9,7 +9,7 @@ whole after each use, what lies outside the blocks at the request's end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -99,13 +99,12 @@ class ArrivalWatch:
         if not self.looks:
             return
         check.on_arrival = self.arrived
-        stream.observe_uses(self._used)
+        stream.observe_uses(self._used, self._written_to)
         for name, (module, own) in components.items():
             check.component(name, module)
             if own is not None:
-                own.observe_uses(partial(self._part_used, name))
-        outside = ((fqn, attrgetter(fqn)(model)) for fqn in plan.memory.outside)
-        self._outside = {fqn: _Outside.of(tensor, fqn in plan.layout.stored) for fqn, tensor in outside}
+                own.observe_uses(partial(self._part_used, name), lambda names: None)
+        self._outside = self._found_outside()
 
     @property
     def looks(self) -> bool:
@@ -119,6 +118,16 @@ class ArrivalWatch:
             self._look(block.name, self._step, memory, whole=True)  # it comes again, after a rescheduling
         else:
             self._known[block.name] = phase_digests(memory)
+
+    def _written_to(self, blocks: Collection[str]) -> None:
+        """On purpose: what they are now is what is right; also of tensors outside that they share."""
+        for name in blocks:
+            self._known.pop(name, None)
+        self._outside = self._found_outside()
+
+    def _found_outside(self) -> dict[str, _Outside]:
+        outside = ((fqn, attrgetter(fqn)(self._model)) for fqn in self._plan.memory.outside)
+        return {fqn: _Outside.of(tensor, fqn in self._plan.layout.stored) for fqn, tensor in outside}
 
     # -- a request -----------------------------------------------------------------------------------------------
 
