@@ -120,17 +120,6 @@ left_out = _copied(lambda memory: memory[:0])
 half_done = _copied(lambda memory: memory[: len(memory) // 2])
 
 
-def another_home(worker: RankWorker, patch: pytest.MonkeyPatch, at: int) -> None:
-    load = BlockLoader.load
-
-    def mistaken(loader: BlockLoader, block: Any, *args: Any, **options: Any) -> None:
-        if block.name == BLOCK and runs(worker, at):
-            block = replace(block, source=block_of(worker, NEXT).source)
-        load(loader, block, *args, **options)
-
-    patch.setattr(BlockLoader, "load", mistaken)
-
-
 def sources_swapped(worker: RankWorker, patch: pytest.MonkeyPatch, at: int) -> None:
     """From step `at` on, two blocks come from each other's home."""
     one, other = block_of(worker), block_of(worker, NEXT)

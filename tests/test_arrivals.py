@@ -74,7 +74,7 @@ class Fault:
 REST = Fault(faults.at_rest)
 BYTE = Fault(faults.byte_at_rest, shows=STEPS)
 FIRST = Fault(faults.before_the_request, at=(1,))
-LEFT_OUT, HALF, HOME = Fault(faults.left_out), Fault(faults.half_done), Fault(faults.another_home)
+LEFT_OUT, HALF, HOME = Fault(faults.left_out), Fault(faults.half_done), Fault(faults_in_steps.another_home)
 COMPUTING = Fault(faults.while_computing)
 BESIDE = Fault(faults.outside, OUTSIDE, shows=0)
 TEXT = Fault(faults.component("text_encoder"), "text_encoder, ", at=(1,), shows=0, rank=0)

@@ -23,12 +23,10 @@ class Metrics:
         self.finished = Counter("crossdock:request_success", "Requests that were answered", registry=registry)
         self.failed = Counter("crossdock:request_failure", "Requests that failed", ["reason"], registry=registry)
         self.cancelled = Counter("crossdock:request_cancelled", "Requests that were stopped", registry=registry)
-        self.refused = Counter("crossdock:request_refused", "Answers 4xx, by status", ["status"], registry=registry)
         self.pictures = Counter("crossdock:pictures", "Pictures and videos that were made", registry=registry)
         self.steps = Counter("crossdock:denoise_steps", "Denoise steps of answered requests", registry=registry)
         self.latency = self._histogram("crossdock:e2e_request_latency_seconds", "From arrival to answer")
         self.queued = self._histogram("crossdock:request_queue_time_seconds", "From arrival to the first step")
-        self.ranks_lost = Counter("crossdock:ranks_lost", "Ranks that were lost and replaced", registry=registry)
 
     def _histogram(self, name: str, text: str) -> Histogram:
         return Histogram(name, text, buckets=_SECONDS, registry=self.registry)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from crossdock.launch.serve.encode import ImageFormat
 from crossdock.launch.serve.web.errors import ApiError, refused
 from crossdock.runtime.request import MAX_SEED, GenerateRequest, RequestItem
 
@@ -17,8 +18,6 @@ MAX_SIDE = 16_384
 _RANDOM_SEEDS = 2**31
 """A seed that nobody asked for is below it: short enough to be typed again."""
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
-
-ImageFormat = Literal["png", "jpeg", "webp"]
 
 
 def _number_in_text(value: object) -> object:
