@@ -41,6 +41,7 @@ from crossdock.runtime.request import GenerateRequest
 
 KEY_VARIABLE = "CROSSDOCK_API_KEY"
 CLOSE_S = 60.0
+BACKLOG = 2048
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def listen(options: ServeOptions) -> socket.socket:
-    """The listening socket; before the model is loaded, so that a taken port shows at once.
+    """The listening socket, before the model is loaded: a taken port shows at once, and clients may connect.
 
     Raises:
         LaunchError: the address is taken, or is none of this machine's.
@@ -102,6 +103,7 @@ def listen(options: ServeOptions) -> socket.socket:
         listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((options.host, options.port))
+        listener.listen(BACKLOG)
     except (OSError, OverflowError) as error:
         raise LaunchError(f"cannot listen on {options.host}:{options.port}: {error}; choose another --port") from None
     return listener
@@ -134,7 +136,9 @@ def serve(
     jobs = None if store is None else JobRunner(store, scheduler, options.keep_h * 3600, write_video)
     desk = Desk(service, scheduler, defaults, metrics, version("crossdock"), previews, jobs)
     app = build_app(desk, key)
-    web = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_keep_alive=30, lifespan="off"))
+    web = uvicorn.Server(
+        uvicorn.Config(app, backlog=BACKLOG, log_config=None, access_log=False, timeout_keep_alive=30, lifespan="off")
+    )
     stop = _Stop(web, scheduler, service, options.drain_s, notify)
     try:
         signal.signal(signal.SIGTERM, stop.signalled)
