@@ -14,7 +14,7 @@ PROMPT ?= a lighthouse on a cliff above a stormy sea
 .venv/.installed: pyproject.toml .ci/constraints.txt .ci/oracles.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) "torch==$$(sed -n 's/^torch==//p' .ci/constraints.txt)"
-	$(PIP) -c .ci/constraints.txt -e ".[ray,serve,dev]"
+	$(PIP) -c .ci/constraints.txt -e ".[replicas,serve,dev]"
 	$(PIP) --no-deps -r .ci/oracles.txt
 	touch $@
 

@@ -104,6 +104,8 @@ def serve_command(
         Path | None, typer.Option(help="Folder for video jobs; by default one in the user's state folder.")
     ] = None,
     keep_h: Annotated[float, typer.Option(help="Hours for which a finished video is kept.", min=0)] = 24.0,
+    replicas: Annotated[int, typer.Option(help="Of the whole layout, on Ray Serve.", min=1)] = 1,
+    ray_address: Annotated[str | None, typer.Option(help="Cluster for the ranks; else launch.ray_address.")] = None,
 ) -> None:
     """Answer HTTP requests like OpenAI's image API, until SIGTERM."""
     from crossdock.launch.commands.serve import run_serve
@@ -125,6 +127,8 @@ def serve_command(
         max_pixels=max_pixels,
         data=data,
         keep_h=keep_h,
+        replicas=replicas,
+        ray_address=ray_address,
     )
 
 

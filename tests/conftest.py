@@ -28,6 +28,8 @@ STARTS_RANKS = {
     "test_nothing_left_behind",
     "test_rank_messages",
     "test_serve_process",
+    "test_serve_replicas",
+    "test_serve_soak",
     "test_torchrun_faults",
     "test_video_file",
 }

@@ -16,12 +16,13 @@ from PIL import Image
 
 from crossdock.launch.engine import ranks as ranks_module
 from crossdock.launch.engine.engine import Engine
+from crossdock.launch.engine.generation import Generation
 from crossdock.launch.serve.job_runner import JobRunner
 from crossdock.launch.serve.jobs import JobStore
 from crossdock.launch.serve.metrics import Metrics
 from crossdock.launch.serve.previews import Previews
-from crossdock.launch.serve.scheduler import Scheduler, Work
-from crossdock.launch.serve.service import Service
+from crossdock.launch.serve.scheduler import Scheduler
+from crossdock.launch.serve.service import OwnEngine, Service
 from crossdock.launch.serve.web.app import build_app
 from crossdock.launch.serve.web.desk import Desk
 from crossdock.launch.serve.web.schemas import Defaults
@@ -88,11 +89,13 @@ def served(
         return engine
 
     metrics, previews = Metrics(), Previews()
-    service = Service(plan, start, most, lambda line: None)
+    service = OwnEngine(plan, start, most, lambda line: None)
     wait_s = options.pop("batch_wait_s", 0.0)
 
-    def note(work: Work) -> None:
-        metrics.ended(work, 0.0)
+    def learn_from(asked: GenerateRequest, made: Generation) -> None:
+        service.learn_from(asked, made)
+        metrics.learn_from(made)
+        previews.learn_from(made)
 
     scheduler = Scheduler(
         service.begin,
@@ -100,7 +103,7 @@ def served(
         options.pop("queue", 64),
         wait_s,
         lambda work: metrics.ended(work, 0.0),
-        previews.learn_from,
+        learn_from,
     )
     metrics.watch(scheduler, service)
     jobs = None if data is None else JobRunner(JobStore(data), scheduler, 3600.0, options.pop("write", write_video))

@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ import pytest
 import torch
 from PIL import Image
 
+from crossdock.launch.engine.engine import Engine
+from crossdock.launch.engine.generation import Generation
+from crossdock.launch.serve.batch_limit import BatchLimit
 from crossdock.launch.serve.previews import Previews
+from crossdock.launch.serve.scheduler import Scheduler, Work
 from crossdock.runtime.config.schema import RunConfig
-from crossdock.runtime.errors import RankError
+from crossdock.runtime.errors import RankError, RequestCancelled
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
-from crossdock.runtime.request import RequestItem
+from crossdock.runtime.request import GenerateRequest, RequestItem
 from fake_gang import LIMIT_S
 from serving import Served, colour, served
 
@@ -221,6 +226,57 @@ def test_those_that_fit_share_a_batch(plan: RunPlan, monkeypatch: pytest.MonkeyP
             assert picture.getpixel((0, 0)) == colour(RequestItem(body["prompt"], None, body["seed"]))
 
 
+@dataclass
+class _Run:
+    """Ends when both lanes have one, or it is cancelled."""
+
+    both: threading.Barrier
+    progress: tuple[int, int] = (0, 2)
+    reason: str | None = None
+
+    def cancel(self, reason: str = "cancelled") -> None:
+        self.reason = reason
+        self.both.abort()
+
+    def result(self) -> Generation:
+        try:
+            self.both.wait(LIMIT_S)
+        except threading.BrokenBarrierError:
+            raise RequestCancelled(self.reason or "", 0) from None
+        return Generation(["made"], [], {}, [])
+
+
+def test_each_lane_runs_a_batch() -> None:
+    both, runs = threading.Barrier(2), list[_Run]()
+
+    def begin(request: GenerateRequest, *_: Any) -> _Run:
+        runs.append(_Run(both))
+        return runs[-1]
+
+    scheduler = Scheduler(begin, lambda request: 1, 8, lanes=2)
+    works = [scheduler.submit(Work(GenerateRequest.of("a fox", seed=seed))) for seed in range(2)]
+    assert [work.outcome.result(LIMIT_S) for work in works] == [["made"]] * 2
+    last = scheduler.submit(Work(GenerateRequest.of("alone")))
+    while len(runs) < 3 or not scheduler.running:
+        time.sleep(0.01)
+    scheduler.cancel(last, "the client has gone")
+    with pytest.raises(RequestCancelled, match="the client has gone"):
+        last.outcome.result(LIMIT_S)
+    assert scheduler.wait_idle(LIMIT_S)
+    scheduler.close(LIMIT_S)
+
+
+def test_a_batch_has_as_many_pictures_as_fit_beside_the_weights() -> None:
+    limit, asked = BatchLimit(8, measured=True), GenerateRequest.of("a fox", height=64, width=64)
+    assert limit.of(asked) == 1  # nothing is known yet
+    row = {"peak_device_bytes": 1000, "peak_weight_bytes": 800, "spare_device_bytes": 500}
+    limit.learn(asked, [row, row | {"spare_device_bytes": 900}])
+    assert limit.of(asked) == 3  # 200 bytes each, 700 on the rank that has least
+    assert limit.of(replace(asked, height=128)) == 1
+    assert limit.of(replace(asked, height=16)) == 8  # never more than was allowed
+    assert BatchLimit(8, measured=False).of(asked) == 8
+
+
 def test_a_full_queue_says_when_to_come_again(plan: RunPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     with served(plan, monkeypatch, queue=1) as live:
         live.gang.gate.clear()
@@ -285,6 +341,7 @@ def test_lost_ranks_are_replaced_and_the_request_answered(plan: RunPlan, monkeyp
         live.gang.faults = [RankError(0, "its process died", "died")] * 2
         assert _post(live, {"prompt": "a fox", "num_inference_steps": 4}).status_code == 200
         assert live.gang.starts == 3
+        assert 'crossdock:ranks_lost_total{kind="died"} 2.0' in httpx2.get(f"{live.url}/metrics").text
 
 
 def test_a_request_that_fails_twice_fails_alone(plan: RunPlan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +360,7 @@ def test_a_request_that_fails_twice_fails_alone(plan: RunPlan, monkeypatch: pyte
 def test_ready_says_what_is(plan: RunPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     with served(plan, monkeypatch) as live:
         assert httpx2.get(f"{live.url}/ready").status_code == 200
-        monkeypatch.setattr(type(live.service.engine), "recovering", True)
+        monkeypatch.setattr(Engine, "recovering", True)
         answer = httpx2.get(f"{live.url}/ready")
         assert (answer.status_code, answer.json()["status"]) == (503, "recovering")
         assert "retry-after" in answer.headers
@@ -355,12 +412,16 @@ def test_every_answer_has_the_headers_and_an_id(live: Served) -> None:
 
 
 def test_the_log_has_no_prompt(live: Served, caplog: pytest.LogCaptureFixture) -> None:
+    def rows() -> dict[str, Any]:
+        records = [record for record in caplog.records if record.name == "crossdock.serve.requests"]
+        return {row["id"]: row for row in (json.loads(record.message) for record in records)}
+
     with caplog.at_level("INFO", "crossdock.serve.requests"):
-        answer = _post(live, {"prompt": "a secret fox"})
-    rows = [json.loads(record.message) for record in caplog.records if record.name == "crossdock.serve.requests"]
-    row = next(row for row in rows if row["id"] == answer.headers["x-request-id"])
+        name = _post(live, {"prompt": "a secret fox"}).headers["x-request-id"]
+        live.eventually(lambda: name in rows())  # it is written after the answer
+    row = rows()[name]
     assert (row["status"], row["path"], row["pictures"]) == (200, "/v1/images/generations", 1)
-    assert "secret" not in json.dumps(rows)
+    assert "secret" not in json.dumps(rows())
 
 
 # -- metrics ----------------------------------------------------------------------------------------------------------
@@ -368,6 +429,9 @@ def test_the_log_has_no_prompt(live: Served, caplog: pytest.LogCaptureFixture) -
 
 def test_metrics(live: Served) -> None:
     _post(live, {"prompt": "a fox"})
+    _post(live, {"prompt": "a fox", "size": "1x1"})
     text = httpx2.get(f"{live.url}/metrics").text
     for name in ("num_requests_running", "num_requests_waiting", "e2e_request_latency_seconds_count", "pictures_total"):
+        assert f"crossdock:{name}" in text
+    for name in ('request_refused_total{status="400"}', 'device_bytes{part="weight",rank="0",replica=""}'):
         assert f"crossdock:{name}" in text

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 import io
-import os
-import re
 import shutil
-import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
-import psutil
 import pytest
-from PIL import Image, ImageChops
-from processes import descendants
+from PIL import Image
 
 from crossdock.launch.cli import app
 from crossdock.launch.commands.options import run_app
@@ -31,72 +22,7 @@ from crossdock.launch.engine.engine import Engine
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.media import Media
 from crossdock.runtime.request import GenerateRequest, RequestItem
-
-CONFIG = Path(__file__).parents[1] / "launch" / "configs" / "layerwise.yaml"
-LIMIT_S = 240.0
-
-
-@dataclass
-class Server:
-    process: subprocess.Popen[str]
-    url: str
-    lines: list[str]
-
-    def post(self, **body: Any) -> httpx2.Response:
-        return httpx2.post(f"{self.url}/v1/images/generations", json=body, timeout=LIMIT_S)
-
-    def is_ready(self) -> bool:
-        return httpx2.get(f"{self.url}/ready", timeout=30).status_code == 200
-
-
-@contextmanager
-def server(model_dir: Path, *options: str) -> Iterator[Server]:
-    command = [sys.executable, "-m", "crossdock.launch.cli", "serve", str(model_dir), "--config", str(CONFIG)]
-    command += ["--port", "0", "--size", "64x64", "--steps", "2", "--name", "tiny", *options]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
-    lines: list[str] = []
-    reader = threading.Thread(target=lambda: lines.extend(process.stdout or []), daemon=True)
-    reader.start()
-    children: list[psutil.Process] = []
-    try:
-        found: list[re.Match[str]] = []
-        _until(
-            lambda: found.extend(m for line in lines if (m := re.search(r"listening on (http://\S+);", line))) or found
-        )
-        running = Server(process, found[0][1], lines)
-        _until(running.is_ready)
-        yield running
-        children = descendants(process.pid)
-    finally:
-        children = children or descendants(process.pid)
-        process.terminate()
-        try:
-            process.wait(60)
-        finally:
-            process.kill()
-            process.wait()
-        reader.join(10)
-    _, alive = psutil.wait_procs(children, 20)
-    assert not alive, f"left behind: {alive}"
-    assert process.returncode == 0, "".join(lines)
-    assert "Traceback" not in "".join(lines), "".join(lines)
-
-
-def _url(lines: list[str]) -> str:
-    return next((found[1] for line in list(lines) if (found := re.search(r"listening on (http://\S+);", line))), "")
-
-
-def _until(true: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not true():
-        assert time.monotonic() < deadline, "it does not come about"
-        time.sleep(0.1)
+from live_server import CONFIG, LIMIT_S, Server, pictures_of, same_pictures, server, until
 
 
 @pytest.fixture(scope="module")
@@ -105,24 +31,14 @@ def expected(flux2_dir: Path) -> Callable[[GenerateRequest], list[Media]]:
         yield lambda request: engine.run(request).images  # type: ignore[misc]
 
 
-def _pictures(answer: httpx2.Response) -> list[Image.Image]:
-    assert answer.status_code == 200, answer.text
-    rows = answer.json()["data"]
-    return [Image.open(io.BytesIO(base64.b64decode(row["b64_json"]))).convert("RGB") for row in rows]
-
-
-def _same(found: list[Image.Image], wanted: list[Media]) -> bool:
-    return all(ImageChops.difference(a, b).getbbox() is None for a, b in zip(found, wanted, strict=True))
-
-
 def test_a_day_of_a_server(flux2_dir: Path, expected: Callable[[GenerateRequest], list[Media]]) -> None:
     """A picture, several, the line with curl, a rank that is killed in a request, and SIGTERM in another."""
     with server(flux2_dir) as live:
-        alone = _pictures(live.post(prompt="a red fox", seed=5))
-        assert _same(alone, expected(GenerateRequest.of("a red fox", seed=5, steps=2, height=64, width=64)))
+        alone = pictures_of(live.post(prompt="a red fox", seed=5))
+        assert same_pictures(alone, expected(GenerateRequest.of("a red fox", seed=5, steps=2, height=64, width=64)))
         items = tuple(RequestItem("a blue whale", None, 7 + n) for n in range(3))
-        several = _pictures(live.post(prompt="a blue whale", seed=7, n=3))
-        assert _same(several, expected(GenerateRequest(items, steps=2, height=64, width=64, batch_size=3)))
+        several = pictures_of(live.post(prompt="a blue whale", seed=7, n=3))
+        assert same_pictures(several, expected(GenerateRequest(items, steps=2, height=64, width=64, batch_size=3)))
         _curl(live)
         _previews(live)
         _killed_rank(live, expected)
@@ -156,14 +72,13 @@ def _killed_rank(live: Server, expected: Callable[[GenerateRequest], list[Media]
     thread = threading.Thread(target=lambda: answers.append(live.post(**asked)))
     thread.start()
     metrics = f"{live.url}/metrics"
-    _until(lambda: "crossdock:num_requests_running 1.0" in httpx2.get(metrics, timeout=30).text)
+    until(lambda: "crossdock:num_requests_running 1.0" in httpx2.get(metrics, timeout=30).text)
     time.sleep(1)
-    rank = max(descendants(live.process.pid), key=lambda child: child.create_time())
-    rank.send_signal(signal.SIGKILL)
+    live.kill_a_rank()
     assert httpx2.get(f"{live.url}/health", timeout=30).status_code == 200
     thread.join(LIMIT_S)
-    assert _same(
-        _pictures(answers[0]), expected(GenerateRequest.of("a slow snail", seed=1, steps=60, height=64, width=64))
+    assert same_pictures(
+        pictures_of(answers[0]), expected(GenerateRequest.of("a slow snail", seed=1, steps=60, height=64, width=64))
     )
     assert live.is_ready()
 
@@ -173,10 +88,12 @@ def _terminated(live: Server, expected: Callable[[GenerateRequest], list[Media]]
     answers: list[httpx2.Response] = []
     thread = threading.Thread(target=lambda: answers.append(live.post(prompt="last", seed=2, num_inference_steps=30)))
     thread.start()
-    _until(lambda: "crossdock:num_requests_running 1.0" in httpx2.get(f"{live.url}/metrics", timeout=30).text)
+    until(lambda: "crossdock:num_requests_running 1.0" in httpx2.get(f"{live.url}/metrics", timeout=30).text)
     live.process.terminate()
     thread.join(LIMIT_S)
-    assert _same(_pictures(answers[0]), expected(GenerateRequest.of("last", seed=2, steps=30, height=64, width=64)))
+    assert same_pictures(
+        pictures_of(answers[0]), expected(GenerateRequest.of("last", seed=2, steps=30, height=64, width=64))
+    )
 
 
 @pytest.mark.parametrize(

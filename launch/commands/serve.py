@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from crossdock.launch.commands.options import check_inputs
 from crossdock.launch.engine.engine import Engine
 from crossdock.launch.engine.progress import Notify
 from crossdock.launch.gangs.choose import choose_gang, choose_launcher
+from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.errors import LaunchError
 
 
-def run_serve(config_path: Path, model_dir: Path, **options: Any) -> None:
+def run_serve(config_path: Path, model_dir: Path, ray_address: str | None, **options: Any) -> None:
     """`options`: the fields of `ServeOptions`.
 
     Raises:
@@ -30,6 +32,8 @@ def run_serve(config_path: Path, model_dir: Path, **options: Any) -> None:
         message = f"serve needs the package {error.name}: pip install 'crossdock[serve]'"
         raise LaunchError(message) from None
     config = load_config(config_path)
+    if ray_address is not None or options["replicas"] > 1:
+        config = _with_ray(config, ray_address, options["replicas"])
     console = Console(highlight=False, soft_wrap=True)
     with locating(config_path):
         make_gang = choose_gang(choose_launcher(config, "crossdock", "serve"))
@@ -38,3 +42,15 @@ def run_serve(config_path: Path, model_dir: Path, **options: Any) -> None:
             return Engine.start(config, model_dir, make_gang=make_gang, rehearse=True, notify=notify)
 
         serve(config, model_dir, start, ServeOptions(**options), partial(console.print, markup=False))
+
+
+def _with_ray(config: RunConfig, address: str | None, replicas: int) -> RunConfig:
+    if replicas > 1 and (find_spec("ray") is None or find_spec("aiohttp") is None):
+        raise LaunchError("--replicas needs Ray Serve: pip install 'crossdock[replicas]'")
+    launch = config.launch
+    if launch.launcher not in ("auto", "ray"):
+        raise LaunchError(
+            f"found {launch.launcher}, but --replicas and --ray-address need Ray; leave it out", "launch.launcher"
+        )
+    changed = {"launcher": "ray"} | ({} if address is None else {"ray_address": address})
+    return config.model_copy(update={"launch": launch.model_copy(update=changed)})

@@ -80,6 +80,11 @@ class Engine:
         return self._queue.closed
 
     @property
+    def working(self) -> bool:
+        """A request is under way."""
+        return self._queue.current is not None
+
+    @property
     def recovering(self) -> bool:
         """Ranks are being replaced. For any thread."""
         return self._ranks.replacing

@@ -196,35 +196,7 @@ class RayGang:
     # -- starting ------------------------------------------------------------------------------------------------
 
     def _connect(self) -> None:
-        """Join a cluster, use the Ray that runs in this process, or start a local one."""
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if ray.is_initialized():
-            return
-        with _own_signal_handlers():
-            self._init_ray(quiet)
-        self._owns_ray = True
-
-    def _init_ray(self, quiet: dict[str, object]) -> None:
-        if (address := self._config.ray_address) is not None:
-            deadline = time.monotonic() + self._config.timeouts.launch_s
-            check_reachable(address, self._config.timeouts.launch_s)
-            try:
-                within(deadline - time.monotonic(), partial(ray.init, address=address, **quiet))
-            except KeyboardInterrupt:
-                raise
-            except (Exception, SystemExit) as error:  # Ray exits when its own patience is over
-                raise not_reached(address, str(error) if isinstance(error, Exception) else "no answer") from None
-        else:
-            cpus = max(os.cpu_count() or 1, int(self.world_size * self._config.cpus_per_rank + 1))
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                **quiet,
-            )
+        self._owns_ray = connect(self._config, self.world_size) or self._owns_ray
 
     def _place(self, deadline: float) -> None:
         need = {"CPU": self._config.cpus_per_rank} | ({"GPU": 1.0} if self._device == "cuda" else {})
@@ -285,6 +257,42 @@ class RayGang:
                     "lower the degrees, or join a larger cluster",
                     key,
                 )
+
+
+def connect(config: LaunchConfig, ranks: int) -> bool:
+    """Join a cluster, use the Ray that runs in this process, or start a local one; whether that was done here.
+
+    Raises:
+        LaunchError: the cluster is not reached.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if ray.is_initialized():
+        return False
+    with _own_signal_handlers():
+        _init_ray(config, ranks, {"log_to_driver": False, "logging_level": logging.ERROR})
+    return True
+
+
+def _init_ray(config: LaunchConfig, ranks: int, quiet: dict[str, Any]) -> None:
+    if (address := config.ray_address) is not None:
+        deadline = time.monotonic() + config.timeouts.launch_s
+        check_reachable(address, config.timeouts.launch_s)
+        try:
+            within(deadline - time.monotonic(), partial(ray.init, address=address, **quiet))
+        except KeyboardInterrupt:
+            raise
+        except (Exception, SystemExit) as error:  # Ray exits when its own patience is over
+            raise not_reached(address, str(error) if isinstance(error, Exception) else "no answer") from None
+    else:
+        cpus = max(os.cpu_count() or 1, int(ranks * config.cpus_per_rank + 1))
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            **quiet,
+        )
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from crossdock.launch.engine.generation import Generation
 from crossdock.launch.serve.scheduler import Scheduler, Work
 from crossdock.launch.serve.service import Service
 from crossdock.runtime.errors import RequestCancelled
@@ -25,6 +26,10 @@ class Metrics:
         self.cancelled = Counter("crossdock:request_cancelled", "Requests that were stopped", registry=registry)
         self.pictures = Counter("crossdock:pictures", "Pictures and videos that were made", registry=registry)
         self.steps = Counter("crossdock:denoise_steps", "Denoise steps of answered requests", registry=registry)
+        self.refused = Counter(
+            "crossdock:request_refused", "Requests that were not taken", ["status"], registry=registry
+        )
+        self.lost = Counter("crossdock:ranks_lost", "Ranks that failed and were replaced", ["kind"], registry=registry)
         self.latency = self._histogram("crossdock:e2e_request_latency_seconds", "From arrival to answer")
         self.queued = self._histogram("crossdock:request_queue_time_seconds", "From arrival to the first step")
 
@@ -44,6 +49,13 @@ class Metrics:
         else:
             self.failed.labels(type(error).__name__).inc()
 
+    def learn_from(self, made: Generation) -> None:
+        for fault in made.report["faults"]:
+            self.lost.labels(fault["kind"]).inc()
+
+    def refuse(self, status: int) -> None:
+        self.refused.labels(str(status)).inc()
+
     def watch(self, scheduler: Scheduler, service: Service) -> None:
         self.registry.register(_Now(scheduler, service))
 
@@ -61,8 +73,8 @@ class _Now(Collector):
         yield GaugeMetricFamily("crossdock:num_requests_running", "Share the running batch", self._scheduler.running)
         yield GaugeMetricFamily("crossdock:num_requests_waiting", "Wait in the queue", self._scheduler.waiting)
         yield GaugeMetricFamily("crossdock:ready", "1: requests are answered", float(self._service.state == "ready"))
-        held = GaugeMetricFamily("crossdock:device_bytes", "Per rank, at its peak", labels=["rank", "part"])
-        for row in self._scheduler.report.get("ranks", ()):
-            for part in ("peak_weight", "slot", "shard", "peak_device"):
-                held.add_metric([str(row["rank"]), part], row.get(f"{part}_bytes") or 0)
+        held = GaugeMetricFamily("crossdock:device_bytes", "Per rank, at its peak", labels=["replica", "rank", "part"])
+        for row in self._service.ranks():
+            for part in ("weight", "slot", "shard", "device"):
+                held.add_metric([row["replica"], str(row["rank"]), part], row[f"{part}_bytes"] or 0)
         yield held

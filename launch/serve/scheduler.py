@@ -1,7 +1,7 @@
 """Requests of many clients, answered in order; those that fit together share a batch.
 
-One thread has the engine. A client's request is a `Work`: it is cancelled, retried and answered by itself, whoever
-shares its batch.
+A thread for each batch that runs at a time: one, or one for each replica. A client's request is a `Work`: it is
+cancelled, retried and answered by itself, whoever shares its batch.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -54,7 +54,7 @@ class DrainingError(CrossdockError):
 class Running(Protocol):
     """An engine's request under way."""
 
-    def result(self, timeout_s: float | None = None) -> Generation: ...
+    def result(self) -> Generation: ...
 
     def cancel(self, reason: str = "cancelled") -> None: ...
 
@@ -103,6 +103,14 @@ class Work:
         return (self.began or time.monotonic()) - self.arrived
 
 
+@dataclass(eq=False)
+class _Batch:
+    """Works that run together. `running`: None until the engine has taken them."""
+
+    works: list[Work]
+    running: Running | None = None
+
+
 class Scheduler:
     """
     Args:
@@ -110,10 +118,8 @@ class Scheduler:
         limit: how many works may wait.
         wait_s: how long the first of a batch waits for others to join.
         observe: gets every work that has ended.
-        learn: gets what a batch has made.
-
-    Attributes:
-        report: of the last batch that was answered.
+        learn: gets what a batch was asked for, and what it has made.
+        lanes: how many batches run at a time.
     """
 
     def __init__(
@@ -123,19 +129,20 @@ class Scheduler:
         limit: int,
         wait_s: float = 0.0,
         observe: Callable[[Work], None] = lambda work: None,
-        learn: Callable[[Generation], None] = lambda made: None,
+        learn: Callable[[GenerateRequest, Generation], None] = lambda asked, made: None,
+        lanes: int = 1,
     ) -> None:
-        self.report: Mapping[str, Any] = {}
         self._learn = learn
         self._begin, self._fits, self._limit, self._wait_s, self._observe = begin, fits, limit, wait_s, observe
         self._waiting: deque[Work] = deque()
-        self._batch: list[Work] = []
-        self._running: Running | None = None
+        self._batches: list[_Batch] = []
         self._step_s: dict[GenerateRequest, float] = {}  # of a kind of work, per step
         self._changed = threading.Condition()
         self._draining = self._closed = False
-        self._thread = threading.Thread(target=self._serve, name="crossdock serve", daemon=True)
-        self._thread.start()
+        lane = partial(threading.Thread, target=self._serve, daemon=True)
+        self._lanes = [lane(name=f"crossdock serve {number}") for number in range(lanes)]
+        for thread in self._lanes:
+            thread.start()
 
     # -- for any thread ------------------------------------------------------------------------------------------
 
@@ -148,7 +155,7 @@ class Scheduler:
             if self._draining:
                 raise DrainingError
             if len(self._waiting) >= self._limit:
-                raise QueueFullError(self._limit, max(1.0, self._expected_s(self._batch) or self._step_time(work)))
+                raise QueueFullError(self._limit, max(1.0, self._next_s() or self._step_time(work)))
             self._waiting.append(work)
             self._changed.notify_all()
         return work
@@ -163,8 +170,9 @@ class Scheduler:
         """End this work at the end of the step that runs; others of its batch go on."""
         with self._changed:
             work.cancelled = work.cancelled or reason
-            alone = work in self._batch and all(other.cancelled for other in self._batch)
-            running = self._running if alone else None
+            batch = next((batch for batch in self._batches if work in batch.works), None)
+            alone = batch is not None and all(other.cancelled for other in batch.works)
+            running = batch.running if batch is not None and alone else None
             if work in self._waiting:
                 self._waiting.remove(work)
             self._changed.notify_all()
@@ -182,8 +190,11 @@ class Scheduler:
         """Until it is done, from what steps took so far."""
         with self._changed:
             before = list(self._waiting)
-            before = before[: before.index(work) + 1] if work in before else [work] * (work not in self._batch)
-            return self._expected_s(self._batch) + sum(self._work_s(other) for other in before)
+            own = next((batch for batch in self._batches if work in batch.works), None)
+            if own is not None:
+                return self._left_s(own)
+            before = before[: before.index(work)] if work in before else []
+            return self._next_s() + sum(map(self._work_s, before)) / len(self._lanes) + self._work_s(work)
 
     @property
     def waiting(self) -> int:
@@ -191,8 +202,9 @@ class Scheduler:
 
     @property
     def running(self) -> int:
-        """How many works share the batch that runs."""
-        return len(self._batch)
+        """How many works are in the batches that run."""
+        with self._changed:
+            return sum(len(batch.works) for batch in self._batches)
 
     @property
     def draining(self) -> bool:
@@ -207,19 +219,21 @@ class Scheduler:
 
     def wait_idle(self, timeout_s: float) -> bool:
         with self._changed:
-            return self._changed.wait_for(lambda: not self._waiting and not self._batch, timeout_s)
+            return self._changed.wait_for(lambda: not self._waiting and not self._batches, timeout_s)
 
     def close(self, timeout_s: float) -> None:
         """End everything with the step that runs."""
         with self._changed:
             self._draining = self._closed = True
-            works = [*self._waiting, *self._batch]
+            works = [*self._waiting, *(work for batch in self._batches for work in batch.works)]
             self._changed.notify_all()
         for work in works:
             self.cancel(work, "the server was shut down")
-        self._thread.join(timeout_s)
+        until = time.monotonic() + timeout_s
+        for lane in self._lanes:
+            lane.join(max(until - time.monotonic(), 0))
 
-    # -- the engine's thread -------------------------------------------------------------------------------------
+    # -- the lanes' threads --------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
         while True:
@@ -227,25 +241,28 @@ class Scheduler:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 if self._closed:
                     return
-            self._run(self._gather())
+            if (batch := self._gather()) is not None:
+                self._run(batch)
 
-    def _gather(self) -> list[Work]:
-        """The first that waits, and those that fit in its batch."""
+    def _gather(self) -> _Batch | None:
+        """The first that waits, and those that fit in its batch; None: another lane has taken it."""
         with self._changed:
             if not self._waiting:
-                return []
+                return None
             first = self._waiting[0]
             most = max(1, self._fits(first.request)) if first.tries == 0 else 0
             until = first.arrived + self._wait_s
             while self._pictures(self._alike(first, most)) < most and first in self._waiting and not self._draining:
                 if not self._changed.wait(max(until - time.monotonic(), 0)):
                     break
-            batch = self._alike(first, most) if first in self._waiting else []
-            for work in batch:
+            if first not in self._waiting:
+                return None
+            batch = _Batch(self._alike(first, most))
+            for work in batch.works:
                 self._waiting.remove(work)
                 work.began = time.monotonic()
                 work.tries += 1
-            self._batch = batch
+            self._batches.append(batch)
             return batch
 
     def _alike(self, first: Work, most: int) -> list[Work]:
@@ -260,50 +277,47 @@ class Scheduler:
     def _pictures(works: Iterable[Work]) -> int:
         return sum(len(work.request.items) for work in works)
 
-    def _run(self, batch: list[Work]) -> None:
-        if not batch:
-            return
+    def _run(self, batch: _Batch) -> None:
         try:
             made = self._answer(batch)
         except Exception as error:
-            self._leave()
-            self._failed(batch, error)
+            self._leave(batch)
+            self._failed(batch.works, error)
         else:
-            self._leave()
-            for work in batch:
+            self._leave(batch)
+            for work in batch.works:
                 self._end(work, made[: len(work.request.items)])
                 made = made[len(work.request.items) :]
 
-    def _leave(self) -> None:
+    def _leave(self, batch: _Batch) -> None:
         with self._changed:
-            self._batch, self._running = [], None
+            self._batches.remove(batch)
             self._changed.notify_all()
 
-    def _answer(self, batch: list[Work]) -> list[Media]:
-        kind, last = batch[0].kind, time.perf_counter()
-        running: Running | None = None
+    def _answer(self, batch: _Batch) -> list[Media]:
+        works, last = batch.works, time.perf_counter()
+        kind = works[0].kind
 
         def end_step(done: int, total: int) -> None:
             nonlocal last
             now = time.perf_counter()
-            for work in batch:
-                work.progress = (done, total) if running is None else running.progress
+            for work in works:
+                work.progress = (done, total) if batch.running is None else batch.running.progress
             with self._changed:
                 known = self._step_s.get(kind, now - last)
                 self._step_s[kind] = (1 - _NEWEST) * known + _NEWEST * (now - last)
             last = now
 
-        items = tuple(item for work in batch for item in work.request.items)
-        preview = partial(_show, batch) if any(work.previewed for work in batch) else None
-        running = self._begin(replace(batch[0].request, items=items), end_step, preview)
+        asked = replace(works[0].request, items=tuple(item for work in works for item in work.request.items))
+        preview = partial(_show, works) if any(work.previewed for work in works) else None
+        running = self._begin(asked, end_step, preview)
         with self._changed:
-            self._running = running
-            cancelled = all(work.cancelled for work in batch)
+            batch.running = running
+            cancelled = all(work.cancelled for work in works)
         if cancelled:
-            running.cancel(batch[0].cancelled or "cancelled")
+            running.cancel(works[0].cancelled or "cancelled")
         made = running.result()
-        self.report = made.report
-        self._learn(made)
+        self._learn(asked, made)
         return made.images
 
     def _failed(self, batch: list[Work], error: Exception) -> None:
@@ -336,9 +350,14 @@ class Scheduler:
     def _work_s(self, work: Work) -> float:
         return self._step_time(work) * work.request.steps
 
-    def _expected_s(self, batch: list[Work]) -> float:
-        """What is left of the batch that runs."""
-        return self._step_time(batch[0]) * (batch[0].request.steps - batch[0].progress[0]) if batch else 0.0
+    def _next_s(self) -> float:
+        """Until the next batch can begin."""
+        busy = len(self._batches) >= len(self._lanes)
+        return min(map(self._left_s, self._batches), default=0.0) if busy else 0.0
+
+    def _left_s(self, batch: _Batch) -> float:
+        first = batch.works[0]
+        return self._step_time(first) * (first.request.steps - first.progress[0])
 
 
 def _show(batch: Sequence[Work], step: int, latents: Tensor) -> None:

@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from crossdock.offload.memory.device_memory import spare_bytes
 from crossdock.offload.stream.block import Home
 from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.offload.stream.trace import TraceEvent, block_times, step_times
@@ -112,6 +113,7 @@ class RequestLog:
             step_ms=[round(ms, 3) for ms in step_ms],
             peak_device_bytes=torch.cuda.max_memory_allocated(device) if cuda else None,
             reserved_device_bytes=torch.cuda.max_memory_reserved(device) if cuda else None,
+            spare_device_bytes=spare_bytes(device) if cuda else None,
             phases_s=dict(phases_s),
             steps=step_times(events, self._step_ends),
             blocks=block_times(events),

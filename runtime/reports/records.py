@@ -218,9 +218,9 @@ class Measurements:
 
     `*_per_step` are means over the request's denoise steps. `host_bytes` is what the rank maps of host stores;
     `host_pss_bytes` is its proportional share of them, shared pages divided by their users, as it was at the end of the
-    first request after a load. `steps` and `blocks` are totals per step, and per block over the request, of the copy
-    lane, the gather lane and the compute stream; their `wait_ms` is the exposed part of copying, and their `misses` add
-    up to `misses` unless a load failed.
+    first request after a load. `spare_device_bytes` was free even at the peak. `steps` and `blocks` are totals per
+    step, and per block over the request, of the copy lane, the gather lane and the compute stream; their `wait_ms` is
+    the exposed part of copying, and their `misses` add up to `misses` unless a load failed.
     """
 
     rank: int
@@ -238,6 +238,7 @@ class Measurements:
     step_ms: list[float]
     peak_device_bytes: int | None
     reserved_device_bytes: int | None
+    spare_device_bytes: int | None
     phases_s: dict[str, float]
     steps: list[BlockTimes]
     blocks: dict[str, BlockTimes]

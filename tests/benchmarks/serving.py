@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,10 +23,11 @@ import httpx2
 import uvicorn
 
 from crossdock.launch.engine.engine import Engine
+from crossdock.launch.engine.progress import Notify
 from crossdock.launch.serve.metrics import Metrics
 from crossdock.launch.serve.previews import Previews
 from crossdock.launch.serve.scheduler import Scheduler
-from crossdock.launch.serve.service import Service
+from crossdock.launch.serve.service import OwnEngine
 from crossdock.launch.serve.web.app import build_app
 from crossdock.launch.serve.web.desk import Desk
 from crossdock.launch.serve.web.schemas import Defaults
@@ -54,7 +56,14 @@ def main() -> None:
         make_checkpoint("flux2-klein", directory)
         config = RunConfig.parse({"offload": {"layerwise": True}})
         plan = make_plan(config, directory, "cpu")
-        service = Service(plan, lambda notify: Engine.start(config, directory, notify=notify), 4, print)
+        engine: Engine
+
+        def start(notify: Notify) -> Engine:
+            nonlocal engine
+            engine = Engine.start(config, directory, notify=notify)
+            return engine
+
+        service = OwnEngine(plan, start, 4, print)
         most = 4
         scheduler = Scheduler(service.begin, lambda request: most, 64)
         usual = Defaults(name="tiny", width=SIZE, height=SIZE, steps=STEPS)
@@ -67,8 +76,6 @@ def main() -> None:
         try:
             with httpx2.Client(timeout=600) as client, ThreadPoolExecutor(4) as four:
                 client.post(url, json=BODY).raise_for_status()
-                engine = service.engine
-                assert engine is not None
                 alone, served = [], []
                 for _ in range(rounds):
                     alone.append(timed(lambda: engine.run(request)))
@@ -87,11 +94,20 @@ def main() -> None:
                         times[most].append(timed(lambda: list(four.map(ask, range(4)))))
                 single, batched = (statistics.median(times[count]) for count in (1, 4))
                 print(f"four at once: {single:.2f} s one by one, {batched:.2f} s in a batch: {single / batched:.2f}")
+                print(f"a batch of 4 against 4 alone: latents {_apart(engine, request):.1e} apart")
         finally:
             scheduler.close(60)
             service.close()
             web.should_exit = True
             listener.close()
+
+
+def _apart(engine: Engine, request: GenerateRequest) -> float:
+    """The greatest difference of latents, relative to the greatest of them."""
+    items = tuple(replace(request.items[0], seed=seed) for seed in range(4))
+    together = engine.run(replace(request, items=items, batch_size=4)).latents
+    alone = [engine.run(replace(request, items=(item,))).latents[0] for item in items]
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(together, alone, strict=True))
 
 
 if __name__ == "__main__":

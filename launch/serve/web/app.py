@@ -40,7 +40,7 @@ def build_app(desk: Desk, key: str | None, *, max_body_bytes: int = MAX_BODY_BYT
     Args:
         key: what clients have to send; None: nobody is asked for one.
     """
-    guards = Middleware(Guards, key=key, max_body_bytes=max_body_bytes, body_s=body_s)
+    guards = Middleware(Guards, key=key, refused=desk.metrics.refuse, max_body_bytes=max_body_bytes, body_s=body_s)
     app = FastAPI(title="crossdock", version=desk.version, middleware=[guards], redirect_slashes=False)
     errors.install(app)
     started = int(time.time())
@@ -78,7 +78,7 @@ def build_app(desk: Desk, key: str | None, *, max_body_bytes: int = MAX_BODY_BYT
         """What the ranks hold, and do."""
         scheduler = desk.scheduler
         counts = {"state": desk.service.state, "running": scheduler.running, "waiting": scheduler.waiting}
-        return counts | {"ranks": desk.ranks()}
+        return counts | {"ranks": desk.service.ranks()}
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:

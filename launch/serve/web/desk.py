@@ -74,23 +74,6 @@ class Desk:
             "defaults": {"size": f"{defaults.width}x{defaults.height}", "steps": defaults.steps},
         }
 
-    def ranks(self) -> list[dict[str, Any]]:
-        """What each does, as it was heard last, and what it held in the last request."""
-        engine = self.service.engine
-        statuses = engine.statuses if engine is not None else {}
-        held = {row["rank"]: row for row in self.scheduler.report.get("ranks", ())}
-        return [
-            {
-                "rank": rank,
-                "phase": statuses[rank].phase if rank in statuses and self.scheduler.running else "idle",
-                "step": statuses[rank].step if rank in statuses and self.scheduler.running else None,
-                "weight_bytes": held.get(rank, {}).get("peak_weight_bytes"),
-                "slot_bytes": held.get(rank, {}).get("slot_bytes"),
-                "host_bytes": held.get(rank, {}).get("host_pss_bytes"),
-            }
-            for rank in range(self.service.plan.layout.mesh.world_size)
-        ]
-
     async def wait(self, work: Work, http: Request) -> list[Media]:
         """For the answer; a client that goes meanwhile takes its request with it."""
         loop, done = asyncio.get_running_loop(), asyncio.Event()

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -34,12 +34,15 @@ class Guards:
     """
     Args:
         key: what clients have to send as a bearer token; None: nobody is asked.
+        refused: gets the status of every request that was not taken.
         max_body_bytes, body_s: of a request; more is not read.
     """
 
-    def __init__(self, app: ASGIApp, key: str | None, max_body_bytes: int, body_s: float) -> None:
+    def __init__(
+        self, app: ASGIApp, key: str | None, refused: Callable[[int], None], max_body_bytes: int, body_s: float
+    ) -> None:
         self._app, self._key = app, None if key is None else key.encode()
-        self._max_body_bytes, self._body_s = max_body_bytes, body_s
+        self._refused, self._max_body_bytes, self._body_s = refused, max_body_bytes, body_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -54,6 +57,8 @@ class Guards:
             answer.refused = answer.refused or error
         finally:
             await answer.end()
+            if 400 <= answer.status < 499:
+                self._refused(answer.status)
 
     def _admit(self, path: str, headers: Mapping[bytes, bytes]) -> None:
         length = headers.get(b"content-length", b"0")

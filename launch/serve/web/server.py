@@ -20,13 +20,14 @@ from types import FrameType
 import uvicorn
 
 from crossdock.launch.engine.engine import Engine, choose_device
+from crossdock.launch.engine.generation import Generation
 from crossdock.launch.engine.progress import Notify
 from crossdock.launch.serve.job_runner import JobRunner
 from crossdock.launch.serve.jobs import JobStore
 from crossdock.launch.serve.metrics import Metrics
 from crossdock.launch.serve.previews import Previews
 from crossdock.launch.serve.scheduler import Scheduler, Work
-from crossdock.launch.serve.service import Service
+from crossdock.launch.serve.service import OwnEngine, Service
 from crossdock.launch.serve.web.app import build_app
 from crossdock.launch.serve.web.desk import Desk
 from crossdock.launch.serve.web.schemas import Defaults
@@ -62,6 +63,7 @@ class ServeOptions:
     max_pixels: int = 2048 * 2048
     data: Path | None = None
     keep_h: float = 24.0
+    replicas: int = 1
 
 
 def read_key(options: ServeOptions) -> str | None:
@@ -121,16 +123,23 @@ def serve(
     key, defaults = read_key(options), defaults_of(plan, options, model_dir)
     listener = listen(options)
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.INFO)
-    metrics, previews = Metrics(), Previews()
     store = None if defaults.fps is None else JobStore(options.data or data_folder(defaults.name))
-    service = Service(plan, start, options.max_batch, notify)
+    service = _service(plan, start, options, notify)
+    metrics, previews = Metrics(), Previews()
+
+    def learn_from(asked: GenerateRequest, made: Generation) -> None:
+        service.learn_from(asked, made)
+        metrics.learn_from(made)
+        previews.learn_from(made)
+
     scheduler = Scheduler(
         service.begin,
         service.fits,
         options.queue,
         options.batch_wait_ms / 1e3,
         lambda work: _note(metrics, work),
-        previews.learn_from,
+        learn_from,
+        service.lanes,
     )
     metrics.watch(scheduler, service)
     jobs = None if store is None else JobRunner(store, scheduler, options.keep_h * 3600, write_video)
@@ -155,6 +164,14 @@ def serve(
         listener.close()
     if service.failed is not None:
         raise service.failed
+
+
+def _service(plan: RunPlan, start: Callable[[Notify], Engine], options: ServeOptions, notify: Notify) -> Service:
+    if options.replicas == 1:
+        return OwnEngine(plan, start, options.max_batch, notify)
+    from crossdock.launch.serve.replicas import Replicas  # imports Ray Serve
+
+    return Replicas(plan, options.replicas, options.max_batch, notify)
 
 
 def data_folder(name: str) -> Path:

@@ -1,0 +1,273 @@
+"""Several replicas of a model, each an actor of Ray Serve with ranks of its own in a placement group of their own.
+
+Ray places the replicas, chooses an idle one for each batch, and replaces those that die. What is asked, queued and kept
+is in this process alone; when it goes, the replicas go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from torch import Tensor
+
+from crossdock.launch.engine.engine import Engine
+from crossdock.launch.engine.generation import Generation
+from crossdock.launch.engine.progress import Notify, Preview, Progress
+from crossdock.launch.gangs.ray_gang import RayGang, connect
+from crossdock.launch.serve.service import Service, State
+from crossdock.runtime.config.schema import RunConfig
+from crossdock.runtime.errors import CrossdockError, EngineClosedError, LaunchError, RequestCancelled
+from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.reports.status import RankStatus
+from crossdock.runtime.request import GenerateRequest
+
+NAMESPACE = "crossdock"
+LOOK_S = 1.0
+"""Between two looks at the replicas."""
+HEALTH_S = 2.0
+"""Between two questions whether a replica is well."""
+CLOSE_S = 20.0
+
+Hear = Callable[[str, Mapping[int, RankStatus] | None], None]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Of a request that a replica runs: how far it is, and what was heard of the ranks."""
+
+    replica: str
+    progress: tuple[int, int]
+    done: int
+    total: int
+    statuses: Mapping[int, RankStatus]
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Of a step that is done."""
+
+    step: int
+    latents: Tensor
+
+
+class Front:
+    """Lives as long as the process that has the queue: an actor that Ray ends with its owner."""
+
+    def here(self) -> bool:
+        return True
+
+
+class Replica:
+    """The engine, in an actor of Ray Serve. It takes one request at a time."""
+
+    def __init__(self, config: RunConfig, model_dir: str, app: str) -> None:
+        self._app = app
+        self._name = serve.get_replica_context().replica_id.unique_id
+        self._engine = Engine.start(config, Path(model_dir), make_gang=RayGang, rehearse=True)
+
+    async def check_health(self) -> None:
+        """Ray replaces a replica that raises here. One whose front has gone takes all of them down."""
+        if self._engine.closed:
+            raise EngineClosedError("its ranks are gone")
+        await asyncio.to_thread(self._look_for_the_front)
+
+    def _look_for_the_front(self) -> None:
+        try:
+            ray.get_actor(self._app, NAMESPACE)
+        except ValueError:
+            serve.delete(self._app, _blocking=False)
+
+    async def generate(self, request: GenerateRequest, previewed: bool) -> AsyncIterator[Any]:
+        """Each `Step`, `Latents` if they are wanted, and the `Generation`. Whoever stops listening cancels."""
+        loop, news = asyncio.get_running_loop(), asyncio.Queue[Any]()
+
+        def tell(told: object) -> None:
+            loop.call_soon_threadsafe(news.put_nowait, told)
+
+        def end_step(done: int, total: int) -> None:
+            tell(Step(self._name, run.progress, done, total, self._engine.statuses))
+
+        def show(step: int, latents: Tensor) -> None:
+            tell(Latents(step, latents))
+
+        run = self._engine.submit(request, end_step, show if previewed else None)
+        ended = asyncio.ensure_future(asyncio.to_thread(run.result))
+        ended.add_done_callback(lambda _: news.put_nowait(None))
+        try:
+            while (told := await news.get()) is not None:
+                yield told
+            made = await ended
+            yield replace(made, report={**made.report, "replica": self._name})
+        finally:
+            if not run.done:
+                loop.run_in_executor(None, run.cancel, "nobody waits for it")
+            if self._engine.closed:  # the next request would fail here at once, again and again
+                os._exit(1)
+
+
+class Replicas(Service):
+    """
+    Args:
+        count: how many replicas.
+        most: pictures that a replica computes at once, at most.
+
+    Raises:
+        LaunchError: the cluster is not reached.
+    """
+
+    def __init__(self, plan: RunPlan, count: int, most: int, notify: Notify) -> None:
+        super().__init__(plan, most)
+        self.lanes = count
+        self._notify = notify
+        self._app = f"crossdock-{uuid.uuid4().hex[:12]}"
+        self._handle: Any = None
+        self._running = 0  # replicas that are well
+        self._working: dict[str, Mapping[int, RankStatus]] = {}
+        self._names: dict[str, str] = {}  # by Ray's name
+        self._changed = threading.Condition()
+        self._owns_ray = connect(plan.config.launch, plan.config.world_size * count)
+        self._front = ray.remote(Front).options(name=self._app, namespace=NAMESPACE, num_cpus=0).remote()
+        self._thread = threading.Thread(target=self._keep, name="crossdock replicas", daemon=True)
+        self._thread.start()
+
+    @property
+    def state(self) -> State:
+        if self._ended.is_set():
+            return "closed"
+        if self.failed is not None:
+            return "failed"
+        if self._handle is None:
+            return "starting"
+        return "ready" if self._running else "recovering"
+
+    def statuses(self) -> Mapping[str, Mapping[int, RankStatus]]:
+        return dict(self._working)
+
+    def begin(self, request: GenerateRequest, progress: Progress, preview: Preview | None) -> RemoteRun:
+        with self._changed:
+            self._changed.wait_for(lambda: self._handle or self.failed or self._ended.is_set())
+            if self._handle is None or self._ended.is_set():
+                raise EngineClosedError(str(self.failed or "the server was shut down"))
+        answers = self._handle.options(stream=True).generate.remote(self.batched(request), preview is not None)
+        return RemoteRun(answers, progress, preview, self._hear)
+
+    def learn_from(self, asked: GenerateRequest, made: Generation) -> None:
+        report = {**made.report, "replica": self._number(made.report["replica"])}
+        super().learn_from(asked, replace(made, report=report))
+
+    def _hear(self, replica: str, statuses: Mapping[int, RankStatus] | None) -> None:
+        if statuses is None:
+            self._working.pop(self._number(replica), None)
+        else:
+            self._working[self._number(replica)] = statuses
+
+    def _number(self, name: str) -> str:
+        return self._names.setdefault(name, str(len(self._names)))
+
+    def close(self, timeout_s: float = 60.0) -> None:
+        self._ended.set()
+        with self._changed:
+            self._changed.notify_all()
+        self._thread.join(timeout_s)
+        ray.kill(self._front)
+        if self._owns_ray:
+            serve.shutdown()
+            ray.shutdown()
+
+    def _keep(self) -> None:
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        try:
+            handle = self._deploy()
+        except Exception as error:
+            self._notify(f"the replicas did not come up: {error}")
+            with self._changed:
+                self.failed = LaunchError(f"the replicas did not come up: {error}")
+                self._changed.notify_all()
+            return
+        with self._changed:
+            self._handle = handle
+            self._changed.notify_all()
+        while not self._ended.wait(LOOK_S):
+            self._running = _running(self._app)
+        serve.delete(self._app)
+
+    def _deploy(self) -> Any:
+        """Returns when all replicas are well."""
+        serve.start(proxy_location="Disabled")
+        deployment = serve.deployment(Replica).options(
+            num_replicas=self.lanes,
+            max_ongoing_requests=1,
+            ray_actor_options={"num_cpus": 0},
+            health_check_period_s=HEALTH_S,
+            graceful_shutdown_timeout_s=CLOSE_S,
+            graceful_shutdown_wait_loop_s=0.2,
+        )
+        layout, config = self.plan.layout, self.plan.config
+        config = config.model_copy(update={"launch": config.launch.model_copy(update={"device": layout.device})})
+        replicas = deployment.bind(config, str(layout.model_dir.resolve()), self._app)
+        handle = serve.run(replicas, name=self._app, route_prefix=None)
+        self._running = self.lanes
+        return handle
+
+
+def _running(app: str) -> int:
+    deployments = serve.status().applications[app].deployments.values()
+    return sum(deployment.replica_states.get("RUNNING", 0) for deployment in deployments)
+
+
+class RemoteRun:
+    """A request that a replica runs; it is followed while somebody waits for its result.
+
+    Args:
+        hear: gets the replica's name, and what was heard of its ranks; None: they do not work any more.
+    """
+
+    def __init__(self, answers: Any, progress: Progress, preview: Preview | None, hear: Hear) -> None:
+        self.progress = (0, 0)
+        self._answers, self._progress, self._preview, self._hear = answers, progress, preview, hear
+        self._replica: str | None = None
+        self._reason: str | None = None
+
+    def cancel(self, reason: str = "cancelled") -> None:
+        self._reason = self._reason or reason
+        self._answers.cancel()
+
+    def result(self) -> Generation:
+        """
+        Raises:
+            RequestCancelled: `cancel` was called.
+            EngineClosedError: the replica has died.
+            CrossdockError: what the replica's engine raised.
+        """
+        try:
+            for told in self._answers:
+                match told:
+                    case Step():
+                        self.progress, self._replica = told.progress, told.replica
+                        self._hear(told.replica, told.statuses)
+                        self._progress(told.done, told.total)
+                    case Latents() if self._preview is not None:
+                        self._preview(told.step, told.latents)
+                    case Generation():
+                        return told
+        except Exception as error:
+            if self._reason is not None:
+                raise RequestCancelled(self._reason, self.progress[0]) from None
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, CrossdockError):
+                raise cause from None
+            raise EngineClosedError(f"its replica is gone ({type(error).__name__})") from error
+        finally:
+            if self._replica is not None:
+                self._hear(self._replica, None)
+        raise EngineClosedError("its replica is gone")
