@@ -109,9 +109,7 @@ ROWS = (
     Row("flux3-distilled"),
     Row("longcat-image"),
     Row("ovis-image", tested=("ulysses4",)),
-    Row(
-        "z-image", tested=("layerwise", "ring4", "layerwise_tp2", "layerwise_hsdp_ulysses2", "layerwise_ulysses2_ring2")
-    ),
+    Row("z-image", tested=("layerwise_tp2", "layerwise_ulysses2_ring2")),
     Row("wan2.1", ((64, 128), (80, 112)), frames=9, tested=("layerwise_ulysses2_ring2",)),
     Row("wan2.2-ti2v-5b", ((128, 128), (160, 96)), frames=9, tested=("layerwise_hsdp",)),
     Row(

@@ -23,7 +23,7 @@ from crossdock.runtime.request import RankRequest
 from crossdock.runtime.watch.gang import Gang
 from layouts import FAMILIES
 from reference import ODD_SIZE, PROMPT
-from tiers import not_quick
+from tiers import not_quick, pairs, some
 
 pytestmark = not_quick
 
@@ -56,7 +56,7 @@ def _run(worker: RankWorker, request: RankRequest, at: int | None = None) -> Any
         worker.on_progress = None
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some(FAMILIES, 1))
 def test_one_rank(family: str, checkpoints: Checkpoints) -> None:
     """Stopped late or not at all, or at the cost of the next request: hooks, a turn, a scheduler left as they were."""
     with _worker(checkpoints[family]) as worker:
@@ -184,8 +184,7 @@ def _outcome() -> Outcome:
     return run
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("layout", "rank"), pairs(LAYOUTS, [0, 1]))
 def test_one_rank_is_asked_and_all_stop(rank: int, layout: str, gang_of: GangOf, flux2_dir: Path) -> None:
     """The others wait in a collective for the one that stopped; or they stop a step later, and the next one hangs."""
     run = RunConfig.parse({"parallel": LAYOUTS[layout], "offload": {"layerwise": True}})

@@ -103,7 +103,7 @@ def test_budgets_from_least_to_whole(family: str, checkpoints: Checkpoints) -> N
     assert memory.turn_bytes["text_encoder"] < encoder_bytes, "it is not streamed"
 
 
-@pytest.mark.parametrize("config", [{"tp_degree": 2}, {"dp_degree": 2, "hsdp": {"shard": 2}}], ids=["tp2", "hsdp2"])
+@pytest.mark.parametrize("config", some([{"dp_degree": 2, "hsdp": {"shard": 2}}, {"tp_degree": 2}], 1), ids=str)
 def test_budgets_of_several_ranks(config: dict[str, Any], gang_of: GangOf, checkpoints: Checkpoints) -> None:
     """The first rank also runs encoder and VAE; what it evicts for them, a shard group has to load together."""
     results = []
@@ -125,7 +125,7 @@ def test_budgets_of_several_ranks(config: dict[str, Any], gang_of: GangOf, check
     assert len(schedule["resident"]) == len(plan.memory.blocks)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some(FAMILIES, 1))
 def test_more_memory_is_never_slower(family: str, checkpoints: Checkpoints) -> None:
     """With the prefetch distance left to the engine: the predicted step, which is proven optimal at the end."""
     directory = checkpoints[family]

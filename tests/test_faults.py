@@ -275,7 +275,7 @@ FAULTS: list[tuple[int, Kind, Moment]] = [
 
 @pytest.mark.parametrize(
     ("run", "rank", "kind", "moment"),
-    [*(("local", *fault) for fault in FAULTS), *(("ray", *fault) for fault in some(FAULTS, 1))],
+    [*(("local", *fault) for fault in some(FAULTS, 2)), *(("ray", *fault) for fault in some(FAULTS, 1))],
     indirect=["run"],
 )
 def test_the_picture_is_the_same(rank: int, kind: Kind, moment: Moment, run: Run) -> None:
@@ -289,6 +289,7 @@ def test_the_picture_is_the_same(rank: int, kind: Kind, moment: Moment, run: Run
         assert re.search(rf"rank \d waits for it in {where} with rank {rank}", fault["error"]), fault["error"]
 
 
+@thorough
 @pytest.mark.parametrize("run", some(["local", "ray"], 1), indirect=True)
 def test_faults_while_new_ranks_come_up(run: Run) -> None:
     """A second, third and fourth fault, in what the first one made necessary; each is known, and known as its own."""

@@ -108,6 +108,7 @@ def test_a_forced_reschedule(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -
         _ask(engine)
 
 
+@thorough
 def test_cancels_and_time_outs_between_requests(flux2_dir: Path) -> None:
     """Of none, of one that waits, of one in its first step; a limit that is up at once."""
     with _one(flux2_dir) as (engine, _):

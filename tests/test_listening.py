@@ -14,6 +14,7 @@ from crossdock.launch.engine.engine import Engine
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.watch.gang import Gang
 from reference import PROMPT
+from tiers import thorough
 
 LOOPBACK = {"127.0.0.1", "::1"}
 
@@ -66,6 +67,7 @@ def test_what_rays_processes_listen_on(ray_gang_of: Callable[[int], Gang]) -> No
         print(f"{name}: {address}")
 
 
+@thorough
 def test_a_run_with_one_rank_of_ray(ray_gang_of: Callable[[int], Gang], flux2_dir: Path) -> None:
     """With a picture: nothing is opened while it is drawn."""
     gang = ray_gang_of(1)

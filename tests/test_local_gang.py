@@ -37,6 +37,7 @@ from crossdock.runtime.errors import (
 )
 from crossdock.runtime.rank.worker import RankWorker, compute_threads
 from reference import PROMPT
+from tiers import thorough
 
 NOTICED_WITHIN_S = 5.0
 LIMIT_S = 120
@@ -254,6 +255,7 @@ def test_a_stopped_rank_stops_nobody_else(gang: LocalGang) -> None:
     assert time.monotonic() - began < NOTICED_WITHIN_S
 
 
+@thorough
 def test_without_its_server(gang: LocalGang) -> None:
     """The ranks go with it, and a restart brings another."""
     before, server = _pids(gang), _server(gang)
@@ -491,6 +493,7 @@ def test_control_c(tmp_path: Path) -> None:
 # -- with a model ---------------------------------------------------------------------------------------------------
 
 
+@thorough
 def test_a_request_is_cancelled_from_another_thread(flux2_dir: Path) -> None:
     """And the next one is right; in a thread, whose gang is the engine's own."""
     config = RunConfig.parse({"parallel": {"tp_degree": 2}, "launch": {"launcher": "local"}})

@@ -81,7 +81,7 @@ def test_latents_equal_diffusers(
     found = {}
     with Engine.start(config, directory, gang, probe=True) as engine:
         print(f"{layout.name} {row.recipe} same-as-one: {engine.contract_result.composition[-1]['detail']}")
-        for size in row.sizes:
+        for size in row.sizes if row.recipe in FAMILIES else some(row.sizes[::-1], 1):
             generation = engine.generate(prompt, steps=row.steps, height=size[0], width=size[1], **row.wishes)
             found[size] = generation.latents[0]
             expected = reference(directory, prompt, size, steps=row.steps, frames=row.frames, guided=row.guided)
@@ -150,7 +150,7 @@ def test_three_generations_in_one_engine(family: str, gang_of: GangOf, checkpoin
 
 
 @pytest.mark.parametrize(
-    "prompts", [(PROMPT, OTHER_PROMPT, PROMPT), (PROMPT, OTHER_PROMPT, PROMPT, OTHER_PROMPT, PROMPT)]
+    "prompts", some([(PROMPT, OTHER_PROMPT, PROMPT, OTHER_PROMPT, PROMPT), (PROMPT, OTHER_PROMPT, PROMPT)], 1)
 )
 def test_prompts_are_spread_over_replicas(prompts: tuple[str, ...], gang_of: GangOf, checkpoints: Checkpoints) -> None:
     """Four replicas, three prompts: the fourth computes a copy that is dropped. Five: a second round of one."""
@@ -165,9 +165,12 @@ def test_prompts_are_spread_over_replicas(prompts: tuple[str, ...], gang_of: Gan
 
 @pytest.mark.parametrize(
     ("name", "recipe"),
-    pairs(
-        ["layerwise_ulysses2_ring2", "layerwise_cfg2", "layerwise_hsdp_ulysses2"],
-        [*FAMILIES, "qwen-image"],  # the last has a mask where text is padded
+    some(
+        pairs(
+            ["layerwise_hsdp_ulysses2", "layerwise_cfg2", "layerwise_ulysses2_ring2"],
+            ["qwen-image", *FAMILIES],  # the first has a mask where text is padded
+        ),
+        1,
     ),
 )
 def test_a_batch_of_prompts_of_different_lengths(
@@ -195,7 +198,7 @@ def test_a_batch_of_prompts_of_different_lengths(
         first += len(batch)
 
 
-@pytest.mark.parametrize(("name", "family"), pairs(COMBINED, FAMILIES))
+@pytest.mark.parametrize(("name", "family"), some(pairs(COMBINED, FAMILIES), 2))
 def test_combinations_layerwise(name: str, family: str, gang_of: GangOf, checkpoints: Checkpoints) -> None:
     """HSDP on the ranks of a sequence group, TP inside of both: every mechanism at once, with part of it resident."""
     config = RunConfig.parse({**COMBINED[name], "offload": PARTLY_RESIDENT})

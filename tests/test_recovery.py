@@ -22,7 +22,7 @@ from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.watch.faults import rank_error
 from crossdock.runtime.watch.gang import Notice
 from reference import PROMPT
-from tiers import not_quick
+from tiers import not_quick, some, thorough
 
 pytestmark = not_quick
 SIZE = 64
@@ -230,7 +230,7 @@ def test_memory_that_runs_out_while_new_ranks_load(flux2_dir: Path, monkeypatch:
         assert "after 1 more faults" in survived(fault)
 
 
-@pytest.mark.parametrize("budget", [None, "least"])
+@pytest.mark.parametrize("budget", some(["least", None], 1))
 def test_where_nothing_can_be_lowered(budget: str | None, flux2_dir: Path) -> None:
     """Without a budget, or at the least one, the error says what would help, after one attempt."""
     if budget == "least":
@@ -244,7 +244,7 @@ def test_where_nothing_can_be_lowered(budget: str | None, flux2_dir: Path) -> No
         assert (gang.starts, gang.closed) == (1, True)
 
 
-@pytest.mark.parametrize("retries", [0, 1, 2])
+@pytest.mark.parametrize("retries", some([1, 0, 2], 1))
 def test_attempts_are_limited(retries: int, flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault that comes every time ends with its own message."""
     setup = RankWorker.setup
@@ -283,7 +283,7 @@ def test_a_gang_that_does_not_come_up_is_started_again(flux2_dir: Path, monkeypa
     assert fails[0] == 98
 
 
-@pytest.mark.parametrize("kind", [CompositionError, CrossdockError])
+@pytest.mark.parametrize("kind", some([CompositionError, CrossdockError], 1))
 def test_what_a_new_gang_would_not_mend_is_not_tried_again(kind: type[CrossdockError], flux2_dir: Path) -> None:
     """A composition that does not hold is no accident."""
     with _engine(flux2_dir) as (engine, gang):
@@ -332,6 +332,7 @@ def test_cancelling_while_ranks_are_replaced(flux2_dir: Path) -> None:
         assert torch.equal(_generate(engine).latents[0], expected.latents[0])
 
 
+@thorough
 def test_cancelling_between_two_rounds_of_prompts(flux2_dir: Path) -> None:
     """A cancel that comes when one round is over stops that one only, and the next one is drawn."""
     with _engine(flux2_dir) as (engine, _):
