@@ -81,10 +81,12 @@ class DenoiseLoop:
         resume: Snapshot | None,
         chunks: int = 1,
         observer: Observer | None = None,
+        before_steps: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
             chunks: how often all steps are run.
+            before_steps: called once, when a transformer is called for the first time.
         """
         self._cuda = device.type == "cuda"
         self._generators = generators
@@ -92,6 +94,7 @@ class DenoiseLoop:
         self._resume = resume
         self._chunks = chunks
         self._observer = observer or Observer()
+        self._before_steps: Callable[[], None] | None = before_steps
         self._finished = 0 if resume is None else resume.step - 1
         self._began: Any = None  # when the step that runs did
         self._steps: list[tuple[Any, Any]] = []  # begin and end of those that are done
@@ -159,6 +162,9 @@ class DenoiseLoop:
         return [(after - before) * 1e3 for before, after in self._steps]
 
     def _begin(self, transformer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        if self._before_steps is not None:
+            self._before_steps()
+            self._before_steps = None
         self._observer.called(transformer, args, kwargs)
         if self._began is None:
             self._began = self._now()

@@ -34,6 +34,7 @@ from crossdock.runtime.pipeline.components import Component, place_component
 from crossdock.runtime.pipeline.denoise_loop import DenoiseLoop, Observer, StepEnd, own_randomness
 from crossdock.runtime.pipeline.modular import as_pipeline, share_block
 from crossdock.runtime.pipeline.presence import ActiveComponent
+from crossdock.runtime.pipeline.refusal import refusal
 from crossdock.runtime.pipeline.replicate import replicated
 from crossdock.runtime.pipeline.snapshot import Snapshot, beginning_at
 from crossdock.runtime.plan.model_layout import ModelLayout
@@ -52,6 +53,7 @@ class Denoised:
         latents: as the loop's last step left them, in fp32 on the CPU, `[batch, ...]`; the rest is the pipeline's own.
         media: the pictures or videos; None where another rank decodes, or nobody does.
         end_s: when the loop was done, seconds of `time.perf_counter`.
+        refused: why there are no media, where this rank decodes.
     """
 
     latents: Tensor
@@ -61,6 +63,7 @@ class Denoised:
     denoise_s: float
     end_s: float
     step_ms: list[float] = field(default_factory=list)
+    refused: str | None = None
 
     @classmethod
     def nothing(cls, now_s: float) -> Self:
@@ -173,6 +176,7 @@ class RankPipeline:
         resume: Snapshot | None = None,
         on_decode: Callable[[], bool] = lambda: False,
         observer: Observer | None = None,
+        before_steps: Callable[[], None] = lambda: None,
     ) -> Denoised:
         """Run the pipeline on a batch: denoise, from the beginning or where `resume` was taken, and decode.
 
@@ -182,9 +186,11 @@ class RankPipeline:
         Args:
             items: of `request`, for one batch.
             on_decode: called when the loop is done; whether this rank decodes. On the first rank of a replica only.
+            before_steps: called on all ranks, when all is ready for the first step.
 
         Raises:
             RequestError: `resume` is of another request.
+            ValueError: the pipeline does not take the request; `refusal` knows. What it cannot decode is no error.
         """
         self._encodes.clear()
         self._observer = observer or Observer()
@@ -201,10 +207,11 @@ class RankPipeline:
             return on_decode()
 
         self._on_decode = decodes
-        output = None
+        output, refused = None, None
         with own_randomness(self._device, items[0].seed) as generators, late, self._active:
             chunks = number_of_chunks(self._layout.spec, request.frames)
-            loop = DenoiseLoop(self._device, (*drawn, *generators), on_step, resume, chunks, self._observer)
+            of_request = (*drawn, *generators), on_step, resume, chunks
+            loop = DenoiseLoop(self._device, *of_request, self._observer, before_steps)
             self._between_chunks = lambda: loop.between_chunks
             arguments = self._arguments(items, drawn, request)
             with (
@@ -213,7 +220,12 @@ class RankPipeline:
                 self._guided(request),
                 suppress(_NotDecodedHereError),
             ):
-                output = self.pipe(**arguments, **tells)
+                try:
+                    output = self.pipe(**arguments, **tells)
+                except ValueError as error:
+                    refused = refusal(error) if ended else None  # the other ranks are done
+                    if refused is None:
+                        raise
         assert loop.latents is not None
         latents = loop.latents.to("cpu", torch.float32)
         encodes = tuple(Span("encode", *call) for call in self._encodes)
@@ -227,6 +239,7 @@ class RankPipeline:
             end_s - began - encode_s,
             end_s,
             loop.step_ms(),
+            refused,
         )
 
     def _arguments(
