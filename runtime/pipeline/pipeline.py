@@ -336,7 +336,9 @@ def _check_turn(where: Path, component: Component, planned: int) -> None:
 def _load_pipeline(layout: ModelLayout, device: torch.device, given: dict[str, nn.Module | None]) -> Pipeline:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    options: dict[str, object] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    if layout.variant is not None:
+        options["variant"] = layout.variant
     try:
         with unasked():
             kind: Any = working_on(_pipeline_class(layout.spec), device)
