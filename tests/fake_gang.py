@@ -57,6 +57,7 @@ class FakeRank:
             timeline=None,
             schedule_note="",
             latents=latents,
+            returned_latents=latents,
             media=media,
             refused=None,
         )

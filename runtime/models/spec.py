@@ -50,6 +50,8 @@ class ModelSpec:
         encode: the pipeline's methods that run them, and encoders that the pipeline calls itself. What these return
             depends on nothing else.
         outputs: names of what a pipeline of blocks returns: pictures or videos, then audio. There, `encode` has blocks.
+        latents: the pipeline's method that makes the latents that it returns where they are not to be decoded; None:
+            they are what its loop leaves, or what its blocks call `latents`.
         workflow: which one a pipeline of blocks that has several is to run.
         unused: components of the checkpoint that only its other workflows need. They are not loaded.
         decoders: the components that make pictures of latents. The first one that runs ends the denoise loop.
@@ -84,6 +86,7 @@ class ModelSpec:
     encoders: tuple[str, ...] = ("text_encoder",)
     encode: tuple[str, ...] = ("encode_prompt",)
     outputs: tuple[str, ...] = ("images",)
+    latents: str | None = None
     workflow: str | None = None
     unused: tuple[str, ...] = ()
     decoders: tuple[str, ...] = ("vae",)

@@ -71,6 +71,7 @@ class DenoiseLoop:
     Attributes:
         latents: as the last step left them; None before the first.
         between_chunks: one is done, and another one follows.
+        chunks: the last latents of each that is done.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class DenoiseLoop:
         self._on_step = on_step
         self._resume = resume
         self._chunks = chunks
+        self.chunks: list[Tensor] = []
         self._observer = observer or Observer()
         self._before_steps: Callable[[], None] | None = before_steps
         self._finished = 0 if resume is None else resume.step - 1
@@ -146,6 +148,8 @@ class DenoiseLoop:
         steps, now = len(pipe.scheduler.timesteps), self._now()
         if not repeated:
             self._steps.append((self._began, now))
+        if finished % steps == 0:
+            self.chunks.append(tensors["latents"])
         self.between_chunks = finished % steps == 0 and finished < steps * self._chunks
         self._began = None if self.between_chunks else now
 

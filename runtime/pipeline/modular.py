@@ -14,7 +14,7 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from crossdock.runtime.models.checkpoint import MODULAR_INDEX, named_files
 from crossdock.runtime.models.diffusers_api import ModularPipeline, blocks_of, variant
@@ -37,8 +37,11 @@ def as_pipeline(pipeline: type, outputs: tuple[str, ...], workflow: str | None =
         def from_pretrained(cls, model_dir: Path, dtype: torch.dtype, **given: object) -> ModularPipeline:
             return _loaded(partial(cls, workflow=workflow), model_dir, dtype, given)
 
+        returned_latents: Tensor | None = None
+
         def __call__(self, return_dict: bool, **inputs: object) -> Any:
-            found = super().__call__(output=list(outputs), **inputs)
+            found = super().__call__(output=[*outputs, "latents"], **inputs)
+            self.returned_latents = found.pop("latents")
             return found if return_dict else tuple(found[name] for name in outputs)
 
     Adapted.__name__ = pipeline.__name__

@@ -54,6 +54,7 @@ class Denoised:
         media: the pictures or videos; None where another rank decodes, or nobody does.
         end_s: when the loop was done, seconds of `time.perf_counter`.
         refused: why there are no media, where this rank decodes.
+        returned: the latents as the pipeline returns them if asked to with `output_type`; likewise, where it decodes.
     """
 
     latents: Tensor
@@ -64,6 +65,7 @@ class Denoised:
     end_s: float
     step_ms: list[float] = field(default_factory=list)
     refused: str | None = None
+    returned: Tensor | None = None
 
     @classmethod
     def nothing(cls, now_s: float) -> Self:
@@ -105,6 +107,7 @@ class RankPipeline:
             _check_turn(layout.model_dir / name, component, self._turn_bytes.get(name, 0))
         self._active = ActiveComponent(self._components, device)
         self._observer = Observer()
+        self._returned: Tensor | None = None  # by `spec.latents`
         self._encodes: list[tuple[float, float]] = []  # begin and end, seconds of time.perf_counter
         self._on_decode: Callable[[], bool] = lambda: False
         self._between_chunks: Callable[[], bool] = lambda: False
@@ -126,6 +129,8 @@ class RankPipeline:
                 continue
             method = self._told(name, share, getattr(self.pipe, name))
             object.__setattr__(self.pipe, name, method)  # the pipeline's own way takes no call for a component
+        if (name := self._layout.spec.latents) is not None:
+            object.__setattr__(self.pipe, name, self._keeping(getattr(self.pipe, name)))
         for name in self._layout.decoders:
             module = getattr(self.pipe, name)
             if hasattr(module, "decode"):
@@ -227,12 +232,11 @@ class RankPipeline:
                     if refused is None:
                         raise
         assert loop.latents is not None
-        latents = loop.latents.to("cpu", torch.float32)
         encodes = tuple(Span("encode", *call) for call in self._encodes)
         encode_s = sum(span.end_s - span.begin_s for span in encodes)
         end_s = ended[0] if ended else time.perf_counter()
         return Denoised(
-            latents if len(latents) == len(items) else latents[None],  # a loop for one prompt may know no batch
+            _on_cpu(loop.latents, len(items)),
             None if output is None else self._media(output),
             encodes,
             encode_s,
@@ -240,6 +244,7 @@ class RankPipeline:
             end_s,
             loop.step_ms(),
             refused,
+            None if output is None else _on_cpu(self._returned_latents(loop), len(items)),
         )
 
     def _arguments(
@@ -287,6 +292,21 @@ class RankPipeline:
         fps = spec.fps_of(self.pipe.config)
         return media_of(output, fps, None if path is None else attrgetter(path)(self.pipe))
 
+    def _returned_latents(self, loop: DenoiseLoop) -> Tensor:
+        if isinstance(self.pipe, diffusers.ModularPipeline):
+            self._returned = self.pipe.returned_latents
+        returned, self._returned = self._returned, None
+        if returned is None:
+            return loop.chunks[0] if len(loop.chunks) == 1 else torch.cat(loop.chunks, dim=2)
+        return returned
+
+    def _keeping(self, method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: object, **kwargs: object) -> Tensor:
+            self._returned = method(*args, **kwargs)
+            return self._returned
+
+        return call
+
     @contextmanager
     def _encoding(self) -> Iterator[None]:
         began = time.perf_counter()
@@ -322,6 +342,12 @@ class RankPipeline:
                 return decode(*args, **kwargs)
 
         return call
+
+
+def _on_cpu(latents: Tensor, batch: int) -> Tensor:
+    """In fp32, `[batch, ...]`; a loop for one prompt may know no batch."""
+    found = latents.to("cpu", torch.float32)
+    return found if len(found) == batch else found[None]
 
 
 def _check_turn(where: Path, component: Component, planned: int) -> None:

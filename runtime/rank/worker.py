@@ -244,8 +244,7 @@ class RankWorker:
             RequestCancelled, RequestRefused: as asked, or as the pipeline does not take it; the next may follow.
             RankError: the ranks do not run the same steps.
         """
-        self.phase = "encode"
-        loaded = self.loaded
+        self.phase, loaded = "encode", self.loaded
         loaded.copy_engine.reset_clock()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -254,17 +253,14 @@ class RankWorker:
         loaded.watch.begin()
         loaded.arrivals.begin(request.asked.steps)
         try:
-            done = self._run(state, request)
+            done, refused = self._run(state, request)
         except AGREED:
             self._finish_request()
             raise
-        except StepRefusedError:
-            result = self._result(state, Denoised.nothing(time.perf_counter()), time.perf_counter(), refused=True)
-            self._finish_request()
-            return result
-        result = self._result(state, done, time.perf_counter())
-        if state.decodes:
-            result.latents, result.media, result.refused = done.latents, done.media or [], done.refused
+        result = self._result(state, done, time.perf_counter(), refused)
+        if state.decodes and not refused:
+            result.latents, result.returned_latents = done.latents, done.returned
+            result.media, result.refused = done.media or [], done.refused
         self._finish_request()
         return result
 
@@ -307,11 +303,15 @@ class RankWorker:
         self.phase = "denoise"
         stream.prepare(pass_)
 
-    def _run(self, state: RequestState, request: RankRequest) -> Denoised:
+    def _run(self, state: RequestState, request: RankRequest) -> tuple[Denoised, bool]:
+        """What the pipeline gave, and whether the ranks ended it, as what they report of a step will be refused."""
         loaded, replicas = self.loaded, self.loaded.mesh.shape.dp
         hooks = partial(self._on_step, state), state.resume, partial(self._begin_decode, state), loaded.watch
         try:
-            return loaded.pipeline.run(state.items, request.asked, *hooks, partial(self.stopping.begin_steps, replicas))
+            begin_steps = partial(self.stopping.begin_steps, replicas)
+            return loaded.pipeline.run(state.items, request.asked, *hooks, begin_steps), False
+        except StepRefusedError:
+            return Denoised.nothing(time.perf_counter()), True
         except ValueError as error:
             if (text := refusal(error)) is None:
                 raise

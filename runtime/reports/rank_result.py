@@ -48,6 +48,7 @@ class RankResult:
     memory: MemoryPlan | None = None
     report: RankReport | None = None
     latents: Tensor | None = None
+    returned_latents: Tensor | None = None
     media: list[Media] = field(default_factory=list)
     refused: str | None = None
 

@@ -7,6 +7,7 @@ from crossdock.runtime.models.spec import ModelSpec, Published
 
 SPEC = ModelSpec(
     family="flux2-klein",
+    latents="_unpatchify_latents",
     pipeline="Flux2KleinPipeline",
     transformer="Flux2Transformer2DModel",
     block_stacks=STACKS,
