@@ -43,6 +43,8 @@ class ModelSpec:
         guidance: the pipeline's argument for classifier-free guidance; with a dot, a component's setting; None: it has
             none.
         negative_prompt: whether that guidance takes a negative prompt.
+        guides_with_negative: whether it does nothing without one.
+        unguided: setting of the pipeline or the transformer -> value with which that guidance does nothing.
         transformers: the components that are sharded and streamed, where the checkpoint has them, in the order in which
             the loop uses them: one in each step.
         batches: whether the pipeline takes several prompts at once.
@@ -81,6 +83,8 @@ class ModelSpec:
     branches: Branches | None
     guidance: str | None = "guidance_scale"
     negative_prompt: bool = True
+    guides_with_negative: bool = False
+    unguided: Mapping[str, object] = field(default_factory=dict)
     transformers: tuple[str, ...] = ("transformer",)
     batches: bool = True
     encoders: tuple[str, ...] = ("text_encoder",)

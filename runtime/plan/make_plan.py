@@ -84,6 +84,12 @@ class _FoundModel:
     blocks: Sequence[FoundBlock]
     variant: str | None
 
+    @property
+    def settings(self) -> list[Mapping[str, Any]]:
+        """Of the pipeline, and of the transformers."""
+        configs: list[Any] = [transformer.config for transformer in transformers_in(self.model).values()]
+        return [self.index, *configs]
+
 
 def _describe(config: RunConfig, model_dir: Path, device: str) -> _FoundModel:
     """What there is; it is complete, and the config fits it."""
@@ -127,6 +133,7 @@ def _shard(config: RunConfig, found: _FoundModel, model_dir: Path, device: str) 
         spec.patch * scale.pixels,
         scale.frames,
         scale.features,
+        not any(settings.get(name) == value for name, value in spec.unguided.items() for settings in found.settings),
         found.variant,
     )
 

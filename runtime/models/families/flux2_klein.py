@@ -7,7 +7,6 @@ from crossdock.runtime.models.spec import ModelSpec, Published
 
 SPEC = ModelSpec(
     family="flux2-klein",
-    latents="_unpatchify_latents",
     pipeline="Flux2KleinPipeline",
     transformer="Flux2Transformer2DModel",
     block_stacks=STACKS,
@@ -15,6 +14,8 @@ SPEC = ModelSpec(
     regions=(REGION,),
     branches="calls",
     negative_prompt=False,
+    unguided={"is_distilled": True},
+    latents="_unpatchify_latents",
     steps=4,
     published=(
         Published(
