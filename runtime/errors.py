@@ -5,6 +5,7 @@
     │   ├── ConfigError           the YAML file or a RunConfig
     │   ├── CheckpointError       the model directory
     │   ├── RequestError          the arguments of one generation
+    │   │   └── RequestRefused    the pipeline does not take them, say all ranks; they take the next request
     │   └── LaunchError           what the machine lacks: GPUs, a free port, an optional package
     ├── CompositionError          offloading and sharding do not compose; carries the violations (contract/result.py)
     ├── RankError                 a rank raised, died or did not answer in time; carries the rank
@@ -53,6 +54,10 @@ class CheckpointError(UserError):
 
 class RequestError(UserError):
     """The arguments of one generation: size, steps, output path."""
+
+
+class RequestRefused(RequestError):  # noqa: N818 - no rank's fault
+    """A pipeline does not take what it was given. On all ranks; the gang is as good as before."""
 
 
 class LaunchError(UserError):

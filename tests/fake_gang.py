@@ -52,7 +52,14 @@ class FakeRank:
         latents = torch.tensor([[float(item.seed)] for item in items])
         media = [self._gang.draw(item, request.asked) for item in items]
         return SimpleNamespace(
-            rank=0, measurements=_Measurements(), timeline=None, schedule_note="", latents=latents, media=media
+            rank=0,
+            measurements=_Measurements(),
+            timeline=None,
+            schedule_note="",
+            latents=latents,
+            returned_latents=latents,
+            media=media,
+            refused=None,
         )
 
 

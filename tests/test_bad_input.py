@@ -238,6 +238,33 @@ def test_guidance_that_a_distilled_model_lacks(flux2_dir: Path) -> None:
         check_request(plan, GenerateRequest.of("x", guidance_scale=4.0))
 
 
+@pytest.mark.parametrize("family", ["qwen-image", "qwen-image-2.1"])
+def test_guidance_that_waits_for_a_negative_prompt(family: str, flux2_dir: Path) -> None:
+    """diffusers leaves it out, and only logs that."""
+    plan = _plan_as(flux2_dir, family)
+    with pytest.raises(RequestError, match=f"guidance_scale: found 4; {family} guides only where .* may be empty"):
+        check_request(plan, GenerateRequest.of("x", guidance_scale=4.0))
+    check_request(plan, GenerateRequest.of("x", guidance_scale=4.0, negative_prompt=""))
+    check_request(plan, GenerateRequest.of("x", guidance_scale=1.0))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "file", "key"),
+    [("flux2-klein", "model_index.json", "is_distilled"), ("flux1", "transformer/config.json", "guidance_embeds")],
+)
+def test_guidance_that_a_distilled_checkpoint_ignores(
+    recipe: str, file: str, key: str, checkpoint_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """FLUX.2 [klein] with four steps, FLUX.1 [schnell]: of the same pipelines as those that it guides."""
+    directory = Path(shutil.copytree(checkpoint_of(recipe), tmp_path / "distilled"))
+    asked = GenerateRequest.of("x", guidance_scale=4.0)
+    check_request(_plan(directory), asked)
+    _edit_json(directory / file, lambda content: content.update({key: not content[key]}))
+    with pytest.raises(RequestError, match=f"guidance_scale: found 4; this checkpoint of {recipe} is distilled"):
+        check_request(_plan(directory), asked)
+    check_request(_plan(directory), replace(asked, guidance_scale=1.0))
+
+
 @pytest.mark.parametrize("family", ["flux3", "hunyuan-video-1.5"])
 def test_a_pipeline_that_takes_one_prompt_at_a_time(family: str, flux2_dir: Path) -> None:
     plan = _plan_as(flux2_dir, family)

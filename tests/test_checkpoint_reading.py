@@ -113,9 +113,11 @@ def _count(reader: WeightSource) -> Reads:
 @pytest.fixture
 def reader(tmp_path: Path) -> WeightSource:
     """Of `TENSORS`, spread over two files."""
-    names = sorted(TENSORS)
+    names, weight_map = sorted(TENSORS), dict[str, str]()
     for number, part in enumerate((names[:3], names[3:])):
         save_file({name: TENSORS[name] for name in part}, tmp_path / f"model-{number}.safetensors")
+        weight_map |= dict.fromkeys(part, f"model-{number}.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return WeightSource(stored_tensors(tmp_path))
 
 

@@ -80,7 +80,7 @@ def test_torchrun_on_a_device(budget: str | None, flux2_dir: Path, tmp_path: Pat
     ]
     done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    error = max_error(load_file(latents)["latents"], reference(flux2_dir, device="cuda").latents)
+    error = max_error(load_file(latents)["loop_latents"], reference(flux2_dir, device="cuda").latents)
     (rank,) = json.loads(report.read_text())["ranks"]
     peaks = {name: rank[name] for name in ("peak_weight_bytes", "peak_device_bytes", "reserved_device_bytes")}
     print(f"budget {budget}: max error {error:.1e}; {peaks}")

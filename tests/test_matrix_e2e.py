@@ -126,7 +126,7 @@ def test_torchrun_equals_diffusers(layout: Layout, family: str, checkpoints: Che
     assert done.returncode == 0, done.stderr[-3000:]
     assert "step 4/4" in done.stdout
     assert done.stdout.count("step 4/4") == 1, "more than one rank prints"
-    error = max_error(load_file(latents)["latents"], reference_latents(checkpoints[family], size=ODD_SIZE))
+    error = max_error(load_file(latents)["loop_latents"], reference_latents(checkpoints[family], size=ODD_SIZE))
     print(f"torchrun {layout.name} {family}: max error {error:.2e}")
     assert error <= TOLERANCE
 

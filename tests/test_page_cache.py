@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,11 @@ class _Block(nn.Module):
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """Two files, with odd lengths of headers."""
-    names = list(TENSORS)
+    names, weight_map = list(TENSORS), dict[str, str]()
     for number, part in enumerate((names[:4], names[4:])):
         save_file({name: TENSORS[name] for name in part}, tmp_path / f"model-{number}.safetensors", {"x": "y" * number})
+        weight_map |= dict.fromkeys(part, f"model-{number}.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return tmp_path
 
 

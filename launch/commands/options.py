@@ -85,7 +85,11 @@ def build_app(run: RunGenerate) -> typer.Typer:
             Path, typer.Option(help="Picture, or video (.mp4); several get _0, _1, ... before the suffix.")
         ] = Path("out.png"),
         latents: Annotated[
-            Path | None, typer.Option(help="Also write the final latents (safetensors, key `latents`).")
+            Path | None,
+            typer.Option(
+                help="Also write the final latents (safetensors): as diffusers returns them, `latents`, and as "
+                "the denoise loop left them, `loop_latents`."
+            ),
         ] = None,
         report: Annotated[Path | None, typer.Option(help="Also write the run's report (JSON).")] = None,
         trace: Annotated[

@@ -28,8 +28,9 @@ def write_outputs(generation: Generation, outputs: Outputs) -> list[Path]:
         else:
             _write(path, partial(made.save, format=_format(path)))
     if outputs.latents is not None:
-        latents = torch.cat(generation.latents).contiguous()
-        _write(outputs.latents, lambda part: save_file({"latents": latents}, part))
+        both = {"latents": generation.returned_latents, "loop_latents": generation.latents}
+        tensors = {name: torch.cat(latents).contiguous() for name, latents in both.items()}
+        _write(outputs.latents, lambda part: save_file(tensors, part))
     if outputs.report is not None:
         text = json.dumps(generation.report, indent=2) + "\n"
         _write(outputs.report, lambda part: part.write_text(text, encoding="utf-8"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 import torch
+from torch import Tensor
 
 from crossdock.launch.engine.generation import Generation
 from crossdock.launch.engine.progress import Delays, Notify, Preview, Progress, Steps
@@ -290,7 +291,8 @@ class Engine:
             done.extend(self._round(run, RankRequest(part, self._number, keep_every=keep_every)))
         return Generation(
             [media for result in done for media in result.media],
-            [one for result in done if result.latents is not None for one in torch.split(result.latents, 1)],
+            _split(result.latents for result in done),
+            _split(result.returned_latents for result in done),
             self._report(done[-self.plan.layout.mesh.world_size :], run.survived.faults),
             [result.timeline for result in done],
         )
@@ -357,6 +359,10 @@ class Engine:
             "faults": [asdict(fault) for fault in faults],
             "phases_s": {phase: round(seconds, 4) for phase, seconds in phases.items()},
         }
+
+
+def _split(batches: Iterable[Tensor | None]) -> list[Tensor]:
+    return [one for batch in batches if batch is not None for one in torch.split(batch, 1)]
 
 
 def choose_device(config: RunConfig) -> str:

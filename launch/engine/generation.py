@@ -18,11 +18,13 @@ class Generation:
     Attributes:
         images: pictures, or videos where the model makes these.
         latents: for each `[1, ...]`, fp32, as the denoise loop left them; the shape is the pipeline's own.
+        returned_latents: the same as diffusers returns them with `output_type="latent"`, so that its VAE takes them.
         report: the content of `report.json`.
         trace: per rank, and per round of prompts, what it did when.
     """
 
     images: list[Media]
     latents: list[Tensor]
+    returned_latents: list[Tensor]
     report: dict[str, Any]
     trace: list[RankTrace]

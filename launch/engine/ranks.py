@@ -15,7 +15,7 @@ from crossdock.launch.engine.recovery import (
     with_less_memory,
 )
 from crossdock.runtime.contract.coordinator import Coordinator
-from crossdock.runtime.errors import CrossdockError, RankError, RequestCancelled
+from crossdock.runtime.errors import CrossdockError, RankError, RequestRefused
 from crossdock.runtime.pipeline.snapshot import Snapshot
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
@@ -23,6 +23,7 @@ from crossdock.runtime.rank.probe.probe import probe_numbers, probe_request
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.rank_result import RankResult
 from crossdock.runtime.request import RankRequest
+from crossdock.runtime.watch.faults import AGREED
 from crossdock.runtime.watch.gang import Gang, Notice
 
 
@@ -81,6 +82,7 @@ class Ranks:
 
         Raises:
             RequestCancelled: it was stopped; the ranks wait for work.
+            RequestRefused: the pipeline does not take it; likewise.
             RankError: `replace` may be tried.
             CrossdockError: the ranks are given up.
         """
@@ -90,7 +92,7 @@ class Ranks:
         try:
             results = self.gang.collective_rpc(RankWorker.generate, request, start, timeout_s=timeout_s, notice=notice)
             self.coordinator.review(results)
-        except RequestCancelled:
+        except AGREED:
             self._idle = True
             raise
         except RankError:
@@ -99,6 +101,8 @@ class Ranks:
             self._give_up(error)  # the other ranks may hang in a collective
             raise
         self._idle = True
+        if refused := [result.refused for result in results if result.refused is not None]:
+            raise RequestRefused(f"{self.plan.layout.spec.pipeline} refuses to decode this: {refused[0]}")
         return results
 
     def probe(self) -> None:

@@ -25,6 +25,7 @@ from crossdock.runtime.errors import (
     RankError,
     RequestCancelled,
     RequestError,
+    RequestRefused,
     RequestTimeout,
     UserError,
 )
@@ -36,7 +37,14 @@ MAX_BYTES = 2**20
 _MAX_TEXT = 100_000
 _EMPTY = "-"
 
-_USER_ERRORS: tuple[type[UserError], ...] = (UserError, ConfigError, CheckpointError, RequestError, LaunchError)
+_USER_ERRORS: tuple[type[UserError], ...] = (
+    UserError,
+    ConfigError,
+    CheckpointError,
+    RequestError,
+    RequestRefused,
+    LaunchError,
+)
 _ENDS: tuple[type[RequestCancelled], ...] = (RequestCancelled, RequestTimeout)
 _BY_NAME: dict[str, type[Any]] = {kind.__name__: kind for kind in (*_USER_ERRORS, *_ENDS)}
 
@@ -50,6 +58,7 @@ class ErrorNote:
         "ConfigError",
         "CheckpointError",
         "RequestError",
+        "RequestRefused",
         "LaunchError",
         "RequestCancelled",
         "RequestTimeout",

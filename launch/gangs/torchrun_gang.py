@@ -14,9 +14,9 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from crossdock.launch.gangs.run_secret import forget_run_secret, on_one_node, run_secret
 from crossdock.launch.gangs.torchrun_watch import RankWatch
 from crossdock.runtime.config.schema import LaunchConfig
-from crossdock.runtime.errors import CrossdockError, LaunchError, RankError, RequestCancelled
+from crossdock.runtime.errors import CrossdockError, LaunchError, RankError
 from crossdock.runtime.rank.worker import RankWorker
-from crossdock.runtime.watch.faults import rank_error
+from crossdock.runtime.watch.faults import AGREED, rank_error
 from crossdock.runtime.watch.gang import Notice
 
 T = TypeVar("T")
@@ -74,7 +74,7 @@ class TorchrunGang:
         broken, self._broken = self._broken, True
         try:
             result = work(worker, *args)
-        except RequestCancelled:  # all ranks alike
+        except AGREED:
             self._broken = broken
             raise
         except Exception as error:

@@ -252,7 +252,7 @@ class RunConfig(Section):
     launch: LaunchConfig = Field(default=LaunchConfig(), description="How the ranks are started.")
     verify: VerifyConfig = Field(default=VerifyConfig(), description="What is looked at in every step.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Type of weights and computation; auto: as stored in the checkpoint."
+        default="auto", description="Type of weights and computation; auto: what most of the checkpoint is stored in."
     )
 
     @property

@@ -6,6 +6,7 @@ Format: https://github.com/huggingface/safetensors#format; sharded files with an
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ MAX_JSON_BYTES = 16 * 2**20
 MAX_TENSORS = 50_000
 """Of one file."""
 _MAX_NAME = 200
+_WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
+"""What diffusers and transformers call files with weights."""
+_VARIANT = re.compile(rf"(?:{'|'.join(_WEIGHT_NAMES)})\.(?:(\w+)\.safetensors|safetensors\.index\.(\w+)\.json)")
 MODULAR_INDEX = "modular_model_index.json"
 """What a pipeline that is made of blocks has in place of model_index.json."""
 
@@ -117,11 +121,14 @@ def component_names(index: Mapping[str, object]) -> list[str]:
     ]
 
 
-def check_components(model_dir: Path, index: Mapping[str, Any], placed: Sequence[str]) -> None:
-    """Every component has its folder, and none of its safetensors files is truncated; headers only are read.
+def check_components(
+    model_dir: Path, index: Mapping[str, Any], placed: Sequence[str], variant: str | None = None
+) -> None:
+    """Every component has its folder, and none of its files with weights is truncated; headers only are read.
 
     Args:
         placed: the components with weights that crossdock puts on the devices.
+        variant: of these files, where a component has such.
 
     Raises:
         CheckpointError: names the folder or the file, or a component that has weights and no place on the device.
@@ -138,14 +145,8 @@ def check_components(model_dir: Path, index: Mapping[str, Any], placed: Sequence
             )
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder, but {listed} lists the component {name!r}")
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in weight_files(folder, variant) if name in placed else ():
             _header(file)
-        for file in folder.glob("*.index.json"):
-            _files_of_index(file)
-        if name in placed and not list(folder.glob("*.safetensors")):
-            raise CheckpointError(
-                f"{folder}: holds no safetensors files, and pickled ones are never read; convert them"
-            )
 
 
 def component_class(library: object, class_name: object) -> type | None:
@@ -173,21 +174,72 @@ def _is_module(folder: Path, library: object, class_name: object) -> bool:
     return any(file.suffix in (".safetensors", ".bin", ".pt", ".pth") for file in folder.glob("*"))
 
 
-def stored_tensors(component_dir: Path) -> dict[str, StoredTensor]:
-    """fqn -> where it is stored, for one component; headers only are read.
+def stored_tensors(component_dir: Path, variant: str | None = None) -> dict[str, StoredTensor]:
+    """fqn -> where it is stored, for one component, but for what is of an unknown dtype; headers only are read.
 
     Raises:
-        CheckpointError: no safetensors files, a file of the index is missing or truncated, or an unknown dtype.
+        CheckpointError: see `weight_files`; a file is missing or truncated.
     """
-    files = sorted(component_dir.glob("*.safetensors"))
-    for index in component_dir.glob("*.safetensors.index.json"):
-        files = _files_of_index(index)
-    if not files:
-        raise CheckpointError(f"{component_dir}: holds no safetensors files")
     found: dict[str, StoredTensor] = {}
-    for file in files:
+    for file in weight_files(component_dir, variant):
         found |= _header(file)
     return found
+
+
+def weight_files(component_dir: Path, variant: str | None = None) -> list[Path]:
+    """The files that diffusers and transformers read of a component, whatever else lies beside them: those of `variant`
+    if there are any, else those of none. By another name they would not be found: it may only be one that lies alone.
+
+    Raises:
+        CheckpointError: no safetensors files, or several of which none has the name; an index that is damaged.
+    """
+    for kind in dict.fromkeys((variant, None)):
+        if (named := named_files(component_dir, kind)) is not None:
+            return named
+    if not (there := sorted(component_dir.glob("*.safetensors"))):
+        raise CheckpointError(
+            f"{component_dir}: holds no safetensors files, and pickled ones are never read; convert them"
+        )
+    if len(there) > 1:
+        found = ", ".join(printable(file.name[:100]) for file in there[:3])
+        names = " or ".join(f"{name}.safetensors" for name in _WEIGHT_NAMES)
+        raise CheckpointError(f"{component_dir}: found {found}, no index and no {names}; which is the model's?")
+    return there
+
+
+def named_files(component_dir: Path, variant: str | None) -> list[Path] | None:
+    """By their names, in the order in which the libraries look for them; None: there are none."""
+    kind = "" if variant is None else f".{variant}"
+    for name in _WEIGHT_NAMES:
+        one, index = (
+            component_dir / f"{name}{kind}.safetensors",
+            component_dir / f"{name}.safetensors.index{kind}.json",
+        )
+        if index.is_file() and not (name == "model" and one.is_file()):
+            return _files_of_index(index)
+        if one.is_file():
+            return [one]
+    return None
+
+
+def variant_of(folders: Sequence[Path]) -> str | None:
+    """Which files have to be asked for, as some component has no others: `fp16` of `model.fp16.safetensors`.
+
+    Raises:
+        CheckpointError: there are several of which it could be.
+    """
+    lacking = [folder for folder in folders if named_files(folder, None) is None]
+    matches = [[found for file in folder.iterdir() if (found := _VARIANT.fullmatch(file.name))] for folder in lacking]
+    offered = [{found[1] or found[2] for found in each} for each in matches if each]
+    if not offered:
+        return None
+    common = sorted(set.intersection(*offered))
+    if len(common) != 1:
+        every = ", ".join(sorted(set.union(*offered)))
+        raise CheckpointError(
+            f"{lacking[0]}: has variants of its files ({every}); leave one, the same for all components"
+        )
+    return common[0]
 
 
 def _files_of_index(file: Path) -> list[Path]:
@@ -230,31 +282,28 @@ def open_weights(file: Path) -> Any:
 
 
 def stored_in(file: Path, opened: Any) -> dict[str, StoredTensor]:
-    """What an opened file has, by the names that it uses.
+    """What an opened file has, by the names that it uses; but for what is of an unknown dtype.
 
     Raises:
-        CheckpointError: more than any model has, or of an unknown dtype.
+        CheckpointError: more than any model has.
     """
     if (count := len(opened.keys())) > MAX_TENSORS:
         raise CheckpointError(f"{file}: holds {count} tensors; no file of a model has more than {MAX_TENSORS}")
     slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
     return {
-        name: StoredTensor(file, name, _dtype(file, name, part.get_dtype()), tuple(part.get_shape()))
+        name: StoredTensor(file, name, dtype, tuple(part.get_shape()))
         for name, part in slices.items()
+        if (dtype := _DTYPES.get(part.get_dtype())) is not None
     }
-
-
-def _dtype(file: Path, name: str, code: str) -> torch.dtype:
-    if code not in _DTYPES:
-        raise CheckpointError(f"{file}: {name[:100]} is stored as {code}, which is not supported: {', '.join(_DTYPES)}")
-    return _DTYPES[code]
 
 
 def check_tensors(model: nn.Module, stored: Mapping[str, StoredTensor], folder: Path) -> None:
     expected = {fqn: tuple(tensor.shape) for fqn, tensor in model.state_dict().items()}
     if missing := [fqn for fqn in expected if fqn not in stored]:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise CheckpointError(f"{folder}: the tensor {missing[0]} is missing{more}; is the download complete?")
+        raise CheckpointError(
+            f"{folder}: the tensor {missing[0]} is missing, or of an unknown dtype{more}; is the download complete?"
+        )
     for fqn, shape in expected.items():
         if stored[fqn].shape != shape:
             raise CheckpointError(

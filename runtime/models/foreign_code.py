@@ -8,6 +8,7 @@ kernels; an adapter names another model. Templates of chats are rendered in tran
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -27,6 +28,7 @@ from crossdock.runtime.models.checkpoint import (
     index_file,
     read_json,
     read_model_index,
+    variant_of,
 )
 
 CODE_KEYS = ("auto_map", "custom_pipeline", "custom_pipelines", "custom_generate")
@@ -39,7 +41,7 @@ _STRAY = "None.py"
 _ADAPTER = "adapter_config.json"
 _DATA = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
 """Words, read by the tokenizers library; no class is chosen by them."""
-_INDICES = (".safetensors.index.json", ".bin.index.json")
+_INDICES = re.compile(r".*\.(safetensors|bin)\.index(\.\w+)?\.json")
 _KINDS: tuple[Callable[[], type], ...] = (
     lambda: diffusers.SchedulerMixin,
     lambda: diffusers.ModelMixin,
@@ -107,7 +109,7 @@ def _check_file(file: Path) -> None:
         raise CheckpointError(f"{file}: {error}; remove it") from None
     if file.name == _ADAPTER:
         raise CheckpointError(f"{file}: an adapter names another model to load; merge it, or remove the file")
-    if file.suffix == ".json" and file.is_file() and file.name not in _DATA and not file.name.endswith(_INDICES):
+    if file.suffix == ".json" and file.is_file() and file.name not in _DATA and not _INDICES.fullmatch(file.name):
         content = read_json(file)
         _check_keys(file, content)
         try:
@@ -142,9 +144,10 @@ def component_to_blame(model_dir: Path, without: Collection[str]) -> Path | None
         kind: Any = component_class(*index[name])
         if name in without or not is_component(kind):
             continue
-        more = {"use_safetensors": True} if issubclass(kind, nn.Module) else {}
+        folder = model_dir / name
+        more = {"use_safetensors": True, "variant": variant_of([folder])} if issubclass(kind, nn.Module) else {}
         try:
-            kind.from_pretrained(model_dir / name, local_files_only=True, **more)
+            kind.from_pretrained(folder, local_files_only=True, **more)
         except Exception:
-            return model_dir / name
+            return folder
     return None

@@ -43,6 +43,8 @@ class ModelSpec:
         guidance: the pipeline's argument for classifier-free guidance; with a dot, a component's setting; None: it has
             none.
         negative_prompt: whether that guidance takes a negative prompt.
+        guides_with_negative: whether it does nothing without one.
+        unguided: setting of the pipeline or the transformer -> value with which that guidance does nothing.
         transformers: the components that are sharded and streamed, where the checkpoint has them, in the order in which
             the loop uses them: one in each step.
         batches: whether the pipeline takes several prompts at once.
@@ -50,6 +52,8 @@ class ModelSpec:
         encode: the pipeline's methods that run them, and encoders that the pipeline calls itself. What these return
             depends on nothing else.
         outputs: names of what a pipeline of blocks returns: pictures or videos, then audio. There, `encode` has blocks.
+        latents: the pipeline's method that makes the latents that it returns where they are not to be decoded; None:
+            they are what its loop leaves, or what its blocks call `latents`.
         workflow: which one a pipeline of blocks that has several is to run.
         unused: components of the checkpoint that only its other workflows need. They are not loaded.
         decoders: the components that make pictures of latents. The first one that runs ends the denoise loop.
@@ -79,11 +83,14 @@ class ModelSpec:
     branches: Branches | None
     guidance: str | None = "guidance_scale"
     negative_prompt: bool = True
+    guides_with_negative: bool = False
+    unguided: Mapping[str, object] = field(default_factory=dict)
     transformers: tuple[str, ...] = ("transformer",)
     batches: bool = True
     encoders: tuple[str, ...] = ("text_encoder",)
     encode: tuple[str, ...] = ("encode_prompt",)
     outputs: tuple[str, ...] = ("images",)
+    latents: str | None = None
     workflow: str | None = None
     unused: tuple[str, ...] = ()
     decoders: tuple[str, ...] = ("vae",)

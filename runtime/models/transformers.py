@@ -51,7 +51,9 @@ def transformers_in(model: nn.Module) -> dict[str, nn.Module]:
     return {f"{name}.": child for name, child in model.named_children()}
 
 
-def stored_of(model: nn.Module, model_dir: Path, names: Sequence[str]) -> dict[str, StoredTensor]:
+def stored_of(
+    model: nn.Module, model_dir: Path, names: Sequence[str], variant: str | None = None
+) -> dict[str, StoredTensor]:
     """fqn in the model -> where it is stored; the files have all that the model needs.
 
     Raises:
@@ -59,7 +61,7 @@ def stored_of(model: nn.Module, model_dir: Path, names: Sequence[str]) -> dict[s
     """
     found: dict[str, StoredTensor] = {}
     for name, (prefix, transformer) in zip(names, transformers_in(model).items(), strict=True):
-        stored = stored_tensors(model_dir / name)
+        stored = stored_tensors(model_dir / name, variant)
         check_tensors(transformer, stored, model_dir / name)
         found |= {f"{prefix}{fqn}": tensor for fqn, tensor in stored.items()}
     return found

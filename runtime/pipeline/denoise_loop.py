@@ -71,6 +71,7 @@ class DenoiseLoop:
     Attributes:
         latents: as the last step left them; None before the first.
         between_chunks: one is done, and another one follows.
+        chunks: the last latents of each that is done.
     """
 
     def __init__(
@@ -81,17 +82,21 @@ class DenoiseLoop:
         resume: Snapshot | None,
         chunks: int = 1,
         observer: Observer | None = None,
+        before_steps: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
             chunks: how often all steps are run.
+            before_steps: called once, when a transformer is called for the first time.
         """
         self._cuda = device.type == "cuda"
         self._generators = generators
         self._on_step = on_step
         self._resume = resume
         self._chunks = chunks
+        self.chunks: list[Tensor] = []
         self._observer = observer or Observer()
+        self._before_steps: Callable[[], None] | None = before_steps
         self._finished = 0 if resume is None else resume.step - 1
         self._began: Any = None  # when the step that runs did
         self._steps: list[tuple[Any, Any]] = []  # begin and end of those that are done
@@ -143,6 +148,8 @@ class DenoiseLoop:
         steps, now = len(pipe.scheduler.timesteps), self._now()
         if not repeated:
             self._steps.append((self._began, now))
+        if finished % steps == 0:
+            self.chunks.append(tensors["latents"])
         self.between_chunks = finished % steps == 0 and finished < steps * self._chunks
         self._began = None if self.between_chunks else now
 
@@ -159,6 +166,9 @@ class DenoiseLoop:
         return [(after - before) * 1e3 for before, after in self._steps]
 
     def _begin(self, transformer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        if self._before_steps is not None:
+            self._before_steps()
+            self._before_steps = None
         self._observer.called(transformer, args, kwargs)
         if self._began is None:
             self._began = self._now()

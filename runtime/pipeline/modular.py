@@ -14,9 +14,9 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from crossdock.runtime.models.checkpoint import MODULAR_INDEX
+from crossdock.runtime.models.checkpoint import MODULAR_INDEX, named_files
 from crossdock.runtime.models.diffusers_api import ModularPipeline, blocks_of, variant
 from crossdock.runtime.models.foreign_code import is_component
 
@@ -37,8 +37,11 @@ def as_pipeline(pipeline: type, outputs: tuple[str, ...], workflow: str | None =
         def from_pretrained(cls, model_dir: Path, dtype: torch.dtype, **given: object) -> ModularPipeline:
             return _loaded(partial(cls, workflow=workflow), model_dir, dtype, given)
 
+        returned_latents: Tensor | None = None
+
         def __call__(self, return_dict: bool, **inputs: object) -> Any:
-            found = super().__call__(output=list(outputs), **inputs)
+            found = super().__call__(output=[*outputs, "latents"], **inputs)
+            self.returned_latents = found.pop("latents")
             return found if return_dict else tuple(found[name] for name in outputs)
 
     Adapted.__name__ = pipeline.__name__
@@ -52,8 +55,8 @@ def _loaded(
 
     Blocks whose components are not in this directory (another model's, of another repository) are left out.
     """
-    options = {"local_files_only": given.get("local_files_only", True)}
-    pipe = pipeline(pretrained_model_name_or_path=str(model_dir), **options)
+    options = {"local_files_only": given.get("local_files_only", True), "variant": given.get("variant")}
+    pipe = pipeline(pretrained_model_name_or_path=str(model_dir), local_files_only=options["local_files_only"])
     here = {name for name in pipe.pretrained_component_names if (model_dir / name).is_dir()}
     blocks = blocks_of(pipe)
     for name, block in list(blocks.items()):
@@ -74,9 +77,11 @@ def _load_component(spec: Any, model_dir: Path, dtype: torch.dtype, options: Map
     if not is_component(kind):
         raise ValueError(f"{MODULAR_INDEX}: {spec.name}: {kind} is no class of a component")
     more: dict[str, object] = {"use_safetensors": True} if issubclass(kind, nn.Module) else {}
+    if options["variant"] is not None and named_files(model_dir / spec.name, str(options["variant"])) is None:
+        more["variant"] = None
     if not issubclass(kind, diffusers.ConfigMixin):  # transformers'
         more["trust_remote_code"] = False
-    return spec.load(dtype=dtype, **options, **more)
+    return spec.load(dtype=dtype, **{**options, **more})
 
 
 def share_block(pipe: ModularPipeline, name: str, share: Share) -> None:

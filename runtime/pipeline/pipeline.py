@@ -34,6 +34,7 @@ from crossdock.runtime.pipeline.components import Component, place_component
 from crossdock.runtime.pipeline.denoise_loop import DenoiseLoop, Observer, StepEnd, own_randomness
 from crossdock.runtime.pipeline.modular import as_pipeline, share_block
 from crossdock.runtime.pipeline.presence import ActiveComponent
+from crossdock.runtime.pipeline.refusal import refusal
 from crossdock.runtime.pipeline.replicate import replicated
 from crossdock.runtime.pipeline.snapshot import Snapshot, beginning_at
 from crossdock.runtime.plan.model_layout import ModelLayout
@@ -52,6 +53,8 @@ class Denoised:
         latents: as the loop's last step left them, in fp32 on the CPU, `[batch, ...]`; the rest is the pipeline's own.
         media: the pictures or videos; None where another rank decodes, or nobody does.
         end_s: when the loop was done, seconds of `time.perf_counter`.
+        refused: why there are no media, where this rank decodes.
+        returned: the latents as the pipeline returns them if asked to with `output_type`; likewise, where it decodes.
     """
 
     latents: Tensor
@@ -61,6 +64,8 @@ class Denoised:
     denoise_s: float
     end_s: float
     step_ms: list[float] = field(default_factory=list)
+    refused: str | None = None
+    returned: Tensor | None = None
 
     @classmethod
     def nothing(cls, now_s: float) -> Self:
@@ -102,6 +107,7 @@ class RankPipeline:
             _check_turn(layout.model_dir / name, component, self._turn_bytes.get(name, 0))
         self._active = ActiveComponent(self._components, device)
         self._observer = Observer()
+        self._returned: Tensor | None = None  # by `spec.latents`
         self._encodes: list[tuple[float, float]] = []  # begin and end, seconds of time.perf_counter
         self._on_decode: Callable[[], bool] = lambda: False
         self._between_chunks: Callable[[], bool] = lambda: False
@@ -123,6 +129,8 @@ class RankPipeline:
                 continue
             method = self._told(name, share, getattr(self.pipe, name))
             object.__setattr__(self.pipe, name, method)  # the pipeline's own way takes no call for a component
+        if (name := self._layout.spec.latents) is not None:
+            object.__setattr__(self.pipe, name, self._keeping(getattr(self.pipe, name)))
         for name in self._layout.decoders:
             module = getattr(self.pipe, name)
             if hasattr(module, "decode"):
@@ -173,6 +181,7 @@ class RankPipeline:
         resume: Snapshot | None = None,
         on_decode: Callable[[], bool] = lambda: False,
         observer: Observer | None = None,
+        before_steps: Callable[[], None] = lambda: None,
     ) -> Denoised:
         """Run the pipeline on a batch: denoise, from the beginning or where `resume` was taken, and decode.
 
@@ -182,9 +191,11 @@ class RankPipeline:
         Args:
             items: of `request`, for one batch.
             on_decode: called when the loop is done; whether this rank decodes. On the first rank of a replica only.
+            before_steps: called on all ranks, when all is ready for the first step.
 
         Raises:
             RequestError: `resume` is of another request.
+            ValueError: the pipeline does not take the request; `refusal` knows. What it cannot decode is no error.
         """
         self._encodes.clear()
         self._observer = observer or Observer()
@@ -201,10 +212,11 @@ class RankPipeline:
             return on_decode()
 
         self._on_decode = decodes
-        output = None
+        output, refused = None, None
         with own_randomness(self._device, items[0].seed) as generators, late, self._active:
             chunks = number_of_chunks(self._layout.spec, request.frames)
-            loop = DenoiseLoop(self._device, (*drawn, *generators), on_step, resume, chunks, self._observer)
+            of_request = (*drawn, *generators), on_step, resume, chunks
+            loop = DenoiseLoop(self._device, *of_request, self._observer, before_steps)
             self._between_chunks = lambda: loop.between_chunks
             arguments = self._arguments(items, drawn, request)
             with (
@@ -213,20 +225,26 @@ class RankPipeline:
                 self._guided(request),
                 suppress(_NotDecodedHereError),
             ):
-                output = self.pipe(**arguments, **tells)
+                try:
+                    output = self.pipe(**arguments, **tells)
+                except ValueError as error:
+                    refused = refusal(error) if ended else None  # the other ranks are done
+                    if refused is None:
+                        raise
         assert loop.latents is not None
-        latents = loop.latents.to("cpu", torch.float32)
         encodes = tuple(Span("encode", *call) for call in self._encodes)
         encode_s = sum(span.end_s - span.begin_s for span in encodes)
         end_s = ended[0] if ended else time.perf_counter()
         return Denoised(
-            latents if len(latents) == len(items) else latents[None],  # a loop for one prompt may know no batch
+            _on_cpu(loop.latents, len(items)),
             None if output is None else self._media(output),
             encodes,
             encode_s,
             end_s - began - encode_s,
             end_s,
             loop.step_ms(),
+            refused,
+            None if output is None else _on_cpu(self._returned_latents(loop), len(items)),
         )
 
     def _arguments(
@@ -274,6 +292,21 @@ class RankPipeline:
         fps = spec.fps_of(self.pipe.config)
         return media_of(output, fps, None if path is None else attrgetter(path)(self.pipe))
 
+    def _returned_latents(self, loop: DenoiseLoop) -> Tensor:
+        if isinstance(self.pipe, diffusers.ModularPipeline):
+            self._returned = self.pipe.returned_latents
+        returned, self._returned = self._returned, None
+        if returned is None:
+            return loop.chunks[0] if len(loop.chunks) == 1 else torch.cat(loop.chunks, dim=2)
+        return returned
+
+    def _keeping(self, method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: object, **kwargs: object) -> Tensor:
+            self._returned = method(*args, **kwargs)
+            return self._returned
+
+        return call
+
     @contextmanager
     def _encoding(self) -> Iterator[None]:
         began = time.perf_counter()
@@ -311,6 +344,12 @@ class RankPipeline:
         return call
 
 
+def _on_cpu(latents: Tensor, batch: int) -> Tensor:
+    """In fp32, `[batch, ...]`; a loop for one prompt may know no batch."""
+    found = latents.to("cpu", torch.float32)
+    return found if len(found) == batch else found[None]
+
+
 def _check_turn(where: Path, component: Component, planned: int) -> None:
     """The plan went by the component's config; what was loaded may be of another dtype."""
     if component.turn_bytes > planned:
@@ -323,7 +362,9 @@ def _check_turn(where: Path, component: Component, planned: int) -> None:
 def _load_pipeline(layout: ModelLayout, device: torch.device, given: dict[str, nn.Module | None]) -> Pipeline:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    options: dict[str, object] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    if layout.variant is not None:
+        options["variant"] = layout.variant
     try:
         with unasked():
             kind: Any = working_on(_pipeline_class(layout.spec), device)

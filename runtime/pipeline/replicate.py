@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from crossdock.parallel.mesh import Mesh
+from crossdock.runtime.pipeline.refusal import PipelineRefusedError, refusal
 
 
 def replicated(
@@ -31,7 +32,8 @@ def replicated(
 ) -> Callable[..., Any]:
     """`method` on the replica's first rank, its return value on all of them. Collective over the replica.
 
-    Random numbers that it draws are drawn apart: the process's generators stay the same on all ranks.
+    Random numbers that it draws are drawn apart: the process's generators stay the same on all ranks. What it refuses,
+    it refuses on all of them.
 
     Args:
         device: where the other ranks put the tensors; those that it leaves on the CPU stay there.
@@ -45,10 +47,22 @@ def replicated(
             value = None
             if mesh.rank == mesh.ranks["replica"][0]:
                 with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                    value = method(*args, **kwargs)
-            return _broadcast(value, device, mesh, shapes_only)
+                    value = _or_refusal(method, args, kwargs)
+            value = _broadcast(value, device, mesh, shapes_only)
+        if isinstance(value, PipelineRefusedError):
+            raise value
+        return value
 
     return call
+
+
+def _or_refusal(method: Callable[..., Any], args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
+    try:
+        return method(*args, **kwargs)
+    except ValueError as error:
+        if (text := refusal(error)) is None:
+            raise
+        return PipelineRefusedError(text)
 
 
 def _broadcast(value: object, device: torch.device, mesh: Mesh, shapes_only: bool) -> Any:

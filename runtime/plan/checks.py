@@ -69,6 +69,6 @@ def check_pages(blocks: Sequence[PlannedBlock], stored: Mapping[str, StoredTenso
             if there is not None and there.dtype != entry.dtype:
                 raise ConfigError(
                     f"found mmap, but {full[0]} is stored as {there.dtype} and held as {entry.dtype}: bytes "
-                    "from the page cache cannot be converted; use dtype: auto, or host: shared",
+                    "from the page cache cannot be converted; use host: shared, or the dtype that is stored",
                     "offload.host",
                 )

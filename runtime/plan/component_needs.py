@@ -17,10 +17,11 @@ from crossdock.offload.live.offloader import component_layouts, held_bytes
 from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout
 from crossdock.offload.schedule.slots import device_bytes
 from crossdock.runtime.models.build_limits import bounded
-from crossdock.runtime.models.checkpoint import read_json
+from crossdock.runtime.models.checkpoint import read_json, stored_tensors
 from crossdock.runtime.models.diffusers_api import kept_in_fp32
 from crossdock.runtime.models.foreign_code import unasked
 from crossdock.runtime.models.meta import build_on_meta, described, non_persistent_buffers
+from crossdock.runtime.plan.tied_weights import untie
 
 VAE_PARTS = ("decoder", "encoder")
 """Each is one block. The rest of a VAE is small, and pipelines read it outside of decoding (statistics of latents)."""
@@ -66,6 +67,7 @@ def component_needs(
     decoders: Sequence[str],
     dtype: torch.dtype,
     prefetch: int,
+    variant: str | None = None,
 ) -> tuple[ComponentNeed, ...]:
     """What the components need on the rank that runs them, in the order in which they are placed. Nothing is loaded.
 
@@ -75,6 +77,7 @@ def component_needs(
     needs = []
     for name in (*encoders, *decoders):
         module = _on_meta(model_dir / name, index[name][0], index[name][1], dtype)
+        untie(module, stored_tensors(model_dir / name, variant))
         parts = vae_parts(module) if name in decoders else ()
         found = discover_blocks(module, parts) if parts else component_blocks(module)
         layouts, rest = component_layouts(module, found)

@@ -28,6 +28,7 @@ from crossdock.runtime.models.checkpoint import (
     check_components,
     component_names,
     read_model_index,
+    variant_of,
 )
 from crossdock.runtime.models.diffusers_api import kept_in_fp32
 from crossdock.runtime.models.families import spec_for
@@ -81,6 +82,13 @@ class _FoundModel:
     model: nn.Module
     stored: Mapping[str, StoredTensor]
     blocks: Sequence[FoundBlock]
+    variant: str | None
+
+    @property
+    def settings(self) -> list[Mapping[str, Any]]:
+        """Of the pipeline, and of the transformers."""
+        configs: list[Any] = [transformer.config for transformer in transformers_in(self.model).values()]
+        return [self.index, *configs]
 
 
 def _describe(config: RunConfig, model_dir: Path, device: str) -> _FoundModel:
@@ -90,22 +98,25 @@ def _describe(config: RunConfig, model_dir: Path, device: str) -> _FoundModel:
     names = component_names(index)
     encoders, decoders = (tuple(n for n in known if n in names) for known in (spec.encoders, spec.decoders))
     transformers = transformer_names(spec.transformers, names)
-    check_components(model_dir, index, (*transformers, *encoders, *decoders))
+    placed = (*transformers, *encoders, *decoders)
+    variant = variant_of([model_dir / name for name in placed if (model_dir / name).is_dir()])
+    check_components(model_dir, index, placed, variant)
     refuse_foreign_code(model_dir, index)
     model = build_transformers(spec.transformer, model_dir, transformers)
-    stored = stored_of(model, model_dir, transformers)
+    stored = stored_of(model, model_dir, transformers, variant)
     for transformer in transformers_in(model).values():
         check_degree(transformer, spec, config)
         check_attention(transformer, spec, config, device)
     check_guidance(spec, config)
     blocks = transformer_blocks(model, spec)
-    return _FoundModel(spec, index, transformers, encoders, decoders, model, stored, blocks)
+    return _FoundModel(spec, index, transformers, encoders, decoders, model, stored, blocks, variant)
 
 
 def _shard(config: RunConfig, found: _FoundModel, model_dir: Path, device: str) -> ModelLayout:
     """How it is cut over the ranks."""
     spec, model, mesh = found.spec, found.model, mesh_shape(config)
     slices = _tensor_slices(model, spec, mesh.tp)
+    dtype = _pipeline_dtype([found.stored[fqn] for fqn in model.state_dict()], config)
     scale = vae_scale(model_dir / spec.decoders[0] / "config.json")
     return ModelLayout(
         model_dir,
@@ -116,12 +127,14 @@ def _shard(config: RunConfig, found: _FoundModel, model_dir: Path, device: str) 
         found.encoders,
         found.decoders,
         found.stored,
-        _dtypes(model, found.stored, config),
+        _dtypes(model, found.stored, dtype),
         slices,
-        _pipeline_dtype(found.stored, config),
+        dtype,
         spec.patch * scale.pixels,
         scale.frames,
         scale.features,
+        not any(settings.get(name) == value for name, value in spec.unguided.items() for settings in found.settings),
+        found.variant,
     )
 
 
@@ -138,7 +151,7 @@ def _place(config: RunConfig, found: _FoundModel, layout: ModelLayout, device_by
     outside = tuple(fqn for fqn in _all_tensors(model) if fqn not in placed)
     others: Sequence[ComponentNeed] = ()
     if offload.layerwise:
-        components = found.encoders, found.decoders, layout.pipeline_dtype, offload.depths[0]
+        components = found.encoders, found.decoders, layout.pipeline_dtype, offload.depths[0], found.variant
         others = component_needs(layout.model_dir, found.index, *components)
     outside_bytes = sum(_nbytes(model, fqn, dtypes) for fqn in outside) + sum(need.resident_bytes for need in others)
     if offload.host == "mmap":
@@ -210,24 +223,27 @@ def _all_tensors(model: nn.Module) -> list[str]:
     ]
 
 
-def _dtypes(model: nn.Module, stored: Mapping[str, StoredTensor], config: RunConfig) -> dict[str, torch.dtype]:
-    """As stored, or the config's dtype for floating-point tensors, but for what the class keeps in fp32."""
+def _dtypes(model: nn.Module, stored: Mapping[str, StoredTensor], wanted: torch.dtype) -> dict[str, torch.dtype]:
+    """Floating-point tensors as `wanted`, but for what the class keeps in fp32, and what no file has; others as stored:
+    what diffusers makes of them.
+    """
     keep = frozenset[str]().union(*map(kept_in_fp32, transformers_in(model).values()))
     buffers = non_persistent_buffers(model)
     dtypes: dict[str, torch.dtype] = {}
     for fqn in _all_tensors(model):
         dtype = model.get_buffer(fqn).dtype if fqn in buffers else stored[fqn].dtype
-        if config.dtype != "auto" and dtype.is_floating_point and fqn not in buffers:
-            dtype = getattr(torch, config.dtype) if keep.isdisjoint(fqn.split(".")) else torch.float32
+        if dtype.is_floating_point and fqn not in buffers:
+            dtype = wanted if keep.isdisjoint(fqn.split(".")) else torch.float32
         dtypes[fqn] = dtype
     return dtypes
 
 
-def _pipeline_dtype(stored: Mapping[str, StoredTensor], config: RunConfig) -> torch.dtype:
+def _pipeline_dtype(stored: Sequence[StoredTensor], config: RunConfig) -> torch.dtype:
+    """The config's; `auto`: what most elements of the transformers are stored in, of the dtypes that compute."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)  # type: ignore[no-any-return]
     elements = Counter[torch.dtype]()
-    for tensor in stored.values():
+    for tensor in stored:
         if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16):
             elements[tensor.dtype] += torch.Size(tensor.shape).numel()
     return elements.most_common(1)[0][0] if elements else torch.float32

@@ -29,6 +29,8 @@ class ModelLayout:
         pixel_multiple: picture sizes are multiples of this.
         frame_multiple: videos have a multiple of this, and one more, frames.
         decoder_features: features that the decoder has of each pixel, at least.
+        guided: whether its guidance does something.
+        variant: of the weight files, where some component has no other: `fp16` of `model.fp16.safetensors`.
     """
 
     model_dir: Path
@@ -45,6 +47,8 @@ class ModelLayout:
     pixel_multiple: int
     frame_multiple: int
     decoder_features: int
+    guided: bool = True
+    variant: str | None = None
 
     def slices_of(self, rank: int) -> Mapping[str, TensorSlice]:
         """`slices` of one rank."""

@@ -37,6 +37,8 @@ def check_request(plan: RunPlan, request: GenerateRequest) -> None:
             f"guidance_scale: found {request.guidance_scale:g}; {spec.family} has no guidance: leave it out"
         )
     negative = request.items[0].negative_prompt  # where one has none, all have none
+    if request.guidance_scale is not None and request.guidance_scale > 1:
+        _check_guides(layout, request.guidance_scale, negative)
     if negative is not None and not spec.negative_prompt:
         raise RequestError(
             f"negative_prompt: found {negative!r}; the guidance of {spec.family} takes none: leave it out"
@@ -44,6 +46,20 @@ def check_request(plan: RunPlan, request: GenerateRequest) -> None:
     if request.frames is not None:
         _check_frames(layout, request.frames)
     _check_size(layout, _device_bytes(plan), request)
+
+
+def _check_guides(layout: ModelLayout, scale: float, negative: str | None) -> None:
+    """Where guidance would do nothing, and nobody would say so."""
+    if not layout.guided:
+        raise RequestError(
+            f"guidance_scale: found {scale:g}; this checkpoint of {layout.spec.family} is distilled, and guidance does "
+            "nothing in it: leave it out"
+        )
+    if layout.spec.guides_with_negative and negative is None:
+        raise RequestError(
+            f"guidance_scale: found {scale:g}; {layout.spec.family} guides only where there is a negative prompt: give "
+            "one, which may be empty"
+        )
 
 
 def _check_size(layout: ModelLayout, device_bytes: int, request: GenerateRequest) -> None:

@@ -1,4 +1,5 @@
-"""Stopping a request between two steps: somebody cancelled it, its time is up, or its picture would be wrong.
+"""Stopping a request between two steps: somebody cancelled it, its time is up, its picture would be wrong, or its
+pipeline does not take it.
 
 No rank stops alone, for the others would wait for it in a collective. At every step's end the ranks tell each other
 where they are and whether they were asked to stop, and all of them act on the same answer.
@@ -9,11 +10,12 @@ from __future__ import annotations
 import threading
 import time
 from enum import IntEnum
+from typing import NoReturn
 
 import torch
 
 from crossdock.parallel.group import Group, exchange
-from crossdock.runtime.errors import RankError, RequestCancelled, RequestTimeout
+from crossdock.runtime.errors import RankError, RequestCancelled, RequestRefused, RequestTimeout
 from crossdock.runtime.request import RankRequest
 
 
@@ -24,6 +26,7 @@ class _StopReason(IntEnum):
     TIMED_OUT = 1
     CANCEL = 2
     REFUSE = 3
+    UNFIT = 4
 
 
 class StepRefusedError(Exception):
@@ -62,6 +65,21 @@ class Stopping:
         with self._lock:
             self._asked.pop(self._number, None)
 
+    def refuse(self, text: str, replicas: int) -> NoReturn:
+        """The pipeline does not take the request: `text` says why. The others hear it when their step ends, or before
+        the first one begins. Collective over the world.
+
+        Raises:
+            RequestRefused: so, on all ranks.
+            RankError: on others of its replica, the pipeline takes it. Likewise.
+        """
+        self._heed_refusals(self._gather([self._number, 0, 0, _StopReason.UNFIT, 0, 0]), text, replicas)
+        raise AssertionError("this rank has refused")
+
+    def begin_steps(self, replicas: int) -> None:
+        """Before the first step: blocks may be shared with ranks that refuse. Collective; raises what `refuse` does."""
+        self._heed_refusals(self._gather([self._number, 0, 0, _StopReason.NONE, 0, 0]), "", replicas)
+
     def agree(
         self,
         finished: int,
@@ -81,10 +99,12 @@ class Stopping:
             StepRefusedError: some rank refuses, or those of a part differ. On all ranks, at the same step.
             RequestCancelled: a rank was asked to stop. On all ranks, at the same step.
             RequestTimeout: on some rank the request has taken longer than its time limit. Likewise.
+            RequestRefused: the pipeline of some replica does not take the request. Likewise.
             RankError: the ranks are not at the same step of the same request. Likewise.
         """
         own = _StopReason.REFUSE if refuse else self._stop_reason()
         rows = self._gather([self._number, total, finished, own, *state])
+        self._heed_refusals(rows, "", parts[0])
         _check_in_step([(row[0], row[1], row[2]) for row in rows])
         stop_reasons = [row[3] for row in rows]
         for column, count in enumerate(parts, 4):
@@ -98,6 +118,17 @@ class Stopping:
         texts = exchange(self._text(own), self._group)
         text = texts[stop_reasons.index(max(stop_reasons))]
         raise (RequestCancelled if max(stop_reasons) == _StopReason.CANCEL else RequestTimeout)(text, finished)
+
+    def _heed_refusals(self, rows: list[list[int]], text: str, replicas: int) -> None:
+        """End the request where a rank refuses it; what not all ranks of its replica refuse is a fault of that rank."""
+        refusing = [rank for rank, row in enumerate(rows) if row[3] == _StopReason.UNFIT]
+        if not refusing:
+            return
+        texts, size = exchange(text, self._group), len(rows) // replicas
+        for rank in refusing:
+            if not set(refusing).issuperset(range(rank // size * size, (rank // size + 1) * size)):
+                raise RankError(rank, f"its pipeline alone refuses the request: {texts[rank]}")
+        raise RequestRefused(texts[refusing[0]])
 
     def _stop_reason(self) -> _StopReason:
         with self._lock:

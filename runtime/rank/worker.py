@@ -25,10 +25,10 @@ from crossdock.parallel.group import AtRunTime, Group, exchange
 from crossdock.parallel.hsdp import all_gather_bytes
 from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.tensor import EXCHANGING
-from crossdock.runtime.errors import RequestCancelled
 from crossdock.runtime.models.transformers import build_transformers, transformers_in
 from crossdock.runtime.pipeline.denoise_loop import StepEnd
 from crossdock.runtime.pipeline.pipeline import Denoised, RankPipeline
+from crossdock.runtime.pipeline.refusal import refusal
 from crossdock.runtime.pipeline.snapshot import Snapshot
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.reschedule import MEASURED_STEPS, observe, reschedule
@@ -46,6 +46,7 @@ from crossdock.runtime.reports.rank_result import RankResult
 from crossdock.runtime.reports.records import RankReport, RankTrace
 from crossdock.runtime.reports.status import RankStatus
 from crossdock.runtime.request import RankRequest
+from crossdock.runtime.watch.faults import AGREED
 from crossdock.runtime.watch.flight_recorder import FlightRecorder, Neighbours
 
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -240,11 +241,10 @@ class RankWorker:
 
         Raises:
             RequestError: `resume` does not fit the request or the mesh.
-            RequestCancelled: it was stopped, as asked; the next request may follow.
+            RequestCancelled, RequestRefused: as asked, or as the pipeline does not take it; the next may follow.
             RankError: the ranks do not run the same steps.
         """
-        self.phase = "encode"
-        loaded = self.loaded
+        self.phase, loaded = "encode", self.loaded
         loaded.copy_engine.reset_clock()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -252,19 +252,15 @@ class RankWorker:
         self._state = state = RequestState.begin(request, loaded, resume)
         loaded.watch.begin()
         loaded.arrivals.begin(request.asked.steps)
-        on_step, on_decode = partial(self._on_step, state), partial(self._begin_decode, state)
         try:
-            done = loaded.pipeline.run(state.items, request.asked, on_step, state.resume, on_decode, loaded.watch)
-        except RequestCancelled:
+            done, refused = self._run(state, request)
+        except AGREED:
             self._finish_request()
             raise
-        except StepRefusedError:
-            result = self._result(state, Denoised.nothing(time.perf_counter()), time.perf_counter(), refused=True)
-            self._finish_request()
-            return result
-        result = self._result(state, done, time.perf_counter())
-        if state.decodes:
-            result.latents, result.media = done.latents, done.media or []
+        result = self._result(state, done, time.perf_counter(), refused)
+        if state.decodes and not refused:
+            result.latents, result.returned_latents = done.latents, done.returned
+            result.media, result.refused = done.media or [], done.refused
         self._finish_request()
         return result
 
@@ -306,6 +302,21 @@ class RankWorker:
     def _begin_forward(self, stream: BlockStream, pass_: int, *_: object) -> None:
         self.phase = "denoise"
         stream.prepare(pass_)
+
+    def _run(self, state: RequestState, request: RankRequest) -> tuple[Denoised, bool]:
+        """What the pipeline gave, and whether the ranks ended it, as what they report of a step will be refused."""
+        loaded, replicas = self.loaded, self.loaded.mesh.shape.dp
+        hooks = partial(self._on_step, state), state.resume, partial(self._begin_decode, state), loaded.watch
+        try:
+            begin_steps = partial(self.stopping.begin_steps, replicas)
+            return loaded.pipeline.run(state.items, request.asked, *hooks, begin_steps), False
+        except StepRefusedError:
+            return Denoised.nothing(time.perf_counter()), True
+        except ValueError as error:
+            if (text := refusal(error)) is None:
+                raise
+            loaded.stream.settle()
+            self.stopping.refuse(f"{loaded.plan.layout.spec.pipeline} refuses this: {text}", replicas)
 
     def _begin_decode(self, state: RequestState) -> bool:
         self.phase = "decode"

@@ -31,7 +31,7 @@ class RankResult:
     read, as in `HomeRecord`, `arrivals` what has been compared with the checkpoint since the last report or result.
     `schedule_note` says what became of the residency schedule, `seen` what was looked at in every step, `weights` which
     weights were not what they were when they first arrived. Where the schedule was changed in this request, `memory` is
-    the new plan and `report` what the rank now holds.
+    the new plan and `report` what the rank now holds. `refused` says why what was denoised cannot be decoded.
     """
 
     rank: int
@@ -48,7 +48,9 @@ class RankResult:
     memory: MemoryPlan | None = None
     report: RankReport | None = None
     latents: Tensor | None = None
+    returned_latents: Tensor | None = None
     media: list[Media] = field(default_factory=list)
+    refused: str | None = None
 
     @property
     def trace(self) -> tuple[TraceEvent, ...]:

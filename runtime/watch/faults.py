@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from crossdock.runtime.errors import CrossdockError, FaultKind, RankError, RequestCancelled
+from crossdock.runtime.errors import CrossdockError, FaultKind, RankError, RequestCancelled, RequestRefused
 from crossdock.runtime.reports.status import RankStatus
 
 _RANKING: tuple[FaultKind, ...] = (
@@ -21,6 +21,9 @@ _RANKING: tuple[FaultKind, ...] = (
     "late",
     "cut off",
 )
+
+AGREED = (RequestCancelled, RequestRefused)
+"""How all ranks end a request together: none of them is at fault, and they wait for work."""
 
 
 def rank_error(status: RankStatus, error: Exception) -> CrossdockError:
@@ -46,17 +49,17 @@ def _in_collective(status: RankStatus) -> bool:
 
 def is_conclusive(error: CrossdockError) -> bool:
     """Whether no other rank can have a better explanation; an agreed end is waited for on all ranks."""
-    if isinstance(error, RequestCancelled):
+    if isinstance(error, AGREED):
         return False
     return not (isinstance(error, RankError) and error.kind == "cut off")
 
 
 def first_cause(errors: Mapping[int, CrossdockError]) -> CrossdockError:
-    """Of several ranks' errors, the one that explains the others: not that some were stopped as asked."""
+    """Of several ranks' errors, the one that explains the others: not that some were stopped as agreed."""
 
     def order(item: tuple[int, CrossdockError]) -> tuple[int, int]:
         rank, error = item
-        if isinstance(error, RequestCancelled):
+        if isinstance(error, AGREED):
             return len(_RANKING), rank
         return (_RANKING.index(error.kind) if isinstance(error, RankError) else 0, rank)
 

@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
-from crossdock.runtime.errors import CrossdockError, RankError, RequestCancelled
-from crossdock.runtime.watch.faults import first_cause, is_conclusive
+from crossdock.runtime.errors import CrossdockError, RankError
+from crossdock.runtime.watch.faults import AGREED, first_cause, is_conclusive
 from crossdock.runtime.watch.gang import Notice
 from crossdock.runtime.watch.watch import EXPLAIN_S, SILENT_S, SUSPECT_S, Watch, different_collective
 
@@ -63,7 +63,7 @@ def await_results(
             watcher.poll()
             if not errors and (fault := watcher.fault()) is not None:
                 errors[fault.rank] = fault
-    if pending and all(isinstance(error, RequestCancelled) for error in errors.values()):
+    if pending and all(isinstance(error, AGREED) for error in errors.values()):
         late = min(pending.values())
         errors = {late: RankError(late, "was not done in time; see launch.timeouts", "late")}
     if errors:

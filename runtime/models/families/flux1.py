@@ -16,6 +16,7 @@ SPEC = ModelSpec(
     encoders=("text_encoder", "text_encoder_2"),
     branches=None,  # its guidance is in the model
     negative_prompt=False,
+    unguided={"guidance_embeds": False},  # [schnell]
     steps=28,
     published=(Published("FLUX.1-dev", 11.901e9, {"guidance_embeds": True}),),
 )

@@ -14,6 +14,8 @@ SPEC = ModelSpec(
     regions=(REGION,),
     branches="calls",
     negative_prompt=False,
+    unguided={"is_distilled": True},
+    latents="_unpatchify_latents",
     steps=4,
     published=(
         Published(

@@ -62,6 +62,7 @@ SPEC = ModelSpec(
     branches="batch",
     encoders=("text_encoder", "connectors"),
     encode=("encode_prompt", "connectors"),
+    latents="_denormalize_latents",
     decoders=("vae", "audio_vae", "vocoder"),
     patch=1,
     fps=24,

@@ -44,6 +44,7 @@ SPEC = ModelSpec(
     ),
     branches="calls",
     guidance="true_cfg_scale",
+    guides_with_negative=True,
     size=(1328, 1328),
     published=(Published("Qwen-Image", 20.430e9), Published("Qwen-Image-2512", 20.430e9)),
 )

@@ -36,6 +36,7 @@ SPEC = ModelSpec(
     ),
     branches="calls",
     guidance="true_cfg_scale",
+    guides_with_negative=True,
     steps=40,
     published=(Published("Qwen-Image-2.1", 7.115e9),),
 )

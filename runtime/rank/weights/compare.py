@@ -12,7 +12,6 @@ import itertools
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.offload.stream.first_loads import FirstLoadCallback, to_nobody
 from crossdock.parallel.tensor import TensorSlice, part_shape
 from crossdock.runtime.errors import CheckpointError
-from crossdock.runtime.models.checkpoint import StoredTensor, stored_tensors
+from crossdock.runtime.models.checkpoint import stored_tensors
 from crossdock.runtime.models.meta import non_persistent_buffers
 from crossdock.runtime.models.transformers import build_transformers
 from crossdock.runtime.plan.memory_plan import PlannedBlock
@@ -144,7 +143,7 @@ class WeightCheck:
         """A text encoder or decoder, where it rests after its load: its parameters that a file has by the same name and
         shape. What differs is recorded.
         """
-        stored = _stored_of(self._layout.model_dir / name)
+        stored = stored_tensors(self._layout.model_dir / name, self._layout.variant)
         source = WeightSource(stored)
         for fqn, parameter in module.named_parameters():
             tensor = parameter.data
@@ -245,14 +244,6 @@ def _bytes(tensor: Tensor, rows: Tensor | None) -> Tensor:
 def _brief(raw: Tensor) -> Tensor:
     """What stands for bytes (uint8) when they are compared, where they are: themselves, or of many a digest."""
     return raw if raw.nbytes <= LARGE_BYTES else tensor_digest(raw).view(torch.uint8)
-
-
-def _stored_of(folder: Path) -> dict[str, StoredTensor]:
-    """Empty where it is not plain which files are loaded."""
-    indices = len(list(folder.glob("*.safetensors.index.json")))
-    if indices > 1 or (not indices and len(list(folder.glob("*.safetensors"))) != 1):
-        return {}
-    return stored_tensors(folder)
 
 
 def _on_host(parts: list[Tensor]) -> Sequence[Tensor]:
