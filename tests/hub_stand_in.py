@@ -15,12 +15,31 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
 
 REPO = "acme/tiny-model"
 COMMIT = "c0ffee" + "0" * 34
 LATER = "c0ffee" + "1" * 34
+CHUNK = 16 * 1024
+BESIDE = {
+    "flux2.safetensors": b"x" * 50_000,
+    "README.md": b"---",
+    "modeling.py": b"raise SystemExit",
+    "transformer/modeling.py": b"raise SystemExit",
+    "transformer/diffusion_pytorch_model.bin": b"x" * 50_000,
+    "transformer/diffusion_pytorch_model.fp16.safetensors": b"x" * 50_000,
+    "text_encoder/model.onnx": b"x" * 50_000,
+    "text_encoder/flax_model.msgpack": b"x" * 50_000,
+    "vae/tf_model.h5": b"x" * 50_000,
+    "vae_of_another/diffusion_pytorch_model.safetensors": b"x" * 50_000,
+}
+"""What repositories have beside what a run reads."""
 _LARGE = (".safetensors", ".bin", ".gguf", ".onnx")
 _ROUTE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 _API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>revision|tree)/(?P<revision>[^/]+))?")
@@ -55,7 +74,7 @@ class Hub:
     @classmethod
     def of(cls, folder: Path) -> Hub:
         files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        return cls(files)
+        return cls(files | BESIDE)
 
     @property
     def sent_bytes(self) -> int:
@@ -198,3 +217,18 @@ def serving_hub(hub: Hub) -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join(10)
+
+
+def point_to(monkeypatch: pytest.MonkeyPatch, endpoint: str, cache: Path | None = None) -> None:
+    """As HF_ENDPOINT, HF_HUB_CACHE and HF_HUB_DISABLE_XET do, which are read when huggingface_hub is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    if cache is not None:
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)
+    for module in (huggingface_hub.file_download, huggingface_hub.utils._http):  # the pauses between two tries
+        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.delenv("HF_TOKEN", raising=False)

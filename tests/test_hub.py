@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,39 +31,9 @@ from crossdock.runtime.errors import CheckpointError, LaunchError
 from crossdock.runtime.models.families import SPECS
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.rank.worker import RankWorker
-from hub_stand_in import COMMIT, LATER, REPO, Hub, serving_hub
+from hub_stand_in import BESIDE, COMMIT, LATER, REPO, Hub, point_to
 
 NAME = HubName(REPO)
-CHUNK = 16 * 1024
-BESIDE = {
-    "flux2.safetensors": b"x" * 50_000,
-    "README.md": b"---",
-    "modeling.py": b"raise SystemExit",
-    "transformer/modeling.py": b"raise SystemExit",
-    "transformer/diffusion_pytorch_model.bin": b"x" * 50_000,
-    "transformer/diffusion_pytorch_model.fp16.safetensors": b"x" * 50_000,
-    "text_encoder/model.onnx": b"x" * 50_000,
-    "text_encoder/flax_model.msgpack": b"x" * 50_000,
-    "vae/tf_model.h5": b"x" * 50_000,
-    "vae_of_another/diffusion_pytorch_model.safetensors": b"x" * 50_000,
-}
-"""What repositories have beside what a run reads."""
-
-
-@pytest.fixture
-def hub(flux2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub with a tiny checkpoint, and an empty cache."""
-    hub = Hub.of(flux2_dir)
-    hub.files |= BESIDE
-    with serving_hub(hub):
-        _point_to(monkeypatch, hub.endpoint)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)
-        monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda seconds: None)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        yield hub
 
 
 def _fetch(name: HubName = NAME, tell: Callable[[int, int], None] = lambda done, total: None) -> Path:
@@ -147,22 +117,30 @@ def test_a_branch_that_went_on(hub: Hub) -> None:
     assert pinned(HubName(REPO, "v1")).revision == COMMIT
 
 
-def test_resumed_after_a_cut_at_half(hub: Hub) -> None:
+@pytest.mark.parametrize("by", ["the network", "Ctrl-C"])
+def test_resumed_after_a_cut_at_half(hub: Hub, by: str) -> None:
     """What was there of each file stays, also where the process ended: but for the chunks that were under way."""
     size = sum(_used(hub).values())
-    hub.cut_after = size // 2
-    with pytest.raises(LaunchError, match=rf"^{REPO}: .* cannot be reached .*what is there is kept"):
-        _fetch()
-    kept = sum(path.stat().st_size for path in Path(constants.HF_HUB_CACHE).rglob("*.incomplete"))
-    cut, hub.cut_after = hub.sent_bytes, None
-    told: list[int] = []
-    directory = _fetch(tell=lambda done, total: told.append(done))
+
+    def interrupt(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    if by == "Ctrl-C":
+        with pytest.raises(KeyboardInterrupt):
+            _fetch(tell=interrupt)
+    else:
+        hub.cut_after = size // 2
+        with pytest.raises(LaunchError, match=rf"^{REPO}: .* cannot be reached .*what is there is kept"):
+            _fetch()
+    hub.cut_after = None
+    hub.sent.clear()
+    told: list[tuple[int, int]] = []
+    directory = _fetch(tell=lambda done, total: told.append((done, total)))
     assert _found(directory) == {path: hub.files[path] for path in _used(hub)}
-    assert 0.4 * size < cut < 0.6 * size
-    assert kept > 0
-    assert told[0] == kept
-    lost = hub.sent_bytes - size
-    assert 0 <= lost <= CHUNK * len([path for path in _used(hub) if path.endswith(".safetensors")])
+    came = sum(nbytes for path, nbytes in hub.sent.items() if path.endswith(".safetensors"))
+    assert came == told[0][1] - told[0][0]  # what was not here, and no byte more
+    assert 0.4 * size < came < 0.6 * size
     assert any(asked[2] and asked[2] != "bytes=0-" for asked in hub.asked)
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.incomplete"))
 
@@ -227,7 +205,7 @@ def test_without_the_hub(hub: Hub, how: str, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         refusal = r"^{name}: is not, or not wholly, in .*, and HF_HUB_OFFLINE is set; connect once"
     else:
-        _point_to(monkeypatch, "http://127.0.0.1:9")
+        point_to(monkeypatch, "http://127.0.0.1:9")
         refusal = r"^{name}: http://127.0.0.1:9 cannot be reached \(.*\), and it is not, or not wholly, in .*; connect"
     assert _fetch() == directory
     assert _fetch(HubName(REPO, COMMIT)) == directory
@@ -366,12 +344,6 @@ def test_lines_and_a_bar() -> None:
             tell(10**9, 10**9)
         assert ("1.0/1.0 GB" in out.getvalue()) == terminal
         assert ("a/b: fetching: 1.00 of 1.00 GB" in out.getvalue()) != terminal
-
-
-def _point_to(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 @pytest.mark.parametrize("command", ["generate", "check", "serve"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import re
 import shutil
 import time
@@ -13,7 +14,8 @@ from typing import IO, Any
 
 from huggingface_hub import HfApi, constants, get_cached_repo_tree, get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.errors import CachedRepoTreeNotFoundError
-from huggingface_hub.utils import logging, tqdm
+from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
 from crossdock.launch.hub.blobs import Blob, fetch_blobs
 from crossdock.launch.hub.names import HubName
@@ -28,11 +30,11 @@ _LOOK_S = 0.5
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-class _Silent(tqdm):  # type: ignore[type-arg,misc]
+class _Silent(tqdm):
     """huggingface_hub's own bars are not shown."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{**options, "disable": True})
+        super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
 
 
 def pinned(name: HubName, cache: Path | None = None) -> HubName:
@@ -104,12 +106,12 @@ def _fetch_weights(name: HubName, commit: str, cache: Path, paths: Sequence[str]
 @contextmanager
 def _quiet() -> Iterator[None]:
     """What huggingface_hub warns of is said by `explained`, or went well in the end."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    before = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        hub_logging.set_verbosity(before)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
-    HTTPError,  # type: ignore[attr-defined]  # httpx's, under whatever name huggingface_hub imports it
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -23,6 +22,9 @@ from crossdock.launch.hub.names import HubName
 from crossdock.runtime.config.bounded_files import printable
 from crossdock.runtime.errors import CheckpointError, LaunchError, UserError
 
+_HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+"""httpx's, under whatever name huggingface_hub imports it: also of connections that never came about."""
+_WAYS = "connect once to fetch it (what is there is kept), or give a directory"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -33,7 +35,7 @@ def explained(name: HubName, cache: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (HTTPError, OSError, ValueError, RevisionResolutionError) as error:
+    except (_HTTP_ERROR, OSError, ValueError, RevisionResolutionError) as error:
         raise _explain(error, name, cache) from None
 
 
@@ -71,16 +73,13 @@ def _explain(error: Exception, name: HubName, cache: Path) -> UserError:
             return LaunchError(
                 f"{name}: {constants.ENDPOINT} answers {status}, and it is not wholly in {cache}; try later"
             )
-        case HTTPError() | EntryNotFoundError() | RevisionResolutionError():
+        case _ if isinstance(error, (_HTTP_ERROR, EntryNotFoundError, RevisionResolutionError)):
             reason = _first_line(error.__cause__ or error)
             return LaunchError(
                 f"{name}: {constants.ENDPOINT} cannot be reached ({reason}), and it is not, or not wholly, in {cache}; "
                 f"{_WAYS}"
             )
     return LaunchError(f"{name}: cannot be fetched to {cache}: {type(error).__name__}: {_first_line(error)}; try again")
-
-
-_WAYS = "connect once to fetch it (what is there is kept), or give a directory"
 
 
 def disk_full(name: HubName, cache: Path, missing_bytes: int | None = None, free_bytes: int = 0) -> LaunchError:
