@@ -17,6 +17,7 @@ from huggingface_hub import constants
 from rich.console import Console
 
 from crossdock.launch.cli import app
+from crossdock.launch.commands.builtin_configs import CONFIGS
 from crossdock.launch.commands.options import run_app
 from crossdock.launch.engine.ranks import Ranks
 from crossdock.launch.hub import blobs as blobs_module
@@ -34,6 +35,7 @@ from crossdock.runtime.rank.worker import RankWorker
 from hub_stand_in import BESIDE, COMMIT, LATER, REPO, Hub, point_to
 
 NAME = HubName(REPO)
+CONFIG = str(CONFIGS / "single.yaml")
 
 
 def _fetch(name: HubName = NAME, tell: Callable[[int, int], None] = lambda done, total: None) -> Path:
@@ -314,9 +316,10 @@ def test_what_is_not_read_is_refused(
     assert not any(path.endswith((".safetensors", ".bin", ".gguf")) for path in hub.sent)
 
 
-def test_another_node_fetches_to_the_same_place(hub: Hub) -> None:
+def test_another_node_fetches_to_the_same_place(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a rank under Ray does; where the folder is shared it finds all there."""
     directory = _fetch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another"))
     hub.asked.clear()
     fetch_here(None, directory)
     assert hub.asked == []
@@ -333,7 +336,7 @@ def test_lines_and_a_bar() -> None:
     for done in range(0, 2001):
         tell(done * 10**6, 2 * 10**9)
     assert len(said) == 11
-    assert said[3] == "a/b: fetching: 0.60 of 2.00 GB"
+    assert said[3] == "a/b: fetching: 600.0 MB of 2.0 GB"
     for terminal in (True, False):
         out = StringIO()
         with fetch_bar("a/b", Console(file=out, force_terminal=terminal, width=100)) as tell:
@@ -343,14 +346,22 @@ def test_lines_and_a_bar() -> None:
             tell(5 * 10**8, 10**9)
             tell(10**9, 10**9)
         assert ("1.0/1.0 GB" in out.getvalue()) == terminal
-        assert ("a/b: fetching: 1.00 of 1.00 GB" in out.getvalue()) != terminal
+        assert ("a/b: fetching: 1.0 GB of 1.0 GB" in out.getvalue()) != terminal
+
+
+def test_clients_of_a_server_call_the_model_by_its_id(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = pytest.importorskip("crossdock.launch.serve.web.server", reason="needs the extra serve")
+    asked: list[str | None] = []
+    monkeypatch.setattr(server, "serve", lambda config, model_dir, start, options, notify: asked.append(options.name))
+    for more in ([], ["--name", "mine"]):
+        assert run_app(app, ["serve", f"{REPO}@v1", "--config", CONFIG, *more]) == 0
+    assert asked == [REPO, "mine"]
 
 
 @pytest.mark.parametrize("command", ["generate", "check", "serve"])
 def test_the_command_line_says_it_once(hub: Hub, command: str, capfd: pytest.CaptureFixture[str]) -> None:
-    config = str(Path(__file__).parents[1] / "launch/configs/single.yaml")
     more = ["--prompt", "a fox"] if command == "generate" else []
-    assert run_app(app, [command, "acme/none", "--config", config, *more]) == 2
+    assert run_app(app, [command, "acme/none", "--config", CONFIG, *more]) == 2
     out, err = capfd.readouterr()
     assert out == ""
     assert err.startswith("crossdock: error: acme/none: no such directory, and no such model at http")

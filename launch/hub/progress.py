@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 FETCH_S = 6 * 3600.0
@@ -25,7 +26,7 @@ def fetch_lines(name: str, notify: Notify) -> Tell:
         tenth = 10 * done // max(total, 1)
         if tenth != said:
             said = tenth
-            notify(f"{name}: fetching: {done / 1e9:.2f} of {total / 1e9:.2f} GB")
+            notify(f"{name}: fetching: {decimal(done)} of {decimal(total)}")
 
     return tell
 
