@@ -14,22 +14,22 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from crossdock.launch.commands.options import Outputs, add_check, build_app, run_app
+from crossdock.launch.commands.options import MODEL_HELP, Outputs, add_check, build_app, run_app
 from crossdock.launch.console import exit_now
 from crossdock.launch.gangs.ranks.reachable import GIVEN_UP
 from crossdock.runtime.request import GenerateRequest
 
 
-def _run(config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs, probe: bool) -> None:
+def _run(config: Path, model: str, request: GenerateRequest, outputs: Outputs, probe: bool) -> None:
     from crossdock.launch.commands.generate import run_generate
 
-    run_generate(config, model_dir, request, outputs, "crossdock", probe=probe)
+    run_generate(config, model, request, outputs, "crossdock", probe=probe)
 
 
-def _check(config: Path, model_dir: Path, probe: bool, as_json: bool) -> None:
+def _check(config: Path, model: str, probe: bool, as_json: bool) -> None:
     from crossdock.launch.commands.check import run_check
 
-    run_check(config, model_dir, "crossdock", probe=probe, as_json=as_json)
+    run_check(config, model, "crossdock", probe=probe, as_json=as_json)
 
 
 app = add_check(build_app(_run), _check)
@@ -82,7 +82,7 @@ def timeline_command(
 
 @app.command("serve")
 def serve_command(
-    model_dir: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="Checkpoint directory, diffusers format.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL_DIR", help=MODEL_HELP)],
     config: Annotated[Path, typer.Option(help="YAML file with the layout; see `config-schema`.")],
     host: Annotated[str, typer.Option(help="Address to listen on; beyond this machine a key is needed.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: a free one.", min=0, max=65535)] = 8000,
@@ -90,7 +90,9 @@ def serve_command(
         Path | None, typer.Option(help="File with the key that clients send; or set CROSSDOCK_API_KEY.")
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Let others in without a key.")] = False,
-    name: Annotated[str | None, typer.Option(help="What clients call the model; by default the directory.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model; by default its hub id, or the directory.")
+    ] = None,
     queue: Annotated[int, typer.Option(help="Requests that may wait; more are told to come again.", min=1)] = 64,
     batch_wait_ms: Annotated[
         float, typer.Option(help="How long the first of a batch waits for others that fit.", min=0)
@@ -112,7 +114,7 @@ def serve_command(
 
     run_serve(
         config,
-        model_dir,
+        model,
         host=host,
         port=port,
         api_key_file=api_key_file,

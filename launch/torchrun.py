@@ -12,30 +12,68 @@ import signal
 import sys
 from pathlib import Path
 
-from crossdock.launch.commands.options import Outputs, add_check, build_app, run_app
+from rich.console import Console
+
+from crossdock.launch.commands.options import Outputs, add_check, build_app, located, run_app
 from crossdock.launch.console import complain_on_stderr, exit_now
 from crossdock.launch.gangs.rank_messages import MessageStore
 from crossdock.launch.gangs.run_secret import run_secret
 from crossdock.launch.gangs.torchrun_gang import connect_store, try_name
 from crossdock.launch.gangs.torchrun_watch import REPORTED, is_reporter
+from crossdock.launch.hub.names import hub_name
+from crossdock.launch.hub.progress import FETCH_S
 from crossdock.runtime.errors import LaunchError
 from crossdock.runtime.request import GenerateRequest
 
 _STARTED_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _REPORT_WAIT_S = 5.0
+_STORE_S = 60.0
+_COMMIT = "hub/commit"
 
 
-def _run_on_torchrun(config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs, probe: bool) -> None:
+def _run_on_torchrun(config: Path, model: str, request: GenerateRequest, outputs: Outputs, probe: bool) -> None:
     from crossdock.launch.commands.generate import run_generate
 
     quiet = os.environ["RANK"] != "0"
-    run_generate(config, model_dir, request, outputs, "torchrun", quiet=quiet, probe=probe)
+    run_generate(config, _fetched(model), request, outputs, "torchrun", quiet=quiet, probe=probe)
 
 
-def _check_on_torchrun(config: Path, model_dir: Path, probe: bool, as_json: bool) -> None:
+def _check_on_torchrun(config: Path, model: str, probe: bool, as_json: bool) -> None:
     from crossdock.launch.commands.check import run_check
 
-    run_check(config, model_dir, "torchrun", probe=probe, as_json=as_json, quiet=os.environ["RANK"] != "0")
+    run_check(config, _fetched(model), "torchrun", probe=probe, as_json=as_json, quiet=os.environ["RANK"] != "0")
+
+
+def _fetched(model: str) -> str:
+    """The model's directory. Of the hub, all ranks take the commit that rank 0 finds, one of each node fetches it, and
+    none goes on before every node has it: from there on they wait for each other as long as a launch may take.
+
+    Raises:
+        UserError: it cannot be fetched here, or was not on another node in time.
+    """
+    if (name := hub_name(model)) is None:
+        return model
+    from crossdock.launch.hub.fetch import pinned
+
+    store, rank = connect_store(_STORE_S, FETCH_S), os.environ["RANK"]
+    messages = MessageStore(store, run_secret(), try_name())
+    if rank == "0":
+        messages.put(_COMMIT, str(pinned(name)))
+    try:
+        store.wait([_COMMIT])
+        found = hub_name(messages.get([_COMMIT], str)[0] or "")
+        if found is None or found.repo != name.repo:
+            raise LaunchError(f"{model}: rank 0 names no commit of it; is CROSSDOCK_RUN_SECRET the same on all nodes?")
+        console = Console(highlight=False, soft_wrap=True, stderr=True, quiet=rank != "0")
+        directory = located(str(found), console)
+        store.set(f"{_COMMIT}/{rank}", "here")
+        store.wait([f"{_COMMIT}/{each}" for each in range(int(os.environ["WORLD_SIZE"]))])
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0][:200]
+        raise LaunchError(
+            f"{model}: another rank did not fetch it within {FETCH_S / 3600:g} h, or ended ({reason})"
+        ) from None
+    return str(directory)
 
 
 def main() -> None:

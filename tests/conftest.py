@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -20,9 +20,13 @@ from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.watch.gang import Gang
 from tiers import ALL, QUICK
 
+if TYPE_CHECKING:
+    from hub_stand_in import Hub
+
 STARTS_RANKS = {
     "test_check",
     "test_faults",
+    "test_hub_ranks",
     "test_local_gang",
     "test_lost_node",
     "test_nothing_left_behind",
@@ -105,6 +109,16 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[st
         return made[recipe]
 
     return checkpoint_of
+
+
+@pytest.fixture
+def hub(flux2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A stand-in for the hub that has a tiny checkpoint; the cache is empty."""
+    from hub_stand_in import Hub, point_to, serving_hub
+
+    with serving_hub(Hub.of(flux2_dir)) as hub:
+        point_to(monkeypatch, hub.endpoint, tmp_path / "cache")
+        yield hub
 
 
 @pytest.fixture(scope="session")

@@ -275,9 +275,8 @@ def test_a_missing_model_is_a_user_error(tmp_path: Path, capsys: pytest.CaptureF
     assert _check(tmp_path / "nowhere", "--json") == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err == (
-        f"crossdock: error: {tmp_path / 'nowhere'}: no such directory; give a checkpoint in the diffusers format\n"
-    )
+    way = "give a checkpoint in the diffusers format, or a hub id: org/name"
+    assert printed.err == f"crossdock: error: {tmp_path / 'nowhere'}: no such directory; {way}\n"
 
 
 @pytest.mark.parametrize(("error", "code"), [(RankError(0, "died"), 1), (LaunchError("no port"), 2)])

@@ -243,7 +243,7 @@ class _Run:
             self.both.wait(LIMIT_S)
         except threading.BrokenBarrierError:
             raise RequestCancelled(self.reason or "", 0) from None
-        return Generation(["made"], [], {}, [])
+        return Generation(["made"], [], [], {}, [])
 
 
 def test_each_lane_runs_a_batch() -> None:

@@ -85,7 +85,7 @@ def hear(replica: str, statuses: Any) -> None:
 
 
 def _generation() -> Generation:
-    return Generation([], [], {"ranks": [], "faults": []}, [])
+    return Generation([], [], [], {"ranks": [], "faults": []}, [])
 
 
 def test_what_a_replica_tells_is_passed_on() -> None:

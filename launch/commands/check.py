@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from crossdock.launch.commands.generate import locating
+from crossdock.launch.commands.options import located
 from crossdock.launch.console import end
 from crossdock.launch.engine.engine import Engine
 from crossdock.launch.gangs.choose import Command, Launcher, choose_gang, choose_launcher
@@ -81,7 +82,7 @@ class Holdings:
 
 
 def run_check(
-    config_path: Path, model_dir: Path, command: Command, *, probe: bool, as_json: bool, quiet: bool = False
+    config_path: Path, model: str, command: Command, *, probe: bool, as_json: bool, quiet: bool = False
 ) -> None:
     """Check and print. `quiet`: another rank prints.
 
@@ -92,13 +93,14 @@ def run_check(
     config = load_config(config_path)
     console = Console(highlight=False, soft_wrap=True, quiet=quiet)
     signal.signal(signal.SIGTERM, end)
+    model_dir = located(model, Console(stderr=True, quiet=quiet) if as_json else console)
     with locating(config_path):
         launcher = choose_launcher(config, command, "check")
         if not as_json:
-            console.print(f"{model_dir}: starting {config.world_size} ranks ({launcher})", markup=False)
+            console.print(f"{model}: starting {config.world_size} ranks ({launcher})", markup=False)
         result = check(config, model_dir, launcher, probe)
     if as_json:
-        console.print(as_text(model_dir, result), markup=False)
+        console.print(as_text(model, result), markup=False)
     else:
         show(result, console)
     if result.violations:
@@ -116,10 +118,10 @@ def check(config: RunConfig, model_dir: Path, launcher: Launcher, probe: bool) -
         return error.result
 
 
-def as_text(model_dir: Path, result: ContractResult) -> str:
+def as_text(model: str, result: ContractResult) -> str:
     """One JSON object."""
     content = {
-        "model": str(model_dir),
+        "model": model,
         "layout": result.layout,
         "holds": not result.violations,
         "composition": result.composition,

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from crossdock.launch.commands.options import Outputs
+from crossdock.launch.commands.options import Outputs, located
 from crossdock.launch.commands.outputs import write_outputs
 from crossdock.launch.console import end
 from crossdock.launch.engine.engine import Engine
@@ -29,7 +29,7 @@ from crossdock.runtime.request import GenerateRequest
 
 def run_generate(
     config_path: Path,
-    model_dir: Path,
+    model: str,
     request: GenerateRequest,
     outputs: Outputs,
     command: Command,
@@ -45,13 +45,15 @@ def run_generate(
     Raises:
         UserError: with file, line and key path, where the config is to blame.
     """
-    config, spec = load_config(config_path), spec_for(model_dir)
-    outputs.check_kind(spec.family, videos=spec.fps is not None)
+    config = load_config(config_path)
     console = Console(highlight=False, soft_wrap=True, quiet=quiet)
     signal.signal(signal.SIGTERM, end)
+    model_dir = located(model, console)
+    spec = spec_for(model_dir)
+    outputs.check_kind(spec.family, videos=spec.fps is not None)
     with locating(config_path):
         launcher = choose_launcher(config, command, "generate")
-        console.print(f"{model_dir}: starting {config.world_size} ranks ({launcher})", markup=False)
+        console.print(f"{model}: starting {config.world_size} ranks ({launcher})", markup=False)
         notify = partial(console.print, markup=False)
         options: dict[str, Any] = {"make_gang": choose_gang(launcher), "first_request": request, "notify": notify}
         with Engine.start(config, model_dir, probe=probe, **options) as engine:

@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from rich.console import Console
 
 from crossdock.launch.console import INTERRUPTED, complain_on_stderr
+from crossdock.launch.hub.locate import model_directory
+from crossdock.launch.hub.names import hub_name
+from crossdock.launch.hub.progress import fetch_bar
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.errors import CheckpointError, CrossdockError, RequestError
 from crossdock.runtime.request import GenerateRequest, RequestItem
@@ -59,13 +63,14 @@ class Outputs:
         return [self.image.with_stem(f"{self.image.stem}_{index}") for index in range(images)]
 
 
-RunGenerate = Callable[[Path, Path, GenerateRequest, Outputs, bool], None]
-"""Takes the config file, the model directory, the request and the outputs, all checked; whether to probe first."""
+MODEL_HELP = "Checkpoint directory in the diffusers format, or org/name[@revision] of the Hugging Face hub."
+RunGenerate = Callable[[Path, str, GenerateRequest, Outputs, bool], None]
+"""Takes the config file, the model's directory or name, the request and the outputs, all checked; whether to probe."""
 
 
 _PROBE = "run a small step with streaming, without it, and of the unsharded model on one rank; compare block by block."
-RunCheck = Callable[[Path, Path, bool, bool], None]
-"""Takes the config file and the model directory, both checked; whether to probe, and whether to print JSON."""
+RunCheck = Callable[[Path, str, bool, bool], None]
+"""Takes the config file and the model's directory or name, both checked; whether to probe, and to print JSON."""
 
 
 def build_app(run: RunGenerate) -> typer.Typer:
@@ -77,9 +82,7 @@ def build_app(run: RunGenerate) -> typer.Typer:
         """Distributed inference for diffusion transformers that are larger than one GPU."""
 
     def generate(
-        model_dir: Annotated[
-            Path, typer.Argument(metavar="MODEL_DIR", help="Checkpoint directory in the diffusers format.")
-        ],
+        model: Annotated[str, typer.Argument(metavar="MODEL_DIR", help=MODEL_HELP)],
         config: Annotated[Path, typer.Option(help="YAML file with the layout; see `config-schema`.")],
         out: Annotated[
             Path, typer.Option(help="Picture, or video (.mp4); several get _0, _1, ... before the suffix.")
@@ -103,8 +106,8 @@ def build_app(run: RunGenerate) -> typer.Typer:
         outputs = Outputs(out, latents, report, trace)
         request.validate()
         outputs.check(len(request.pictures))
-        check_inputs(config, model_dir)
-        run(config, model_dir, request, outputs, probe)
+        check_inputs(config, model)
+        run(config, model, request, outputs, probe)
 
     app.command()(_with_request_options(generate))
     return app
@@ -134,16 +137,14 @@ def add_check(app: typer.Typer, run: RunCheck) -> typer.Typer:
 
     @app.command()
     def check(
-        model_dir: Annotated[
-            Path, typer.Argument(metavar="MODEL_DIR", help="Checkpoint directory in the diffusers format.")
-        ],
+        model: Annotated[str, typer.Argument(metavar="MODEL_DIR", help=MODEL_HELP)],
         config: Annotated[Path, typer.Option(help="YAML file with the layout; see `config-schema`.")],
         probe: Annotated[bool, typer.Option("--probe", help=f"Also {_PROBE}")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     ) -> None:
         """Load the model and verify that sharding and offloading compose; nothing is drawn."""
-        check_inputs(config, model_dir)
-        run(config, model_dir, probe, as_json)
+        check_inputs(config, model)
+        run(config, model, probe, as_json)
 
     return app
 
@@ -174,14 +175,22 @@ def run_app(app: typer.Typer, arguments: list[str] | None = None, complain: Call
     return 0
 
 
-def check_inputs(config: Path, model_dir: Path) -> None:
+def check_inputs(config: Path, model: str) -> None:
     """
     Raises:
         ConfigError, CheckpointError: what they name cannot be read.
     """
     load_config(config)  # read again by the run; here so that a mistake shows before the heavy imports
-    if not model_dir.is_dir():
-        raise CheckpointError(f"{model_dir}: no such directory; give a checkpoint in the diffusers format")
+    if not Path(model).is_dir() and hub_name(model) is None:
+        raise CheckpointError(
+            f"{model}: no such directory; give a checkpoint in the diffusers format, or a hub id: org/name"
+        )
+
+
+def located(model: str, console: Console) -> Path:
+    """The model's directory; what is fetched of the hub is shown meanwhile."""
+    with fetch_bar(model, console) as tell:
+        return model_directory(model, lambda line: console.print(line, markup=False), tell)
 
 
 def _check_writable(option: str, path: Path) -> None:

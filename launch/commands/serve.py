@@ -10,22 +10,23 @@ from typing import Any
 from rich.console import Console
 
 from crossdock.launch.commands.generate import locating
-from crossdock.launch.commands.options import check_inputs
+from crossdock.launch.commands.options import check_inputs, located
 from crossdock.launch.engine.engine import Engine
 from crossdock.launch.engine.progress import Notify
 from crossdock.launch.gangs.choose import choose_gang, choose_launcher
+from crossdock.launch.hub.names import name_of_snapshot
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.errors import LaunchError
 
 
-def run_serve(config_path: Path, model_dir: Path, ray_address: str | None, **options: Any) -> None:
+def run_serve(config_path: Path, model: str, ray_address: str | None, **options: Any) -> None:
     """`options`: the fields of `ServeOptions`.
 
     Raises:
         UserError: with file, line and key path, where the config is to blame.
     """
-    check_inputs(config_path, model_dir)
+    check_inputs(config_path, model)
     try:
         from crossdock.launch.serve.web.server import ServeOptions, serve
     except ModuleNotFoundError as error:
@@ -35,6 +36,8 @@ def run_serve(config_path: Path, model_dir: Path, ray_address: str | None, **opt
     if ray_address is not None or options["replicas"] > 1:
         config = _with_ray(config, ray_address, options["replicas"])
     console = Console(highlight=False, soft_wrap=True)
+    model_dir = located(model, console)
+    options["name"] = options["name"] or ((name := name_of_snapshot(model_dir)) and name.repo)
     with locating(config_path):
         make_gang = choose_gang(choose_launcher(config, "crossdock", "serve"))
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -22,6 +21,7 @@ from crossdock.launch.engine.recovery import RPC_S, Fault, Snapshots, Survived
 from crossdock.launch.engine.request_queue import RequestQueue
 from crossdock.launch.engine.request_run import RequestHandle, RequestRun
 from crossdock.launch.gangs.choose import MakeGang, check_gpus, choose_gang, choose_launcher
+from crossdock.launch.hub.locate import model_directory
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.result import ContractResult
 from crossdock.runtime.errors import EngineClosedError, RankError, RequestCancelled, RequestTimeout
@@ -105,6 +105,7 @@ class Engine:
         """Plan, launch, load, verify.
 
         Args:
+            model_dir: or a hub id, `org/name[@revision]`; what is not here yet is fetched.
             gang: a started gang to run on; it is left running at `close`.
             make_gang: without `gang`, makes the engine's own; by default the one that `launch.launcher` names.
             first_request: what is asked for first, where that is known; refused before anything is started.
@@ -118,7 +119,7 @@ class Engine:
             RankError: a rank failed.
         """
         device = choose_device(config)
-        plan = make_plan(config, Path(model_dir), device)
+        plan = make_plan(config, model_directory(model_dir, notify or (lambda line: None)), device)
         if first_request is not None:
             check_request(plan, first_request)
         ranks = gang or (make_gang or choose_gang(choose_launcher(config)))(config.launch, config.world_size, device)

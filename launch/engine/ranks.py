@@ -14,6 +14,8 @@ from crossdock.launch.engine.recovery import (
     restart,
     with_less_memory,
 )
+from crossdock.launch.hub.locate import fetch_here
+from crossdock.launch.hub.progress import FETCH_S
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.errors import CrossdockError, RankError, RequestRefused
 from crossdock.runtime.pipeline.snapshot import Snapshot
@@ -176,6 +178,8 @@ class Ranks:
     def _load(self) -> None:
         timeouts = self.plan.config.launch.timeouts
         began = time.perf_counter()
+        if self.plan.config.launch.ray_address is not None:  # there may be other nodes
+            self.gang.collective_rpc(fetch_here, self.plan.layout.model_dir, timeout_s=FETCH_S)
         if self.plan.config.offload.is_relative:
             device_bytes = min(self.gang.collective_rpc(RankWorker.device_bytes, timeout_s=timeouts.launch_s))
             layout = self.plan.layout

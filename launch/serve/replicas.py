@@ -24,6 +24,7 @@ from crossdock.launch.engine.engine import Engine
 from crossdock.launch.engine.generation import Generation
 from crossdock.launch.engine.progress import Notify, Preview, Progress
 from crossdock.launch.gangs.ray_gang import RayGang, connect
+from crossdock.launch.hub.locate import fetch_here
 from crossdock.launch.serve.service import Service, State
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import CrossdockError, EngineClosedError, LaunchError, RequestCancelled
@@ -73,7 +74,8 @@ class Replica:
     def __init__(self, config: RunConfig, model_dir: str, app: str) -> None:
         self._app = app
         self._name = serve.get_replica_context().replica_id.unique_id
-        self._engine = Engine.start(config, Path(model_dir), make_gang=RayGang, rehearse=True)
+        fetch_here(self, directory := Path(model_dir))
+        self._engine = Engine.start(config, directory, make_gang=RayGang, rehearse=True)
 
     async def check_health(self) -> None:
         """Ray replaces a replica that raises here. One whose front has gone takes all of them down."""
