@@ -129,8 +129,8 @@ class RankPipeline:
                 continue
             method = self._told(name, share, getattr(self.pipe, name))
             object.__setattr__(self.pipe, name, method)  # the pipeline's own way takes no call for a component
-        if (name := self._layout.spec.latents) is not None:
-            object.__setattr__(self.pipe, name, self._keeping(getattr(self.pipe, name)))
+        if (way := self._layout.spec.latents) is not None:
+            object.__setattr__(self.pipe, way, self._keeping(getattr(self.pipe, way)))
         for name in self._layout.decoders:
             module = getattr(self.pipe, name)
             if hasattr(module, "decode"):
