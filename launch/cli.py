@@ -106,6 +106,7 @@ def serve_command(
         Path | None, typer.Option(help="Folder for video jobs; by default one in the user's state folder.")
     ] = None,
     keep_h: Annotated[float, typer.Option(help="Hours for which a finished video is kept.", min=0)] = 24.0,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log prompt and seed of each request.")] = False,
     replicas: Annotated[int, typer.Option(help="Of the whole layout, on Ray Serve.", min=1)] = 1,
     ray_address: Annotated[str | None, typer.Option(help="Cluster for the ranks; else launch.ray_address.")] = None,
 ) -> None:
@@ -130,6 +131,7 @@ def serve_command(
         data=data,
         keep_h=keep_h,
         replicas=replicas,
+        log_prompts=log_prompts,
         ray_address=ray_address,
     )
 

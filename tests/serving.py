@@ -108,7 +108,11 @@ def served(
     metrics.watch(scheduler, service)
     jobs = None if data is None else JobRunner(JobStore(data), scheduler, 3600.0, options.pop("write", write_video))
     defaults = DEFAULTS if data is None else DEFAULTS.model_copy(update={"fps": FPS, "seconds": 0.25})
-    app = build_app(Desk(service, scheduler, defaults, metrics, "0", previews, jobs, poll_s=0.01), key, **options)
+    app = build_app(
+        Desk(service, scheduler, defaults, metrics, "0", previews, jobs, options.pop("logs_prompts", False), 0.01),
+        key,
+        **options,
+    )
     listener = listen(ServeOptions(port=0))
     web = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
     thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]}, daemon=True)

@@ -421,7 +421,16 @@ def test_the_log_has_no_prompt(live: Served, caplog: pytest.LogCaptureFixture) -
         live.eventually(lambda: name in rows())  # it is written after the answer
     row = rows()[name]
     assert (row["status"], row["path"], row["pictures"]) == (200, "/v1/images/generations", 1)
+    assert row["batch"][1] == 0
     assert "secret" not in json.dumps(rows())
+
+
+def test_the_log_has_the_prompt_if_asked(
+    plan: RunPlan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with served(plan, monkeypatch, logs_prompts=True) as live, caplog.at_level("INFO", "crossdock.serve.requests"):
+        _post(live, {"prompt": "a known fox", "seed": 3})
+        live.eventually(lambda: any('"prompt": "a known fox"' in record.message for record in caplog.records))
 
 
 # -- metrics ----------------------------------------------------------------------------------------------------------

@@ -77,6 +77,7 @@ class Work:
         outcome: what was made, in the order of the items.
         progress: (finished steps, all steps) of the batch in which it runs.
         began: on `time.monotonic`; None: it waits.
+        batch: the number of the last batch that it was in, and of its first picture there, from 0.
         previewed: somebody wants previews.
         preview: a finished step and its latents, of this work's pictures `[pictures, ...]`.
     """
@@ -86,6 +87,7 @@ class Work:
     progress: tuple[int, int] = (0, 0)
     arrived: float = field(default_factory=time.monotonic)
     began: float | None = None
+    batch: tuple[int, int] | None = None
     tries: int = 0
     cancelled: str | None = None
     previewed: bool = False
@@ -136,6 +138,7 @@ class Scheduler:
         self._begin, self._fits, self._limit, self._wait_s, self._observe = begin, fits, limit, wait_s, observe
         self._waiting: deque[Work] = deque()
         self._batches: list[_Batch] = []
+        self._number = 0  # of the last batch
         self._step_s: dict[GenerateRequest, float] = {}  # of a kind of work, per step
         self._changed = threading.Condition()
         self._draining = self._closed = False
@@ -258,10 +261,12 @@ class Scheduler:
             if first not in self._waiting:
                 return None
             batch = _Batch(self._alike(first, most))
+            self._number, first_picture = self._number + 1, 0
             for work in batch.works:
                 self._waiting.remove(work)
-                work.began = time.monotonic()
+                work.began, work.batch = time.monotonic(), (self._number, first_picture)
                 work.tries += 1
+                first_picture += len(work.request.items)
             self._batches.append(batch)
             return batch
 

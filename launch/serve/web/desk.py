@@ -34,6 +34,7 @@ class Desk:
     version: str
     previews: Previews
     jobs: JobRunner | None = None
+    logs_prompts: bool = False
     poll_s: float = 0.1
 
     def take(self, request: GenerateRequest, http: Request, previewed: bool = False) -> Work:
@@ -46,6 +47,9 @@ class Desk:
         self.check(request)
         work = self.scheduler.submit(Work(request, previewed=previewed))
         http.state.log = {"steps": request.steps, "pictures": len(request.items)}
+        if self.logs_prompts:
+            first = request.items[0]
+            http.state.log |= {"prompt": first.prompt, "negative_prompt": first.negative_prompt, "seed": first.seed}
         return work
 
     def check(self, request: GenerateRequest) -> None:
@@ -86,9 +90,9 @@ class Desk:
                 task.cancel()
             if not work.outcome.done():
                 self.scheduler.cancel(work, "the client has gone")
+            http.state.log |= {"queued_ms": round(work.queued_s * 1e3, 1), "batch": work.batch}
         if not work.outcome.done():
             raise ApiError(499, "the client has gone")
-        http.state.log |= {"queued_ms": round(work.queued_s * 1e3, 1)}
         return work.outcome.result()
 
 

@@ -64,6 +64,7 @@ class ServeOptions:
     data: Path | None = None
     keep_h: float = 24.0
     replicas: int = 1
+    log_prompts: bool = False
 
 
 def read_key(options: ServeOptions) -> str | None:
@@ -143,7 +144,7 @@ def serve(
     )
     metrics.watch(scheduler, service)
     jobs = None if store is None else JobRunner(store, scheduler, options.keep_h * 3600, write_video)
-    desk = Desk(service, scheduler, defaults, metrics, version("crossdock"), previews, jobs)
+    desk = Desk(service, scheduler, defaults, metrics, version("crossdock"), previews, jobs, options.log_prompts)
     app = build_app(desk, key)
     web = uvicorn.Server(
         uvicorn.Config(app, backlog=BACKLOG, log_config=None, access_log=False, timeout_keep_alive=30, lifespan="off")
