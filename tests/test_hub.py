@@ -30,9 +30,11 @@ from crossdock.launch.hub.wanted import wanted_files
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import CheckpointError, LaunchError
 from crossdock.runtime.models.families import SPECS
+from crossdock.runtime.models.tiny.recipes import SPEC_OF_RECIPE, TINY
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.rank.worker import RankWorker
 from hub_stand_in import BESIDE, COMMIT, LATER, REPO, Hub, point_to
+from tiers import thorough
 
 NAME = HubName(REPO)
 CONFIG = str(CONFIGS / "single.yaml")
@@ -95,6 +97,19 @@ def test_fresh(hub: Hub, flux2_dir: Path) -> None:
     assert make_plan(RunConfig(), directory, "cpu").layout.stored.keys() == set(
         make_plan(RunConfig(), flux2_dir, "cpu").layout.stored
     )
+
+
+@thorough
+@pytest.mark.parametrize("recipe", TINY)
+def test_every_family(recipe: str, hub: Hub, checkpoint_of: Callable[[str], Path]) -> None:
+    """What is fetched makes the plan that the checkpoint makes, without what is not used."""
+    folder = checkpoint_of(recipe)
+    hub.files = Hub.of(folder).files
+    directory = _fetch()
+    assert make_plan(RunConfig(), directory, "cpu").memory == make_plan(RunConfig(), folder, "cpu").memory
+    unused = tuple(f"{name}/" for name in SPEC_OF_RECIPE[recipe].unused)
+    assert _found(directory).keys() == {path for path in _used(hub) if not path.startswith(unused)}
+    assert not any(path.startswith((*BESIDE, *unused)) for path in hub.sent)
 
 
 def test_what_is_here_is_not_fetched_again(hub: Hub) -> None:
