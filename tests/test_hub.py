@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from io import StringIO
@@ -160,6 +162,22 @@ def test_resumed_after_a_cut_at_half(hub: Hub, by: str) -> None:
     assert 0.4 * size < came < 0.6 * size
     assert any(asked[2] and asked[2] != "bytes=0-" for asked in hub.asked)
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.incomplete"))
+
+
+@pytest.mark.timeout(100)
+def test_ctrl_c_while_nothing_comes(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for the network then."""
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 600)
+    hub.stalls, pressed = threading.Event(), threading.Event()
+
+    def press(done: int, total: int) -> None:
+        if done > 0.45 * total and not pressed.is_set():  # half of each file is there
+            pressed.set()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        _fetch(tell=press)
+    hub.stalls.set()
 
 
 def test_what_came_is_what_the_repository_lists(hub: Hub) -> None:
