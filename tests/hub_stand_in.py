@@ -68,6 +68,7 @@ class Hub:
     sent: dict[str, int] = field(default_factory=dict)
     tokens_given_away: int = 0
     status: int | None = None  # what it answers to everything
+    stalls: threading.Event | None = None  # large files stop in their middle until it is set
     corrupt: bool = False  # the first byte of what is large is another one
     lock: Any = field(default_factory=threading.Lock)
 
@@ -187,7 +188,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         now = self.hub.may_send(len(body)) if path is not None and path.endswith(_LARGE) else len(body)
-        self.wfile.write(body[:now])
+        stalls = self.hub.stalls if path is not None and path.endswith(_LARGE) else None
+        half = now // 2 if stalls is not None else 0
+        self.wfile.write(body[:half])
+        if stalls is not None:
+            stalls.wait(600)
+        self.wfile.write(body[half:now])
         if path is not None:
             self.hub.note_sent(path, now)
         if now < len(body):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from io import StringIO
@@ -30,9 +32,11 @@ from crossdock.launch.hub.wanted import wanted_files
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import CheckpointError, LaunchError
 from crossdock.runtime.models.families import SPECS
+from crossdock.runtime.models.tiny.recipes import SPEC_OF_RECIPE, TINY
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.rank.worker import RankWorker
 from hub_stand_in import BESIDE, COMMIT, LATER, REPO, Hub, point_to
+from tiers import thorough
 
 NAME = HubName(REPO)
 CONFIG = str(CONFIGS / "single.yaml")
@@ -97,6 +101,19 @@ def test_fresh(hub: Hub, flux2_dir: Path) -> None:
     )
 
 
+@thorough
+@pytest.mark.parametrize("recipe", TINY)
+def test_every_family(recipe: str, hub: Hub, checkpoint_of: Callable[[str], Path]) -> None:
+    """What is fetched makes the plan that the checkpoint makes, without what is not used."""
+    folder = checkpoint_of(recipe)
+    hub.files = Hub.of(folder).files
+    directory = _fetch()
+    assert make_plan(RunConfig(), directory, "cpu").memory == make_plan(RunConfig(), folder, "cpu").memory
+    unused = tuple(f"{name}/" for name in SPEC_OF_RECIPE[recipe].unused)
+    assert _found(directory).keys() == {path for path in _used(hub) if not path.startswith(unused)}
+    assert not any(path.startswith((*BESIDE, *unused)) for path in hub.sent)
+
+
 def test_what_is_here_is_not_fetched_again(hub: Hub) -> None:
     directory = _fetch()
     hub.asked.clear()
@@ -145,6 +162,22 @@ def test_resumed_after_a_cut_at_half(hub: Hub, by: str) -> None:
     assert 0.4 * size < came < 0.6 * size
     assert any(asked[2] and asked[2] != "bytes=0-" for asked in hub.asked)
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.incomplete"))
+
+
+@pytest.mark.timeout(100)
+def test_ctrl_c_while_nothing_comes(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for the network then."""
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 600)
+    hub.stalls, pressed = threading.Event(), threading.Event()
+
+    def press(done: int, total: int) -> None:
+        if done > 0.45 * total and not pressed.is_set():  # half of each file is there
+            pressed.set()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        _fetch(tell=press)
+    hub.stalls.set()
 
 
 def test_what_came_is_what_the_repository_lists(hub: Hub) -> None:

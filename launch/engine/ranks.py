@@ -15,6 +15,7 @@ from crossdock.launch.engine.recovery import (
     with_less_memory,
 )
 from crossdock.launch.hub.locate import fetch_here
+from crossdock.launch.hub.names import name_of_snapshot
 from crossdock.launch.hub.progress import FETCH_S
 from crossdock.runtime.contract.coordinator import Coordinator
 from crossdock.runtime.errors import CrossdockError, RankError, RequestRefused
@@ -178,8 +179,9 @@ class Ranks:
     def _load(self) -> None:
         timeouts = self.plan.config.launch.timeouts
         began = time.perf_counter()
-        if self.plan.config.launch.ray_address is not None:  # there may be other nodes
-            self.gang.collective_rpc(fetch_here, self.plan.layout.model_dir, timeout_s=FETCH_S)
+        model_dir = self.plan.layout.model_dir
+        if self.plan.config.launch.ray_address is not None and name_of_snapshot(model_dir):  # there may be other nodes
+            self.gang.collective_rpc(fetch_here, model_dir, timeout_s=FETCH_S)
         if self.plan.config.offload.is_relative:
             device_bytes = min(self.gang.collective_rpc(RankWorker.device_bytes, timeout_s=timeouts.launch_s))
             layout = self.plan.layout

@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from huggingface_hub.file_download import http_get
@@ -21,6 +21,7 @@ from crossdock.launch.hub.progress import Tell
 from crossdock.runtime.errors import CheckpointError
 
 _AT_ONCE = 8
+_LEAVE_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -77,17 +78,31 @@ def fetch_blobs(blobs: Sequence[Blob], tell: Tell) -> None:
             done += nbytes
             tell(done, total)
 
+    def work() -> None:
+        try:
+            while not stopped.is_set():
+                _fetch(todo.get_nowait(), count)
+        except Empty:
+            ended.put(None)
+        except BaseException as error:
+            ended.put(error)
+
+    todo, ended = SimpleQueue[Blob](), SimpleQueue[BaseException | None]()
+    for blob in blobs:
+        todo.put(blob)
     if blobs:
         tell(done, total)
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        pending = [pool.submit(_fetch, blob, count) for blob in blobs]
-        try:
-            for each in as_completed(pending):
-                each.result()
-        except BaseException:
-            stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(len(blobs), _AT_ONCE))]
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in threads:
+            if (error := ended.get()) is not None:
+                raise error
+    finally:
+        stopped.set()
+        for thread in filter(threading.Thread.is_alive, threads):
+            thread.join(_LEAVE_S)  # one that waits for the network may be left behind
 
 
 def _fetch(blob: Blob, count: Callable[[int], None]) -> None:
