@@ -33,12 +33,12 @@ def run_serve(config_path: Path, model: str, ray_address: str | None, **options:
         message = f"serve needs the package {error.name}: pip install 'crossdock[serve]'"
         raise LaunchError(message) from None
     config = load_config(config_path)
-    if ray_address is not None or options["replicas"] > 1:
-        config = _with_ray(config, ray_address, options["replicas"])
     console = Console(highlight=False, soft_wrap=True)
     model_dir = located(model, console)
     options["name"] = options["name"] or ((name := name_of_snapshot(model_dir)) and name.repo)
     with locating(config_path):
+        if ray_address is not None or options["replicas"] > 1:
+            config = _with_ray(config, ray_address, options["replicas"])
         make_gang = choose_gang(choose_launcher(config, "crossdock", "serve"))
 
         def start(notify: Notify) -> Engine:
