@@ -197,7 +197,10 @@ class SequenceParallelism:
         if scope.keys is not None:
             options["key_layout"] = self._layout(keys)
         options["mask"] = self._padding_mask(keys, query) if self._real.keys() & set(keys) else options.get("mask")
-        return self._attention.attend(query, key, value, layout=layout, **options)
+        query = self._without_copies(query, scope.queries)
+        key, value = self._without_copies(key, keys), self._without_copies(value, keys)
+        output = self._attention.attend(query, key, value, layout=layout, **options)
+        return self._with_copies(output, scope.queries)
 
     def _hook_region(self, model: nn.Module, region: SequenceRegion) -> None:
         enter = model.get_submodule(region.enter)
@@ -224,7 +227,7 @@ class SequenceParallelism:
         def begin(_: nn.Module, __: object, output: Tensor) -> Tensor:
             if not self.running:
                 return output
-            own = output.view(*output.shape[:2], -1, head_dim)
+            own = self._without_copies(output.view(*output.shape[:2], -1, head_dim), tuple(self._lengths))
             return ulysses.scatter_heads((own,), self._layout(tuple(self._lengths)).lengths)[0].flatten(2)
 
         def end(linear: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -232,7 +235,8 @@ class SequenceParallelism:
                 return args
             heads = linear.get_parameter("weight").shape[1] // head_dim
             own = args[0].view(*args[0].shape[:2], -1, head_dim)
-            return (ulysses.to_tokens(own, self._layout(tuple(self._lengths)).lengths, heads).flatten(2), *args[1:])
+            tokens = ulysses.to_tokens(own, self._layout(tuple(self._lengths)).lengths, heads)
+            return (self._with_copies(tokens.flatten(2), tuple(self._lengths)), *args[1:])
 
         for name in scatter.before:
             linear = module.get_submodule(name)
@@ -269,7 +273,7 @@ class SequenceParallelism:
             arguments.change(name, partial(map_tensors, partial(self._cut, ShardLike(segment, TOKEN_DIM))))
         for name in region.segments:
             if name in arguments.names and isinstance(arguments.get(name), int):
-                arguments.change(name, lambda count: shard_lengths(count, self._parts)[self._index])
+                arguments.change(name, self._held)
 
     def _cut_like(self, like: str | ShardLike | tuple[ShardLike, ...], value: Any) -> Any:
         if isinstance(like, tuple):
@@ -286,8 +290,41 @@ class SequenceParallelism:
             tokens = " and ".join(f"{length} tokens of {name}" for name, length in lengths.items())
             raise ValueError(f"a tensor of shape {tuple(tensor.shape)} does not follow the {tokens or 'no tokens'}")
         pieces = tensor.split_with_sizes(list(lengths.values()), like.dim)
-        shares = [take_shard(piece, like.dim, self._parts, self._index) for piece in pieces]
+        shares = [self._share(piece, like.dim) for piece in pieces]
         return shares[0] if len(shares) == 1 else torch.cat(shares, like.dim)
+
+    def _share(self, piece: Tensor, dim: int) -> Tensor:
+        """Where none of a segment's tokens are this rank's, it computes a copy of the first, which nobody sees: models
+        cannot reshape what has none.
+        """
+        own = take_shard(piece, dim, self._parts, self._index)
+        return own if own.shape[dim] or not piece.shape[dim] else piece.narrow(dim, 0, 1)
+
+    def _own(self, length: int) -> int:
+        return shard_lengths(length, self._parts)[self._index]
+
+    def _held(self, length: int) -> int:
+        return max(self._own(length), min(length, 1))
+
+    def _without_copies(self, tensor: Tensor, segments: tuple[str, ...]) -> Tensor:
+        """Only this rank's own tokens, of `[batch, local tokens, ...]`."""
+        lengths = [self._lengths[name] for name in segments if name in self._lengths]
+        held, own = list(map(self._held, lengths)), list(map(self._own, lengths))
+        if held == own:
+            return tensor
+        pieces = tensor.split_with_sizes(held, TOKEN_DIM)
+        return torch.cat([piece[:, :size] for piece, size in zip(pieces, own, strict=True)], TOKEN_DIM)
+
+    def _with_copies(self, tensor: Tensor, segments: tuple[str, ...]) -> Tensor:
+        lengths = [self._lengths[name] for name in segments if name in self._lengths]
+        held, own = list(map(self._held, lengths)), list(map(self._own, lengths))
+        if held == own:
+            return tensor
+        empty = tensor.new_zeros(tensor.shape[0], 1, *tensor.shape[2:])
+        pieces = tensor.split_with_sizes(own, TOKEN_DIM)
+        return torch.cat(
+            [piece if size == more else empty for piece, size, more in zip(pieces, own, held, strict=True)], TOKEN_DIM
+        )
 
     def _note_padding(self, segment: str, real: Tensor | None) -> None:
         self._real.pop(segment, None)
@@ -320,8 +357,8 @@ class SequenceParallelism:
 
     def _gather(self, output: Tensor, segments: tuple[str, ...]) -> Tensor:
         lengths = [self._lengths[name] for name in segments]
-        local = [shard_lengths(length, self._parts)[self._index] for length in lengths]
-        pieces = output.split_with_sizes(local, TOKEN_DIM) if len(segments) > 1 else (output,)
+        output = self._without_copies(output, segments)
+        pieces = output.split_with_sizes(list(map(self._own, lengths)), TOKEN_DIM) if len(segments) > 1 else (output,)
         gathered = [
             gather_shards(piece, TOKEN_DIM, length, self._parts, self._index, self._group)
             for piece, length in zip(pieces, lengths, strict=True)

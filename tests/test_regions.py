@@ -29,9 +29,11 @@ class Seen:
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
+        self.queries: list[Tensor] = []
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         self.calls.append(options)
+        self.queries.append(query)
         return query
 
 
@@ -111,6 +113,22 @@ def test_several_segments_come_out_of_a_tuple() -> None:
             assert torch.equal(block["image"], share(image, 1, rank))
             assert torch.equal(block["text"], share(text, 1, rank))
         assert seen.calls == [{"layout": SequenceLayout((8, 4), PARTS), "mask": None}]
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_a_rank_without_tokens_has_a_copy(tokens: int) -> None:
+    """Models cannot reshape what has no entries. Attention is not told of it, and it does not come out."""
+    image, text, tables = torch.randn(2, tokens, 3), torch.randn(2, 4, 3), torch.randn(tokens, 5)
+    of = region(shard_like={"tables": ShardLike("image", 0)})
+    found = run(of, AttentionScope(("image",)), image=image, text=text, tables=tables)
+    for rank, (output, blocks, seen) in enumerate(found):
+        assert torch.equal(output[0], image)
+        assert torch.equal(output[1], text)
+        held = slice(rank, rank + 1) if rank < tokens else slice(1)
+        for block in blocks:
+            assert torch.equal(block["image"], image[:, held])
+            assert torch.equal(block["tables"], tables[held])
+        assert torch.equal(seen.queries[0], share(image, 1, rank))
 
 
 def test_the_last_tokens_are_a_segment_of_their_own() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from crossdock.runtime.reports.rank_result import RankResult
 from crossdock.runtime.request import RankRequest, RequestItem
 from crossdock.runtime.watch.gang import Gang
 from layouts import FAMILIES
-from reference import ODD_SIZE, OTHER_PROMPT, PROMPT
+from reference import ODD_SIZE, OTHER_PROMPT, PROMPT, TOLERANCE, max_error
 from tiers import not_quick
 
 pytestmark = not_quick
@@ -239,6 +240,30 @@ def test_nobody_elses_random_numbers_are_touched(flux2_dir: Path) -> None:
         assert torch.equal(_latents(worker.generate(REQUEST)), expected)
     torch.manual_seed(7)
     assert torch.equal(torch.rand(4), drawn)
+
+
+@pytest.mark.parametrize("scheduler", ["stochastic euler", "lcm", "stochastic dpm"])
+def test_each_picture_draws_from_its_own_seed(scheduler: str, flux2_dir: Path) -> None:
+    """However many are computed at once, and as diffusers does where the scheduler is told of the same generator."""
+    two = rank_request(["a fox", "a boat"], seed=5, steps=3, height=64, width=64)
+    with _worker(flux2_dir, scheduler) as worker:
+        found = _latents(worker.generate(two))
+        alone = [_latents(worker.generate(changed(two, items=(item,)))) for item in two.asked.items]
+    pipe = diffusers.DiffusionPipeline.from_pretrained(flux2_dir)
+    pipe.scheduler = SCHEDULERS[scheduler](pipe.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    for picture, item in enumerate(two.asked.items):
+        generator, expected = torch.Generator("cpu").manual_seed(item.seed), list[Tensor]()
+
+        def keep(_pipe: Any, _step: int, _time: Any, kept: Any, into: list[Tensor] = expected) -> Any:
+            into.append(kept["latents"])
+            return kept
+
+        pipe.scheduler.step = partial(type(pipe.scheduler).step, pipe.scheduler, generator=generator)
+        size = {"num_inference_steps": 3, "height": 64, "width": 64}
+        pipe(prompt=item.prompt, generator=generator, callback_on_step_end=keep, **size)
+        assert max_error(found[picture : picture + 1], expected[-1]) <= TOLERANCE
+        assert max_error(alone[picture], expected[-1]) <= TOLERANCE
 
 
 def test_the_last_step_that_all_have() -> None:

@@ -322,3 +322,12 @@ def test_the_bound(plan: RunPlan) -> None:
     assert bound(half, Deviation(1, "b", 0.0, math.inf)) == 0.25
     mixed = replace(plan.layout, dtypes={**plan.layout.dtypes, "kept": torch.float32, "norm": torch.float16})
     assert bound(mixed, Deviation(1, "b", 0.0, 0.0)) == pytest.approx(2 / 1024)
+
+
+def test_a_rank_without_tokens_answers_for_none() -> None:
+    """It has a copy of the first one, behind which attention left nothing."""
+    whole = torch.randn(1, 6, 3)
+    part = next(each for each in _parts_of(whole, (Segment(2), Segment(4)), 4, 3) if each.text)
+    assert torch.equal(part.own, whole[:, [0, 5]])
+    assert part.real is not None
+    assert part.real.tolist() == [[False, True]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import random
 import time
@@ -51,7 +52,7 @@ class Observer:
 
 @contextmanager
 def own_randomness(device: torch.device, seed: int) -> Iterator[tuple[torch.Generator, ...]]:
-    """The generators that a scheduler draws from, which pipelines do not tell of the request's own: the process's.
+    """The generators that a scheduler draws from which takes none: the process's.
 
     They are seeded inside, with a number that has nothing to do with the initial noise, and put back afterwards.
     """
@@ -61,6 +62,30 @@ def own_randomness(device: torch.device, seed: int) -> Iterator[tuple[torch.Gene
         for generator in generators:
             generator.manual_seed(random.Random(seed).getrandbits(63))
         yield generators
+
+
+@contextmanager
+def drawing_from(scheduler: Scheduler, generator: object) -> Iterator[None]:
+    """What the scheduler's steps draw comes from the request's own generators, of which pipelines do not tell it.
+
+    Args:
+        generator: as the pipeline has it: of several pictures a list.
+    """
+    original = type(scheduler)
+    if "generator" not in inspect.signature(original.step).parameters:
+        yield
+        return
+
+    @functools.wraps(original.step)  # pipelines look at the signature
+    def step(scheduler: Scheduler, *args: object, **kwargs: object) -> object:
+        call: Callable[..., object] = original.step
+        return call(scheduler, *args, **{"generator": generator, **kwargs})
+
+    scheduler.__class__ = variant(original, step=step)
+    try:
+        yield
+    finally:
+        scheduler.__class__ = original
 
 
 class DenoiseLoop:

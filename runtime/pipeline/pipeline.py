@@ -31,7 +31,7 @@ from crossdock.runtime.models.latents import number_of_chunks
 from crossdock.runtime.models.spec import ModelSpec
 from crossdock.runtime.models.transformers import transformers_in
 from crossdock.runtime.pipeline.components import Component, place_component
-from crossdock.runtime.pipeline.denoise_loop import DenoiseLoop, Observer, StepEnd, own_randomness
+from crossdock.runtime.pipeline.denoise_loop import DenoiseLoop, Observer, StepEnd, drawing_from, own_randomness
 from crossdock.runtime.pipeline.modular import as_pipeline, share_block
 from crossdock.runtime.pipeline.presence import ActiveComponent
 from crossdock.runtime.pipeline.refusal import refusal
@@ -129,8 +129,8 @@ class RankPipeline:
                 continue
             method = self._told(name, share, getattr(self.pipe, name))
             object.__setattr__(self.pipe, name, method)  # the pipeline's own way takes no call for a component
-        if (way := self._layout.spec.latents) is not None:
-            object.__setattr__(self.pipe, way, self._keeping(getattr(self.pipe, way)))
+        if (maker := self._layout.spec.latents) is not None:
+            object.__setattr__(self.pipe, maker, self._keeping(getattr(self.pipe, maker)))
         for name in self._layout.decoders:
             module = getattr(self.pipe, name)
             if hasattr(module, "decode"):
@@ -185,8 +185,9 @@ class RankPipeline:
     ) -> Denoised:
         """Run the pipeline on a batch: denoise, from the beginning or where `resume` was taken, and decode.
 
-        The initial noise is drawn on the CPU; what a stochastic scheduler draws follows from the seeds as well, so that
-        it is the same on all ranks and in every run. An error that `on_step` raises leaves the pipeline usable.
+        The initial noise is drawn on the CPU, and what a stochastic scheduler draws as well, of each picture from its
+        own seed, so that it is the same on all ranks, in every run, and however many are computed at once. An error
+        that `on_step` raises leaves the pipeline usable.
 
         Args:
             items: of `request`, for one batch.
@@ -221,6 +222,7 @@ class RankPipeline:
             arguments = self._arguments(items, drawn, request)
             with (
                 loop.watching(*self.transformers),
+                drawing_from(self.pipe.scheduler, arguments["generator"]),
                 loop.told_by(self.pipe) as tells,
                 self._guided(request),
                 suppress(_NotDecodedHereError),

@@ -205,7 +205,7 @@ class _Part:
 def _parts_of(whole: Tensor, segments: Sequence[Segment], parts: int, index: int) -> Iterator[_Part]:
     """What part `index` of `parts` may have of `whole` `[batch, tokens, ...]`: all of it, or of every segment of which
     it is made, one behind the other, its share. These lie side by side; where they are not equal, the first ones have
-    one token more.
+    one token more. Whose share has none has a copy of the first one, whatever comes of it.
     """
     known = False
     for count in range(1, len(segments) + 1):
@@ -217,7 +217,15 @@ def _parts_of(whole: Tensor, segments: Sequence[Segment], parts: int, index: int
             yield _Part(whole, real, "")
             spans = [(_start(length, parts, index), _start(length, parts, index + 1)) for length in lengths]
             first = [sum(lengths[:place]) for place in range(count)]
-            rows = torch.cat([torch.arange(at + low, at + high) for at, (low, high) in zip(first, spans, strict=True)])
+            copies = [low == high and length > 0 for (low, high), length in zip(spans, lengths, strict=True)]
+            held = [range(copy) if copy else range(*span) for copy, span in zip(copies, spans, strict=True)]
+            rows = torch.cat(
+                [torch.tensor([*each], dtype=torch.long) + at for at, each in zip(first, held, strict=True)]
+            )
+            if any(copies):
+                own = torch.cat([torch.full((len(each),), not copy) for copy, each in zip(copies, held, strict=True)])
+                real = torch.ones(whole.shape[:2], dtype=torch.bool) if real is None else real.clone()
+                real[:, rows] &= own
             shares = " and ".join(f"{low} to {high - 1} of {n}" for (low, high), n in zip(spans, lengths, strict=True))
             yield _Part(whole[:, rows], None if real is None else real[:, rows], f"its tokens, {shares}")
     if not known:
