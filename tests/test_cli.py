@@ -67,7 +67,7 @@ def test_generate_passes_everything_on(tmp_path: Path, arguments: list[str]) -> 
     assert recorder.calls == [
         (
             tmp_path / "run.yaml",
-            tmp_path / "model",
+            str(tmp_path / "model"),
             GenerateRequest(
                 (RequestItem("a fox", "blur", 7), RequestItem("a dog", "blur", 10)), 2, 208, 176, 1.5, 9, 3, 2, 60.0
             ),
