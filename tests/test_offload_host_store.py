@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -37,6 +38,12 @@ from crossdock.offload.memory.store_handle import HostStoreHandle
 store = HostStore.attach(HostStoreHandle(*map(int, sys.argv[1:])))
 print("mapped", flush=True)
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_of_others() -> None:
+    """Models of other tests, in reference cycles, would keep their stores mapped."""
+    gc.collect()
 
 
 class Peer:
