@@ -28,14 +28,14 @@ demo: .venv/.installed $(CHECKPOINT)
 
 # What needs no ranks, and one gang.
 quick: .venv/.installed
-	CROSSDOCK_TESTS=quick $(BIN)/python -m pytest -n 2
+	CROSSDOCK_TESTS=quick $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 # Every family in every layout, every planted fault on all layouts that are named for it.
 test-all: .venv/.installed
-	CROSSDOCK_TESTS=all $(BIN)/python -m pytest -n 2
+	CROSSDOCK_TESTS=all $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 # The tree of links makes `import crossdock` work without an installation, for mypy and for a GPU machine's own python.
 .typecheck/crossdock:

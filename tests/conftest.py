@@ -38,8 +38,6 @@ STARTS_RANKS = {
     "test_video_file",
 }
 """Test files with ranks of their own; several look for what is left of them on the whole machine."""
-MATRIX = "test_matrix_e2e.py"
-"""As long as everything else with ranks together. None of its cells looks for what is left on the machine."""
 GANGS = {"gang_of", "ray_gang_of"}
 """Fixtures with ranks in processes of their own."""
 
@@ -49,13 +47,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a shell'
 
 @pytest.hookimpl(optionalhook=True)  # a GPU machine's python may have no xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For `pytest -n 2`: one process takes all files with gangs but the matrix, which is with the rest."""
+    """For `pytest -n 2`: one process takes all files that start ranks of their own, or of Ray."""
     from xdist.scheduler import LoadScopeScheduling
 
     class GangsTogether(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file, _, _ = nodeid.partition("::")
-            return "gangs" if _has_gangs(config.rootpath / file) and not file.endswith(MATRIX) else file
+            return "ranks" if _starts_ranks(config.rootpath / file) else file
 
     return GangsTogether(config, log)
 
@@ -76,8 +74,8 @@ def _is_wanted(item: pytest.Item) -> bool:
 
 
 @cache
-def _has_gangs(file: Path) -> bool:
-    return file.stem in STARTS_RANKS or "gang_of: " in file.read_text(encoding="utf-8")
+def _starts_ranks(file: Path) -> bool:
+    return file.stem in STARTS_RANKS or "ray_gang_of: " in file.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

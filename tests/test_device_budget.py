@@ -39,7 +39,7 @@ from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.watch.gang import Gang
 from layouts import FAMILIES
 from reference import ODD_SIZE, PROMPT, TOLERANCE, max_error, reference_latents
-from tiers import how_many, not_quick, pairs, some
+from tiers import how_many, not_quick, pairs, some, thorough
 from toy_blocks import build
 
 pytestmark = not_quick
@@ -103,6 +103,7 @@ def test_budgets_from_least_to_whole(family: str, checkpoints: Checkpoints) -> N
     assert memory.turn_bytes["text_encoder"] < encoder_bytes, "it is not streamed"
 
 
+@thorough
 @pytest.mark.parametrize("config", some([{"dp_degree": 2, "hsdp": {"shard": 2}}, {"tp_degree": 2}], 1), ids=str)
 def test_budgets_of_several_ranks(config: dict[str, Any], gang_of: GangOf, checkpoints: Checkpoints) -> None:
     """The first rank also runs encoder and VAE; what it evicts for them, a shard group has to load together."""

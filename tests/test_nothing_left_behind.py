@@ -189,6 +189,7 @@ def _expect_user_error(command: list[str], *texts: str) -> None:
         assert text in run.output, run.output
 
 
+@thorough
 def test_an_occupied_rendezvous_port(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Found by rank 0, in its own process; still one message with file and line, and nothing is left."""
     with socket.socket() as taken:
@@ -209,6 +210,7 @@ def test_more_ranks_than_gpus(checkpoints: Checkpoints, tmp_path: Path) -> None:
     _expect_user_error(command, f"{config}:4: launch.device: 64 ranks need 64 GPUs, but this machine has")
 
 
+@thorough
 def test_heads_not_divisible_names_file_and_line(checkpoints: Checkpoints, tmp_path: Path) -> None:
     config = tmp_path / "layout.yaml"
     config.write_text("# six heads do not go into four\nparallel:\n  tp_degree: 4\n")
@@ -216,6 +218,7 @@ def test_heads_not_divisible_names_file_and_line(checkpoints: Checkpoints, tmp_p
     _expect_user_error(command, f"{config}:3: parallel.tp_degree: found 4", "allowed: 1, 2")
 
 
+@thorough
 def test_a_size_that_does_not_fit_starts_nothing(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Known from the model directory alone: refused before a rank exists."""
     command = _generate(checkpoints["z-image"], CONFIGS / "tp2.yaml", tmp_path / "out.png", "--height", "250")
@@ -240,6 +243,7 @@ def test_under_torchrun_one_rank_speaks(checkpoints: Checkpoints, tmp_path: Path
     assert "exitcode  : 2" in run.output
 
 
+@thorough
 def test_torchrun_with_another_number_of_processes(checkpoints: Checkpoints, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = _generate(checkpoints["z-image"], CONFIGS / "ring4.yaml", tmp_path / "out.png")[len(CLI) :]

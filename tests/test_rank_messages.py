@@ -44,6 +44,7 @@ from crossdock.runtime.errors import (
 from crossdock.runtime.reports.status import RankStatus
 from layouts import CONFIGS
 from reference import PROMPT
+from tiers import thorough
 
 SECRET = b"known to the ranks, and to nobody else"
 GROUP = GroupRecord("tp", (0, 1), 7, 12345, (Collective(7, "all_reduce float32 64"),), 0.25)
@@ -369,6 +370,7 @@ def test_our_own_store_listens_on_one_address() -> None:
         open_store(LOOPBACK, store.port, 2)
 
 
+@thorough
 @pytest.mark.timeout(300)
 def test_a_stranger_in_torchruns_store_runs_nothing(flux2_dir: Path, tmp_path: Path) -> None:
     """He writes programs and forged messages under all keys that the ranks read, again and again. The picture comes.

@@ -58,7 +58,7 @@ def _curl(live: Server) -> None:
 def _previews(live: Server) -> None:
     """From the latents of steps that are done, the way to colours learned from the pictures before."""
     with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", timeout=LIMIT_S) as client:
-        more: Any = {"stream": True, "partial_images": 2, "extra_body": {"num_inference_steps": 120}}
+        more: Any = {"stream": True, "partial_images": 2, "extra_body": {"num_inference_steps": 60}}
         events = list(client.images.generate(prompt="a fox", **more))
     assert [event.type for event in events[-1:]] == ["image_generation.completed"]
     partial = events[:-1]

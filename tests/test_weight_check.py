@@ -41,7 +41,7 @@ from crossdock.runtime.reports.records import RankReport
 from crossdock.runtime.watch.gang import Gang
 from layouts import FAMILIES
 from reference import ODD_SIZE, PROMPT
-from tiers import not_quick
+from tiers import not_quick, some
 from toy_blocks import build
 
 pytestmark = not_quick
@@ -112,7 +112,7 @@ def _named(violations: Sequence[Violation], check: str) -> list[str]:
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some(FAMILIES, 1))
 def test_a_healthy_load_is_admitted(family: str, way: str, dtype: str, checkpoints: Checkpoints) -> None:
     """A false alarm would stop a good run: sampled and in full, converted or not, wherever blocks rest."""
     if dtype != "auto" and WAYS[way].get("host") == "mmap":
