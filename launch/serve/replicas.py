@@ -142,12 +142,7 @@ class Replicas(Service):
         self._thread = threading.Thread(target=self._keep, name="crossdock replicas", daemon=True)
         self._thread.start()
 
-    @property
-    def state(self) -> State:
-        if self._ended.is_set():
-            return "closed"
-        if self.failed is not None:
-            return "failed"
+    def _state(self) -> State:
         if self._handle is None:
             return "starting"
         return "ready" if self._running else "recovering"

@@ -46,9 +46,15 @@ class Service(ABC):
         self._held: dict[str, list[Mapping[str, Any]]] = {}  # by engine: its ranks' rows of the last report
 
     @property
-    @abstractmethod
     def state(self) -> State:
         """ "ready": requests are answered at once."""
+        if self._ended.is_set():
+            return "closed"
+        return "failed" if self.failed is not None else self._state()
+
+    @abstractmethod
+    def _state(self) -> State:
+        """While it is neither closed nor given up."""
 
     @abstractmethod
     def begin(self, request: GenerateRequest, progress: Progress, preview: Preview | None) -> Running:
@@ -132,12 +138,7 @@ class OwnEngine(Service):
         self._thread = threading.Thread(target=self._keep, name="crossdock engine", daemon=True)
         self._thread.start()
 
-    @property
-    def state(self) -> State:
-        if self._ended.is_set():
-            return "closed"
-        if self.failed is not None:
-            return "failed"
+    def _state(self) -> State:
         engine = self._engine
         if engine is None:
             return "starting" if self._starts < 1 else "recovering"
