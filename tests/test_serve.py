@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from crossdock.launch.engine.generation import Generation
 from crossdock.launch.serve.batch_limit import BatchLimit
 from crossdock.launch.serve.previews import Previews
 from crossdock.launch.serve.scheduler import Scheduler, Work
+from crossdock.launch.serve.web.server import ServeOptions, listen
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import RankError, RequestCancelled
 from crossdock.runtime.plan.make_plan import make_plan
@@ -434,6 +436,12 @@ def test_the_log_has_the_prompt_if_asked(
 
 
 # -- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def test_who_reads_that_it_listens_may_connect() -> None:
+    """Before the web server runs: the line that names the address is printed when this returns."""
+    with listen(ServeOptions(port=0)) as listener, socket.create_connection(listener.getsockname(), LIMIT_S):
+        pass
 
 
 def test_metrics(live: Served) -> None:
