@@ -3,6 +3,7 @@ PYTHON ?= python3
 GPU_PYTHON ?= python3
 GPU_PATH := .typecheck$(if $(PYTHONPATH),:$(PYTHONPATH))
 BIN := .venv/bin
+TESTS := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
 CHECKPOINT := demo/flux2-klein
@@ -28,14 +29,14 @@ demo: .venv/.installed $(CHECKPOINT)
 
 # What needs no ranks, and one gang.
 quick: .venv/.installed
-	CROSSDOCK_TESTS=quick $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
+	CROSSDOCK_TESTS=quick $(TESTS)
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
+	$(TESTS)
 
 # Every family in every layout, every planted fault on all layouts that are named for it.
 test-all: .venv/.installed
-	CROSSDOCK_TESTS=all $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
+	CROSSDOCK_TESTS=all $(TESTS)
 
 # The tree of links makes `import crossdock` work without an installation, for mypy and for a GPU machine's own python.
 .typecheck/crossdock:

@@ -16,7 +16,6 @@ from PIL import Image
 
 from crossdock.launch.engine import ranks as ranks_module
 from crossdock.launch.engine.engine import Engine
-from crossdock.launch.engine.generation import Generation
 from crossdock.launch.serve.job_runner import JobRunner
 from crossdock.launch.serve.jobs import JobStore
 from crossdock.launch.serve.metrics import Metrics
@@ -26,7 +25,7 @@ from crossdock.launch.serve.service import OwnEngine, Service
 from crossdock.launch.serve.web.app import build_app
 from crossdock.launch.serve.web.desk import Desk
 from crossdock.launch.serve.web.schemas import Defaults
-from crossdock.launch.serve.web.server import ServeOptions, listen
+from crossdock.launch.serve.web.server import ServeOptions, listen, queue_for
 from crossdock.launch.video_file import write_video
 from crossdock.runtime.media import Video
 from crossdock.runtime.plan.plan import RunPlan
@@ -90,22 +89,7 @@ def served(
 
     metrics, previews = Metrics(), Previews()
     service = OwnEngine(plan, start, most, lambda line: None)
-    wait_s = options.pop("batch_wait_s", 0.0)
-
-    def learn_from(asked: GenerateRequest, made: Generation) -> None:
-        service.learn_from(asked, made)
-        metrics.learn_from(made)
-        previews.learn_from(made)
-
-    scheduler = Scheduler(
-        service.begin,
-        service.fits,
-        options.pop("queue", 64),
-        wait_s,
-        lambda work: metrics.ended(work, 0.0),
-        learn_from,
-    )
-    metrics.watch(scheduler, service)
+    scheduler = queue_for(service, metrics, previews, options.pop("queue", 64), options.pop("batch_wait_s", 0.0))
     jobs = None if data is None else JobRunner(JobStore(data), scheduler, 3600.0, options.pop("write", write_video))
     defaults = DEFAULTS if data is None else DEFAULTS.model_copy(update={"fps": FPS, "seconds": 0.25})
     app = build_app(

@@ -551,7 +551,7 @@ def test_which_launcher(
     found: Launcher,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(choose, "_has_ray", lambda: has_ray)
+    monkeypatch.setattr(choose, "has_ray", lambda: has_ray)
     assert choose_launcher(_config(world_size, wanted, address)) == found
     if wanted == "auto":
         assert choose_launcher(_config(world_size, wanted, address), "torchrun") == "torchrun"

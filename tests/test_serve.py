@@ -32,6 +32,7 @@ from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.request import GenerateRequest, RequestItem
 from fake_gang import LIMIT_S
+from live_server import until
 from serving import Served, colour, served
 
 
@@ -259,8 +260,7 @@ def test_each_lane_runs_a_batch() -> None:
     works = [scheduler.submit(Work(GenerateRequest.of("a fox", seed=seed))) for seed in range(2)]
     assert [work.outcome.result(LIMIT_S) for work in works] == [["made"]] * 2
     last = scheduler.submit(Work(GenerateRequest.of("alone")))
-    while len(runs) < 3 or not scheduler.running:
-        time.sleep(0.01)
+    until(lambda: len(runs) == 3 and scheduler.running)
     scheduler.cancel(last, "the client has gone")
     with pytest.raises(RequestCancelled, match="the client has gone"):
         last.outcome.result(LIMIT_S)

@@ -148,10 +148,8 @@ def _job(soak: Soak, chance: random.Random, asked: Asked) -> None:
         assert soak.ask("GET", f"{path}/{name}").status_code == 404
         soak.over("deleted")
         return
-    deadline = time.monotonic() + LIMIT_S
-    while (job := soak.ask("GET", f"{path}/{name}").json())["status"] not in ("completed", "failed"):
-        assert time.monotonic() < deadline, job
-        time.sleep(0.1)
+    job: dict[str, Any] = {}
+    until(lambda: job.update(soak.ask("GET", f"{path}/{name}").json()) or job["status"] in ("completed", "failed"))
     assert job["status"] == "completed", job
     soak.over("answered", Answer(asked, soak.ask("GET", f"{path}/{name}/content").content))
 

@@ -13,7 +13,7 @@ from crossdock.launch.commands.generate import locating
 from crossdock.launch.commands.options import check_inputs, located
 from crossdock.launch.engine.engine import Engine
 from crossdock.launch.engine.progress import Notify
-from crossdock.launch.gangs.choose import choose_gang, choose_launcher
+from crossdock.launch.gangs.choose import choose_gang, choose_launcher, has_ray
 from crossdock.launch.hub.names import name_of_snapshot
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.config.yaml_file import load_config
@@ -48,7 +48,7 @@ def run_serve(config_path: Path, model: str, ray_address: str | None, **options:
 
 
 def _with_ray(config: RunConfig, address: str | None, replicas: int) -> RunConfig:
-    if replicas > 1 and (find_spec("ray") is None or find_spec("aiohttp") is None):
+    if replicas > 1 and not (has_ray() and find_spec("aiohttp")):  # which Ray Serve brings
         raise LaunchError("--replicas needs Ray Serve: pip install 'crossdock[replicas]'")
     launch = config.launch
     if launch.launcher not in ("auto", "ray"):

@@ -38,7 +38,7 @@ def choose_launcher(config: RunConfig, command: Command = "crossdock", verb: str
         return "torchrun"
     if wanted == "local":
         return "local"
-    there = _has_ray()
+    there = has_ray()
     if not there and (wanted == "ray" or launch.ray_address is not None):
         way = "" if launch.ray_address is not None else ", or use launcher: local"
         key = "launch.launcher" if wanted == "ray" else "launch.ray_address"
@@ -78,6 +78,6 @@ def check_gpus(world_size: int) -> None:
         )
 
 
-def _has_ray() -> bool:
+def has_ray() -> bool:
     found = find_spec("ray")
     return found is not None and found.origin is not None  # not just a folder of that name

@@ -9,15 +9,13 @@ from typing import Any, NamedTuple
 
 from crossdock.runtime.config.bounded_files import printable
 from crossdock.runtime.errors import CheckpointError
-from crossdock.runtime.models.checkpoint import MODULAR_INDEX
+from crossdock.runtime.models.checkpoint import MODULAR_INDEX, WEIGHT_NAMES
 from crossdock.runtime.models.spec import ModelSpec
 
 INDICES = ("model_index.json", MODULAR_INDEX)
 _DATA = (".json", ".jinja", ".model", ".txt")
 """Settings, templates and words: none of them is code."""
 _OTHERS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pb", ".pt", ".pth")
-_STEMS = ("diffusion_pytorch_model", "model")
-"""What diffusers and transformers call a component's weights."""
 _VARIANTS = ("", "bf16", "fp16", "fp32")
 """In the order in which they are taken, before all others."""
 _SHARD = r"-\d{5}-of-\d{5}"
@@ -79,12 +77,14 @@ def _weights(repo: str, component: str, inside: Iterable[str]) -> list[str]:
             raise CheckpointError(f"{what}, nor other weights; name another repository")
         how = _from_gguf(repo, other) if other.endswith(".gguf") else _from_pickle(repo)
         raise CheckpointError(f"{what}, but {printable(other)}, which is never read; {how}")
-    if known := [weights for weights in found if weights.stem in _STEMS]:
+    if known := [weights for weights in found if weights.stem in WEIGHT_NAMES]:
         variants = {weights.variant for weights in known}
         variant = next((each for each in _VARIANTS if each in variants), min(variants))
         found = [weights for weights in known if weights.variant == variant]
         suffix = f".{variant}" if variant else ""
-        index = [path for stem in _STEMS if (path := f"{component}/{stem}.safetensors.index{suffix}.json") in inside]
+        index = [
+            path for stem in WEIGHT_NAMES if (path := f"{component}/{stem}.safetensors.index{suffix}.json") in inside
+        ]
         shards = [weights for weights in found if weights.shard]
         if index and shards:
             return index + [weights.path for weights in shards]

@@ -64,9 +64,6 @@ class Latents:
 class Front:
     """Lives as long as the process that has the queue: an actor that Ray ends with its owner."""
 
-    def here(self) -> bool:
-        return True
-
 
 class Replica:
     """The engine, in an actor of Ray Serve. It takes one request at a time."""

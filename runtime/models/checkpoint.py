@@ -40,9 +40,9 @@ MAX_JSON_BYTES = 16 * 2**20
 MAX_TENSORS = 50_000
 """Of one file."""
 _MAX_NAME = 200
-_WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
+WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
 """What diffusers and transformers call files with weights."""
-_VARIANT = re.compile(rf"(?:{'|'.join(_WEIGHT_NAMES)})\.(?:(\w+)\.safetensors|safetensors\.index\.(\w+)\.json)")
+_VARIANT = re.compile(rf"(?:{'|'.join(WEIGHT_NAMES)})\.(?:(\w+)\.safetensors|safetensors\.index\.(\w+)\.json)")
 MODULAR_INDEX = "modular_model_index.json"
 """What a pipeline that is made of blocks has in place of model_index.json."""
 
@@ -202,7 +202,7 @@ def weight_files(component_dir: Path, variant: str | None = None) -> list[Path]:
         )
     if len(there) > 1:
         found = ", ".join(printable(file.name[:100]) for file in there[:3])
-        names = " or ".join(f"{name}.safetensors" for name in _WEIGHT_NAMES)
+        names = " or ".join(f"{name}.safetensors" for name in WEIGHT_NAMES)
         raise CheckpointError(f"{component_dir}: found {found}, no index and no {names}; which is the model's?")
     return there
 
@@ -210,7 +210,7 @@ def weight_files(component_dir: Path, variant: str | None = None) -> list[Path]:
 def named_files(component_dir: Path, variant: str | None) -> list[Path] | None:
     """By their names, in the order in which the libraries look for them; None: there are none."""
     kind = "" if variant is None else f".{variant}"
-    for name in _WEIGHT_NAMES:
+    for name in WEIGHT_NAMES:
         one, index = (
             component_dir / f"{name}{kind}.safetensors",
             component_dir / f"{name}.safetensors.index{kind}.json",

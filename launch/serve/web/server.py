@@ -127,22 +127,7 @@ def serve(
     store = None if defaults.fps is None else JobStore(options.data or data_folder(defaults.name))
     service = _service(plan, start, options, notify)
     metrics, previews = Metrics(), Previews()
-
-    def learn_from(asked: GenerateRequest, made: Generation) -> None:
-        service.learn_from(asked, made)
-        metrics.learn_from(made)
-        previews.learn_from(made)
-
-    scheduler = Scheduler(
-        service.begin,
-        service.fits,
-        options.queue,
-        options.batch_wait_ms / 1e3,
-        lambda work: _note(metrics, work),
-        learn_from,
-        service.lanes,
-    )
-    metrics.watch(scheduler, service)
+    scheduler = queue_for(service, metrics, previews, options.queue, options.batch_wait_ms / 1e3)
     jobs = None if store is None else JobRunner(store, scheduler, options.keep_h * 3600, write_video)
     desk = Desk(service, scheduler, defaults, metrics, version("crossdock"), previews, jobs, options.log_prompts)
     app = build_app(desk, key)
@@ -175,14 +160,26 @@ def _service(plan: RunPlan, start: Callable[[Notify], Engine], options: ServeOpt
     return Replicas(plan, options.replicas, options.max_batch, notify)
 
 
+def queue_for(service: Service, metrics: Metrics, previews: Previews, limit: int, wait_s: float) -> Scheduler:
+    """The queue before `service`; all three learn from what is made."""
+
+    def ended(work: Work) -> None:
+        metrics.ended(work, time.monotonic() - work.arrived)
+
+    def learn_from(asked: GenerateRequest, made: Generation) -> None:
+        service.learn_from(asked, made)
+        metrics.learn_from(made)
+        previews.learn_from(made)
+
+    scheduler = Scheduler(service.begin, service.fits, limit, wait_s, ended, learn_from, service.lanes)
+    metrics.watch(scheduler, service)
+    return scheduler
+
+
 def data_folder(name: str) -> Path:
     """Where jobs are kept if nobody says (XDG Base Directory Specification)."""
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "crossdock" / re.sub(r"[^\w.-]", "_", name).lstrip(".")
-
-
-def _note(metrics: Metrics, work: Work) -> None:
-    metrics.ended(work, time.monotonic() - work.arrived)
 
 
 class _Stop:
