@@ -14,19 +14,29 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from crossdock.launch.commands.options import MODEL_HELP, Outputs, add_check, build_app, run_app
+from crossdock.launch.commands.options import (
+    CONFIG_HELP,
+    MODEL_HELP,
+    ConfigFile,
+    Outputs,
+    SecondFile,
+    TransformerFile,
+    add_check,
+    build_app,
+    run_app,
+)
 from crossdock.launch.console import exit_now
 from crossdock.launch.gangs.ranks.reachable import GIVEN_UP
 from crossdock.runtime.request import GenerateRequest
 
 
-def _run(config: Path, model: str, request: GenerateRequest, outputs: Outputs, probe: bool) -> None:
+def _run(config: ConfigFile, model: str, request: GenerateRequest, outputs: Outputs, probe: bool) -> None:
     from crossdock.launch.commands.generate import run_generate
 
     run_generate(config, model, request, outputs, "crossdock", probe=probe)
 
 
-def _check(config: Path, model: str, probe: bool, as_json: bool) -> None:
+def _check(config: ConfigFile, model: str, probe: bool, as_json: bool) -> None:
     from crossdock.launch.commands.check import run_check
 
     run_check(config, model, "crossdock", probe=probe, as_json=as_json)
@@ -83,7 +93,7 @@ def timeline_command(
 @app.command("serve")
 def serve_command(
     model: Annotated[str, typer.Argument(metavar="MODEL_DIR", help=MODEL_HELP)],
-    config: Annotated[Path, typer.Option(help="YAML file with the layout; see `config-schema`.")],
+    config: Annotated[Path, typer.Option(help=CONFIG_HELP)],
     host: Annotated[str, typer.Option(help="Address to listen on; beyond this machine a key is needed.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: a free one.", min=0, max=65535)] = 8000,
     api_key_file: Annotated[
@@ -109,12 +119,14 @@ def serve_command(
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log prompt and seed of each request.")] = False,
     replicas: Annotated[int, typer.Option(help="Of the whole layout, on Ray Serve.", min=1)] = 1,
     ray_address: Annotated[str | None, typer.Option(help="Cluster for the ranks; else launch.ray_address.")] = None,
+    transformer: TransformerFile = None,
+    transformer_2: SecondFile = None,
 ) -> None:
     """Answer HTTP requests like OpenAI's image API, until SIGTERM."""
     from crossdock.launch.commands.serve import run_serve
 
     run_serve(
-        config,
+        ConfigFile(config, transformer, transformer_2),
         model,
         host=host,
         port=port,

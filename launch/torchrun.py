@@ -10,11 +10,10 @@ import contextlib
 import os
 import signal
 import sys
-from pathlib import Path
 
 from rich.console import Console
 
-from crossdock.launch.commands.options import Outputs, add_check, build_app, located, run_app
+from crossdock.launch.commands.options import ConfigFile, Outputs, add_check, build_app, located, run_app
 from crossdock.launch.console import complain_on_stderr, exit_now
 from crossdock.launch.gangs.rank_messages import MessageStore
 from crossdock.launch.gangs.run_secret import run_secret
@@ -22,6 +21,7 @@ from crossdock.launch.gangs.torchrun_gang import connect_store, try_name
 from crossdock.launch.gangs.torchrun_watch import REPORTED, is_reporter
 from crossdock.launch.hub.names import hub_name
 from crossdock.launch.hub.progress import FETCH_S
+from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import LaunchError
 from crossdock.runtime.request import GenerateRequest
 
@@ -31,20 +31,27 @@ _STORE_S = 60.0
 _COMMIT = "hub/commit"
 
 
-def _run_on_torchrun(config: Path, model: str, request: GenerateRequest, outputs: Outputs, probe: bool) -> None:
+def _run_on_torchrun(config: ConfigFile, model: str, request: GenerateRequest, outputs: Outputs, probe: bool) -> None:
     from crossdock.launch.commands.generate import run_generate
 
     quiet = os.environ["RANK"] != "0"
-    run_generate(config, _fetched(model), request, outputs, "torchrun", quiet=quiet, probe=probe)
+    run_generate(config, _fetched(model, config.load()), request, outputs, "torchrun", quiet=quiet, probe=probe)
 
 
-def _check_on_torchrun(config: Path, model: str, probe: bool, as_json: bool) -> None:
+def _check_on_torchrun(config: ConfigFile, model: str, probe: bool, as_json: bool) -> None:
     from crossdock.launch.commands.check import run_check
 
-    run_check(config, _fetched(model), "torchrun", probe=probe, as_json=as_json, quiet=os.environ["RANK"] != "0")
+    run_check(
+        config,
+        _fetched(model, config.load()),
+        "torchrun",
+        probe=probe,
+        as_json=as_json,
+        quiet=os.environ["RANK"] != "0",
+    )
 
 
-def _fetched(model: str) -> str:
+def _fetched(model: str, config: RunConfig) -> str:
     """The model's directory. Of the hub, all ranks take the commit that rank 0 finds, one of each node fetches it, and
     none goes on before every node has it: from there on they wait for each other as long as a launch may take.
 
@@ -65,7 +72,7 @@ def _fetched(model: str) -> str:
         if found is None or found.repo != name.repo:
             raise LaunchError(f"{model}: rank 0 names no commit of it; is CROSSDOCK_RUN_SECRET the same on all nodes?")
         console = Console(highlight=False, soft_wrap=True, stderr=True, quiet=rank != "0")
-        directory = located(str(found), console)
+        directory = located(str(found), console, config)
         store.set(f"{_COMMIT}/{rank}", "here")
         store.wait([f"{_COMMIT}/{each}" for each in range(int(os.environ["WORLD_SIZE"]))])
     except RuntimeError as error:

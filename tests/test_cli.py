@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from crossdock.launch import cli
-from crossdock.launch.commands.options import Outputs, build_app, run_app
+from crossdock.launch.commands.options import ConfigFile, Outputs, build_app, run_app
 from crossdock.runtime.contract.result import CompositionError
 from crossdock.runtime.errors import LaunchError, RankError, RequestError
 from crossdock.runtime.models.tiny.recipes import TINY
@@ -23,10 +23,10 @@ class Recorder:
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
-        self.calls: list[tuple[Path, Path, GenerateRequest, Outputs, bool]] = []
+        self.calls: list[tuple[ConfigFile, str, GenerateRequest, Outputs, bool]] = []
 
-    def __call__(self, config: Path, model_dir: Path, request: GenerateRequest, outputs: Outputs, probe: bool) -> None:
-        self.calls.append((config, model_dir, request, outputs, probe))
+    def __call__(self, config: ConfigFile, model: str, request: GenerateRequest, outputs: Outputs, probe: bool) -> None:
+        self.calls.append((config, model, request, outputs, probe))
         if self.error is not None:
             raise self.error
 
@@ -60,13 +60,15 @@ def test_generate_passes_everything_on(tmp_path: Path, arguments: list[str]) -> 
         "--batch-size=2",
         "--time-limit-s=60",
         "--probe",
+        "--transformer=t.safetensors",
+        "--transformer-2=u.safetensors",
     ]
     files = [f"--latents={tmp_path / 'l.safetensors'}", f"--report={tmp_path / 'r.json'}"]
     code, recorder = run_with(None, arguments + more + files)
     assert code == 0
     assert recorder.calls == [
         (
-            tmp_path / "run.yaml",
+            ConfigFile(tmp_path / "run.yaml", Path("t.safetensors"), Path("u.safetensors")),
             str(tmp_path / "model"),
             GenerateRequest(
                 (RequestItem("a fox", "blur", 7), RequestItem("a dog", "blur", 10)), 2, 208, 176, 1.5, 9, 3, 2, 60.0

@@ -114,6 +114,13 @@ def test_every_family(recipe: str, hub: Hub, checkpoint_of: Callable[[str], Path
     assert not any(path.startswith((*BESIDE, *unused)) for path in hub.sent)
 
 
+def test_weights_that_a_single_file_brings_are_not_fetched(hub: Hub) -> None:
+    model_directory(REPO, print, without=RunConfig(transformer="mine.safetensors").single_files)
+    assert "transformer/config.json" in hub.sent
+    assert not [path for path in hub.sent if path.startswith("transformer/") and path.endswith(".safetensors")]
+    assert [path for path in hub.sent if path.startswith("vae/") and path.endswith(".safetensors")]
+
+
 def test_what_is_here_is_not_fetched_again(hub: Hub) -> None:
     directory = _fetch()
     hub.asked.clear()

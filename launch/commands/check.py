@@ -17,12 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from crossdock.launch.commands.generate import locating
-from crossdock.launch.commands.options import located
+from crossdock.launch.commands.options import ConfigFile, located
 from crossdock.launch.console import end
 from crossdock.launch.engine.engine import Engine
 from crossdock.launch.gangs.choose import Command, Launcher, choose_gang, choose_launcher
 from crossdock.runtime.config.schema import RunConfig
-from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.contract.result import CompositionError, ContractResult
 from crossdock.runtime.reports.records import RankReport, TensorRecord
 
@@ -82,7 +81,7 @@ class Holdings:
 
 
 def run_check(
-    config_path: Path, model: str, command: Command, *, probe: bool, as_json: bool, quiet: bool = False
+    source: ConfigFile, model: str, command: Command, *, probe: bool, as_json: bool, quiet: bool = False
 ) -> None:
     """Check and print. `quiet`: another rank prints.
 
@@ -90,11 +89,11 @@ def run_check(
         SystemExit: 1: the composition contract does not hold; everything that is violated was printed.
         UserError: with file, line and key path, where the config is to blame.
     """
-    config = load_config(config_path)
+    config = source.load()
     console = Console(highlight=False, soft_wrap=True, quiet=quiet)
     signal.signal(signal.SIGTERM, end)
-    model_dir = located(model, Console(stderr=True, quiet=quiet) if as_json else console)
-    with locating(config_path):
+    model_dir = located(model, Console(stderr=True, quiet=quiet) if as_json else console, config)
+    with locating(source.path):
         launcher = choose_launcher(config, command, "check")
         if not as_json:
             console.print(f"{model}: starting {config.world_size} ranks ({launcher})", markup=False)

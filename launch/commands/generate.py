@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from crossdock.launch.commands.options import Outputs, located
+from crossdock.launch.commands.options import ConfigFile, Outputs, located
 from crossdock.launch.commands.outputs import write_outputs
 from crossdock.launch.console import end
 from crossdock.launch.engine.engine import Engine
 from crossdock.launch.engine.recovery import brief
 from crossdock.launch.gangs.choose import Command, choose_gang, choose_launcher
-from crossdock.runtime.config.yaml_file import load_config, locate
+from crossdock.runtime.config.yaml_file import locate
 from crossdock.runtime.contract.numbers import PROBE_CHECKS
 from crossdock.runtime.errors import UserError
 from crossdock.runtime.models.families import spec_for
@@ -28,7 +28,7 @@ from crossdock.runtime.request import GenerateRequest
 
 
 def run_generate(
-    config_path: Path,
+    source: ConfigFile,
     model: str,
     request: GenerateRequest,
     outputs: Outputs,
@@ -45,13 +45,13 @@ def run_generate(
     Raises:
         UserError: with file, line and key path, where the config is to blame.
     """
-    config = load_config(config_path)
+    config = source.load()
     console = Console(highlight=False, soft_wrap=True, quiet=quiet)
     signal.signal(signal.SIGTERM, end)
-    model_dir = located(model, console)
+    model_dir = located(model, console, config)
     spec = spec_for(model_dir)
     outputs.check_kind(spec.family, videos=spec.fps is not None)
-    with locating(config_path):
+    with locating(source.path):
         launcher = choose_launcher(config, command, "generate")
         console.print(f"{model}: starting {config.world_size} ranks ({launcher})", markup=False)
         notify = partial(console.print, markup=False)

@@ -17,6 +17,7 @@ from crossdock.launch.console import INTERRUPTED, complain_on_stderr
 from crossdock.launch.hub.locate import model_directory
 from crossdock.launch.hub.names import hub_name
 from crossdock.launch.hub.progress import fetch_bar
+from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.errors import CheckpointError, CrossdockError, RequestError
 from crossdock.runtime.request import GenerateRequest, RequestItem
@@ -63,13 +64,42 @@ class Outputs:
         return [self.image.with_stem(f"{self.image.stem}_{index}") for index in range(images)]
 
 
+@dataclass(frozen=True)
+class ConfigFile:
+    """A YAML file with the layout, and what the command line puts in the place of what it says."""
+
+    path: Path
+    transformer: Path | None = None
+    transformer_2: Path | None = None
+
+    def load(self) -> RunConfig:
+        """
+        Raises:
+            ConfigError: see `load_config`.
+        """
+        given = {"transformer": self.transformer, "transformer_2": self.transformer_2}
+        return load_config(self.path).model_copy(
+            update={key: str(file.absolute()) for key, file in given.items() if file}
+        )
+
+
+CONFIG_HELP = "YAML file with the layout; see `config-schema`."
+TransformerFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="A single file (.safetensors, in diffusers', its publisher's or ComfyUI's names) in place of the "
+        "checkpoint's transformer.",
+    ),
+]
+SecondFile = Annotated[Path | None, typer.Option(metavar="FILE", help="The same for transformer_2.")]
 MODEL_HELP = "Checkpoint directory in the diffusers format, or org/name[@revision] of the Hugging Face hub."
-RunGenerate = Callable[[Path, str, GenerateRequest, Outputs, bool], None]
+RunGenerate = Callable[[ConfigFile, str, GenerateRequest, Outputs, bool], None]
 """Takes the config file, the model's directory or name, the request and the outputs, all checked; whether to probe."""
 
 
 _PROBE = "run a small step with streaming, without it, and of the unsharded model on one rank; compare block by block."
-RunCheck = Callable[[Path, str, bool, bool], None]
+RunCheck = Callable[[ConfigFile, str, bool, bool], None]
 """Takes the config file and the model's directory or name, both checked; whether to probe, and to print JSON."""
 
 
@@ -83,7 +113,7 @@ def build_app(run: RunGenerate) -> typer.Typer:
 
     def generate(
         model: Annotated[str, typer.Argument(metavar="MODEL_DIR", help=MODEL_HELP)],
-        config: Annotated[Path, typer.Option(help="YAML file with the layout; see `config-schema`.")],
+        config: Annotated[Path, typer.Option(help=CONFIG_HELP)],
         out: Annotated[
             Path, typer.Option(help="Picture, or video (.mp4); several get _0, _1, ... before the suffix.")
         ] = Path("out.png"),
@@ -99,6 +129,8 @@ def build_app(run: RunGenerate) -> typer.Typer:
             Path | None, typer.Option(help="Also write what every rank did when (JSON, for Perfetto and `timeline`).")
         ] = None,
         probe: Annotated[bool, typer.Option("--probe", help=f"Before anything is drawn: {_PROBE}")] = False,
+        transformer: TransformerFile = None,
+        transformer_2: SecondFile = None,
         **options: Any,
     ) -> None:
         """Draw one picture, or make one video, for each prompt."""
@@ -106,8 +138,9 @@ def build_app(run: RunGenerate) -> typer.Typer:
         outputs = Outputs(out, latents, report, trace)
         request.validate()
         outputs.check(len(request.pictures))
-        check_inputs(config, model)
-        run(config, model, request, outputs, probe)
+        source = ConfigFile(config, transformer, transformer_2)
+        check_inputs(source, model)
+        run(source, model, request, outputs, probe)
 
     app.command()(_with_request_options(generate))
     return app
@@ -138,13 +171,16 @@ def add_check(app: typer.Typer, run: RunCheck) -> typer.Typer:
     @app.command()
     def check(
         model: Annotated[str, typer.Argument(metavar="MODEL_DIR", help=MODEL_HELP)],
-        config: Annotated[Path, typer.Option(help="YAML file with the layout; see `config-schema`.")],
+        config: Annotated[Path, typer.Option(help=CONFIG_HELP)],
         probe: Annotated[bool, typer.Option("--probe", help=f"Also {_PROBE}")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+        transformer: TransformerFile = None,
+        transformer_2: SecondFile = None,
     ) -> None:
         """Load the model and verify that sharding and offloading compose; nothing is drawn."""
-        check_inputs(config, model)
-        run(config, model, probe, as_json)
+        source = ConfigFile(config, transformer, transformer_2)
+        check_inputs(source, model)
+        run(source, model, probe, as_json)
 
     return app
 
@@ -175,22 +211,22 @@ def run_app(app: typer.Typer, arguments: list[str] | None = None, complain: Call
     return 0
 
 
-def check_inputs(config: Path, model: str) -> None:
+def check_inputs(config: ConfigFile, model: str) -> None:
     """
     Raises:
         ConfigError, CheckpointError: what they name cannot be read.
     """
-    load_config(config)  # read again by the run; here so that a mistake shows before the heavy imports
+    config.load()  # read again by the run; here so that a mistake shows before the heavy imports
     if not Path(model).is_dir() and hub_name(model) is None:
         raise CheckpointError(
             f"{model}: no such directory; give a checkpoint in the diffusers format, or a hub id: org/name"
         )
 
 
-def located(model: str, console: Console) -> Path:
+def located(model: str, console: Console, config: RunConfig) -> Path:
     """The model's directory; what is fetched of the hub is shown meanwhile."""
     with fetch_bar(model, console) as tell:
-        return model_directory(model, lambda line: console.print(line, markup=False), tell)
+        return model_directory(model, lambda line: console.print(line, markup=False), tell, config.single_files)
 
 
 def _check_writable(option: str, path: Path) -> None:

@@ -4,39 +4,37 @@ from __future__ import annotations
 
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from crossdock.launch.commands.generate import locating
-from crossdock.launch.commands.options import check_inputs, located
+from crossdock.launch.commands.options import ConfigFile, check_inputs, located
 from crossdock.launch.engine.engine import Engine
 from crossdock.launch.engine.progress import Notify
 from crossdock.launch.gangs.choose import choose_gang, choose_launcher, has_ray
 from crossdock.launch.hub.names import name_of_snapshot
 from crossdock.runtime.config.schema import RunConfig
-from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.errors import LaunchError
 
 
-def run_serve(config_path: Path, model: str, ray_address: str | None, **options: Any) -> None:
+def run_serve(source: ConfigFile, model: str, ray_address: str | None, **options: Any) -> None:
     """`options`: the fields of `ServeOptions`.
 
     Raises:
         UserError: with file, line and key path, where the config is to blame.
     """
-    check_inputs(config_path, model)
+    check_inputs(source, model)
     try:
         from crossdock.launch.serve.web.server import ServeOptions, serve
     except ModuleNotFoundError as error:
         message = f"serve needs the package {error.name}: pip install 'crossdock[serve]'"
         raise LaunchError(message) from None
-    config = load_config(config_path)
+    config = source.load()
     console = Console(highlight=False, soft_wrap=True)
-    model_dir = located(model, console)
+    model_dir = located(model, console, config)
     options["name"] = options["name"] or ((name := name_of_snapshot(model_dir)) and name.repo)
-    with locating(config_path):
+    with locating(source.path):
         if ray_address is not None or options["replicas"] > 1:
             config = _with_ray(config, ray_address, options["replicas"])
         make_gang = choose_gang(choose_launcher(config, "crossdock", "serve"))

@@ -119,7 +119,8 @@ class Engine:
             RankError: a rank failed.
         """
         device = choose_device(config)
-        plan = make_plan(config, model_directory(model_dir, notify or (lambda line: None)), device)
+        directory = model_directory(model_dir, notify or (lambda line: None), without=config.single_files)
+        plan = make_plan(config, directory, device)
         if first_request is not None:
             check_request(plan, first_request)
         ranks = gang or (make_gang or choose_gang(choose_launcher(config)))(config.launch, config.world_size, device)

@@ -181,7 +181,7 @@ class Ranks:
         began = time.perf_counter()
         model_dir = self.plan.layout.model_dir
         if self.plan.config.launch.ray_address is not None and name_of_snapshot(model_dir):  # there may be other nodes
-            self.gang.collective_rpc(fetch_here, model_dir, timeout_s=FETCH_S)
+            self.gang.collective_rpc(fetch_here, model_dir, self.plan.config.single_files, timeout_s=FETCH_S)
         if self.plan.config.offload.is_relative:
             device_bytes = min(self.gang.collective_rpc(RankWorker.device_bytes, timeout_s=timeouts.launch_s))
             layout = self.plan.layout

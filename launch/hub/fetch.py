@@ -7,7 +7,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -49,8 +49,11 @@ def pinned(name: HubName, cache: Path | None = None) -> HubName:
         return HubName(name.repo, found.resolved)
 
 
-def fetch(name: HubName, tell: Tell, notify: Notify, cache: Path | None = None) -> Path:
+def fetch(name: HubName, tell: Tell, notify: Notify, cache: Path | None = None, without: Collection[str] = ()) -> Path:
     """The directory with what a run reads of `name`. What is there already is not fetched again.
+
+    Args:
+        without: components whose weights it does not read.
 
     Raises:
         UserError: it cannot be had, or is in a format that is not read; it says the way out.
@@ -62,7 +65,7 @@ def fetch(name: HubName, tell: Tell, notify: Notify, cache: Path | None = None) 
         files = _listing(name, commit, cache, snapshot)
         index = index_of(name.repo, files)
         snapshot = _snapshot(name, commit, cache, [index])
-        wanted = wanted_files(name.repo, files, read_json(snapshot / index), spec_for(snapshot))
+        wanted = wanted_files(name.repo, files, read_json(snapshot / index), spec_for(snapshot), without)
         weights = [path for path in wanted if path.endswith(".safetensors")]
         _fetch_weights(name, commit, cache, weights, snapshot, tell)
         return _snapshot(name, commit, cache, [index, *wanted])

@@ -37,8 +37,13 @@ def index_of(repo: str, files: Collection[str]) -> str:
     raise CheckpointError(f"{what}; name a repository that has one")
 
 
-def wanted_files(repo: str, files: Collection[str], index: Mapping[str, Any], spec: ModelSpec) -> list[str]:
+def wanted_files(
+    repo: str, files: Collection[str], index: Mapping[str, Any], spec: ModelSpec, without: Collection[str] = ()
+) -> list[str]:
     """Of `files`, paths in the repository, those that a run reads beside the index.
+
+    Args:
+        without: components whose weights it does not read.
 
     Raises:
         CheckpointError: a component is not there, or its weights are in a format that is not read.
@@ -53,7 +58,7 @@ def wanted_files(repo: str, files: Collection[str], index: Mapping[str, Any], sp
         if not inside:
             raise CheckpointError(f"{repo}: has no folder {printable(name[:100])}, but its index lists that component")
         weights: list[str] = []
-        if name in (*spec.transformers, *spec.encoders, *spec.decoders):
+        if name in {*spec.transformers, *spec.encoders, *spec.decoders} - {*without}:
             weights = _weights(repo, name, inside)
         wanted += weights + [path for path in inside if path.endswith(_DATA) and ".index." not in path]
     return sorted(wanted)

@@ -71,7 +71,7 @@ class Replica:
     def __init__(self, config: RunConfig, model_dir: str, app: str) -> None:
         self._app = app
         self._name = serve.get_replica_context().replica_id.unique_id
-        fetch_here(self, directory := Path(model_dir))
+        fetch_here(self, directory := Path(model_dir), config.single_files)
         self._engine = Engine.start(config, directory, make_gang=RayGang, rehearse=True)
 
     async def check_health(self) -> None:

@@ -7,6 +7,7 @@ into one and raises `ConfigError`; `load_config` of `yaml_file` does the same fo
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
@@ -254,6 +255,22 @@ class RunConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Type of weights and computation; auto: what most of the checkpoint is stored in."
     )
+    transformer: str | None = Field(
+        default=None,
+        description="A .safetensors file, in diffusers', its publisher's or ComfyUI's names, whose transformer takes "
+        "the place of the checkpoint's.",
+    )
+    transformer_2: str | None = Field(default=None, description="The same for the second one, where there are two.")
+
+    @field_validator("transformer", "transformer_2")
+    @classmethod
+    def _found_from_everywhere(cls, file: str | None) -> str | None:
+        return file and os.path.abspath(os.path.expanduser(file))
+
+    @property
+    def single_files(self) -> dict[str, str]:
+        """Component -> the file that stands for its folder."""
+        return {name: file for name in ("transformer", "transformer_2") if (file := getattr(self, name)) is not None}
 
     @property
     def world_size(self) -> int:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,14 +47,28 @@ MODULAR_INDEX = "modular_model_index.json"
 """What a pipeline that is made of blocks has in place of model_index.json."""
 
 
+class Rows(NamedTuple):
+    """Rows [first, last) of what a file calls `name`, which has `of` rows."""
+
+    name: str
+    first: int
+    last: int
+    of: int
+
+
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor is stored, and as what; `name` is what its file calls it."""
+    """Where a tensor is stored, and as what; `name` is what its file calls it.
+
+    Attributes:
+        rows: what it is put together of, along dim 0, where it is not a tensor of the file as a whole.
+    """
 
     file: Path
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    rows: tuple[Rows, ...] = ()
 
 
 def read_json(path: Path, limit_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -122,12 +136,17 @@ def component_names(index: Mapping[str, object]) -> list[str]:
 
 
 def check_components(
-    model_dir: Path, index: Mapping[str, Any], placed: Sequence[str], variant: str | None = None
+    model_dir: Path,
+    index: Mapping[str, Any],
+    placed: Sequence[str],
+    variant: str | None = None,
+    elsewhere: Collection[str] = (),
 ) -> None:
     """Every component has its folder, and none of its files with weights is truncated; headers only are read.
 
     Args:
         placed: the components with weights that crossdock puts on the devices.
+        elsewhere: those of them whose weights are not in their folders.
         variant: of these files, where a component has such.
 
     Raises:
@@ -145,8 +164,8 @@ def check_components(
             )
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder, but {listed} lists the component {name!r}")
-        for file in weight_files(folder, variant) if name in placed else ():
-            _header(file)
+        for file in weight_files(folder, variant) if name in placed and name not in elsewhere else ():
+            tensors_in(file)
 
 
 def component_class(library: object, class_name: object) -> type | None:
@@ -182,7 +201,7 @@ def stored_tensors(component_dir: Path, variant: str | None = None) -> dict[str,
     """
     found: dict[str, StoredTensor] = {}
     for file in weight_files(component_dir, variant):
-        found |= _header(file)
+        found |= tensors_in(file)
     return found
 
 
@@ -259,9 +278,14 @@ def _files_of_index(file: Path) -> list[Path]:
     return [file.parent / name for name in sorted(set(weight_map.values()))]
 
 
-def _header(file: Path) -> dict[str, StoredTensor]:
+def tensors_in(file: Path) -> dict[str, StoredTensor]:
+    """What one file has, by its own names, but for what is of an unknown dtype; the header only is read.
+
+    Raises:
+        CheckpointError: it is missing or truncated.
+    """
     if not file.is_file():
-        raise CheckpointError(f"{file}: no such file, but the index lists it; download the checkpoint again")
+        raise CheckpointError(f"{file}: no such file; where an index lists it, download the checkpoint again")
     try:
         with open_weights(file) as opened:
             return stored_in(file, opened)

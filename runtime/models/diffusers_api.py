@@ -98,6 +98,15 @@ def declared_cuts(model: nn.Module) -> tuple[dict[str, Any], list[str]] | None:
     return {path: what for path, what in plan.items() if path not in ends}, ends
 
 
+def single_file_converter(class_name: str) -> Callable[..., Mapping[str, Tensor]] | None:
+    """What gives the tensors of a single file of this transformer diffusers' names; takes `checkpoint` and `config`."""
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    found: Callable[..., Mapping[str, Tensor]] | None
+    found = SINGLE_FILE_LOADABLE_CLASSES.get(class_name, {}).get("checkpoint_mapping_fn")
+    return found
+
+
 def register_attention(name: str, attention: Callable[..., Tensor]) -> object:
     """Make `attention` a backend of diffusers' dispatcher; what is returned can be given to `dispatch_to`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -60,12 +61,26 @@ def _heads(model: nn.Module, spec: ModelSpec) -> int:
     return int(config[spec.tensor_plan.head_count])
 
 
+def transformer_files(config: RunConfig, transformers: Sequence[str]) -> dict[str, Path]:
+    """Component -> the file that stands for it."""
+    if strange := config.single_files.keys() - transformers:
+        name, there = min(strange), ", ".join(transformers)
+        raise ConfigError(f"found {config.single_files[name]}; the checkpoint has only {there}", name)
+    return {name: Path(file) for name, file in config.single_files.items()}
+
+
 def check_pages(blocks: Sequence[PlannedBlock], stored: Mapping[str, StoredTensor]) -> None:
     """Bytes as they are stored can be streamed only where they are the bytes to be held."""
     for block in blocks:
         for entry in block.layout.entries:
             full = [f"{block.name}.{each}" for each in entry.names]
             there = next((stored[each] for each in full if each in stored), None)
+            if there is not None and len(there.rows) > 1:
+                raise ConfigError(
+                    f"found mmap, but {full[0]} is put together of {len(there.rows)} parts of {there.file}, which do "
+                    "not lie together there; use host: shared",
+                    "offload.host",
+                )
             if there is not None and there.dtype != entry.dtype:
                 raise ConfigError(
                     f"found mmap, but {full[0]} is stored as {there.dtype} and held as {entry.dtype}: bytes "

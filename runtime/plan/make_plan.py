@@ -23,6 +23,7 @@ from crossdock.parallel.mesh import MeshShape
 from crossdock.parallel.tensor import TensorParallelism, TensorSlice
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import CheckpointError
+from crossdock.runtime.models.build.meta import non_persistent_buffers
 from crossdock.runtime.models.checkpoint import (
     StoredTensor,
     check_components,
@@ -34,7 +35,6 @@ from crossdock.runtime.models.diffusers_api import kept_in_fp32
 from crossdock.runtime.models.families import spec_for
 from crossdock.runtime.models.foreign_code import refuse_foreign_code
 from crossdock.runtime.models.latents import vae_scale
-from crossdock.runtime.models.meta import non_persistent_buffers
 from crossdock.runtime.models.spec import ModelSpec
 from crossdock.runtime.models.transformers import (
     build_transformers,
@@ -43,7 +43,13 @@ from crossdock.runtime.models.transformers import (
     transformer_names,
     transformers_in,
 )
-from crossdock.runtime.plan.checks import check_attention, check_degree, check_guidance, check_pages
+from crossdock.runtime.plan.checks import (
+    check_attention,
+    check_degree,
+    check_guidance,
+    check_pages,
+    transformer_files,
+)
 from crossdock.runtime.plan.component_needs import ComponentNeed, component_needs, host_peak_bytes
 from crossdock.runtime.plan.device_budget import divide_device
 from crossdock.runtime.plan.memory_plan import MemoryPlan, PlannedBlock
@@ -98,12 +104,12 @@ def _describe(config: RunConfig, model_dir: Path, device: str) -> _FoundModel:
     names = component_names(index)
     encoders, decoders = (tuple(n for n in known if n in names) for known in (spec.encoders, spec.decoders))
     transformers = transformer_names(spec.transformers, names)
-    placed = (*transformers, *encoders, *decoders)
-    variant = variant_of([model_dir / name for name in placed if (model_dir / name).is_dir()])
-    check_components(model_dir, index, placed, variant)
+    placed, files = (*transformers, *encoders, *decoders), transformer_files(config, transformers)
+    variant = variant_of([model_dir / name for name in placed if name not in files and (model_dir / name).is_dir()])
+    check_components(model_dir, index, placed, variant, elsewhere=files)
     refuse_foreign_code(model_dir, index)
     model = build_transformers(spec.transformer, model_dir, transformers)
-    stored = stored_of(model, model_dir, transformers, variant)
+    stored = stored_of(model, model_dir, transformers, variant, files)
     for transformer in transformers_in(model).values():
         check_degree(transformer, spec, config)
         check_attention(transformer, spec, config, device)

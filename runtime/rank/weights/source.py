@@ -6,7 +6,7 @@ Whoever reads has a source of its own: the weight check trusts nothing that the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.errors import CheckpointError
-from crossdock.runtime.models.checkpoint import StoredTensor, open_weights, stored_in
+from crossdock.runtime.models.checkpoint import Rows, StoredTensor, open_weights, stored_in
 
 
 class WeightSource:
@@ -40,11 +40,11 @@ class WeightSource:
         opened = self._open(fqn)
         if not stored.shape:
             return opened.get_tensor(stored.name)  # type: ignore[no-any-return]
-        cut = opened.get_slice(stored.name)
+        cut = _JoinedRows(opened, stored.rows) if stored.rows else opened.get_slice(stored.name)
         if last is None:
             last = part.size if part is not None and part.dim == 0 else stored.shape[0]
         if part is None:
-            return cut[first:last]  # type: ignore[no-any-return]
+            return cut[first:last]
         if part.dim == 1:
             return torch.cat([cut[first:last, start:stop] for start, stop in part.ranges], dim=1)
         pieces, offset = [], 0
@@ -74,7 +74,7 @@ class WeightSource:
             opened = open_weights(file)
             found = stored_in(file, opened)
             for stored in self._stored.values():
-                if stored.file == file and found.get(stored.name) != stored:
+                if stored.file == file and not _is_in(found, stored):
                     raise CheckpointError(f"{file}: {stored.name[:100]} is not what it was when the run was planned")
             self._files[file] = opened
         return self._files[file]
@@ -82,3 +82,30 @@ class WeightSource:
     def close(self) -> None:
         """Let go of the files; what was read stays. Another read opens them again."""
         self._files.clear()
+
+
+class _JoinedRows:
+    """Rows of several tensors of a file, cut as those of one are: by a slice of them, and one of each."""
+
+    def __init__(self, opened: Any, rows: Sequence[Rows]) -> None:
+        self._cuts = [(opened.get_slice(part.name), part) for part in rows]
+
+    def __getitem__(self, index: slice | tuple[slice, slice]) -> Tensor:
+        rows, *others = index if isinstance(index, tuple) else (index,)
+        found: list[Tensor] = []
+        offset = 0
+        for cut, part in self._cuts:
+            size = part.last - part.first
+            low, high = max(rows.start - offset, 0), min(rows.stop - offset, size)
+            if low < high or not found:
+                found.append(cut[(slice(part.first + low, part.first + max(low, high)), *others)])
+            offset += size
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _is_in(found: Mapping[str, StoredTensor], stored: StoredTensor) -> bool:
+    """Whether the file has what the run was planned with."""
+    if not stored.rows:
+        return found.get(stored.name) == stored
+    whole = {part.name: (stored.dtype, (part.of, *stored.shape[1:])) for part in stored.rows}
+    return all(name in found and (found[name].dtype, found[name].shape) == kind for name, kind in whole.items())
