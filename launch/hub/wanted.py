@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 from crossdock.runtime.config.bounded_files import printable
 from crossdock.runtime.errors import CheckpointError
-from crossdock.runtime.models.checkpoint import MODULAR_INDEX, WEIGHT_NAMES
+from crossdock.runtime.models.checkpoint import MODULAR_INDEX, PICKLED, WEIGHT_NAMES, out_of_gguf, out_of_pickle
 from crossdock.runtime.models.spec import ModelSpec
 
 INDICES = ("model_index.json", MODULAR_INDEX)
 _DATA = (".json", ".jinja", ".model", ".txt")
 """Settings, templates and words: none of them is code."""
-_OTHERS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pb", ".pt", ".pth")
+_OTHERS = (*PICKLED, ".gguf", ".h5", ".msgpack", ".onnx", ".pb")
 _VARIANTS = ("", "bf16", "fp16", "fp32")
 """In the order in which they are taken, before all others."""
 _SHARD = r"-\d{5}-of-\d{5}"
@@ -33,7 +33,9 @@ def index_of(repo: str, files: Collection[str]) -> str:
         return found
     what = f"{repo}: has no {INDICES[0]}: it is no pipeline in the diffusers format"
     if gguf := next((name for name in files if name.endswith(".gguf")), None):
-        raise CheckpointError(f"{what}, but GGUF ({printable(gguf)}), which is not read; {_from_gguf(repo, gguf)}")
+        raise CheckpointError(
+            f"{what}, but GGUF ({printable(gguf)}), which is not read; {out_of_gguf(_address(repo, gguf))}"
+        )
     raise CheckpointError(f"{what}; name a repository that has one")
 
 
@@ -80,7 +82,7 @@ def _weights(repo: str, component: str, inside: Iterable[str]) -> list[str]:
         what = f"{repo}: {component}: holds no safetensors files"
         if other is None:
             raise CheckpointError(f"{what}, nor other weights; name another repository")
-        how = _from_gguf(repo, other) if other.endswith(".gguf") else _from_pickle(repo)
+        how = out_of_gguf(_address(repo, other)) if other.endswith(".gguf") else out_of_pickle(repo)
         raise CheckpointError(f"{what}, but {printable(other)}, which is never read; {how}")
     if known := [weights for weights in found if weights.stem in WEIGHT_NAMES]:
         variants = {weights.variant for weights in known}
@@ -102,18 +104,5 @@ def _parse(path: str) -> _Weights | None:
     return _Weights(path, found[1], found[2] or found[4] or "", found[3] is not None) if found else None
 
 
-def _from_pickle(repo: str) -> str:
-    load = f"from diffusers import DiffusionPipeline as P; P.from_pretrained('{repo}').save_pretrained('DIR')"
-    return f'where you trust its publisher (pickles run code), convert it: python -c "{load}", and give DIR'
-
-
-def _from_gguf(repo: str, path: str) -> str:
-    load = (
-        "import torch; from diffusers import TRANSFORMER as T, GGUFQuantizationConfig as Q; b = torch.bfloat16; "
-        f"m = T.from_single_file('https://huggingface.co/{repo}/blob/main/{printable(path)}', "
-        "quantization_config=Q(compute_dtype=b), torch_dtype=b); "
-        "m.dequantize(); m.save_pretrained('DIR/transformer')"
-    )
-    return (
-        f'convert it, TRANSFORMER being its class: python -c "{load}", with the rest of the pipeline beside it in DIR'
-    )
+def _address(repo: str, path: str) -> str:
+    return f"https://huggingface.co/{repo}/blob/main/{path}"

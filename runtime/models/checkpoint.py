@@ -217,13 +217,44 @@ def weight_files(component_dir: Path, variant: str | None = None) -> list[Path]:
             return named
     if not (there := sorted(component_dir.glob("*.safetensors"))):
         raise CheckpointError(
-            f"{component_dir}: holds no safetensors files, and pickled ones are never read; convert them"
+            f"{component_dir}: holds no safetensors files, and others are never read {_way_out(component_dir)}"
         )
     if len(there) > 1:
         found = ", ".join(printable(file.name[:100]) for file in there[:3])
         names = " or ".join(f"{name}.safetensors" for name in WEIGHT_NAMES)
         raise CheckpointError(f"{component_dir}: found {found}, no index and no {names}; which is the model's?")
     return there
+
+
+def _way_out(component_dir: Path) -> str:
+    others = sorted(component_dir.iterdir())
+    if gguf := next((file for file in others if file.suffix == ".gguf"), None):
+        return out_of_gguf(str(gguf))
+    if pickled := next((file for file in others if file.suffix in PICKLED), None):
+        return f"({printable(pickled.name[:100])}); {out_of_pickle(str(component_dir.parent))}"
+    return "; download them as well"
+
+
+PICKLED = (".bin", ".ckpt", ".pt", ".pth")
+
+
+def out_of_pickle(model: str) -> str:
+    """How a pipeline, a directory or a hub id, becomes one that is read."""
+    load = (
+        f"from diffusers import DiffusionPipeline as P; P.from_pretrained('{printable(model)}').save_pretrained('DIR')"
+    )
+    return f'where you trust its publisher (pickles run code), convert it: python -c "{load}", and give DIR'
+
+
+def out_of_gguf(file: str, transformer: str = "TRANSFORMER") -> str:
+    """How a transformer, a file or an address of the hub, becomes one that is read."""
+    load = (
+        f"import torch; from diffusers import {transformer} as T, GGUFQuantizationConfig as Q; b = torch.bfloat16; "
+        f"m = T.from_single_file('{printable(file)}', quantization_config=Q(compute_dtype=b), torch_dtype=b); "
+        "m.dequantize(); m.save_pretrained('DIR/transformer')"
+    )
+    which = ", TRANSFORMER being its class" if transformer == "TRANSFORMER" else ""
+    return f'convert it{which}: python -c "{load}", with the rest of the pipeline beside it in DIR'
 
 
 def named_files(component_dir: Path, variant: str | None) -> list[Path] | None:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from crossdock.runtime.config.bounded_files import printable
 from crossdock.runtime.errors import CheckpointError
-from crossdock.runtime.models.checkpoint import Rows, StoredTensor, tensors_in
+from crossdock.runtime.models.checkpoint import Rows, StoredTensor, out_of_gguf, tensors_in
 from crossdock.runtime.models.diffusers_api import single_file_converter
 
 _SUFFIX = ".safetensors"
@@ -68,18 +68,11 @@ def single_file(
 
 
 def _way_out(file: Path, class_name: str) -> str:
-    name = printable(str(file))
-    load = f"from diffusers import {class_name} as T; import torch; b = torch.bfloat16; "
     if file.suffix == ".gguf":
-        load += (
-            f"from diffusers import GGUFQuantizationConfig as Q; m = T.from_single_file('{name}', config='MODEL_DIR', "
-            "subfolder='transformer', quantization_config=Q(compute_dtype=b), torch_dtype=b); m.dequantize(); "
-        )
-        return f"convert it: python -c \"{load}m.save_pretrained('DIR')\", and give the file that is in DIR"
-    load += f"m = T.from_single_file('{name}', config='MODEL_DIR', subfolder='transformer', torch_dtype=b); "
+        return out_of_gguf(str(file), class_name)
     return (
-        "where you trust its publisher (pickles run code), convert it: "
-        f"python -c \"{load}m.save_pretrained('DIR')\", and give the file that is in DIR"
+        f"where you trust its publisher (pickles run code), convert it with diffusers' {class_name}.from_single_file"
+        f"('{printable(str(file))}').save_pretrained('DIR'), and give the file that is in DIR"
     )
 
 
