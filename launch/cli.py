@@ -26,17 +26,20 @@ from crossdock.launch.commands.options import (
     run_app,
 )
 from crossdock.launch.console import exit_now
+from crossdock.launch.gangs.choose import begin_early
 from crossdock.launch.gangs.ranks.reachable import GIVEN_UP
 from crossdock.runtime.request import GenerateRequest
 
 
 def _run(config: ConfigFile, model: str, request: GenerateRequest, outputs: Outputs, probe: bool) -> None:
+    begin_early(config.load(), model)
     from crossdock.launch.commands.generate import run_generate
 
     run_generate(config, model, request, outputs, "crossdock", probe=probe)
 
 
 def _check(config: ConfigFile, model: str, probe: bool, as_json: bool) -> None:
+    begin_early(config.load(), model)
     from crossdock.launch.commands.check import run_check
 
     run_check(config, model, "crossdock", probe=probe, as_json=as_json)

@@ -122,7 +122,7 @@ def hub(flux2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 @pytest.fixture(scope="session")
 def gang_of() -> Iterator[Callable[[int], Gang]]:
     """World size -> a running gang of this machine's processes, started on first use and shared by all tests."""
-    from crossdock.launch.gangs.local_gang import LocalGang
+    from crossdock.launch.gangs.local.gang import LocalGang
 
     gangs: dict[int, LocalGang] = {}
 

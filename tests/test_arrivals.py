@@ -24,7 +24,7 @@ from torch import nn
 import crossdock.runtime.pipeline.pipeline as pipeline_module
 import crossdock.runtime.plan.reschedule as rescheduling
 from crossdock.launch.engine.engine import Engine
-from crossdock.launch.gangs.local_gang import LocalGang
+from crossdock.launch.gangs.local.gang import LocalGang
 from crossdock.offload.memory.layout import BlockLayout
 from crossdock.offload.stream.block import Home, StreamedBlock
 from crossdock.runtime.config.schema import RunConfig

@@ -17,7 +17,7 @@ from crossdock.runtime.config.bounded_files import MAX_DEPTH, parse_json, printa
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.config.yaml_file import MAX_YAML_BYTES, load_config
 from crossdock.runtime.errors import CheckpointError, ConfigError
-from crossdock.runtime.models.build.limits import (
+from crossdock.runtime.models.build_limits import (
     MAX_NUMBER,
     MAX_PARTS,
     MAX_TABLE,
@@ -26,9 +26,9 @@ from crossdock.runtime.models.build.limits import (
     check_table,
     largest_number,
 )
-from crossdock.runtime.models.build.meta import _BoundedTables, _EmptyOnMeta
 from crossdock.runtime.models.checkpoint import read_json
 from crossdock.runtime.models.latents import vae_scale
+from crossdock.runtime.models.meta import _BoundedTables, _EmptyOnMeta
 from crossdock.runtime.plan.make_plan import make_plan
 
 AT_ONCE_S = 5.0

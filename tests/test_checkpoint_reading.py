@@ -30,8 +30,8 @@ from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.tensor import TensorParallelism, TensorSlice
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.models import checkpoint
-from crossdock.runtime.models.build.meta import build_config_on_meta, build_on_meta, non_persistent_buffers
 from crossdock.runtime.models.checkpoint import stored_tensors
+from crossdock.runtime.models.meta import build_config_on_meta, build_on_meta, non_persistent_buffers
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.memory_plan import MemoryPlan
 from crossdock.runtime.plan.plan import RunPlan

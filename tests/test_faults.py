@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from crossdock.launch.engine.engine import Engine, Generation
-from crossdock.launch.gangs.local_gang import LocalGang
+from crossdock.launch.gangs.local.gang import LocalGang
 from crossdock.runtime.config.schema import LaunchConfig, RunConfig
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.errors import FaultKind, RankError

@@ -21,11 +21,12 @@ import torch
 from processes import descendants, listening, store_holders
 
 import crossdock.launch.gangs.choose as choose
-import crossdock.launch.gangs.local_gang as local_gang
+import crossdock.launch.gangs.local.process as local_process
 from crossdock.launch.engine.engine import Engine
-from crossdock.launch.gangs.choose import Launcher, choose_launcher
-from crossdock.launch.gangs.local_gang import LocalGang
+from crossdock.launch.gangs.choose import Launcher, begin_early, choose_launcher
+from crossdock.launch.gangs.local.gang import LocalGang
 from crossdock.runtime.config.schema import RunConfig
+from crossdock.runtime.config.threads import compute_threads
 from crossdock.runtime.errors import (
     ConfigError,
     CrossdockError,
@@ -35,7 +36,7 @@ from crossdock.runtime.errors import (
     RequestError,
     RequestTimeout,
 )
-from crossdock.runtime.rank.worker import RankWorker, compute_threads
+from crossdock.runtime.rank.worker import RankWorker
 from reference import PROMPT
 from tiers import thorough
 
@@ -273,14 +274,14 @@ def test_an_answer_that_nobody_waits_for(gang: LocalGang, monkeypatch: pytest.Mo
     (pid, _), server = _pids(gang), gang._server
     assert server is not None
     with monkeypatch.context() as patch:
-        patch.setattr(local_gang, "_ANSWER_S", 0.1)
+        patch.setattr(local_process, "_ANSWER_S", 0.1)
         assert server.how_ended(pid) is None, "it runs: the server waits for a second, to be sure"
     gang.restart()
     assert pid not in _pids(gang)
 
 
 def test_a_server_that_does_not_come_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_gang, "_PROGRAM", "raise SystemExit('no torch here')")
+    monkeypatch.setattr(local_process, "_PROGRAM", "raise SystemExit('no torch here')")
     before = _handles()
     with pytest.raises(LaunchError, match="did not come up: no torch here"):
         _gang().start()
@@ -288,6 +289,34 @@ def test_a_server_that_does_not_come_up(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(LaunchError, match=r"cannot be started: .*/nowhere/python"):
         _gang().start()
     assert _handles() == before
+
+
+def test_a_process_that_was_started_early(flux2_dir: Path) -> None:
+    """The next gang of that size takes it; it imports the classes of the model at once, the rest when asked."""
+    begin_early(RunConfig.parse({"launch": {"launcher": "local"}}), str(flux2_dir))
+    (early,) = local_process._early.values()
+    gang = LocalGang(RunConfig().launch, 1, "cpu")
+    try:
+        gang.start()
+        assert gang._server is early
+        assert not local_process._early
+        for name in ("diffusers.models.transformers.transformer_flux2", *local_process._imported()):
+            assert gang.collective_rpc(lambda worker, name=name: name in sys.modules, timeout_s=30) == [True], name
+    finally:
+        gang.close()
+
+
+def test_an_early_process_that_nobody_takes_ends_with_this_one(flux2_dir: Path) -> None:
+    script = (
+        "from crossdock.launch.gangs.choose import begin_early; from crossdock.runtime import RunConfig; "
+        "from crossdock.launch.gangs.local import process; import sys; "
+        f"begin_early(RunConfig.parse({{'launch': {{'launcher': 'local'}}}}), {str(flux2_dir)!r}); "
+        "print(*(each._process.pid for each in process._early.values()), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    pid, heavy = done.stdout.split()
+    assert heavy == "False"
+    _await(lambda: not psutil.pid_exists(int(pid)))
 
 
 def test_more_ranks_than_gpus() -> None:
@@ -392,7 +421,7 @@ def test_nobody_listens_outside_loopback(gang: LocalGang) -> None:
 
 SCRIPT = """
 import os, signal, sys, threading, time
-from crossdock.launch.gangs.local_gang import LocalGang
+from crossdock.launch.gangs.local.gang import LocalGang
 from crossdock.runtime.config.schema import RunConfig
 
 class Here:

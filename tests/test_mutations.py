@@ -23,7 +23,7 @@ from test_steps import FAULTS
 
 import mutations
 import mutations_running as running
-from crossdock.launch.gangs.local_gang import LocalGang
+from crossdock.launch.gangs.local.gang import LocalGang
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.contract.coordinator import Coordinator

@@ -280,7 +280,7 @@ def test_the_part_of_another_rank_is_found(fault: str, gang_of: GangOf, checkpoi
     """Rank 1 holds rank 0's slice, or shard, of one block: right shapes, right sizes, wrong numbers."""
 
     def plant(worker: Any) -> str:
-        from crossdock.runtime.models.build.meta import build_on_meta
+        from crossdock.runtime.models.meta import build_on_meta
         from crossdock.runtime.rank.weights.load import WeightLoader
 
         plan, block = worker.loaded.plan, worker.loaded.weights.blocks[3]

@@ -24,11 +24,11 @@ from torch import Tensor
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import CheckpointError, ConfigError
-from crossdock.runtime.models.build.meta import build_config_on_meta
 from crossdock.runtime.models.checkpoint import Rows, weight_files
-from crossdock.runtime.models.single_file import single_file
+from crossdock.runtime.models.meta import build_config_on_meta
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.plan.single_file import single_file
 from crossdock.runtime.rank.weights.source import WeightSource
 
 CheckpointOf = Callable[[str], Path]

@@ -20,7 +20,8 @@ from crossdock.launch.engine.ranks import Ranks
 from crossdock.launch.engine.recovery import RPC_S, Fault, Snapshots, Survived
 from crossdock.launch.engine.request_queue import RequestQueue
 from crossdock.launch.engine.request_run import RequestHandle, RequestRun
-from crossdock.launch.gangs.choose import MakeGang, check_gpus, choose_gang, choose_launcher
+from crossdock.launch.gangs.choose import MakeGang, choose_gang, choose_launcher
+from crossdock.launch.gangs.ranks.environment import check_gpus
 from crossdock.launch.hub.locate import model_directory
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.result import ContractResult

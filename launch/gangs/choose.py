@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
+from crossdock.runtime.config.bounded_files import parse_json, read_bounded
 from crossdock.runtime.config.schema import LaunchConfig, RunConfig
-from crossdock.runtime.errors import ConfigError, LaunchError
-from crossdock.runtime.watch.gang import Gang
+from crossdock.runtime.errors import ConfigError, LaunchError, UserError
+
+if TYPE_CHECKING:
+    from crossdock.runtime.watch.gang import Gang
 
 Launcher = Literal["local", "ray", "torchrun"]
 Command = Literal["crossdock", "torchrun"]
 """What the user has started: this program, or `torchrun -m crossdock.launch.torchrun`."""
 
-MakeGang = Callable[[LaunchConfig, int, str], Gang]
+MakeGang = Callable[[LaunchConfig, int, str], "Gang"]
 """Makes a gang from (launch section, number of ranks, "cpu" or "cuda")."""
+
+
+_INDEX_BYTES = 2**20
 
 
 def choose_launcher(config: RunConfig, command: Command = "crossdock", verb: str = "generate") -> Launcher:
@@ -50,7 +58,7 @@ def choose_launcher(config: RunConfig, command: Command = "crossdock", verb: str
 def choose_gang(launcher: Launcher) -> MakeGang:
     """Imports what that launcher needs, and nothing else."""
     if launcher == "local":
-        from crossdock.launch.gangs.local_gang import LocalGang
+        from crossdock.launch.gangs.local.gang import LocalGang
 
         return LocalGang
     if launcher == "ray":
@@ -62,20 +70,30 @@ def choose_gang(launcher: Launcher) -> MakeGang:
     return TorchrunGang
 
 
-def check_gpus(world_size: int) -> None:
+def begin_early(config: RunConfig, model: str) -> None:
+    """Where one machine's own processes are going to run this, the one that forks them begins to import now, while this
+    one does. For a program that starts one engine; whatever is wrong is said by whoever starts it in earnest.
     """
-    Raises:
-        LaunchError: this machine has fewer GPUs than ranks.
-    """
-    import torch
+    with suppress(UserError):
+        if choose_launcher(config) == "local":
+            from crossdock.launch.gangs.local.process import begin
 
-    gpus = torch.cuda.device_count()
-    if gpus < world_size:
-        raise LaunchError(
-            f"{world_size} ranks need {world_size} GPUs, but this machine has {gpus}; "
-            "lower the degrees, or use device: cpu",
-            "launch.device",
-        )
+            begin(config.world_size, config.launch.device, _classes(Path(model)))
+
+
+def _classes(model_dir: Path) -> list[tuple[str, str]]:
+    """Library and class of the pipeline and its components; of what is no such directory, none."""
+    try:
+        index = parse_json(read_bounded(model_dir / "model_index.json", _INDEX_BYTES).decode())
+    except (OSError, ValueError):
+        return []
+    index = index if isinstance(index, dict) else {}
+    named = [("diffusers", index.get("_class_name")), *(each for each in index.values() if isinstance(each, list))]
+    return [
+        (each[0], each[1])
+        for each in named
+        if len(each) == 2 and each[0] in ("diffusers", "transformers") and isinstance(each[1], str)
+    ]
 
 
 def has_ray() -> bool:

@@ -27,10 +27,10 @@ from crossdock.launch.gangs.ranks.reachable import check_reachable, not_reached,
 from crossdock.launch.gangs.ranks.rendezvous import LOOPBACK
 from crossdock.launch.gangs.ranks.watcher import Watcher, await_results
 from crossdock.runtime.config.schema import LaunchConfig
+from crossdock.runtime.config.threads import compute_threads
 from crossdock.runtime.errors import CrossdockError, LaunchError, RankError
 from crossdock.runtime.rank.weights.kept_stores import ANSWER_S, KeptStores, StoreHolder
 from crossdock.runtime.rank.weights.load import node_id
-from crossdock.runtime.rank.worker import compute_threads
 from crossdock.runtime.watch.gang import Notice
 
 T = TypeVar("T")

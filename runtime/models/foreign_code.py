@@ -21,7 +21,7 @@ from torch import nn
 
 from crossdock.runtime.config.bounded_files import check_regular, printable, walk
 from crossdock.runtime.errors import CheckpointError
-from crossdock.runtime.models.build.limits import TooLargeError, check_counts
+from crossdock.runtime.models.build_limits import TooLargeError, check_counts
 from crossdock.runtime.models.checkpoint import (
     component_class,
     component_names,

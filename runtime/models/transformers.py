@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from crossdock.runtime.models.build.meta import build_on_meta
-from crossdock.runtime.models.checkpoint import StoredTensor, check_tensors, stored_tensors
-from crossdock.runtime.models.single_file import single_file
+from crossdock.runtime.models.meta import build_on_meta
 
 
 class Transformers(nn.Module):
@@ -51,31 +48,3 @@ def transformers_in(model: nn.Module) -> dict[str, nn.Module]:
     if not isinstance(model, Transformers):
         return {"": model}
     return {f"{name}.": child for name, child in model.named_children()}
-
-
-def stored_of(
-    model: nn.Module,
-    model_dir: Path,
-    names: Sequence[str],
-    variant: str | None = None,
-    files: Mapping[str, Path] | None = None,
-) -> dict[str, StoredTensor]:
-    """fqn in the model -> where it is stored; the files have all that the model needs.
-
-    Args:
-        files: name -> the single file of a transformer, which stands for what is in its folder.
-
-    Raises:
-        CheckpointError: they have not, or are damaged.
-    """
-    found: dict[str, StoredTensor] = {}
-    for name, (prefix, transformer) in zip(names, transformers_in(model).items(), strict=True):
-        file = (files or {}).get(name)
-        if file is None:
-            stored = stored_tensors(model_dir / name, variant)
-        else:
-            config: Any = transformer.config
-            stored = single_file(file, type(transformer).__name__, config, list(transformer.state_dict()))
-        check_tensors(transformer, stored, file or model_dir / name)
-        found |= {f"{prefix}{fqn}": tensor for fqn, tensor in stored.items()}
-    return found

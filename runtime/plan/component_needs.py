@@ -16,11 +16,11 @@ from crossdock.offload.live.discovery import DiscoveryError, FoundBlock, discove
 from crossdock.offload.live.offloader import component_layouts, held_bytes
 from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout
 from crossdock.offload.schedule.slots import device_bytes
-from crossdock.runtime.models.build.limits import bounded
-from crossdock.runtime.models.build.meta import build_on_meta, described, non_persistent_buffers
+from crossdock.runtime.models.build_limits import bounded
 from crossdock.runtime.models.checkpoint import read_json, stored_tensors
 from crossdock.runtime.models.diffusers_api import kept_in_fp32
 from crossdock.runtime.models.foreign_code import unasked
+from crossdock.runtime.models.meta import build_on_meta, described, non_persistent_buffers
 from crossdock.runtime.plan.tied_weights import untie
 
 VAE_PARTS = ("decoder", "encoder")

@@ -23,23 +23,24 @@ from crossdock.parallel.mesh import MeshShape
 from crossdock.parallel.tensor import TensorParallelism, TensorSlice
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import CheckpointError
-from crossdock.runtime.models.build.meta import non_persistent_buffers
 from crossdock.runtime.models.checkpoint import (
     StoredTensor,
     check_components,
+    check_tensors,
     component_names,
     read_model_index,
+    stored_tensors,
     variant_of,
 )
 from crossdock.runtime.models.diffusers_api import kept_in_fp32
 from crossdock.runtime.models.families import spec_for
 from crossdock.runtime.models.foreign_code import refuse_foreign_code
 from crossdock.runtime.models.latents import vae_scale
+from crossdock.runtime.models.meta import non_persistent_buffers
 from crossdock.runtime.models.spec import ModelSpec
 from crossdock.runtime.models.transformers import (
     build_transformers,
     prefixes,
-    stored_of,
     transformer_names,
     transformers_in,
 )
@@ -55,6 +56,7 @@ from crossdock.runtime.plan.device_budget import divide_device
 from crossdock.runtime.plan.memory_plan import MemoryPlan, PlannedBlock
 from crossdock.runtime.plan.model_layout import ModelLayout
 from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.plan.single_file import single_file
 
 CODEC = IDENTITY
 """Of every streamed block: what rests, travels and computes is the same."""
@@ -109,13 +111,41 @@ def _describe(config: RunConfig, model_dir: Path, device: str) -> _FoundModel:
     check_components(model_dir, index, placed, variant, elsewhere=files)
     refuse_foreign_code(model_dir, index)
     model = build_transformers(spec.transformer, model_dir, transformers)
-    stored = stored_of(model, model_dir, transformers, variant, files)
+    stored = _stored(model, model_dir, transformers, variant, files)
     for transformer in transformers_in(model).values():
         check_degree(transformer, spec, config)
         check_attention(transformer, spec, config, device)
     check_guidance(spec, config)
     blocks = transformer_blocks(model, spec)
     return _FoundModel(spec, index, transformers, encoders, decoders, model, stored, blocks, variant)
+
+
+def _stored(
+    model: nn.Module,
+    model_dir: Path,
+    names: Sequence[str],
+    variant: str | None,
+    files: Mapping[str, Path],
+) -> dict[str, StoredTensor]:
+    """fqn in the model -> where it is stored; the files have all that the model needs.
+
+    Args:
+        files: name -> the single file of a transformer, which stands for what is in its folder.
+
+    Raises:
+        CheckpointError: they have not, or are damaged.
+    """
+    found: dict[str, StoredTensor] = {}
+    for name, (prefix, transformer) in zip(names, transformers_in(model).items(), strict=True):
+        file = files.get(name)
+        if file is None:
+            stored = stored_tensors(model_dir / name, variant)
+        else:
+            config: Any = transformer.config
+            stored = single_file(file, type(transformer).__name__, config, list(transformer.state_dict()))
+        check_tensors(transformer, stored, file or model_dir / name)
+        found |= {f"{prefix}{fqn}": tensor for fqn, tensor in stored.items()}
+    return found
 
 
 def _shard(config: RunConfig, found: _FoundModel, model_dir: Path, device: str) -> ModelLayout:

@@ -25,6 +25,7 @@ from crossdock.parallel.group import AtRunTime, Group, exchange
 from crossdock.parallel.hsdp import all_gather_bytes
 from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.tensor import EXCHANGING
+from crossdock.runtime.config.threads import compute_threads
 from crossdock.runtime.models.transformers import build_transformers, transformers_in
 from crossdock.runtime.pipeline.denoise_loop import StepEnd
 from crossdock.runtime.pipeline.pipeline import Denoised, RankPipeline
@@ -51,11 +52,6 @@ from crossdock.runtime.watch.flight_recorder import FlightRecorder, Neighbours
 
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Where gloo and NCCL listen; by default at the address of the machine's name. Whoever sets them knows better."""
-
-
-def compute_threads(world_size: int) -> int:
-    """Threads per rank on the CPU: an even share of the cores, less the one on which blocks are copied."""
-    return max(1, (os.cpu_count() or 1) // world_size - 1)
 
 
 class RankWorker:

@@ -9,24 +9,13 @@ from datetime import timedelta
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from crossdock.launch.gangs.ranks.environment import RENDEZVOUS_VARIABLES
 from crossdock.launch.gangs.ranks.rendezvous import open_store
 from crossdock.runtime.errors import RankError
 from crossdock.runtime.rank.weights.kept_stores import StoreHolder
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.status import RankStatus
 from crossdock.runtime.watch.faults import rank_error
-
-RENDEZVOUS_VARIABLES = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "ROLE_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
-"""Of whoever started the launcher: ranks get their place as arguments."""
 
 
 class RankHost:

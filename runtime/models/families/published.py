@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from crossdock.offload.live.discovery import discover_blocks
-from crossdock.runtime.models.build.meta import build_config_on_meta, build_shape
+from crossdock.runtime.models.meta import build_config_on_meta, build_shape
 from crossdock.runtime.models.spec import ModelSpec, Published
 
 

@@ -22,8 +22,8 @@ from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.offload.stream.first_loads import FirstLoadCallback, to_nobody
 from crossdock.parallel.tensor import TensorSlice, part_shape
 from crossdock.runtime.errors import CheckpointError
-from crossdock.runtime.models.build.meta import non_persistent_buffers
 from crossdock.runtime.models.checkpoint import stored_tensors
+from crossdock.runtime.models.meta import non_persistent_buffers
 from crossdock.runtime.models.transformers import build_transformers
 from crossdock.runtime.plan.memory_plan import PlannedBlock
 from crossdock.runtime.plan.model_layout import ModelLayout

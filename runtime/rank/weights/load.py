@@ -22,7 +22,7 @@ from crossdock.parallel.hsdp import shard_range
 from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.errors import LaunchError
-from crossdock.runtime.models.build.meta import non_persistent_buffers
+from crossdock.runtime.models.meta import non_persistent_buffers
 from crossdock.runtime.plan.memory_plan import PlannedBlock
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.weights.kept_stores import StoreHolder

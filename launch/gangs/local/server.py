@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 
 import cloudpickle
 
-from crossdock.launch.gangs.local_channel import ANSWER, CALL, ERROR, HEADER, PACKET_BYTES
+from crossdock.launch.gangs.local.channel import ANSWER, CALL, ERROR, HEADER, PACKET_BYTES
 from crossdock.launch.gangs.ranks.host import RankHost
 from crossdock.runtime.errors import CrossdockError, RankError
 from crossdock.runtime.rank.weights.kept_stores import ANSWER_S, KeptStores, StoreHolder
@@ -41,17 +41,21 @@ _KILL_S = 5.0
 _PR_SET_PDEATHSIG = 1
 
 
-def main(control: int, launcher: int, modules: Sequence[str]) -> None:
-    """The process's program. `modules`: what the launcher has imported of libraries that import their parts late."""
+def main(control: int, launcher: int, modules: Sequence[str], classes: Sequence[tuple[str, str]]) -> None:
+    """The process's program.
+
+    Args:
+        modules: what the launcher has imported of libraries that import their parts late.
+        classes: library and name of what it is going to import.
+    """
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
-    for name in ("torch", "diffusers", "transformers", *modules):
-        with contextlib.suppress(Exception):  # where it is needed, the rank says so
-            importlib.import_module(name)
-    gc.collect()
-    gc.freeze()  # a collection in a rank would copy the pages of all that was imported
+    _import(("torch", "diffusers", "transformers", *modules))
+    for library, name in classes:
+        with contextlib.suppress(Exception):
+            getattr(importlib.import_module(library), name)
     _name("server")
     with socket.socket(fileno=control) as connection:
         connection.send(b'{"number": 0}')
@@ -60,6 +64,14 @@ def main(control: int, launcher: int, modules: Sequence[str]) -> None:
             server.run()
         finally:
             server.end_ranks()
+
+
+def _import(modules: Sequence[str]) -> None:
+    for name in modules:
+        with contextlib.suppress(Exception):  # where it is needed, the rank says so
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a collection in a rank would copy the pages of all that was imported
 
 
 class _Server:
@@ -90,6 +102,8 @@ class _Server:
                     answer["pid"] = self._fork(command, handles)
                 case "status":
                     answer["status"] = self._await_end(command["pid"])
+                case "import":
+                    _import(command["modules"])
                 case "end":
                     self.end_ranks()
             self._control.send(json.dumps(answer).encode())

@@ -1,19 +1,14 @@
 """The ranks of one machine, without Ray and without torchrun: forked by a process that has imported everything once.
 
-`local_server` is that process. It is started as a program, so nothing of the launcher's state reaches the ranks: it
+`server` is that process. It is started as a program, so nothing of the launcher's state reaches the ranks: it
 may be a script without a `__main__` guard, a notebook, or have any threads. Nothing outlives `close`, nor the launcher.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -21,38 +16,28 @@ from typing import Any, TypeVar
 
 import cloudpickle
 
-from crossdock.launch.gangs.choose import check_gpus
-from crossdock.launch.gangs.local_channel import (
+from crossdock.launch.gangs.local.channel import (
     ANSWER,
     BESIDE,
     CALL,
-    PACKET_BYTES,
-    TAIL_BYTES,
     Answer,
     Channel,
     RankDiedError,
 )
-from crossdock.launch.gangs.ranks.host import RENDEZVOUS_VARIABLES, RankHost
+from crossdock.launch.gangs.local.process import ServerProcess, begun
+from crossdock.launch.gangs.ranks.environment import check_gpus
+from crossdock.launch.gangs.ranks.host import RankHost
 from crossdock.launch.gangs.ranks.process_state import process_state
 from crossdock.launch.gangs.ranks.rendezvous import LOOPBACK
 from crossdock.launch.gangs.ranks.watcher import Watcher, await_results
 from crossdock.runtime.config.schema import LaunchConfig
-from crossdock.runtime.errors import LaunchError, RankError
-from crossdock.runtime.rank.worker import compute_threads
+from crossdock.runtime.errors import RankError
 from crossdock.runtime.watch.gang import Notice
 
 T = TypeVar("T")
 
-_PROGRAM = (
-    "import json, sys; sys.path[:], *arguments = json.load(sys.stdin); "
-    "from crossdock.launch.gangs.local_server import main; main(*arguments)"
-)
-"""Not `-m`: where the launcher finds this package, and what it sends, the server does, too."""
-_ANSWER_S = 15.0
-"""The longest wait for an answer of the server."""
 _GONE_S = 5.0
 """The longest wait for ranks to be gone whose server is."""
-_LIBRARIES = ("diffusers.", "transformers.")
 
 
 class LocalGang:
@@ -62,7 +47,7 @@ class LocalGang:
         self.world_size = world_size
         self._config = config
         self._device = device
-        self._server: _Server | None = None
+        self._server: ServerProcess | None = None
         self._ranks: _Ranks | None = None
 
     can_restart = True
@@ -78,7 +63,8 @@ class LocalGang:
         try:
             self._end_ranks()
             if self._server is None:
-                self._server = _Server(_environment(self.world_size, self._device), deadline)
+                self._server = begun(self.world_size, self._device)
+                self._server.await_up(deadline)
             self._ranks = _Ranks(self._server, self.world_size, self._device)
             self._meet(deadline)
         except RankError:  # may be tried again, with the same server
@@ -135,137 +121,10 @@ class LocalGang:
         await_results(ranks, met, deadline, Watcher(ranks))
 
 
-def _environment(world_size: int, device: str) -> dict[str, str]:
-    """Of the server, and so of the ranks."""
-    environment = {name: value for name, value in os.environ.items() if name not in RENDEZVOUS_VARIABLES}
-    if device == "cpu":  # OpenMP reads it when a thread starts; torch.set_num_threads comes too late
-        environment["OMP_NUM_THREADS"] = str(compute_threads(world_size))
-    environment.setdefault("OPENBLAS_NUM_THREADS", "1")  # a fork must find no thread, and numpy computes nothing here
-    environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # whether there is a GPU is asked without a CUDA context
-    return environment
-
-
-class _Server:
-    """The process that forks ranks.
-
-    Raises:
-        LaunchError: it did not come up.
-    """
-
-    def __init__(self, environment: dict[str, str], deadline: float) -> None:
-        own, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._owner = os.getpid()
-        self._control = own
-        self._lock = threading.Lock()
-        self._number = 0  # of the latest command
-        self._output = os.memfd_create("crossdock-output")  # of imports; nobody has to read it, as a pipe
-        modules = sorted(name for name in list(sys.modules) if name.startswith(_LIBRARIES))
-        told = json.dumps([[*map(str, sys.path)], theirs.fileno(), os.getpid(), modules])
-        try:
-            with theirs, open(os.memfd_create("crossdock-told"), "w+", encoding="utf-8") as stdin:
-                stdin.write(told)
-                stdin.seek(0)
-                self._process = subprocess.Popen(
-                    [sys.executable, "-c", _PROGRAM],
-                    env=environment,
-                    stdin=stdin,
-                    stdout=self._output,
-                    stderr=self._output,
-                    pass_fds=(theirs.fileno(),),
-                    start_new_session=True,
-                )
-        except BaseException as error:
-            own.close()
-            os.close(self._output)
-            if isinstance(error, OSError):
-                raise LaunchError(f"the process that starts the ranks cannot be started: {error}") from None
-            raise
-        try:
-            if self._receive(deadline - time.monotonic()) is None:
-                raise LaunchError(f"the process that starts the ranks did not come up: {self._tail()}")
-        except BaseException:
-            self.close()
-            raise
-
-    def fork(self, rank: int, world_size: int, device: str) -> tuple[int, socket.socket, int]:
-        """A rank's pid, the connection to it, and the pipe to which it writes its output.
-
-        Raises:
-            RankError: it was not started.
-        """
-        own, theirs = socket.socketpair()
-        reads, writes = os.pipe()
-        command = {"do": "fork", "rank": rank, "world_size": world_size, "device": device}
-        answer = None
-        try:
-            answer = self._ask(command, [theirs.fileno(), writes])
-        finally:
-            theirs.close()
-            os.close(writes)
-            if answer is None:
-                own.close()
-                os.close(reads)
-        if answer is None:
-            raise RankError(rank, "was not started: the process that starts the ranks is gone", "died")
-        return answer["pid"], own, reads
-
-    def how_ended(self, pid: int) -> int | None:
-        """A rank's exit code, or the number of the signal that ended it, negative; None: it is not known."""
-        answer = self._ask({"do": "status", "pid": pid})
-        return None if answer is None else answer["status"]
-
-    def end_ranks(self) -> bool:
-        """False: the server is gone, and they are gone with it, or does not answer."""
-        return self._ask({"do": "end"}) is not None
-
-    def close(self) -> None:
-        """End the server; a rank ends with it."""
-        if os.getpid() == self._owner:  # not a fork of the launcher
-            self._end()
-        self._control.close()
-        os.close(self._output)
-
-    def _ask(self, command: dict[str, object], handles: Sequence[int] = ()) -> dict[str, Any] | None:
-        if os.getpid() != self._owner:
-            return None
-        with self._lock:
-            self._number += 1
-            command["number"] = self._number
-            try:
-                socket.send_fds(self._control, [json.dumps(command).encode()], handles)
-            except OSError:
-                return None
-            return self._receive(_ANSWER_S)
-
-    def _receive(self, timeout_s: float) -> dict[str, Any] | None:
-        """The answer to the latest command: those of others, which somebody has given up, may come first."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            self._control.settimeout(max(deadline - time.monotonic(), 0.001))
-            try:
-                packet = self._control.recv(PACKET_BYTES)
-            except OSError:
-                return None
-            answer: dict[str, Any] | None = json.loads(packet) if packet else None
-            if answer is None or answer["number"] == self._number:
-                return answer
-
-    def _end(self) -> None:
-        self._process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_GONE_S)
-
-    def _tail(self) -> str:
-        self._end()
-        length = os.fstat(self._output).st_size
-        text = os.pread(self._output, TAIL_BYTES, max(0, length - TAIL_BYTES)).decode(errors="replace").strip()
-        return text or "it said nothing"
-
-
 class _Ranks:
     """The `Ranks` of a `LocalGang`: futures of its channel."""
 
-    def __init__(self, server: _Server, world_size: int, device: str) -> None:
+    def __init__(self, server: ServerProcess, world_size: int, device: str) -> None:
         self.world_size = world_size
         self._server = server
         self.pids: list[int] = []

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from crossdock.offload.live.discovery import plain_tensors
 from crossdock.runtime.config.bounded_files import walk
 from crossdock.runtime.errors import CheckpointError
-from crossdock.runtime.models.build.limits import (
+from crossdock.runtime.models.build_limits import (
     TooLargeError,
     blame,
     bounded,
