@@ -34,7 +34,6 @@ from crossdock.runtime.errors import RequestCancelled
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.weights.arrivals import ArrivalWatch
-from crossdock.runtime.rank.weights.digests import PHASES, phase_digest, phase_digests, phases_of, tensor_digest
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.rank_result import RankResult
 from crossdock.runtime.request import RankRequest
@@ -379,64 +378,6 @@ def test_a_fault_after_a_recovery(flux2_dir: Path) -> None:
     assert any("new ranks" in line for line in lines)
     assert {(one.check, one.rank) for one in found.value.violations} == {("arrives", 1)}
     assert found.value.violations[0].where.startswith(f"step {STEPS}: {BLOCK}")
-
-
-# -- digests ---------------------------------------------------------------------------------------------------------
-
-
-@quick
-@pytest.mark.parametrize("runs", [0, 1, 2, 3, 31, 33, 64, 129, 1000])
-def test_a_phase_is_digested_alone_or_with_the_others(runs: int) -> None:
-    memory = torch.randint(0, 256, (256 * runs,), dtype=torch.uint8)
-    whole = phase_digests(memory)
-    assert len(whole) == phases_of(memory) <= PHASES
-    assert all(phase_digest(memory, phase).equal(whole[phase : phase + 1]) for phase in range(len(whole)))
-    assert phase_digests(memory.clone()).equal(whole)
-
-
-@quick
-def test_whatever_changes_shows() -> None:
-    memory = torch.randint(0, 256, (256 * 301,), dtype=torch.uint8)
-    whole = phase_digests(memory)
-    for place in range(0, len(memory), 997):
-        memory[place] ^= 0x80
-        assert (phase_digests(memory) != whole).sum() == 1, "one bit"
-        memory[place] ^= 0x80
-    signs = memory.view(torch.int64)
-    signs[[0, 64 * PHASES]] ^= -(2**63)
-    assert not phase_digests(memory).equal(whole), "two signs in one phase"
-    signs[[0, 64 * PHASES]] ^= -(2**63)
-    halves = memory[: 256 * 300].view(2, -1).flip(0).reshape(-1)
-    for changed_memory in (halves, memory.roll(512 * PHASES), torch.cat([halves[: 256 * 150], memory[256 * 150 :]])):
-        assert not phase_digests(changed_memory)[: len(whole)].equal(whole)
-
-
-@quick
-@pytest.mark.parametrize("distance", [8, 128, 256, 512, 4096, 32 * 512])
-def test_what_is_exchanged_shows(distance: int) -> None:
-    """Words or rows, near or far; also what is moved on in a ring, such as a bias by one."""
-    memory = torch.randint(0, 256, (64 * 512,), dtype=torch.uint8, generator=torch.Generator().manual_seed(distance))
-    other = memory.clone()
-    other[:8], other[distance : distance + 8] = memory[distance : distance + 8], memory[:8]
-    moved = torch.cat([memory[:256].roll(4), memory[256:]])
-    for altered in (other, moved):
-        assert not phase_digests(altered).equal(phase_digests(memory))
-        assert not phase_digest(altered, 0).equal(phase_digest(memory, 0))
-        assert not tensor_digest(altered[:20_000]).equal(tensor_digest(memory[:20_000]))
-
-
-@pytest.mark.parametrize("length", [0, 1, 7, 511, 512, 513, 5000])
-def test_any_tensor_has_a_digest(length: int) -> None:
-    """Wherever it lies."""
-    raw = torch.randint(0, 256, (length + 16,), dtype=torch.uint8)
-    for start in (0, 1, 8):
-        part = raw[start : start + length]
-        assert tensor_digest(part).equal(tensor_digest(part.clone()))
-        for place in {0, length // 2, length - 1} if length else ():
-            changed_part = part.clone()
-            changed_part[place] ^= 1
-            assert not tensor_digest(changed_part).equal(tensor_digest(part))
-    assert not tensor_digest(raw[:length]).equal(tensor_digest(raw[: length + 1]))
 
 
 @quick

@@ -94,7 +94,7 @@ class WeightCheck:
                 for fqn, tensor, cuts in self._entries(block.name, block.layout, block.home, shapes):
                     if fqn in self._layout.stored and tuple(tensor.shape) == self._shape(fqn):
                         rows = sampled_rows(fqn, tensor, self._slices.get(fqn), cuts)
-                        self._pinned[fqn] = _crc(_brief(_bytes(self._expected(fqn, rows), None)))
+                        self._pinned[fqn] = _crc(_brief(_bytes(self._expected(fqn, rows), None), self._layout.device))
             self._source.close()
 
     def unreported(self) -> tuple[ArrivalRecord, ...]:
@@ -174,9 +174,10 @@ class WeightCheck:
             rows = None if self._full else sampled_rows(fqn, tensor, self._slices.get(fqn), cuts)
             live = _bytes(tensor, rows)
             right = None if self._full else self._pinned.get(fqn)
-            right = _crc(_brief(_bytes(self._expected(fqn, rows), None))) if right is None else right
+            if right is None:
+                right = _crc(_brief(_bytes(self._expected(fqn, rows), None), tensor.device.type))
             expected.append((fqn, live.nbytes, right))
-            picked.append(_brief(live))
+            picked.append(_brief(live, tensor.device.type))
         for record, live in zip(expected, _on_host(picked), strict=True):
             self.records.append(ArrivalRecord(*record, _crc(live)))
             self.differ |= self.records[-1].found != self.records[-1].expected
@@ -241,9 +242,13 @@ def _bytes(tensor: Tensor, rows: Tensor | None) -> Tensor:
     return (raw if rows is None else raw[rows]).reshape(-1)
 
 
-def _brief(raw: Tensor) -> Tensor:
-    """What stands for bytes (uint8) when they are compared, where they are: themselves, or of many a digest."""
-    return raw if raw.nbytes <= LARGE_BYTES else tensor_digest(raw).view(torch.uint8)
+def _brief(raw: Tensor, kind: str) -> Tensor:
+    """What stands for bytes (uint8) when they are compared, where they are: themselves, or of many a digest.
+
+    Args:
+        kind: of the device where the bytes that came are.
+    """
+    return raw if raw.nbytes <= LARGE_BYTES else tensor_digest(raw, kind).view(torch.uint8)
 
 
 def _on_host(parts: list[Tensor]) -> Sequence[Tensor]:
