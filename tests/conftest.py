@@ -6,6 +6,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: ranks and the reference share two cores
 
+import gc
 import logging
 import signal
 from collections.abc import Callable, Iterator
@@ -76,6 +77,13 @@ def _is_wanted(item: pytest.Item) -> bool:
 @cache
 def _starts_ranks(file: Path) -> bool:
     return file.stem in STARTS_RANKS or "ray_gang_of: " in file.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_imported_is_not_garbage() -> None:
+    """Ranks of this process collect when they end, and would look through all of torch and diffusers every time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
