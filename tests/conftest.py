@@ -68,10 +68,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _is_wanted(item: pytest.Item) -> bool:
+    if not ALL and item.get_closest_marker("thorough") is not None:
+        return False
     if QUICK and item.get_closest_marker("quick") is None:
         has_ranks = item.path.stem in STARTS_RANKS or GANGS & set(getattr(item, "fixturenames", ()))
         return not has_ranks and item.get_closest_marker("not_quick") is None
-    return ALL or item.get_closest_marker("thorough") is None
+    return True
 
 
 @cache

@@ -70,7 +70,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "float16": {"dtype": "float16"},
     "bfloat16": {"dtype": "bfloat16", "offload": {"prefetch": 2}},
 }
-FEW = {"float16", "prefetch of all"}
+FEW = {"prefetch of all"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FEW else thorough) for n in SETTINGS])

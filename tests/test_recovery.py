@@ -179,6 +179,7 @@ def test_memory_that_runs_out_lowers_the_budget_once(flux2_dir: Path) -> None:
         assert gang.closed
 
 
+@thorough
 def test_the_least_budget_is_a_notch_as_well(flux2_dir: Path) -> None:
     """A budget just above the least one counts as one that cannot be lowered."""
     with _engine(flux2_dir, "6MiB") as (engine, _):
@@ -193,6 +194,7 @@ def test_the_least_budget_is_a_notch_as_well(flux2_dir: Path) -> None:
         assert torch.equal(found.latents[0], expected.latents[0])
 
 
+@thorough
 def test_auto_that_took_too_much(flux2_dir: Path) -> None:
     """The memory that the first steps left free is needed by the decoder: out of memory in every first request."""
     with _engine(flux2_dir, "auto") as (engine, gang):
@@ -208,6 +210,7 @@ def test_auto_that_took_too_much(flux2_dir: Path) -> None:
         assert len(found.images) == 1
 
 
+@thorough
 def test_memory_that_runs_out_while_new_ranks_load(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The new ranks are loaded with the same budget, until there are no attempts left."""
     setup, fails = RankWorker.setup, [1]
@@ -230,6 +233,7 @@ def test_memory_that_runs_out_while_new_ranks_load(flux2_dir: Path, monkeypatch:
         assert "after 1 more faults" in survived(fault)
 
 
+@thorough
 @pytest.mark.parametrize("budget", some(["least", None], 1))
 def test_where_nothing_can_be_lowered(budget: str | None, flux2_dir: Path) -> None:
     """Without a budget, or at the least one, the error says what would help, after one attempt."""
@@ -309,6 +313,7 @@ def test_cancelling(flux2_dir: Path) -> None:
         assert gang.starts == 1
 
 
+@thorough
 def test_cancelling_while_ranks_are_replaced(flux2_dir: Path) -> None:
     """The cancel is lost with the rank that it was told to, or it makes an error of its own."""
     with _engine(flux2_dir) as (engine, gang):
@@ -405,6 +410,7 @@ def test_a_time_limit_counts_what_was_lost(flux2_dir: Path, pass_time: Callable[
                 _generate(engine, time_limit_s=limit)
 
 
+@thorough
 def test_a_time_limit(flux2_dir: Path, pass_time: Callable[[float], None]) -> None:
     """The request ends with the step in which its time is up; the next one is right."""
     with _engine(flux2_dir) as (engine, gang):

@@ -23,7 +23,7 @@ from crossdock.runtime.models.tiny.make_checkpoint import make_checkpoint
 from crossdock.runtime.models.tiny.recipes import TINY
 from layouts import FAMILIES
 from reference import pipeline_of
-from tiers import ALL
+from tiers import ALL, thorough
 
 THOROUGH = list(TINY) if ALL else list(FAMILIES)
 """Recipes that are drawn with, again and again; `make test-all` does that with all."""
@@ -330,6 +330,7 @@ def test_one_word_changes_the_latents(pipeline: Any) -> None:
     assert (latents_of(pipeline, PROMPT.replace("fox", "box")) - fox).abs().max() > 0.05
 
 
+@thorough
 @torch.no_grad()
 def test_every_tensor_shows(pipeline: Any) -> None:
     """Half of a tensor drawn anew moves one unguided velocity by more than two runs may differ (1e-4)."""
