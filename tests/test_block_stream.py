@@ -26,7 +26,7 @@ from crossdock.offload.schedule.residency import assumed_costs, minimum_bytes, p
 from crossdock.offload.schedule.slots import assign_slots
 from crossdock.offload.stream.block import Home, StreamedBlock
 from crossdock.offload.stream.block_stream import BlockStream
-from tiers import how_many
+from tiers import how_many, not_quick
 from toy_blocks import (
     STREAMED,
     BlockError,
@@ -160,6 +160,7 @@ def test_random_cases_equal_the_resident_run(chunk: int) -> None:
             pytest.fail(f"seed {seed}: {error!r}")
 
 
+@not_quick
 @pytest.mark.parametrize("chunk", range(how_many(1, 2, 10)))
 def test_random_cases_with_queued_compute(chunk: int) -> None:
     """On CUDA the host runs ahead of the compute: a load must wait for the slot's last reader. 600 cases."""

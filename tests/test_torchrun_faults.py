@@ -196,11 +196,8 @@ class Torchrun:
         command += ["--max-restarts", str(len(planted) - 1), "-m", "torchrun_with_faults", "generate", str(checkpoint)]
         command += ["--config", str(config), "--prompt", PROMPT, "--height", str(SIZE), "--width", str(SIZE)]
         command += ["--steps", str(STEPS), "--out", str(folder / "out.png"), "--latents", str(self.latents)]
-        extra = {
-            "PYTHONPATH": os.pathsep.join([str(HERE), str(folder)]),
-            "PLANTED": json.dumps(planted),
-            "NOTES": str(folder),
-        }
+        path = os.pathsep.join(filter(None, [str(HERE), str(folder), os.environ.get("PYTHONPATH")]))
+        extra = {"PYTHONPATH": path, "PLANTED": json.dumps(planted), "NOTES": str(folder)}
         self._files = [(folder / name).open("w+") for name in ("stdout", "stderr")]
         self.process = subprocess.Popen(
             command, env={**os.environ, **extra}, stdout=self._files[0], stderr=self._files[1], text=True

@@ -41,7 +41,7 @@ from crossdock.runtime.reports.records import RankReport
 from crossdock.runtime.watch.gang import Gang
 from layouts import FAMILIES
 from reference import ODD_SIZE, PROMPT
-from tiers import ALL, not_quick, pairs, some
+from tiers import ALL, not_quick, pairs, some, thorough
 from toy_blocks import build
 
 pytestmark = not_quick
@@ -588,6 +588,7 @@ def test_slots_hold_nothing_before_the_rehearsal(
     stream.engine.close()
 
 
+@thorough
 def test_the_picture_after_comparing(flux2_dir: Path) -> None:
     """What is poisoned and read, in a rehearsal or the first step, is loaded again where it must be: the same bits."""
     found = []
