@@ -127,7 +127,7 @@ def test_budgets_of_several_ranks(config: dict[str, Any], gang_of: GangOf, check
 
 
 @thorough
-@pytest.mark.parametrize("family", some(FAMILIES, 1))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_more_memory_is_never_slower(family: str, checkpoints: Checkpoints) -> None:
     """With the prefetch distance left to the engine: the predicted step, which is proven optimal at the end."""
     directory = checkpoints[family]

@@ -1,6 +1,6 @@
 """Damaged input of every kind: each is accepted, or refused with one message, in time and in memory; nothing runs.
 
-Seeded: 400 inputs, 10,000 in `make test-all` (or CROSSDOCK_FUZZ=N). They run one by one in a process of their own
+Seeded: 100 inputs, 10,000 in `make test-all` (or CROSSDOCK_FUZZ=N). They run one by one in a process of their own
 (`fuzz_process.py`), on the way of the command line. A failure prints the input and the command that repeats it alone.
 """
 

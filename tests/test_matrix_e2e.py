@@ -1,6 +1,6 @@
 """The matrix: every built-in layout, for every family, against a plain single-process diffusers run.
 
-Through Ray here, on gangs that are shared by all tests; the layouts named in the mission through torchrun as well.
+On gangs that are shared by all tests; the layouts named in the mission through torchrun as well.
 """
 
 from __future__ import annotations

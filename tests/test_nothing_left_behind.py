@@ -204,6 +204,7 @@ def test_an_occupied_rendezvous_port(checkpoints: Checkpoints, tmp_path: Path) -
         )
 
 
+@thorough
 def test_more_ranks_than_gpus(checkpoints: Checkpoints, tmp_path: Path) -> None:
     config = tmp_path / "layout.yaml"
     config.write_text("parallel:\n  ulysses_degree: 64\nlaunch:\n  device: cuda\n")

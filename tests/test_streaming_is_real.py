@@ -87,7 +87,7 @@ def test_tensor_parallelism_halves_the_largest_block(family: str, checkpoints: C
 
 
 @thorough
-@pytest.mark.parametrize("family", some(FAMILIES, 1))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_hsdp_holds_its_share_and_the_window(family: str, gang_of: GangOf, checkpoints: Checkpoints) -> None:
     """HSDP without offload: 1/S of all blocks plus the window, and the report says the same as the live model."""
     config = _config("hsdp")
