@@ -112,7 +112,7 @@ def _misplace(answer: Any) -> Any:
 def test_the_table(checkpoints: Checkpoints, here: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     """Every check with its promise and verdict; what was not asked for is not said to hold; the ranks' holdings."""
     gangs = here()
-    assert _check(checkpoints["flux2-klein"]) == 0
+    assert _check(checkpoints["z-image"]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
     for name in CHECKS:
@@ -146,10 +146,10 @@ def test_json_is_all_there_is(
 ) -> None:
     """For scripts: one object on stdout, nothing else; the sizes add up to the model."""
     here()
-    assert _check(checkpoints["flux2-klein"], "--probe", "--json", config=config) == 0
+    assert _check(checkpoints["z-image"], "--probe", "--json", config=config) == 0
     content = json.loads(capsys.readouterr().out)
     assert set(content) == {"model", "layout", "holds", "composition", "violations", "ranks", "deviations"}
-    assert content["model"] == str(checkpoints["flux2-klein"])
+    assert content["model"] == str(checkpoints["z-image"])
     assert content["holds"] is True
     assert content["violations"] == []
     assert [row["check"] for row in content["composition"]] == [*CHECKS, *STEP_CHECKS, *PROBE_CHECKS]
@@ -162,7 +162,7 @@ def test_json_is_all_there_is(
     streamed = config == "layerwise"
     assert rank["homes"] == {"host": 8} if streamed else {"resident": 8}
     assert (rank["resident"], rank["slots"] > 0) == ((0, True) if streamed else (8, False))
-    stored = sum(file.stat().st_size for file in (checkpoints["flux2-klein"] / "transformer").glob("*.safetensors"))
+    stored = sum(file.stat().st_size for file in (checkpoints["z-image"] / "transformer").glob("*.safetensors"))
     whole = rank["device_bytes"] + rank["host_bytes"] - rank["slot_bytes"]
     assert 0.98 * stored < whole < 1.1 * stored
 
@@ -313,7 +313,7 @@ def test_two_ranks_through_ray(checkpoints: Checkpoints) -> None:
     """The real command: one JSON object on stdout, nothing of Ray's; no process and no shared memory afterwards."""
     before = _shared_memory()
     config = CONFIGS / "layerwise_tp2.yaml"
-    command = [*CLI, "check", str(checkpoints["flux2-klein"]), "--config", str(config), "--probe", "--json"]
+    command = [*CLI, "check", str(checkpoints["z-image"]), "--config", str(config), "--probe", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
     content = json.loads(done.stdout)

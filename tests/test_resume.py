@@ -161,9 +161,9 @@ def test_guidance_off_and_another_size(scheduler: str, checkpoints: Checkpoints)
 
 
 @thorough
-def test_a_resumed_request_can_be_resumed(flux2_dir: Path) -> None:
+def test_a_resumed_request_can_be_resumed(z_image_dir: Path) -> None:
     """A second fault: what a resumed loop keeps is as good as what the first one kept, and it keeps its start."""
-    with _worker(flux2_dir, "unipc") as worker:
+    with _worker(z_image_dir, "unipc") as worker:
         snapshots, expected = _cut(worker, REQUEST), _latents(worker.generate(REQUEST))
         kept: list[Snapshot] = []
 
@@ -207,10 +207,10 @@ def test_the_repeated_step_is_not_counted(flux2_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("every", some([2, 0, 3], 1))
-def test_how_often_is_kept(every: int, flux2_dir: Path) -> None:
+def test_how_often_is_kept(every: int, z_image_dir: Path) -> None:
     """Kept without being asked, or not kept, or the wrong step's; kept beyond the request."""
     request = changed(REQUEST, keep_every=every)
-    with _worker(flux2_dir) as worker:
+    with _worker(z_image_dir) as worker:
         seen = []
         worker.on_progress = lambda _: seen.append(worker.kept.step if worker.kept else 0)
         worker.generate(request)
@@ -218,9 +218,9 @@ def test_how_often_is_kept(every: int, flux2_dir: Path) -> None:
     assert seen == [step // every * every if every else 0 for step in range(1, STEPS + 1)]
 
 
-def test_a_snapshot_of_another_request_is_refused(flux2_dir: Path) -> None:
+def test_a_snapshot_of_another_request_is_refused(z_image_dir: Path) -> None:
     """A wrong picture instead of an error; a worker that is of no use after the error."""
-    with _worker(flux2_dir) as worker:
+    with _worker(z_image_dir) as worker:
         snapshots, expected = _cut(worker, REQUEST), _latents(worker.generate(REQUEST))
         last = snapshots[STEPS]
         for request in (changed(REQUEST, steps=STEPS + 1), changed(REQUEST, height=256)):
@@ -233,9 +233,9 @@ def test_a_snapshot_of_another_request_is_refused(flux2_dir: Path) -> None:
         assert torch.equal(_latents(worker.generate(REQUEST)), expected)
 
 
-def test_nobody_elses_random_numbers_are_touched(flux2_dir: Path) -> None:
+def test_nobody_elses_random_numbers_are_touched(z_image_dir: Path) -> None:
     """A stochastic scheduler draws from the process's generator: a request must neither move it nor hang on it."""
-    with _worker(flux2_dir, "stochastic euler") as worker:
+    with _worker(z_image_dir, "stochastic euler") as worker:
         torch.manual_seed(7)
         expected = _latents(worker.generate(REQUEST))
         drawn = torch.rand(4)
