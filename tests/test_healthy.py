@@ -84,8 +84,8 @@ def test_settings(name: str, z_image_dir: Path) -> None:
 @thorough
 @pytest.mark.parametrize("host", ["shared", "mmap"])
 @pytest.mark.parametrize("share", [0.0, 0.6])
-def test_a_budget(host: str, share: float, z_image_dir: Path) -> None:
-    with _one(z_image_dir, {"host": host, "device_budget": _budget(z_image_dir, share)}) as (engine, _):
+def test_a_budget(host: str, share: float, flux2_dir: Path) -> None:
+    with _one(flux2_dir, {"host": host, "device_budget": _budget(flux2_dir, share)}) as (engine, _):
         for _ in range(2):
             _ask(engine)
 
@@ -134,9 +134,9 @@ def _request(engine: Engine) -> Any:
 
 
 @thorough
-def test_a_resumed_request(z_image_dir: Path) -> None:
+def test_a_resumed_request(flux2_dir: Path) -> None:
     """A rank raises in the third step; the new one goes on from the second."""
-    with _one(z_image_dir, launch={"recovery": {"keep_every": 1}}) as (engine, gang):
+    with _one(flux2_dir, launch={"recovery": {"keep_every": 1}}) as (engine, gang):
         _ask(engine)
         stream = gang.worker.loaded.stream
         block, calls = next(block for block in stream.blocks if block.name == BLOCK), []
@@ -229,9 +229,9 @@ def _skips(worker: RankWorker) -> None:
     worker.loaded.model.register_forward_pre_hook(choose)
 
 
-def test_a_step_cache(gang_of: GangOf, z_image_dir: Path) -> None:
+def test_a_step_cache(gang_of: GangOf, flux2_dir: Path) -> None:
     config = RunConfig.parse({"parallel": {"tp_degree": 2}, "offload": LAYERWISE})
-    with Engine.start(config, z_image_dir, gang_of(2)) as engine:
+    with Engine.start(config, flux2_dir, gang_of(2)) as engine:
         engine.gang.collective_rpc(lambda worker: _skips(worker), timeout_s=60)
         for steps in (4, 3):
             _ask(engine, steps=steps)

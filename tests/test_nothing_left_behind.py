@@ -123,7 +123,7 @@ def test_a_run_ends_clean(launcher: str, checkpoints: Checkpoints, tmp_path: Pat
     out = tmp_path / "out"
     out.mkdir()
     report, config = out / "report.json", _config(tmp_path, "layerwise_tp2", launcher)
-    command = _generate(checkpoints["z-image"], config, out / "out.png", "--report", str(report))
+    command = _generate(checkpoints["flux2-klein"], config, out / "out.png", "--report", str(report))
     with _watched(command, foreign) as run:
         assert run.finish() == 0, run.output
         assert run.survivors() == []

@@ -141,7 +141,7 @@ def test_the_limit_is_for_what_was_before(engine: _CountingEngine) -> None:
 def test_all_of_a_long_request_is_judged(checkpoints: Checkpoints) -> None:
     """More events than the log has room for: none of this request's may be missing when its order is judged."""
     request = rank_request(PROMPT, height=ODD_SIZE[0], width=ODD_SIZE[1], steps=STEPS, number=1)
-    plan = make_plan(RunConfig.parse(STREAMED), checkpoints["z-image"], "cpu")
+    plan = make_plan(RunConfig.parse(STREAMED), checkpoints["flux2-klein"], "cpu")
     with admitted(plan) as worker:
         coordinator = Coordinator(plan)
         coordinator.admit([worker.report()], rehearsed=False)

@@ -26,14 +26,14 @@ from live_server import CONFIG, LIMIT_S, Server, pictures_of, same_pictures, ser
 
 
 @pytest.fixture(scope="module")
-def expected(z_image_dir: Path) -> Callable[[GenerateRequest], list[Media]]:
-    with Engine.start(load_config(CONFIG), z_image_dir) as engine:
+def expected(flux2_dir: Path) -> Callable[[GenerateRequest], list[Media]]:
+    with Engine.start(load_config(CONFIG), flux2_dir) as engine:
         yield lambda request: engine.run(request).images  # type: ignore[misc]
 
 
-def test_a_day_of_a_server(z_image_dir: Path, expected: Callable[[GenerateRequest], list[Media]]) -> None:
+def test_a_day_of_a_server(flux2_dir: Path, expected: Callable[[GenerateRequest], list[Media]]) -> None:
     """A picture, several, the line with curl, a rank that is killed in a request, and SIGTERM in another."""
-    with server(z_image_dir) as live:
+    with server(flux2_dir) as live:
         alone = pictures_of(live.post(prompt="a red fox", seed=5))
         assert same_pictures(alone, expected(GenerateRequest.of("a red fox", seed=5, steps=2, height=64, width=64)))
         items = tuple(RequestItem("a blue whale", None, 7 + n) for n in range(3))
@@ -107,8 +107,8 @@ def _terminated(live: Server, expected: Callable[[GenerateRequest], list[Media]]
     ],
     ids=str,
 )
-def test_wrong_options(z_image_dir: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_options(flux2_dir: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     said: list[str] = []
-    code = run_app(app, ["serve", str(z_image_dir), "--config", str(CONFIG), *options], said.append)
+    code = run_app(app, ["serve", str(flux2_dir), "--config", str(CONFIG), *options], said.append)
     assert code == 2
     assert message in said[0]

@@ -117,7 +117,7 @@ def test_where_blocks_rest_is_what_is_computed_with(layout: str, gang_of: GangOf
 
     config = _config(layout)  # by default, no picture would leave
     config = config.model_copy(update={"verify": config.verify.model_copy(update={"arrivals": "first"})})
-    with Engine.start(config, checkpoints["z-image"], gang_of(config.world_size)) as engine:
+    with Engine.start(config, checkpoints["flux2-klein"], gang_of(config.world_size)) as engine:
         prompts = [PROMPT] * config.parallel.dp_degree
         before = engine.generate(prompts, steps=2, height=ODD_SIZE[0], width=ODD_SIZE[1]).latents[-1]
         engine.gang.collective_rpc(poison, timeout_s=60)
