@@ -131,7 +131,7 @@ def test_the_table_with_a_probe(
 ) -> None:
     """--probe compares all bytes and runs the step, and says of how many outputs it speaks."""
     gangs = here()
-    assert _check(checkpoints["flux2-klein"], "--probe") == 0
+    assert _check(checkpoints["z-image"], "--probe") == 0
     out = capsys.readouterr().out
     assert "not probed" not in out
     words = " ".join(out.replace("│", " ").split())
@@ -172,7 +172,7 @@ def test_a_violated_composition_is_told_whole(
 ) -> None:
     """Exit code 1, and every violation, not only the few that an error shows; the probe is not run."""
     gangs = here(edit=_misplace)
-    assert _check(checkpoints["flux2-klein"], "--probe", "--json") == 1
+    assert _check(checkpoints["z-image"], "--probe", "--json") == 1
     printed = capsys.readouterr()
     assert printed.err == ""
     content = json.loads(printed.out)
@@ -193,7 +193,7 @@ def test_a_violated_probe_names_the_block(
 ) -> None:
     """A weight that is wrong where it rests: exit code 1, and the line under the table says which block."""
     gangs = here(plant=partial(_flip, 4))
-    assert _check(checkpoints["flux2-klein"], "--probe") == 1
+    assert _check(checkpoints["z-image"], "--probe") == 1
     printed = capsys.readouterr()
     assert printed.err == ""
     (plan, *_) = (argument for call in gangs[0].asked for argument in call if isinstance(argument, RunPlan))
@@ -220,7 +220,7 @@ def test_generate_probes_first(
 
     gangs, out = here(plant=wrong), tmp_path / "out.png"
     size = ["--height=64", "--width=64", "--steps=1", "--prompt=a fox", f"--out={out}"]
-    command = ["generate", str(checkpoints["flux2-klein"]), f"--config={CONFIGS / 'layerwise.yaml'}", "--probe", *size]
+    command = ["generate", str(checkpoints["z-image"]), f"--config={CONFIGS / 'layerwise.yaml'}", "--probe", *size]
     assert run_app(cli.app, command) == faulty
     printed = capsys.readouterr()
     asked = [work for work, *_ in gangs[0].asked]
@@ -260,7 +260,7 @@ def test_user_errors_are_one_message(
     """Exit code 2 and one line on stderr, found before a rank is started."""
     file = tmp_path / "run.yaml"
     file.write_text(config)
-    assert run_app(cli.app, ["check", str(checkpoints["flux2-klein"]), f"--config={file}", *options]) == 2
+    assert run_app(cli.app, ["check", str(checkpoints["z-image"]), f"--config={file}", *options]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("crossdock: error: ")
     assert printed.err.count("\n") == 1
@@ -294,7 +294,7 @@ def test_other_errors_end_the_gang(
             raise error
 
     gangs = here(plant=fail)
-    assert _check(checkpoints["flux2-klein"], "--probe", "--json") == code
+    assert _check(checkpoints["z-image"], "--probe", "--json") == code
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err == f"crossdock: error: {error}\n"
@@ -330,7 +330,7 @@ def test_two_ranks_through_ray(checkpoints: Checkpoints) -> None:
 def test_interrupted(checkpoints: Checkpoints) -> None:
     """Ctrl-C while the ranks come up: 130, one word, nothing left."""
     before = _shared_memory()
-    run = Watched([*CLI, "check", str(checkpoints["flux2-klein"]), "--config", str(CONFIGS / "layerwise_tp2.yaml")])
+    run = Watched([*CLI, "check", str(checkpoints["z-image"]), "--config", str(CONFIGS / "layerwise_tp2.yaml")])
     try:
         run.wait_for_line("starting 2 ranks")
         for _ in range(100):
@@ -358,7 +358,7 @@ def _alive(run: Watched) -> list[Any]:
 def test_under_torchrun_one_rank_speaks(checkpoints: Checkpoints) -> None:
     """Every rank checks, rank 0 prints."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "crossdock.launch.torchrun", "check", str(checkpoints["flux2-klein"]), "--probe"]
+    command = [*torchrun, "-m", "crossdock.launch.torchrun", "check", str(checkpoints["z-image"]), "--probe"]
     done = subprocess.run(
         [*command, "--config", str(CONFIGS / "layerwise_tp2.yaml"), "--json"],
         capture_output=True,
