@@ -6,6 +6,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: ranks and the reference share two cores
 
+import gc
 import logging
 import signal
 from collections.abc import Callable, Iterator
@@ -67,15 +68,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _is_wanted(item: pytest.Item) -> bool:
+    if not ALL and item.get_closest_marker("thorough") is not None:
+        return False
     if QUICK and item.get_closest_marker("quick") is None:
         has_ranks = item.path.stem in STARTS_RANKS or GANGS & set(getattr(item, "fixturenames", ()))
         return not has_ranks and item.get_closest_marker("not_quick") is None
-    return ALL or item.get_closest_marker("thorough") is None
+    return True
 
 
 @cache
 def _starts_ranks(file: Path) -> bool:
     return file.stem in STARTS_RANKS or "ray_gang_of: " in file.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_imported_is_not_garbage() -> None:
+    """Ranks of this process collect when they end, and would look through all of torch and diffusers every time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

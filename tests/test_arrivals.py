@@ -108,7 +108,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[Fault, ...]]] = {
     "hsdp": (HSDP, {}, (REST, BYTE, Fault(faults.gather_swapped), BESIDE)),
 }
 
-FIRST_OF_ALL = ("layerwise", "budget", "tp2", "layerwise hsdp")
+FIRST_OF_ALL = ("layerwise", "budget", "tp2")
 
 
 def _plan(directory: Path, parallel: dict[str, Any], offload: dict[str, Any], **more: Any) -> RunPlan:
@@ -305,6 +305,7 @@ def test_components_are_compared_with_their_files(
         worker.teardown()
 
 
+@thorough
 @not_quick
 def test_a_block_that_is_not_in_the_last_step(checkpoint_of: Callable[[str], Path]) -> None:
     """Of two transformers the first has done its steps: its blocks are looked at once more."""

@@ -30,7 +30,7 @@ from crossdock.runtime.rank.probe.probe import probe_numbers
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.records import RankReport
 from layouts import CONFIGS
-from tiers import thorough
+from tiers import some, thorough
 
 Checkpoints = dict[str, Path]
 Plant = Callable[[RankWorker, Any], None]
@@ -140,7 +140,7 @@ def test_the_table_with_a_probe(
     assert [asked[2] for asked in gangs[0].asked if asked[0] is RankWorker.setup] == [True]
 
 
-@pytest.mark.parametrize("config", ["single", "layerwise"])
+@pytest.mark.parametrize("config", some(["layerwise", "single"], 1))
 def test_json_is_all_there_is(
     config: str, checkpoints: Checkpoints, here: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

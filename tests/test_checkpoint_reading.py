@@ -38,6 +38,7 @@ from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.weights import load as weights
 from crossdock.runtime.rank.weights.load import RankWeights, WeightLoader
 from crossdock.runtime.rank.weights.source import WeightSource
+from tiers import not_quick
 
 # -- the reader ----------------------------------------------------------------------------------------------------
 
@@ -270,6 +271,7 @@ def _plan(name: str, directory: Path) -> RunPlan:
     return make_plan(RunConfig.parse(CONFIGS[name]), directory, "cpu")
 
 
+@not_quick
 @pytest.mark.parametrize("family", ["flux2-klein", "z-image"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_rank_holds_exactly_its_bytes(name: str, family: str, checkpoints: dict[str, Path]) -> None:

@@ -44,7 +44,7 @@ LAYOUTS = {
     "ring 2": MeshShape(ring=2),
     "ulysses 2 x ring 2": MeshShape(ulysses=2, ring=2),
 }
-FAMILIES = list(CASES) if ALL else ["FLUX.2", "Wan"]
+FAMILIES = list(CASES) if ALL else ["FLUX.2"]
 BACKENDS = {"eager": FAMILIES, "aot_eager": FAMILIES if ALL else ["Wan"], "inductor": ["Wan"] if ALL else []}
 JOBS = [
     (family, layout, backend)

@@ -26,7 +26,7 @@ from crossdock.runtime.errors import FaultKind, RankError
 from crossdock.runtime.rank.worker import RankWorker
 from layouts import CONFIGS
 from reference import PROMPT
-from tiers import some, thorough
+from tiers import ALL, some, thorough
 
 Kind = Literal["kill", "stop", "raise"]
 Moment = Literal["launch", "load", "verify", "first step", "middle step", "last step", "decode"]
@@ -239,7 +239,7 @@ def _ranks() -> set[int]:
 
 @pytest.fixture(scope="module")
 def config() -> RunConfig:
-    config = load_config(CONFIGS / "layerwise_ulysses2_ring2.yaml")
+    config = load_config(CONFIGS / f"layerwise_{'ulysses2_ring2' if ALL else 'tp2'}.yaml")
     recovery = config.launch.recovery.model_copy(update={"keep_every": 1, "retries": 5})
     return config.model_copy(update={"launch": config.launch.model_copy(update={"recovery": recovery})})
 
@@ -248,7 +248,7 @@ def config() -> RunConfig:
 def run(
     request: pytest.FixtureRequest, config: RunConfig, flux2_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Run]:
-    gang = _faulty_class(request.param)(config.launch, 4, "cpu")
+    gang = _faulty_class(request.param)(config.launch, config.world_size, "cpu")
     before = _left()
     with Engine.start(config, flux2_dir, make_gang=lambda *_: gang) as engine:
         first = Run(engine, gang, torch.empty(0), tmp_path_factory.mktemp("faults"))
@@ -285,7 +285,7 @@ def test_the_picture_is_the_same(rank: int, kind: Kind, moment: Moment, run: Run
     if moment != "decode":
         step = {"first step": 1, "middle step": STEPS // 2 + 1, "last step": STEPS}[moment]
         assert fault["resumed_after"] in range(max(0, step - 3), step)
-        where = rf"step {step}, block single_transformer_blocks\.1, \w+ .*\(number \d+\) of group (ulysses|ring)"
+        where = rf"step {step}, block single_transformer_blocks\.1, \w+ .*\(number \d+\) of group (ulysses|ring|tp)"
         assert re.search(rf"rank \d waits for it in {where} with rank {rank}", fault["error"]), fault["error"]
 
 

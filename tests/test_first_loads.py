@@ -27,7 +27,7 @@ from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.watch.gang import Gang
 from reference import ODD_SIZE, PROMPT
-from tiers import not_quick
+from tiers import not_quick, pairs, some, thorough
 from toy_blocks import build
 
 pytestmark = not_quick
@@ -192,6 +192,7 @@ def test_a_resumed_request_looks_again(flux2_dir: Path) -> None:
         assert (shown, gang.starts, gang.closed) == ([1, 2], 2, True)
 
 
+@thorough
 def test_later_requests_compare_nothing(flux2_dir: Path) -> None:
     """It would cost every step, and a LoRA that was merged later would be a fault."""
     with admitted(_plan(flux2_dir)) as worker:
@@ -210,8 +211,7 @@ class _Skipped(nn.Module):
         return hidden_states
 
 
-@pytest.mark.parametrize("damaged", [False, True])
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(("steps", "damaged"), pairs([1, 3], [True, False]))
 def test_a_block_that_was_skipped_is_compared_in_the_end(steps: int, damaged: bool, flux2_dir: Path) -> None:
     """A cache left it out of the first request: nobody would look at it in the next one."""
     plan = _plan(flux2_dir)
@@ -260,6 +260,7 @@ def test_a_review_without_arrivals_is_refused(flux2_dir: Path) -> None:
         assert any(text.startswith(f"complete: rank 0: {WEIGHT}: expected compared with") for text in texts)
 
 
+@thorough
 def test_a_probe_does_not_count_as_the_first_step(flux2_dir: Path) -> None:
     """It leaves no trace: nothing that came in it would ever be told."""
     with _engine(flux2_dir) as (engine, gang):
@@ -274,7 +275,7 @@ def test_a_probe_does_not_count_as_the_first_step(flux2_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parallel", "rank"), [({"tp_degree": 2}, 1), ({"dp_degree": 2, "hsdp": {"shard": 2}}, 0)], ids=["tp", "hsdp"]
+    ("parallel", "rank"), some([({"dp_degree": 2, "hsdp": {"shard": 2}}, 0), ({"tp_degree": 2}, 1)], 1), ids=str
 )
 def test_all_ranks_stop_together(parallel: dict[str, Any], rank: int, gang_of: GangOf, flux2_dir: Path) -> None:
     """One rank stops, and the other waits for it in a collective; or the wrong one is named."""

@@ -21,6 +21,7 @@ from crossdock.runtime.errors import CheckpointError
 from crossdock.runtime.models.checkpoint import read_json, weight_files
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
+from tiers import not_quick, some
 
 CheckpointOf = Callable[[str], Path]
 Tensors = dict[str, Tensor]
@@ -100,6 +101,7 @@ def test_several_files_of_which_none_has_the_name(found: Path) -> None:
         _plan(found)
 
 
+@not_quick
 def test_a_stray_file_is_not_read(found: Path, expected: Tensor) -> None:
     """Not even if it is damaged; by text encoder and VAE neither."""
     for component, name in (("transformer", "a_old"), ("vae", "a"), ("text_encoder", "a")):
@@ -111,6 +113,7 @@ def test_a_stray_file_is_not_read(found: Path, expected: Tensor) -> None:
     assert torch.equal(_latents(found), expected)
 
 
+@not_quick
 def test_a_variant_where_there_is_nothing_else(found: Path, expected: Tensor) -> None:
     """Downloaded with variant="fp16"; the VAE has both, and the text encoder has none."""
     folder = found / "transformer"
@@ -133,6 +136,7 @@ def test_two_variants_are_a_question(found: Path) -> None:
         _plan(found)
 
 
+@not_quick
 def test_more_than_the_model_uses(found: Path, expected: Tensor) -> None:
     """Tensors of newer or older classes, also of a dtype that is not known here, and keys of configs."""
     extra = {"ids": torch.arange(5).to(torch.uint16), "more.weight": torch.ones(3, dtype=torch.float8_e8m0fnu)}
@@ -182,6 +186,7 @@ def test_dtypes_are_those_that_diffusers_makes(
     }
 
 
+@not_quick
 def test_unscaled_fp8_is_what_it_is_in_float32(found: Path, tmp_path: Path) -> None:
     as_fp8 = _in(torch.float8_e4m3fn, lambda name, tensor: tensor.dim() == 2 and "blocks" in name)
     _rewritten(found / "transformer", as_fp8)
@@ -193,7 +198,8 @@ def test_unscaled_fp8_is_what_it_is_in_float32(found: Path, tmp_path: Path) -> N
 # -- tied weights ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("other", [True, False], ids=["another", "a copy"])
+@not_quick
+@pytest.mark.parametrize("other", some([True, False], 1))
 def test_an_output_embedding_that_the_config_ties(other: bool, found: Path) -> None:
     """transformers unties them where the files have two; the plan had room for one."""
     folder = found / "text_encoder"

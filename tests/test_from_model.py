@@ -25,6 +25,7 @@ from crossdock.parallel.group import Group
 from crossdock.parallel.tensor import COLUMN, ROW, LinearStyle, TensorParallelism, TensorPlan
 from crossdock.runtime.models.families import SPECS
 from crossdock.runtime.models.inferred.spec import infer_spec
+from tiers import every
 from tiny_transformers import TINY, build, make_inputs, tensors_of
 
 CPU = torch.device("cpu")
@@ -138,7 +139,7 @@ def test_the_tables_name_every_transformer_of_diffusers() -> None:
     assert exported - inner == STACKS.keys() | NO_DEFAULT == TINY.keys()
 
 
-@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize("name", every(STACKS, 3))
 def test_the_stacks_of_every_default_configuration(name: str) -> None:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -160,7 +161,7 @@ class Case:
             return tensors_of(self.model(**make_inputs(self.name, self.model)))
 
 
-@pytest.fixture(scope="module", params=TINY)
+@pytest.fixture(scope="module", params=every(TINY, 3))
 def case(request: pytest.FixtureRequest) -> Case:
     case = Case(request.param, build(request.param), [])
     case.expected = case.run()

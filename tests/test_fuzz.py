@@ -1,6 +1,6 @@
 """Damaged input of every kind: each is accepted, or refused with one message, in time and in memory; nothing runs.
 
-Seeded: 400 inputs, 10,000 in `make test-all` (or CROSSDOCK_FUZZ=N). They run one by one in a process of their own
+Seeded: 100 inputs, 10,000 in `make test-all` (or CROSSDOCK_FUZZ=N). They run one by one in a process of their own
 (`fuzz_process.py`), on the way of the command line. A failure prints the input and the command that repeats it alone.
 """
 
@@ -25,7 +25,7 @@ import pytest
 from fuzzing import SHARES, FuzzInput, make_input, shorten
 from tiers import how_many, not_quick
 
-INPUTS = int(os.environ.get("CROSSDOCK_FUZZ") or how_many(100, 200, 10_000))
+INPUTS = int(os.environ.get("CROSSDOCK_FUZZ") or how_many(50, 100, 10_000))
 LIMIT_S = 5.0
 """Of the process's own time; one that only waits has `WAITS` times as long, for the machine may be busy."""
 WAITS = 6

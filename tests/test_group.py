@@ -27,6 +27,7 @@ from processes import run_ranks
 from torch import Tensor
 
 from crossdock.parallel.group import KEPT, Collective, Group, GroupRecord
+from tiers import not_quick
 
 RANKS = 3
 TIME_LIMIT_S = 120
@@ -138,12 +139,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
     return run_ranks(__file__, tmp_path_factory.mktemp("gang"), RANKS, TIME_LIMIT_S)
 
 
+@not_quick
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_gives_what_torch_gives(found: list[Found], operation: str) -> None:
     """A group's operation sends other bytes, to other ranks, or in another order."""
     assert [of_rank["right"][operation] for of_rank in found] == [True] * RANKS
 
 
+@not_quick
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_is_recorded_the_same_on_all_ranks(found: list[Found], operation: str) -> None:
     """An operation is not counted, or its record has a size that only this rank has: uneven exchanges, ring hops."""
@@ -155,6 +158,7 @@ def test_is_recorded_the_same_on_all_ranks(found: list[Found], operation: str) -
         assert record["digest"] == found[0]["records"][operation]["digest"] != 0
 
 
+@not_quick
 def test_numbers_run_through_all_operations(found: list[Found]) -> None:
     """Operations of one group are counted apart, or in another order on another rank."""
     for of_rank in found:
@@ -164,6 +168,7 @@ def test_numbers_run_through_all_operations(found: list[Found]) -> None:
         assert record == found[0]["records"]["all"]
 
 
+@not_quick
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_who_waits_is_seen_from_another_thread(found: list[Found], operation: str) -> None:
     """A rank that waits for a late one does not show it, shows another operation, or goes on to show it afterwards."""
@@ -177,11 +182,13 @@ def test_who_waits_is_seen_from_another_thread(found: list[Found], operation: st
     assert found[late]["late"][operation]["longest_s"] < LATE_S / 2
 
 
+@not_quick
 def test_a_hop_waits_until_it_arrives(found: list[Found]) -> None:
     """A hop that is under way is taken to be over as soon as it is started."""
     assert all(of_rank["hop"] == {"between": True, "afterwards": None} for of_rank in found)
 
 
+@not_quick
 def test_an_exception_leaves_it_as_the_one_waited_in(found: list[Found]) -> None:
     """The collective that failed is not told any more once its exception is handled."""
     for of_rank in found:
@@ -190,6 +197,7 @@ def test_an_exception_leaves_it_as_the_one_waited_in(found: list[Found]) -> None
         assert of_rank["failed"]["waiting_s"] is not None
 
 
+@not_quick
 def test_two_threads_use_two_groups(found: list[Found]) -> None:
     """The block gathers' thread and the computing thread disturb each other's results or records."""
     for of_rank in found:
@@ -198,6 +206,7 @@ def test_two_threads_use_two_groups(found: list[Found]) -> None:
         assert of_rank["threads"]["issued"] == [150, 150]
 
 
+@not_quick
 def test_index_and_size(found: list[Found]) -> None:
     """A group of some of the ranks counts its members by their number in the world."""
     assert [of_rank["place"] for of_rank in found] == [[0, 3, None], [1, 3, [0, 2, [1, 2]]], [2, 3, [1, 2, [1, 2]]]]

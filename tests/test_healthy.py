@@ -70,13 +70,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "float16": {"dtype": "float16"},
     "bfloat16": {"dtype": "bfloat16", "offload": {"prefetch": 2}},
 }
-FEW = {"float16", "prefetch of all"}
+FEW = {"prefetch of all"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FEW else thorough) for n in SETTINGS])
-def test_settings(name: str, flux2_dir: Path) -> None:
+def test_settings(name: str, z_image_dir: Path) -> None:
     """Twice, and once with a single step: of which nothing was measured before."""
-    with _one(flux2_dir, **SETTINGS[name]) as (engine, _):
+    with _one(z_image_dir, **SETTINGS[name]) as (engine, _):
         for steps in (1, 3, 2):
             _ask(engine, steps=steps)
 
@@ -90,7 +90,7 @@ def test_a_budget(host: str, share: float, flux2_dir: Path) -> None:
             _ask(engine)
 
 
-def test_a_forced_reschedule(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forced_reschedule(z_image_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of the first request, to other residents and slots, because of costs that nobody measured."""
     observe = worker_module.observe
 
@@ -101,7 +101,7 @@ def test_a_forced_reschedule(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -
         return replace(found, costs=Costs((1e-3,) * count, tuple(1e-3 * (1 + 9 * (n % 2)) for n in range(count))))
 
     monkeypatch.setattr(worker_module, "observe", told)
-    with _one(flux2_dir, {"device_budget": _budget(flux2_dir, 0.6)}) as (engine, gang):
+    with _one(z_image_dir, {"device_budget": _budget(z_image_dir, 0.6)}) as (engine, gang):
         before = copy.copy(engine.plan)
         _ask(engine, steps=5)
         assert engine.plan.memory.resident != before.memory.resident, gang.worker.loaded.schedule_note
@@ -109,9 +109,9 @@ def test_a_forced_reschedule(flux2_dir: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @thorough
-def test_cancels_and_time_outs_between_requests(flux2_dir: Path) -> None:
+def test_cancels_and_time_outs_between_requests(z_image_dir: Path) -> None:
     """Of none, of one that waits, of one in its first step; a limit that is up at once."""
-    with _one(flux2_dir) as (engine, _):
+    with _one(z_image_dir) as (engine, _):
         engine.cancel()
         _ask(engine)
         handle = engine.submit(_request(engine))
@@ -170,10 +170,10 @@ def test_two_transformers_at_every_switch(checkpoint_of: CheckpointOf) -> None:
                 assert {name.partition(".")[0] for name in last} == {"transformer", "transformer_2"}
 
 
-def test_requests_that_differ_in_turn(flux2_dir: Path) -> None:
+def test_requests_that_differ_in_turn(z_image_dir: Path) -> None:
     """Guidance on and off, other sizes, prompts of other lengths in one batch, one step, several pictures of one."""
     long = " ".join([PROMPT] * 6)
-    with _one(flux2_dir) as (engine, _):
+    with _one(z_image_dir) as (engine, _):
         for options in (
             {"guidance_scale": 1.0},
             {"guidance_scale": 4.0},

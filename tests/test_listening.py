@@ -40,7 +40,7 @@ def test_ranks_of_ray_listen_on_loopback(ray_gang_of: Callable[[int], Gang]) -> 
     """
     ray = pytest.importorskip("ray")
 
-    ranks = ray_gang_of(4).collective_rpc(_own(), timeout_s=60)
+    ranks = ray_gang_of(2).collective_rpc(_own(), timeout_s=60)
     rays_own = len(ray.get(ray.remote(num_cpus=0)(_own()).remote(None), timeout=60)[1])
     for rank, (pid, sockets, environment) in enumerate(ranks):
         outside = [socket for socket in sockets if socket[0] not in LOOPBACK]

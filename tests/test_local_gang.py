@@ -325,6 +325,7 @@ def test_more_ranks_than_gpus() -> None:
     assert caught.value.key == "launch.device"
 
 
+@thorough
 def test_an_occupied_port() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -508,6 +509,7 @@ except KeyboardInterrupt:
 """
 
 
+@thorough
 def test_control_c(tmp_path: Path) -> None:
     """It goes to everything in the terminal: the ranks say nothing, and live until the launcher has decided."""
     script = _script(tmp_path, INTERRUPTED, start_new_session=True)

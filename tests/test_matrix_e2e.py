@@ -1,6 +1,6 @@
 """The matrix: every built-in layout, for every family, against a plain single-process diffusers run.
 
-Through Ray here, on gangs that are shared by all tests; the layouts named in the mission through torchrun as well.
+On gangs that are shared by all tests; the layouts named in the mission through torchrun as well.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from reference import (
     reference,
     reference_latents,
 )
-from tiers import ALL, not_quick, pairs, quick, some
+from tiers import ALL, pairs, quick, some, thorough
 
 GangOf = Callable[[int], Gang]
 Checkpoints = dict[str, Path]
@@ -57,9 +57,9 @@ def _cells() -> list[Any]:
 
 
 def _torchrun_cells() -> list[Any]:
-    """The layouts of the mission; one of them outside of `make test-all`."""
+    """The layouts of the mission."""
     cells = pairs([layout for layout in LAYOUTS if layout.through_torchrun], FAMILIES)
-    return [pytest.param(layout, family, id=f"{layout.name}-{family}") for layout, family in some(cells[::-1], 1)]
+    return [pytest.param(layout, family, id=f"{layout.name}-{family}") for layout, family in cells]
 
 
 @pytest.mark.parametrize(("layout", "row"), _cells())
@@ -99,7 +99,7 @@ def test_latents_equal_diffusers(
                 assert torch.equal(streamed, again.latents[0]), "layerwise on and off differ"
 
 
-@not_quick
+@thorough  # of torchrun, `make test` has a recovery: test_torchrun_faults
 @pytest.mark.parametrize(("layout", "family"), _torchrun_cells())
 def test_torchrun_equals_diffusers(layout: Layout, family: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """The same command line under torchrun, in an environment where ray cannot be imported."""
@@ -131,7 +131,8 @@ def test_torchrun_equals_diffusers(layout: Layout, family: str, checkpoints: Che
     assert error <= TOLERANCE
 
 
-@pytest.mark.parametrize("family", some(FAMILIES, 1))
+@thorough
+@pytest.mark.parametrize("family", FAMILIES)
 def test_three_generations_in_one_engine(family: str, gang_of: GangOf, checkpoints: Checkpoints) -> None:
     """Two, then one of another size and step count: no state of a request reaches the next one."""
     config = load_config(next(layout for layout in LAYOUTS if layout.name == "layerwise_ulysses2_ring2").config)
@@ -202,7 +203,7 @@ def test_a_batch_of_prompts_of_different_lengths(
 def test_combinations_layerwise(name: str, family: str, gang_of: GangOf, checkpoints: Checkpoints) -> None:
     """HSDP on the ranks of a sequence group, TP inside of both: every mechanism at once, with part of it resident."""
     config = RunConfig.parse({**COMBINED[name], "offload": PARTLY_RESIDENT})
-    with Engine.start(config, checkpoints[family], gang_of(config.world_size)) as engine:
+    with Engine.start(config, checkpoints[family], gang_of(config.world_size), probe=True) as engine:
         latents = engine.generate(PROMPT, height=ODD_SIZE[0], width=ODD_SIZE[1]).latents[0]
     error = max_error(latents, reference_latents(checkpoints[family], size=ODD_SIZE))
     print(f"{name} {family}: max error {error:.2e}")

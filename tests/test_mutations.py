@@ -42,7 +42,7 @@ from crossdock.runtime.watch.gang import Gang
 from layouts import COMBINED, FAMILIES, LAYOUTS, PARTLY_RESIDENT
 from mutations import BLOCK, NEXT, OUTSIDE, PACKED, TABLE, TO_Q, Mutation, Plant, Stage
 from reference import PROMPT, TOLERANCE, max_error, reference_latents
-from tiers import ALL, one_each, quick, some
+from tiers import ALL, one_each, quick, some, thorough
 
 for module in (mutations, running):  # the ranks cannot import the tests
     cloudpickle.register_pickle_by_value(module)
@@ -455,17 +455,18 @@ def _error(told: Told, directory: Path) -> float:
     return max_error(result.latents, reference_latents(directory, size=(SIZE, SIZE), steps=TWO_STEPS.asked.steps))
 
 
+@thorough
 @pytest.mark.parametrize(
     ("layout", "family"),
     [
-        *((layout.name, family) for layout in LAYOUTS for family in FAMILIES if ALL),
-        *some([*zip(MORE, itertools.cycle(FAMILIES), strict=False)], 2),
+        *((layout.name, family) for layout in LAYOUTS for family in FAMILIES),
+        *zip(MORE, itertools.cycle(FAMILIES), strict=False),
     ],
 )
 def test_no_false_alarm(layout: str, family: str, gang_of: GangOf, checkpoints: Checkpoints) -> None:
     """A healthy load, with a rehearsal or without one, request of two steps or probe is refused.
 
-    On the built-in layouts the matrix sees it as well.
+    On the layouts that `make test` runs the matrix sees it as well.
     """
     plan = _plan(layout, checkpoints[family])
     gang, work_of = gang_of(plan.layout.mesh.world_size), _on_ranks("load")

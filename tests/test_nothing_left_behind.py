@@ -108,7 +108,7 @@ def _config(folder: Path, layout: str, launcher: str, launch: str = "") -> Path:
     return path
 
 
-@pytest.mark.parametrize("launcher", ["local", "ray"])
+@pytest.mark.parametrize("launcher", some(["local", "ray"], 1))
 def test_a_run_ends_clean(launcher: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Also with a rendezvous of someone else in the environment: nothing is inherited by accident.
 
@@ -156,7 +156,8 @@ def test_interrupted_in_the_middle(launcher: str, number: int, checkpoints: Chec
     assert list(out.iterdir()) == []
 
 
-@pytest.mark.parametrize(("launcher", "retries"), some([("local", 2), ("ray", 0), ("ray", 2), ("local", 0)], 1))
+@thorough  # of a rank that is lost: test_faults
+@pytest.mark.parametrize(("launcher", "retries"), [("local", 2), ("ray", 0), ("ray", 2), ("local", 0)])
 def test_a_rank_that_is_killed(launcher: str, retries: int, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """kill -9 of one rank: survived and said; or, when it may not be, an error that names the rank and exit code 1."""
     before = _shared_memory()
@@ -203,6 +204,7 @@ def test_an_occupied_rendezvous_port(checkpoints: Checkpoints, tmp_path: Path) -
         )
 
 
+@thorough
 def test_more_ranks_than_gpus(checkpoints: Checkpoints, tmp_path: Path) -> None:
     config = tmp_path / "layout.yaml"
     config.write_text("parallel:\n  ulysses_degree: 64\nlaunch:\n  device: cuda\n")

@@ -16,6 +16,7 @@ from processes import store_holders
 from crossdock.offload.memory.host_store import HostStore, mapped_share_bytes
 from crossdock.offload.memory.store_handle import PREFIX, HostStoreHandle
 from crossdock.runtime.rank.weights.kept_stores import KeptStores, StoreHolder
+from tiers import not_quick
 
 MIB = 2**20
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -178,6 +179,7 @@ def test_nothing_in_shared_memory_files() -> None:
     store.close()
 
 
+@not_quick
 def test_memory_goes_with_killed_processes(peers: list[Peer]) -> None:
     """kill -9 of all ranks must leave nothing behind; of the owner alone, the others keep their bytes."""
     owner, handle = _owner(4 * MIB)
@@ -193,6 +195,7 @@ def test_memory_goes_with_killed_processes(peers: list[Peer]) -> None:
     assert store_holders(inode) == set()
 
 
+@not_quick
 def test_a_forgotten_store_goes_with_its_process(peers: list[Peer]) -> None:
     """A process that ends without `close` (an exception at start-up) leaves nothing either."""
     owner, handle = _owner(MIB)
@@ -240,6 +243,7 @@ def holder() -> Iterator[StoreHolder]:
     kept.drop()
 
 
+@not_quick
 def test_a_kept_store_outlives_its_creator(peers: list[Peer], holder: StoreHolder) -> None:
     """kill -9 of the rank that read the checkpoint; the next one maps the very same pages."""
     owner, handle = _owner(3 * MIB + 5)

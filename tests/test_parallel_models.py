@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from crossdock.parallel.attention import SequenceParallelAttention
 from crossdock.parallel.regions import SequenceParallelism
 from crossdock.parallel.tensor import TensorParallelism
 from crossdock.runtime.rank.attention_backend import AttentionBinding
+from tiers import every
 
 LAYOUTS = {
     "tp 2": (2, 1, 1),
@@ -103,8 +105,7 @@ def run_parallel(case: Case, model: nn.Module, inputs: dict[str, Any], gang: Gan
     return run_threads(gang.meetings, work, gang.size)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "layout"), every(itertools.product(CASES, LAYOUTS), 5))
 def test_against_the_whole_model(name: str, layout: str) -> None:
     case, gang = CASES[name], Gang(*LAYOUTS[layout])
     if gang.size > MOST_HEADS and any(region.head_scatters for region in case.regions):

@@ -16,7 +16,7 @@ import pytest
 from crossdock.launch.gangs.ranks.reachable import check_reachable, within
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import LaunchError
-from tiers import not_quick
+from tiers import not_quick, some
 
 LAUNCH_S = 4
 START_S = 40
@@ -98,7 +98,7 @@ def test_ray_loses_its_patience_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @not_quick
-@pytest.mark.parametrize("answers", [False, True])
+@pytest.mark.parametrize("answers", some([True, False], 1))
 def test_the_command_ends_in_time(answers: bool, flux2_dir: Path, tmp_path: Path) -> None:
     """Ray itself tries for two minutes where nobody listens, and the same where somebody does who is no Ray."""
     pytest.importorskip("ray")

@@ -68,7 +68,7 @@ def test_a_later_request_does_no_more(checkpoints: Checkpoints, opened: list[str
     work: list[Counter[str]] = []
     files: list[list[str]] = []
     config = RunConfig.parse(STREAMED)
-    with Engine.start(config, checkpoints["flux2-klein"], make_gang=lambda *_: InProcessGang()) as engine:
+    with Engine.start(config, checkpoints["z-image"], make_gang=lambda *_: InProcessGang()) as engine:
         for _ in range(6):
             opened.clear()
             with _calls() as counts:

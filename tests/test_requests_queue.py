@@ -41,7 +41,7 @@ from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.request import GenerateRequest, RankRequest
 from crossdock.runtime.watch.gang import Gang
 from fake_gang import LIMIT_S, FakeGang, TrustingCoordinator
-from tiers import thorough
+from tiers import not_quick, thorough
 
 
 @pytest.fixture(scope="module")
@@ -611,6 +611,7 @@ def check_stress(
     return found
 
 
+@not_quick
 def test_200_requests_from_8_threads(engine: Engine, gang: FakeGang) -> None:
     """With cancels and a lost rank: every result is right, every cancel ends its own request, and order is kept."""
 

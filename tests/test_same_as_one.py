@@ -33,7 +33,7 @@ from crossdock.runtime.reports.records import Deviation, ProbeReport
 from crossdock.runtime.request import GenerateRequest
 from crossdock.runtime.watch.gang import Gang
 from layouts import FAMILIES
-from tiers import not_quick, thorough
+from tiers import not_quick, some, thorough
 
 pytestmark = not_quick
 
@@ -93,6 +93,7 @@ LOADS = {
     "scattered": Load("qwen-image-2.1", SEQUENCE_4, "transformer_blocks.2", (HEADS,)),
     "half": Load("z-image", SEQUENCE_4, "layers.2", (TABLE, HEADS), "bfloat16"),
 }
+FEW = ("tokens", "features", "branches")
 
 
 def _plan(directory: Path, parallel: dict[str, int], **more: Any) -> RunPlan:
@@ -126,8 +127,7 @@ def _judged(plan: RunPlan, probes: list[ProbeReport]) -> list[Violation]:
 
 
 @pytest.mark.parametrize(
-    "load",
-    [pytest.param(load, id=name, marks=[thorough] * (name in ("scattered", "half"))) for name, load in LOADS.items()],
+    "load", [pytest.param(load, id=name, marks=[thorough] * (name not in FEW)) for name, load in LOADS.items()]
 )
 def test_every_fault_names_its_block(load: Load, gang_of: GangOf, checkpoint_of: Callable[[str], Path]) -> None:
     """A wrong number leaves, or another block or rank is blamed. What is probed after a fault is right again.
@@ -183,7 +183,7 @@ def test_a_plan_that_is_one_row_off(gang_of: GangOf, checkpoints: Checkpoints) -
 # -- the unsharded model ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some(FAMILIES, 1))
 def test_one_block_at_a_time(family: str, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would not fit where the model does not; and what is away gives no numbers."""
     present, seen = list[str](), list[tuple[str, ...]]()

@@ -26,6 +26,7 @@ from crossdock.parallel.attention import SequenceParallelAttention
 from crossdock.parallel.group import Group
 from crossdock.parallel.kernels import attention, attention_with_lse, merge
 from crossdock.parallel.sequence import SequenceLayout, gather_shards, shard_lengths, take_shard
+from tiers import not_quick
 
 Attention = TypeVar("Attention")
 RANKS = 4
@@ -292,6 +293,7 @@ def worst(measured: list[dict[str, float]], check: str) -> float:
     return max(of_rank[check] for of_rank in measured)
 
 
+@not_quick
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_attend(measured: list[dict[str, float]], layout: str, case: str) -> None:
@@ -300,15 +302,18 @@ def test_attend(measured: list[dict[str, float]], layout: str, case: str) -> Non
     assert error < CASES[case].limit
 
 
+@not_quick
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_calls_are_bit_identical(measured: list[dict[str, float]], layout: str) -> None:
     assert all(worst(measured, f"{layout}: {case}, again") == 0.0 for case in CASES)
 
 
+@not_quick
 def test_gather_is_the_inverse_of_take(measured: list[dict[str, float]]) -> None:
     assert all(worst(measured, f"gather {gather}") == 0.0 for gather in GATHERS)
 
 
+@not_quick
 @pytest.mark.parametrize("layout", ["ulysses 4", "ring 4"])
 def test_agrees_with_yunchang(measured: list[dict[str, float]], layout: str) -> None:
     """Where yunchang 0.6.4 is right: no mask, one segment, everything divides."""

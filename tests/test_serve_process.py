@@ -94,6 +94,7 @@ def _terminated(live: Server, expected: Callable[[GenerateRequest], list[Media]]
     assert same_pictures(
         pictures_of(answers[0]), expected(GenerateRequest.of("last", seed=2, steps=30, height=64, width=64))
     )
+    assert live.process.wait(LIMIT_S) == 0, "a second SIGTERM would end it at once"
 
 
 @pytest.mark.parametrize(

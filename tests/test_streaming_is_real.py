@@ -15,10 +15,11 @@ from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.watch.gang import Gang
 from layouts import FAMILIES, LAYOUTS
 from reference import ODD_SIZE, PROMPT
-from tiers import pairs, some
+from tiers import pairs, some, thorough
 
 GangOf = Callable[[int], Gang]
 Checkpoints = dict[str, Path]
+STREAMED = ["layerwise_tp2", "hsdp", "layerwise", "layerwise_hsdp", "layerwise_ulysses2_ring2"]
 SLACK = 256
 """Bytes: a slot's start is rounded up to its alignment."""
 
@@ -52,7 +53,9 @@ def _block_bytes(engine: Engine) -> list[int]:
 
 
 @pytest.mark.parametrize("family", some(FAMILIES, 1))
-@pytest.mark.parametrize(("layout", "prefetch"), pairs(["layerwise", "layerwise_tp2", "layerwise_hsdp"], [1, 3]))
+@pytest.mark.parametrize(
+    ("layout", "prefetch"), some(pairs(["layerwise_tp2", "layerwise", "layerwise_hsdp"], (1, 3)), 1)
+)
 def test_device_bytes_stay_within_the_window(
     layout: str, prefetch: int, family: str, gang_of: GangOf, checkpoints: Checkpoints
 ) -> None:
@@ -83,7 +86,8 @@ def test_tensor_parallelism_halves_the_largest_block(family: str, checkpoints: C
     assert ratio < 0.65
 
 
-@pytest.mark.parametrize("family", some(FAMILIES, 1))
+@thorough
+@pytest.mark.parametrize("family", FAMILIES)
 def test_hsdp_holds_its_share_and_the_window(family: str, gang_of: GangOf, checkpoints: Checkpoints) -> None:
     """HSDP without offload: 1/S of all blocks plus the window, and the report says the same as the live model."""
     config = _config("hsdp")
@@ -102,7 +106,7 @@ def test_hsdp_holds_its_share_and_the_window(family: str, gang_of: GangOf, check
         assert row["gathered_bytes_per_step"] > 0
 
 
-@pytest.mark.parametrize("layout", ["layerwise", "layerwise_tp2", "layerwise_hsdp", "layerwise_ulysses2_ring2", "hsdp"])
+@pytest.mark.parametrize("layout", some(STREAMED, 2))
 def test_where_blocks_rest_is_what_is_computed_with(layout: str, gang_of: GangOf, checkpoints: Checkpoints) -> None:
     """Pitfall 1: the host copy (or the shard) is really read: overwriting it on one rank changes the picture."""
 
@@ -122,10 +126,7 @@ def test_where_blocks_rest_is_what_is_computed_with(layout: str, gang_of: GangOf
     assert not torch.allclose(after, before, atol=1e-2)
 
 
-@pytest.mark.parametrize(
-    ("layout", "family"),
-    pairs(["layerwise", "layerwise_tp2", "layerwise_hsdp", "layerwise_ulysses2_ring2", "hsdp"], FAMILIES),
-)
+@pytest.mark.parametrize(("layout", "family"), some(pairs(STREAMED, FAMILIES), 2))
 def test_freed_slots_are_not_read(layout: str, family: str, gang_of: GangOf, checkpoints: Checkpoints) -> None:
     """NaN written into every slot as soon as its block has computed changes nothing: nobody reads freed weights."""
 

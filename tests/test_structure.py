@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from house import imported, room_of
+from tiers import not_quick
 
 ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {
@@ -158,6 +159,7 @@ def test_ray_is_imported_where_actors_are_made() -> None:
     assert users == {"launch/gangs/ray_gang.py", "launch/serve/replicas.py"}
 
 
+@not_quick
 def test_torchrun_and_the_engine_work_without_ray() -> None:
     """Also: neither ray nor a model library is needed for the command line's own errors."""
     code = "import sys; sys.modules['ray'] = None; import crossdock.launch.torchrun, crossdock.launch.engine.engine"

@@ -23,7 +23,7 @@ from crossdock.runtime.models.tiny.make_checkpoint import make_checkpoint
 from crossdock.runtime.models.tiny.recipes import TINY
 from layouts import FAMILIES
 from reference import pipeline_of
-from tiers import ALL
+from tiers import ALL, not_quick, thorough
 
 THOROUGH = list(TINY) if ALL else list(FAMILIES)
 """Recipes that are drawn with, again and again; `make test-all` does that with all."""
@@ -312,6 +312,7 @@ def test_bytes_follow_from_the_seed(family: str, tmp_path: Path, checkpoints: Ca
     assert {name for name in first if other[name] != first[name]} == {n for n in first if n.endswith(".safetensors")}
 
 
+@not_quick
 @pytest.mark.parametrize("tokens", [(8, 8), (7, 5)])
 def test_diffusers_draws_a_picture(pipeline: Any, tokens: tuple[int, int]) -> None:
     pixels = torch.tensor(np.array(run(pipeline, "a boat", tokens, 4, "np")[0]))
@@ -323,6 +324,7 @@ def test_diffusers_draws_a_picture(pipeline: Any, tokens: tuple[int, int]) -> No
     assert (pixels.flatten(0, -2).amax(0) - pixels.flatten(0, -2).amin(0)).min() > 0.4
 
 
+@not_quick
 def test_one_word_changes_the_latents(pipeline: Any) -> None:
     fox = latents_of(pipeline)
     assert torch.equal(latents_of(pipeline), fox)
@@ -330,6 +332,7 @@ def test_one_word_changes_the_latents(pipeline: Any) -> None:
     assert (latents_of(pipeline, PROMPT.replace("fox", "box")) - fox).abs().max() > 0.05
 
 
+@thorough
 @torch.no_grad()
 def test_every_tensor_shows(pipeline: Any) -> None:
     """Half of a tensor drawn anew moves one unguided velocity by more than two runs may differ (1e-4)."""
@@ -368,6 +371,7 @@ def test_pad_tokens_and_norms_are_not_trivial(pipeline: Any) -> None:
         assert 0.5 <= pipeline.vae.bn.running_var.min() < pipeline.vae.bn.running_var.max() <= 1.5
 
 
+@not_quick
 def test_rounding_of_the_noise_is_not_amplified(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, draw = latents_of(pipeline), torch.randn
 

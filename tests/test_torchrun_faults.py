@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +19,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from crossdock.launch.engine.engine import Engine
 from crossdock.launch.gangs.torchrun_judge import Beat, Judge, ProcessState
 from crossdock.parallel.group import Collective, GroupRecord
+from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.errors import LaunchError, RankError
 from crossdock.runtime.reports.status import RankStatus
+from crossdock.runtime.watch.gang import Gang
 from layouts import CONFIGS
 from reference import PROMPT
-from tiers import some, thorough
+from tiers import thorough
 
 HERE = Path(__file__).parent
 LIMIT_S = 150
@@ -193,7 +196,8 @@ class Torchrun:
         command += ["--max-restarts", str(len(planted) - 1), "-m", "torchrun_with_faults", "generate", str(checkpoint)]
         command += ["--config", str(config), "--prompt", PROMPT, "--height", str(SIZE), "--width", str(SIZE)]
         command += ["--steps", str(STEPS), "--out", str(folder / "out.png"), "--latents", str(self.latents)]
-        extra = {"PYTHONPATH": str(HERE), "PLANTED": json.dumps(planted), "NOTES": str(folder)}
+        path = os.pathsep.join(filter(None, [str(HERE), str(folder), os.environ.get("PYTHONPATH")]))
+        extra = {"PYTHONPATH": path, "PLANTED": json.dumps(planted), "NOTES": str(folder)}
         self._files = [(folder / name).open("w+") for name in ("stdout", "stderr")]
         self.process = subprocess.Popen(
             command, env={**os.environ, **extra}, stdout=self._files[0], stderr=self._files[1], text=True
@@ -253,7 +257,8 @@ class Torchrun:
 
 @contextmanager
 def _torchrun(folder: Path, *arguments: Any) -> Iterator[Torchrun]:
-    folder.mkdir(exist_ok=True)
+    (folder / "ray").mkdir(parents=True)
+    (folder / "ray" / "__init__.py").write_text("raise ImportError('no ray here')\n")
     run = Torchrun(folder, *arguments)
     try:
         yield run
@@ -266,19 +271,38 @@ def _fault(rank: int, kind: str, step: int = 2) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def expected(flux2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
-    """The latents of a run without a fault; on its way there, a first try misses its time limit.
+def expected(flux2_dir: Path, gang_of: Callable[[int], Gang]) -> torch.Tensor:
+    """The latents of a run without a fault, and without torchrun."""
+    with Engine.start(load_config(CONFIGS / "layerwise_tp2.yaml"), flux2_dir, gang_of(2)) as engine:
+        return engine.generate(PROMPT, steps=STEPS, height=SIZE, width=SIZE).latents[0]
 
-    The second leaves a thread in torch's store, which Python's own way out would abort the process for.
-    """
-    folder = tmp_path_factory.mktemp("expected")
-    with _torchrun(folder, flux2_dir, CONFIGS / "layerwise_tp2.yaml", _fault(1, "late"), None) as run:
+
+@pytest.mark.timeout(300)
+def test_torchrun_restarts_after_a_kill(flux2_dir: Path, expected: torch.Tensor, tmp_path: Path) -> None:
+    """One message, and the picture of the same layout under another launcher."""
+    faults = (_fault(0, "kill"), None)
+    with _torchrun(tmp_path, flux2_dir, CONFIGS / "layerwise_tp2.yaml", *faults) as run:
+        assert run.finish() == 0, run.stderr
+        assert run.gone_after_s(0) < GONE_WITHIN_S
+        (killed,) = run.errors
+        assert killed.startswith("crossdock: error: rank 0: its process")
+        assert "rank 1 waits for it in step 2, block single_transformer_blocks.4, all_reduce torch.float32" in killed
+        assert torch.equal(load_file(run.latents)["loop_latents"], expected)
+        assert run.survivors() == []
+
+
+@thorough
+@pytest.mark.timeout(300)
+def test_a_try_that_misses_its_time_limit(flux2_dir: Path, expected: torch.Tensor, tmp_path: Path) -> None:
+    """The second leaves a thread in torch's store, which Python's own way out would abort the process for."""
+    with _torchrun(tmp_path, flux2_dir, CONFIGS / "layerwise_tp2.yaml", _fault(1, "late"), None) as run:
         assert run.finish() == 0, run.stderr
         assert run.errors == ["crossdock: error: stopped after step 2: the time limit is 0 s"], run.stderr
         assert "Traceback" not in run.stderr
-        return load_file(run.latents)["latents"]
+        assert torch.equal(load_file(run.latents)["loop_latents"], expected)
 
 
+@thorough
 @pytest.mark.timeout(300)
 def test_torchrun_restarts_after_any_fault(flux2_dir: Path, expected: torch.Tensor, tmp_path: Path) -> None:
     """Said late, twice or without its place; a process that stays; a restart that fails."""
@@ -299,7 +323,7 @@ def test_torchrun_restarts_after_any_fault(flux2_dir: Path, expected: torch.Tens
         assert stopped.startswith("crossdock: error: rank 1: its process")
         assert "is stopped; it is ended with SIGKILL; last seen in step 3, block" in stopped
         assert "rank 0 waits for it in step 3, block single_transformer_blocks.4, all_reduce torch.float32" in stopped
-        assert torch.equal(load_file(run.latents)["latents"], expected)
+        assert torch.equal(load_file(run.latents)["loop_latents"], expected)
         assert run.survivors() == []
 
 
@@ -347,8 +371,9 @@ def test_torchrun_and_another_size(rank: int, flux2_dir: Path, tmp_path: Path) -
         assert run.survivors() == []
 
 
+@thorough
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("number", some([signal.SIGTERM, signal.SIGINT, signal.SIGKILL], 1))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_torchrun_is_ended(number: int, flux2_dir: Path, tmp_path: Path) -> None:
     """A request to end is taken for a fault, or said by every rank; ranks outlive a torchrun that is killed."""
     with _torchrun(tmp_path, flux2_dir, CONFIGS / "layerwise_tp2.yaml", _fault(0, "none", 2)) as run:

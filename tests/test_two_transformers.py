@@ -31,7 +31,7 @@ from crossdock.runtime.rank.probe.probe import probe_numbers, probe_request
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.rank_result import RankResult
 from reference import PROMPT, TOLERANCE, max_error, reference
-from tiers import not_quick, some
+from tiers import not_quick, some, thorough
 
 pytestmark = not_quick
 FIRST, SECOND = "transformer", "transformer_2"
@@ -110,6 +110,7 @@ def test_both_use_the_same_memory(directory: Path) -> None:
         _plan(directory, device_budget=f"{_plan(directory).least_budget_bytes - 1}B")
 
 
+@thorough
 def test_what_fits_stays(directory: Path) -> None:
     """Where both fit, neither has to come again."""
     plan = _plan(directory)
@@ -146,7 +147,7 @@ def test_one_that_is_not_there_is_left_out(directory: Path, tmp_path: Path) -> N
 # -- what is streamed -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", some([0.7, None, 0.0, 1.0], 2))
+@pytest.mark.parametrize("share", some([0.7, None, 0.0, 1.0], 1))
 def test_only_the_one_that_runs_is_streamed(
     share: float | None, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,7 +204,7 @@ def test_a_request_may_end_before_the_switch(directory: Path) -> None:
 # -- checks ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [FIRST, SECOND])
+@pytest.mark.parametrize("name", some([SECOND, FIRST], 1))
 def test_wrong_bytes_end_the_request_at_their_first_step(name: str, directory: Path) -> None:
     """Of the second transformer, that is the step of the switch; no step follows, and no video is handed out."""
     config, gang = RunConfig.parse({"offload": {"layerwise": True}}), InProcessGang()
@@ -238,6 +239,7 @@ def test_the_probe_runs_both(directory: Path) -> None:
         assert found[0].where.startswith(second.name)
 
 
+@thorough
 def test_one_that_never_has_a_turn_is_told(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = _plan(directory)
     monkeypatch.setattr("crossdock.runtime.rank.probe.probe._MOST_STEPS", 4)

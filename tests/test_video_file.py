@@ -23,6 +23,7 @@ from crossdock.runtime.errors import RequestError
 from crossdock.runtime.media import Audio, Video
 from layouts import CONFIGS
 from reference import PROMPT, reference
+from tiers import thorough
 
 COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (200, 30, 90), (10, 200, 220))
 SIDE = 16
@@ -101,6 +102,7 @@ def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert path.read_bytes() == before
 
 
+@thorough
 def test_generate_writes_a_video(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> None:
     """From the command line to the file: as many frames as asked for, each of the size asked for, the model's own."""
     directory, out = checkpoint_of("wan2.1"), tmp_path / "out.mp4"

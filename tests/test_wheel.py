@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from house import HALLS
+from tiers import not_quick
+
+pytestmark = not_quick
 
 ROOT = Path(__file__).resolve().parents[1]
 TIME_LIMIT_S = 120

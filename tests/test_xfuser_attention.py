@@ -32,7 +32,7 @@ from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.parallelize import ModelParallelism
-from tiers import not_quick
+from tiers import thorough
 
 RANKS = 4
 TIME_LIMIT_S = 120
@@ -149,7 +149,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(__file__, tmp_path_factory.mktemp("gang"), RANKS, TIME_LIMIT_S)
 
 
-@not_quick
+@thorough
 @pytest.mark.parametrize(
     ("layout", "call", "limit"),
     [
@@ -168,6 +168,7 @@ def test_numbers(measured: list[dict[str, Any]], layout: str, call: str, limit: 
     assert error < limit
 
 
+@thorough
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("call", ERRORS)
 def test_refuses(measured: list[dict[str, Any]], layout: str, call: str) -> None:

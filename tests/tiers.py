@@ -40,6 +40,11 @@ def some(cases: Sequence[T], count: int) -> Sequence[T]:
     return cases if ALL else cases[:count]
 
 
+def every(cases: Iterable[T], nth: int) -> list[T]:
+    """Each nth of them; in `make test-all` all. Of a product, `nth` has to share no factor with the last axis."""
+    return list(cases)[:: 1 if ALL else nth]
+
+
 def pairs(firsts: Iterable[S], seconds: Iterable[T]) -> list[tuple[S, T]]:
     """Each of `firsts` with one of `seconds`, which take turns; in `make test-all` with each of them."""
     return list(itertools.product(firsts, seconds) if ALL else zip(firsts, itertools.cycle(seconds), strict=False))
