@@ -16,10 +16,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from crossdock.launch.commands.bars import waiting_line
 from crossdock.launch.commands.generate import locating
 from crossdock.launch.commands.options import ConfigFile, located
 from crossdock.launch.console import end
 from crossdock.launch.engine.engine import Engine
+from crossdock.launch.engine.progress import Waiting
 from crossdock.launch.gangs.choose import Command, Launcher, choose_gang, choose_launcher
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.result import CompositionError, ContractResult
@@ -92,12 +94,14 @@ def run_check(
     config = source.load()
     console = Console(highlight=False, soft_wrap=True, quiet=quiet)
     signal.signal(signal.SIGTERM, end)
-    model_dir = located(model, Console(stderr=True, quiet=quiet) if as_json else console, config)
+    beside = Console(stderr=True, quiet=quiet) if as_json else console
+    model_dir = located(model, beside, config)
     with locating(source.path):
         launcher = choose_launcher(config, command, "check")
         if not as_json:
             console.print(f"{model}: starting {config.world_size} ranks ({launcher})", markup=False)
-        result = check(config, model_dir, launcher, probe)
+        with waiting_line(beside) as waiting:
+            result = check(config, model_dir, launcher, probe, waiting)
     if as_json:
         console.print(as_text(model, result), markup=False)
     else:
@@ -106,10 +110,13 @@ def run_check(
         raise SystemExit(CompositionError.exit_code)
 
 
-def check(config: RunConfig, model_dir: Path, launcher: Launcher, probe: bool) -> ContractResult:
+def check(
+    config: RunConfig, model_dir: Path, launcher: Launcher, probe: bool, waiting: Waiting | None = None
+) -> ContractResult:
     """Launch, load, verify; end all ranks. `probe`: see `Engine.probe`."""
     try:
-        with Engine.start(config, model_dir, make_gang=choose_gang(launcher), probe=probe, rehearse=True) as engine:
+        how: dict[str, Any] = {"probe": probe, "rehearse": True, "waiting": waiting}
+        with Engine.start(config, model_dir, make_gang=choose_gang(launcher), **how) as engine:
             return engine.contract_result
     except CompositionError as error:
         if error.result is None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import signal
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from crossdock.launch.commands.bars import step_bar, waiting_line
 from crossdock.launch.commands.options import ConfigFile, Outputs, located
 from crossdock.launch.commands.outputs import write_outputs
 from crossdock.launch.console import end
@@ -56,12 +56,14 @@ def run_generate(
         console.print(f"{model}: starting {config.world_size} ranks ({launcher})", markup=False)
         notify = partial(console.print, markup=False)
         options: dict[str, Any] = {"make_gang": choose_gang(launcher), "first_request": request, "notify": notify}
-        with Engine.start(config, model_dir, probe=probe, **options) as engine:
+        with waiting_line(console) as options["waiting"]:
+            engine = Engine.start(config, model_dir, probe=probe, **options)
+        with engine:
             rows = engine.contract_result.composition
             probed = "; ".join(f"{row['check']}: {row['detail']}" for row in rows if row["check"] in PROBE_CHECKS)
             verified = f"composition verified; {probed if probe else 'what arrives is compared in the first step'}"
             console.print(f"layout: {engine.plan.layout_name}; {verified}", markup=False)
-            with _step_bar(console) as step:
+            with step_bar(console) as step:
                 generation = engine.run(request, step)
     if not quiet:
         for path in write_outputs(generation, outputs):
@@ -80,18 +82,6 @@ def locating(config_path: Path) -> Iterator[None]:
         if error.key is None:
             raise
         raise type(error)(f"{locate(config_path, error.key)}: {error}") from None
-
-
-@contextmanager
-def _step_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, a plain line per step elsewhere."""
-    if not console.is_terminal or console.quiet:
-        yield lambda done, total: console.print(f"step {done}/{total}", markup=False)
-        return
-    columns = (TextColumn("denoising"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("denoising", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def survived(fault: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from crossdock.launch.commands.bars import waiting_line
 from crossdock.launch.commands.generate import locating
 from crossdock.launch.commands.options import ConfigFile, check_inputs, located
 from crossdock.launch.engine.engine import Engine
@@ -40,7 +41,9 @@ def run_serve(source: ConfigFile, model: str, ray_address: str | None, **options
         make_gang = choose_gang(choose_launcher(config, "crossdock", "serve"))
 
         def start(notify: Notify) -> Engine:
-            return Engine.start(config, model_dir, make_gang=make_gang, rehearse=True, notify=notify)
+            how: dict[str, Any] = {"make_gang": make_gang, "rehearse": True, "notify": notify}
+            with waiting_line(Console(force_terminal=False, highlight=False, soft_wrap=True)) as waiting:
+                return Engine.start(config, model_dir, waiting=waiting, **how)
 
         serve(config, model_dir, start, ServeOptions(**options), partial(console.print, markup=False))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from crossdock.launch.engine.generation import Generation
-from crossdock.launch.engine.progress import Delays, Notify, Preview, Progress, Steps
+from crossdock.launch.engine.progress import Delays, Notify, Preview, Progress, Steps, Waiting
 from crossdock.launch.engine.ranks import Ranks
 from crossdock.launch.engine.recovery import RPC_S, Fault, Snapshots, Survived
 from crossdock.launch.engine.request_queue import RequestQueue
@@ -57,9 +57,10 @@ class Engine:
         notify: Notify | None = None,
         thorough: bool = False,
         rehearses: bool = False,
+        waiting: Waiting | None = None,
     ) -> None:
         self.gang = gang
-        self._ranks = Ranks(plan, gang, owns_gang, notify or (lambda line: None), thorough, rehearses)
+        self._ranks = Ranks(plan, gang, owns_gang, notify or (lambda line: None), thorough, rehearses, waiting)
         self._queue = RequestQueue(self._execute, threaded=gang.own_rank is None)
         self._number = 0  # of the last round of pictures
         self._unreported: list[Fault] = []  # survived at the start, and in requests that were stopped
@@ -102,6 +103,7 @@ class Engine:
         probe: bool = False,
         rehearse: bool = False,
         notify: Notify | None = None,
+        waiting: Waiting | None = None,
     ) -> Engine:
         """Plan, launch, load, verify.
 
@@ -113,6 +115,7 @@ class Engine:
             probe: compare every byte that arrives on the devices with the checkpoint, and `probe` the numbers.
             rehearse: stream every block once, to compare what arrives here and not in the first step; `probe` does.
             notify: gets a line when a rank was lost and others are started, and when the ranks wait for one of them.
+            waiting: gets what the ranks do while they start.
 
         Raises:
             UserError: the config, the checkpoint or the machine does not do.
@@ -125,7 +128,9 @@ class Engine:
         if first_request is not None:
             check_request(plan, first_request)
         ranks = gang or (make_gang or choose_gang(choose_launcher(config)))(config.launch, config.world_size, device)
-        engine = cls(plan, ranks, gang is None, notify, probe, rehearse or probe)
+        if gang is None and waiting is not None:
+            waiting("importing", 0, 0)
+        engine = cls(plan, ranks, gang is None, notify, probe, rehearse or probe, waiting)
         try:
             engine._ranks.start(survived := Survived())
             engine._unreported = survived.faults

@@ -13,8 +13,24 @@ Progress = Callable[[int, int], None]
 """Called with (finished steps, all steps)."""
 Preview = Callable[[int, Tensor], None]
 """Called with a finished step and its latents `[pictures, ...]`, on the CPU: as the pipeline's loop holds them."""
+Waiting = Callable[[str, int, int], None]
+"""Called a few times a second while ranks start: with what they do, and how many bytes they have read, of how many.
+Where nothing is read, 0 of 0.
+"""
 Notify = Callable[[str], None]
 """Gets a line for the user."""
+
+
+_LOADING = {"connect": "meeting", "load": "reading weights", "verify": "verifying", "rehearsal": "comparing weights"}
+
+
+def loading(statuses: Mapping[int, RankStatus]) -> tuple[str, int, int] | None:
+    """For `Waiting`: what the last of the ranks does; None: no one loads."""
+    phases = [phase for phase in _LOADING if any(status.phase == phase for status in statuses.values())]
+    if not phases:
+        return None
+    ranks = statuses.values() if phases[0] == "load" else ()
+    return _LOADING[phases[0]], sum(rank.read_bytes for rank in ranks), sum(rank.all_bytes for rank in ranks)
 
 
 class Steps:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
-from crossdock.launch.engine.progress import Notify
+from crossdock.launch.engine.progress import Notify, Waiting, loading
 from crossdock.launch.engine.recovery import (
     Fault,
     Survived,
@@ -25,6 +27,7 @@ from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.probe.probe import probe_numbers, probe_request
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.rank_result import RankResult
+from crossdock.runtime.reports.status import RankStatus
 from crossdock.runtime.request import RankRequest
 from crossdock.runtime.watch.faults import AGREED
 from crossdock.runtime.watch.gang import Gang, Notice
@@ -48,6 +51,7 @@ class Ranks:
         notify: Notify,
         thorough: bool = False,
         rehearses: bool = False,
+        waiting: Waiting | None = None,
     ) -> None:
         """
         Args:
@@ -62,6 +66,7 @@ class Ranks:
         self.ending = self.replacing = False
         self._owns_gang = owns_gang
         self._how = thorough, rehearses
+        self._waiting = waiting
         self._again = False  # after a fault: all that arrives is compared
         self._idle = False  # the ranks wait for work: nobody was interrupted in the middle of it
 
@@ -187,13 +192,17 @@ class Ranks:
             layout = self.plan.layout
             plan = make_plan(self.plan.config, layout.model_dir, layout.device, device_bytes)
             self.coordinator = Coordinator(plan)
-        reports = self.gang.collective_rpc(
-            RankWorker.setup, self.plan, *self._how, self._again, timeout_s=timeouts.load_s
-        )
+        setup = RankWorker.setup, self.plan, *self._how, self._again
+        heard: dict[str, Any] = {"notice": self._hear} if self._waiting is not None else {}
+        reports = self.gang.collective_rpc(*setup, timeout_s=timeouts.load_s, **heard)
         loaded = time.perf_counter()
         self._idle = True
         self.coordinator.admit(reports, self._how[1])
         self.phases |= {"load": loaded - began, "verify": time.perf_counter() - loaded}
+
+    def _hear(self, statuses: Mapping[int, RankStatus]) -> None:
+        if self._waiting is not None and (known := loading(statuses)) is not None:
+            self._waiting(*known)
 
     def _give_up(self, error: BaseException) -> None:
         self.gone = self.gone or brief(str(error)) or type(error).__name__

@@ -70,6 +70,7 @@ class RankWorker:
         self.model_steps = 0  # of the model that is loaded
         self._recorder, self._neighbours = FlightRecorder(self._place), Neighbours()
         self._mesh: Mesh | None = None  # of the model that is loaded, or is being loaded
+        self._loader: WeightLoader | None = None
         self._loaded: LoadedModel | None = None
         self._state: RequestState | None = None  # of the request under way, or that a fault ended
         if device.type == "cuda":
@@ -131,7 +132,7 @@ class RankWorker:
         files = stamps(plan)
         if plan.config.offload.host == "mmap":
             check.pin(memory.blocks)
-        loader = WeightLoader(plan, mesh, model, self.device, self.holder)
+        self._loader = loader = WeightLoader(plan, mesh, model, self.device, self.holder)
         weights = loader.load_blocks()
         loader.load_outside()
         loader.close()
@@ -203,6 +204,7 @@ class RankWorker:
             self.kept.step if self.kept is not None else 0,
             (*(mesh.records() if mesh is not None else ()), *([self.world.record()] if self.world is not None else [])),
             self._neighbours.lost(),
+            *((loader.read_bytes, loader.all_bytes) if (loader := self._loader) else ()),
         )
 
     def _place(self, group: str) -> str:

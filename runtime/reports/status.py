@@ -17,6 +17,7 @@ class RankStatus:
         step: the number of the step under way, from 1; None outside the denoise loop.
         block: the last one that was asked for; `waits` while its bytes have not arrived.
         kept_step: the step after which the newest snapshot was taken; 0: there is none.
+        read_bytes, all_bytes: of the weights that it brings to their homes.
         groups: what was issued on each of the mesh's groups, and on the world's.
         lost: the same of ranks of this machine whose processes are gone: the last of it.
     """
@@ -31,6 +32,8 @@ class RankStatus:
     kept_step: int = 0
     groups: tuple[GroupRecord, ...] = ()
     lost: Mapping[int, tuple[GroupRecord, ...]] = field(default_factory=dict)
+    read_bytes: int = 0
+    all_bytes: int = 0
 
     @property
     def waiting(self) -> GroupRecord | None:

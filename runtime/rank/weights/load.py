@@ -103,6 +103,7 @@ class WeightLoader:
         self._found_filled = False
         self._kept_as = "", ""
         self._free: Tensor | None = None
+        self.read_bytes = self.all_bytes = 0  # of what this rank brings to its home
         in_files = plan.config.offload.host == "mmap"
         self._pages = CheckpointPages(self._files, plan.layout.stored) if in_files else None
 
@@ -118,12 +119,17 @@ class WeightLoader:
         store, sharers = (None, (self._mesh.rank,)) if self._pages else self._host_store(components)
         self._free = None if store is None else store.bytes
         blocks, filled, ranges = [], [], {}
-        for number, block in enumerate(self._memory.blocks):
+        own = self._memory.blocks[sharers.index(self._mesh.rank) :: len(sharers)]
+        unfilled = [b for b in own if not (b.home.on_host and (self._pages is not None or self._found_filled))]
+        self.all_bytes = sum(block.held_bytes for block in unfilled)
+        owned, to_fill = {block.name for block in own}, {block.name for block in unfilled}
+        for block in self._memory.blocks:
             start, stop = ranges[block.name] = self._range(block)
             source = self._source(block, start, stop)
-            if isinstance(source, Tensor) and number % len(sharers) == sharers.index(self._mesh.rank):
-                if not (block.home.on_host and self._found_filled):
+            if isinstance(source, Tensor) and block.name in owned:
+                if block.name in to_fill:
                     self._fill_home(block, source, start, stop)
+                    self.read_bytes += block.held_bytes
                 filled.append(block.name)
             module = self._model.get_submodule(block.name)
             blocks.append(StreamedBlock(block.name, module, block.layout, block.home, source, codec=block.codec))
