@@ -93,8 +93,8 @@ def _url(lines: list[str]) -> str:
     return next((found[1] for line in list(lines) if (found := re.search(r"listening on (http://\S+);", line))), "")
 
 
-def until(true: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + LIMIT_S
+def until(true: Callable[[], Any], limit_s: float = LIMIT_S) -> None:
+    deadline = time.monotonic() + limit_s
     while not true():
         assert time.monotonic() < deadline, "it does not come about"
         time.sleep(0.1)

@@ -56,7 +56,8 @@ def test_what_is_sent(
 
     tokens = SimpleNamespace(has_token=lambda ignore_auth_mode: here is not None)
     monkeypatch.setattr(ray_gang, "_refuses", refuses)
-    monkeypatch.setattr(ray_gang, "AuthenticationTokenLoader", SimpleNamespace(instance=lambda: tokens))
+    loader = SimpleNamespace(instance=lambda: tokens)
+    monkeypatch.setattr(ray_gang, "_native", SimpleNamespace(AuthenticationTokenLoader=loader))
     if " " in sent:
         with pytest.raises(LaunchError, match=f"launch.ray_address: the Ray cluster at {ADDRESS} {sent}"):
             ray_gang._agree_on_a_token(ADDRESS, 5)

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import ray
 from ray._private.services import canonicalize_bootstrap_address
-from ray._raylet import AuthenticationTokenLoader, Config, GcsClient
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -37,6 +36,7 @@ from crossdock.runtime.watch.gang import Notice
 
 T = TypeVar("T")
 
+_native: Any = ray._raylet  # mypy sees nothing in it
 _OBJECT_STORE_BYTES = 256 * 2**20
 """Results and plans only travel through Ray; weights never do."""
 
@@ -328,7 +328,7 @@ def _agree_on_a_token(address: str, timeout_s: float) -> None:
     if asked == "disabled":
         raise LaunchError(f"{where} asks for a token, but {_MODE} is disabled; unset it", KEY)
     try:
-        there = AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
+        there = _native.AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
     except ray.exceptions.AuthenticationError as error:
         raise LaunchError(f"{where} asks for a token: {error.message}; {_GIVE}", KEY) from None
     if not there:
@@ -344,9 +344,9 @@ def _refuses(cluster: str, mode: str, timeout_s: float) -> bool:
     It looks at the token before the cluster's id; with an id that it cannot have, it always answers at once.
     """
     os.environ[_MODE] = mode
-    Config.initialize("")
+    _native.Config.initialize("")
     try:
-        GcsClient(address=cluster, cluster_id="00" * 28).check_alive([], timeout=timeout_s)
+        _native.GcsClient(address=cluster, cluster_id="00" * 28).check_alive([], timeout=timeout_s)
     except ray.exceptions.AuthenticationError as error:
         return "InvalidAuthToken" in error.message
     return False
@@ -362,7 +362,7 @@ def _own_token_mode() -> Iterator[None]:
         os.environ.pop(_MODE, None)
         os.environ.update(asked)
         if not ray.is_initialized():
-            Config.initialize("")
+            _native.Config.initialize("")
 
 
 @contextlib.contextmanager
