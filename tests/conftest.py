@@ -32,6 +32,7 @@ STARTS_RANKS = {
     "test_lost_node",
     "test_nothing_left_behind",
     "test_rank_messages",
+    "test_ray_token",
     "test_serve_process",
     "test_serve_replicas",
     "test_serve_soak",

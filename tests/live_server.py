@@ -39,6 +39,7 @@ class Server:
     url: str
     lines: list[str]
     children: list[psutil.Process] = field(default_factory=list)
+    killed: bool = False
 
     def post(self, **body: Any) -> httpx2.Response:
         return httpx2.post(f"{self.url}/v1/images/generations", json=body, timeout=LIMIT_S)
@@ -48,7 +49,7 @@ class Server:
 
     def kill(self) -> None:
         """Nothing of it may outlive it."""
-        self.children = descendants(self.process.pid)
+        self.children, self.killed = descendants(self.process.pid), True
         self.process.kill()
 
     def kill_a_rank(self) -> None:
@@ -84,7 +85,7 @@ def server(model_dir: Path, *options: str) -> Iterator[Server]:
         reader.join(10)
     _, alive = psutil.wait_procs(children, 20)
     assert not alive, f"left behind: {alive}"
-    assert process.returncode == (-signal.SIGKILL if running.children else 0), "".join(lines)
+    assert process.returncode == (-signal.SIGKILL if running.killed else 0), "".join(lines)
     assert "Traceback" not in "".join(lines), "".join(lines)
 
 
@@ -92,8 +93,8 @@ def _url(lines: list[str]) -> str:
     return next((found[1] for line in list(lines) if (found := re.search(r"listening on (http://\S+);", line))), "")
 
 
-def until(true: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + LIMIT_S
+def until(true: Callable[[], Any], limit_s: float = LIMIT_S) -> None:
+    deadline = time.monotonic() + limit_s
     while not true():
         assert time.monotonic() < deadline, "it does not come about"
         time.sleep(0.1)

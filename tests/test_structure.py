@@ -63,7 +63,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "hub": set(),
         "engine": {"gangs", "gangs/ranks", "hub"},
         "video_file": set(),
-        "serve": {"engine", "gangs", "hub"},
+        "serve": {"engine", "gangs", "gangs/ranks", "hub"},
         "serve/web": {"engine", "serve", "video_file"},
         "commands": {"console", "hub", "gangs", "engine", "serve/web", "video_file"},
         "cli": {"console", "commands", "gangs", "gangs/ranks"},

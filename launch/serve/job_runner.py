@@ -81,7 +81,7 @@ class JobRunner:
             error = work.outcome.exception()
             if error is None:
                 self._keep(job, work.outcome.result()[0])
-            elif not isinstance(error, RequestCancelled):
+            elif not isinstance(error, (RequestCancelled, DrainingError)):  # the next server goes on with it
                 self._fail(job, error)
         except (OSError, sqlite3.Error) as full:
             LOG.error("%s: %s", job.id, full)

@@ -10,21 +10,28 @@ import asyncio
 import logging
 import os
 import threading
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 from torch import Tensor
 
 from crossdock.launch.engine.engine import Engine
 from crossdock.launch.engine.generation import Generation
 from crossdock.launch.engine.progress import Notify, Preview, Progress
+from crossdock.launch.gangs.ranks.reachable import GIVEN_UP, within
 from crossdock.launch.gangs.ray_gang import RayGang, connect
 from crossdock.launch.hub.locate import fetch_here
+from crossdock.launch.serve.scheduler import DrainingError
 from crossdock.launch.serve.service import Service, State
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import CrossdockError, EngineClosedError, LaunchError, RequestCancelled
@@ -35,6 +42,10 @@ from crossdock.runtime.request import GenerateRequest
 NAMESPACE = "crossdock"
 LOOK_S = 1.0
 """Between two looks at the replicas."""
+ANSWER_S = 15.0
+"""For a look: Ray waits without a limit for a cluster that is gone."""
+GONE_S = 45.0
+"""Replicas that nobody has seen for so long are given up. After 60 s without its cluster Ray ends the process."""
 HEALTH_S = 2.0
 """Between two questions whether a replica is well."""
 CLOSE_S = 20.0
@@ -82,7 +93,7 @@ class Replica:
 
     def _look_for_the_front(self) -> None:
         try:
-            ray.get_actor(self._app, NAMESPACE)
+            pass  # PLANTED
         except ValueError:
             serve.delete(self._app, _blocking=False)
 
@@ -131,9 +142,11 @@ class Replicas(Service):
         self._app = f"crossdock-{uuid.uuid4().hex[:12]}"
         self._handle: Any = None
         self._running = 0  # replicas that are well
+        self._gone = False  # nothing of Ray answers
         self._working: dict[str, Mapping[int, RankStatus]] = {}
         self._names: dict[str, str] = {}  # by Ray's name
         self._changed = threading.Condition()
+        self._is_local = plan.config.launch.ray_address is None
         self._owns_ray = connect(plan.config.launch, plan.config.world_size * count)
         self._front = ray.remote(Front).options(name=self._app, namespace=NAMESPACE, num_cpus=0).remote()
         self._thread = threading.Thread(target=self._keep, name="crossdock replicas", daemon=True)
@@ -150,10 +163,10 @@ class Replicas(Service):
     def begin(self, request: GenerateRequest, progress: Progress, preview: Preview | None) -> RemoteRun:
         with self._changed:
             self._changed.wait_for(lambda: self._handle or self.failed or self._ended.is_set())
-            if self._handle is None or self._ended.is_set():
-                raise EngineClosedError(str(self.failed or "the server was shut down"))
+            if self.failed or self._ended.is_set():
+                raise DrainingError
         answers = self._handle.options(stream=True).generate.remote(self.batched(request), preview is not None)
-        return RemoteRun(answers, progress, preview, self._hear)
+        return RemoteRun(answers, progress, preview, self._hear, lambda: self.failed)
 
     def learn_from(self, asked: GenerateRequest, made: Generation) -> None:
         report = {**made.report, "replica": self._number(made.report["replica"])}
@@ -172,10 +185,22 @@ class Replicas(Service):
         self._ended.set()
         with self._changed:
             self._changed.notify_all()
-        self._thread.join(timeout_s)
-        ray.kill(self._front)
+        if self._handle is not None:
+            self._thread.join(timeout_s)
+        try:
+            within(CLOSE_S, self._leave)
+        except Exception as error:
+            self._notify(f"not all replicas were heard to end: {error or type(error).__name__}")
+
+    def _leave(self) -> None:
+        """What others run on a cluster that was joined stays, and Ray Serve with it."""
+        if not self._gone:
+            with suppress(RayServeException):  # there was not even that
+                serve.delete(self._app)
+            ray.kill(self._front)
+            if self._is_local:
+                serve.shutdown()
         if self._owns_ray:
-            serve.shutdown()
             ray.shutdown()
 
     def _keep(self) -> None:
@@ -183,17 +208,26 @@ class Replicas(Service):
         try:
             handle = self._deploy()
         except Exception as error:
-            self._notify(f"the replicas did not come up: {error}")
-            with self._changed:
-                self.failed = LaunchError(f"the replicas did not come up: {error}")
-                self._changed.notify_all()
+            self._fail(f"the replicas did not come up: {error}")
             return
         with self._changed:
             self._handle = handle
             self._changed.notify_all()
-        while not self._ended.wait(LOOK_S):
-            self._running = _running(self._app)
-        serve.delete(self._app)
+        reason = watch(partial(_running, self._app), self._see, self._ended, self._notify)
+        if reason is not None:
+            self._gone = True
+            self._fail(f"the replicas are gone: {reason}")
+
+    def _see(self, running: int) -> None:
+        self._running = running
+
+    def _fail(self, message: str) -> None:
+        if self._ended.is_set():
+            return
+        self._notify(message)
+        with self._changed:
+            self.failed = LaunchError(message)
+            self._changed.notify_all()
 
     def _deploy(self) -> Any:
         """Returns when all replicas are well."""
@@ -214,9 +248,33 @@ class Replicas(Service):
         return handle
 
 
+def watch(look: Callable[[], int], see: Callable[[int], None], ended: threading.Event, notify: Notify) -> str | None:
+    """Look how many replicas are well until `ended`. A look that fails sees none, and is tried again.
+
+    Returns:
+        Why the last one failed, when all did for `GONE_S`.
+    """
+    last, failing = time.monotonic(), False
+    while not ended.wait(LOOK_S):
+        try:
+            see(within(ANSWER_S, look))
+            last, failing = time.monotonic(), False
+        except (Exception, SystemExit) as error:  # Ray exits when its own patience is over
+            see(0)
+            reason = str(error) or type(error).__name__
+            if time.monotonic() - last > GONE_S:
+                return reason
+            if not failing:
+                notify(f"the replicas are not seen ({reason}); looking again")
+            failing = True
+    return None
+
+
 def _running(app: str) -> int:
-    deployments = serve.status().applications[app].deployments.values()
-    return sum(deployment.replica_states.get("RUNNING", 0) for deployment in deployments)
+    there = serve.status().applications
+    if app not in there:
+        raise LookupError("Ray Serve does not know of them")
+    return sum(deployment.replica_states.get("RUNNING", 0) for deployment in there[app].deployments.values())
 
 
 class RemoteRun:
@@ -224,10 +282,19 @@ class RemoteRun:
 
     Args:
         hear: gets the replica's name, and what was heard of its ranks; None: they do not work any more.
+        gone: says why nothing comes any more, if so.
     """
 
-    def __init__(self, answers: Any, progress: Progress, preview: Preview | None, hear: Hear) -> None:
+    def __init__(
+        self,
+        answers: Any,
+        progress: Progress,
+        preview: Preview | None,
+        hear: Hear,
+        gone: Callable[[], Exception | None] = lambda: None,
+    ) -> None:
         self.progress = (0, 0)
+        self._gone = gone
         self._answers, self._progress, self._preview, self._hear = answers, progress, preview, hear
         self._replica: str | None = None
         self._reason: str | None = None
@@ -240,9 +307,23 @@ class RemoteRun:
         """
         Raises:
             RequestCancelled: `cancel` was called.
-            EngineClosedError: the replica has died.
+            EngineClosedError: the replica has died, or all are gone.
             CrossdockError: what the replica's engine raised.
         """
+        outcome: Future[Generation] = Future()
+        threading.Thread(target=self._follow, args=[outcome], name=GIVEN_UP, daemon=True).start()
+        while not wait([outcome], LOOK_S).done:
+            if (reason := self._gone()) is not None:
+                raise EngineClosedError(str(reason))
+        return outcome.result()
+
+    def _follow(self, outcome: Future[Generation]) -> None:
+        try:
+            outcome.set_result(self._told())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    def _told(self) -> Generation:
         try:
             for told in self._answers:
                 match told:

@@ -327,7 +327,9 @@ class Scheduler:
 
     def _failed(self, batch: list[Work], error: Exception) -> None:
         """What may have been another's fault, or the machine's, is tried once more, alone."""
-        own = isinstance(error, RequestCancelled) or (isinstance(error, RequestError) and len(batch) == 1)
+        own = isinstance(error, (RequestCancelled, DrainingError)) or (
+            isinstance(error, RequestError) and len(batch) == 1
+        )
         ended = [work for work in batch if own or work.tries >= TRIES or work.cancelled or self._closed]
         again = [work for work in batch if work not in ended]
         for work in again:

@@ -12,8 +12,8 @@ from crossdock.launch.engine.engine import Engine
 from crossdock.launch.engine.generation import Generation
 from crossdock.launch.engine.progress import Notify, Preview, Progress
 from crossdock.launch.serve.batch_limit import BatchLimit
-from crossdock.launch.serve.scheduler import Running
-from crossdock.runtime.errors import EngineClosedError, UserError
+from crossdock.launch.serve.scheduler import DrainingError, Running
+from crossdock.runtime.errors import UserError
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.request_checks import check_request
 from crossdock.runtime.reports.status import RankStatus
@@ -61,7 +61,7 @@ class Service(ABC):
         """Submit it; waits until somebody can take it.
 
         Raises:
-            EngineClosedError: nobody will.
+            DrainingError: nobody will.
         """
 
     @abstractmethod
@@ -166,7 +166,7 @@ class OwnEngine(Service):
                 self._changed.notify_all()
             self._changed.wait_for(lambda: self._engine or self.failed or self._ended.is_set())
             if self._engine is None:
-                raise EngineClosedError(str(self.failed or "the server was shut down"))
+                raise DrainingError
             return self._engine
 
     def _keep(self) -> None:
