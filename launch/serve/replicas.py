@@ -93,7 +93,7 @@ class Replica:
 
     def _look_for_the_front(self) -> None:
         try:
-            pass  # PLANTED
+            ray.get_actor(self._app, NAMESPACE)
         except ValueError:
             serve.delete(self._app, _blocking=False)
 
