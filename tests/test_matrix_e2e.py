@@ -24,6 +24,8 @@ from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.errors import UserError
 from crossdock.runtime.models.families import spec_for
 from crossdock.runtime.watch.gang import Gang
+from emoji_model import MODEL, emoji
+from emoji_model.sheet import GUIDANCE
 from layouts import COMBINED, FAMILIES, LAYOUTS, PARTLY_RESIDENT, ROWS, Layout, Row
 from reference import (
     EVEN_SIZE,
@@ -34,6 +36,7 @@ from reference import (
     audio_error,
     max_error,
     max_levels,
+    pipeline_of,
     reference,
     reference_latents,
 )
@@ -41,6 +44,7 @@ from tiers import ALL, pairs, quick, some, thorough
 
 GangOf = Callable[[int], Gang]
 Checkpoints = dict[str, Path]
+TRAINED = ("layerwise_ulysses2_ring2", "layerwise_tp2")
 OF_ONE_GANG = {("layerwise_tp2", "flux2-klein"), ("layerwise_tp2", "z-image")}
 """What `make quick` has."""
 
@@ -97,6 +101,27 @@ def test_latents_equal_diffusers(
             for size, streamed in found.items():
                 again = engine.generate(prompt, steps=row.steps, height=size[0], width=size[1], **row.wishes)
                 assert torch.equal(streamed, again.latents[0]), "layerwise on and off differ"
+
+
+@pytest.mark.parametrize("layout", some([*TRAINED, *(each.name for each in LAYOUTS if each.name not in TRAINED)], 2))
+def test_the_trained_model_draws_what_diffusers_draws(layout: str, gang_of: GangOf) -> None:
+    """In fp32; `make demo` draws in bf16."""
+    config = load_config(next(each.config for each in LAYOUTS if each.name == layout))
+    config = config.model_copy(update={"dtype": "float32"})
+    wishes = {"steps": 8, "height": emoji.SIZE, "width": emoji.SIZE, "guidance_scale": GUIDANCE}
+    with Engine.start(config, MODEL, gang_of(config.world_size)) as engine:
+        made = engine.generate("a red apple", **wishes)
+    expected = pipeline_of(MODEL)(
+        prompt="a red apple",
+        num_inference_steps=8,
+        height=emoji.SIZE,
+        width=emoji.SIZE,
+        guidance_scale=GUIDANCE,
+        generator=torch.Generator().manual_seed(0),
+    ).images[0]
+    levels = max_levels(made.images[0], expected)
+    print(f"{layout}: {levels} of 256 levels")
+    assert levels <= 1
 
 
 @thorough  # of torchrun, `make test` has a recovery: test_torchrun_faults
