@@ -76,7 +76,7 @@ def component_needs(
     """
     needs = []
     for name in (*encoders, *decoders):
-        module = _on_meta(model_dir / name, index[name][0], index[name][1], dtype)
+        module = component_on_meta(model_dir / name, index[name][0], index[name][1], dtype)
         untie(module, stored_tensors(model_dir / name, variant))
         parts = vae_parts(module) if name in decoders else ()
         found = discover_blocks(module, parts) if parts else component_blocks(module)
@@ -105,7 +105,7 @@ def component_blocks(module: nn.Module) -> list[FoundBlock]:
         return []
 
 
-def _on_meta(folder: Path, library: str, class_name: str, dtype: torch.dtype) -> nn.Module:
+def component_on_meta(folder: Path, library: str, class_name: str, dtype: torch.dtype) -> nn.Module:
     """The module as it will be loaded, in `dtype` but for what its class keeps in fp32."""
     if library != "transformers":
         return _cast(build_on_meta(class_name, folder, library), library, dtype)

@@ -23,10 +23,15 @@ class InferredSpec(ModelSpec):
     Attributes:
         run_order: the blocks' paths in the order in which they ran on the inputs that were given; may be handed to
             `LayerwiseOffloader` as `stacks`. Empty without inputs.
+        pixel_multiple, frame_multiple: as in a `ModelLayout`, as its pipeline says; 0: it was not asked.
+        rehearsed: ranks without encoders got to the first step; else no picture can be shared among ranks.
         missing: what could not be told, a sentence each.
     """
 
     run_order: tuple[str, ...] = ()
+    pixel_multiple: int = 0
+    frame_multiple: int = 0
+    rehearsed: bool = False
     missing: tuple[str, ...] = ()
 
 

@@ -1,0 +1,85 @@
+"""What a live transformer adds to a spec that its pipeline's class alone began, and what then has to be refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from crossdock.runtime.config.schema import RunConfig
+from crossdock.runtime.errors import ConfigError
+from crossdock.runtime.models.inferred.rehearsal import FirstCall, RehearsalError, rehearse
+from crossdock.runtime.models.inferred.spec import InferredSpec, infer_spec
+from crossdock.runtime.models.inferred.trial import on_meta
+from crossdock.runtime.models.transformers import transformers_in
+from crossdock.runtime.plan.component_needs import component_on_meta
+
+
+def completed(
+    spec: InferredSpec, model_dir: Path, index: Mapping[str, Any], model: nn.Module, others: tuple[str, ...]
+) -> InferredSpec:
+    """With stacks, plan and regions, and the sizes of pictures where a rehearsal shows them.
+
+    Args:
+        model: the transformers on meta.
+        others: the components with weights beside them.
+    """
+    transformers = dict(zip(spec.transformers, map(on_meta, transformers_in(model).values()), strict=True))
+    rest = {name: component_on_meta(model_dir / name, *index[name], torch.float32) for name in others}
+    first = next(iter(transformers.values()))
+    call, failed = None, []
+    try:
+        call = rehearse(spec, model_dir, transformers, rest)
+    except RehearsalError as why:
+        failed = [f"Ranks that share one picture: {why}."]
+    found, unclear = _of_transformer(first, call)
+    return replace(
+        spec,
+        block_stacks=found.block_stacks,
+        tensor_plan=found.tensor_plan,
+        regions=found.regions,
+        pixel_multiple=call.pixel_multiple if call is not None else 0,
+        frame_multiple=call.frame_multiple if call is not None else 0,
+        rehearsed=call is not None,
+        missing=(*spec.missing, *failed, *unclear, *found.missing),
+    )
+
+
+def _of_transformer(model: nn.Module, call: FirstCall | None) -> tuple[InferredSpec, list[str]]:
+    if call is not None:
+        try:
+            return infer_spec(model, call.inputs), []
+        except Exception as error:  # whatever a forward may raise that asks for numbers
+            what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            return infer_spec(model), [f"Trial: {type(model).__name__} does not run without its weights ({what})."]
+    return infer_spec(model), []
+
+
+def check_inferred(spec: InferredSpec, config: RunConfig) -> None:
+    """
+    Raises:
+        ConfigError: the layout needs what could not be told.
+    """
+    parallel = config.parallel
+    degrees = {f"{name}_degree": getattr(parallel, f"{name}_degree") for name in ("tp", "ulysses", "ring", "cfg")}
+    for key, degree in degrees.items():
+        if degree > 1 and (why := _why_not(spec, key)):
+            raise ConfigError(f"found {degree}: no family describes {spec.family}, and {why} allowed: 1", f"parallel.{key}")
+
+
+def _why_not(spec: InferredSpec, key: str) -> str | None:
+    said = " ".join(sentence for sentence in spec.missing if sentence.startswith(_ABOUT.get(key, ())))
+    if not spec.rehearsed:
+        return " ".join(sentence for sentence in spec.missing if sentence.startswith("Ranks"))
+    if key == "cfg_degree":
+        return "how it runs the branches of guidance is not inferred."
+    if key == "tp_degree" and not (spec.tensor_plan.linears and spec.tensor_plan.head_count):
+        return said
+    return said if key != "tp_degree" and not spec.regions else None
+
+
+_ABOUT = {"tp_degree": ("Tensor",), "ulysses_degree": ("Sequence",), "ring_degree": ("Sequence",)}
