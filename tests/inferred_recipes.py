@@ -23,6 +23,7 @@ from crossdock.runtime.models.tiny.parts import (
     kl_vae,
 )
 from crossdock.runtime.models.tiny.qwen_vl import qwen25_vl_config, qwen_vl_processor, qwen_vl_tokenizer
+from crossdock.runtime.models.tiny.recipes import TINY
 from crossdock.runtime.models.tiny.t5 import t5_sizes, t5_tokenizer
 from tiny_transformers import TEXT_DIMS, shrunken
 
@@ -143,17 +144,19 @@ def _hunyuan_vae() -> Parts:
 
 
 def _sana() -> Parts:
+    """A latent is 32 pixels wide: the pipeline draws in one of its own sizes, and none is below 512 pixels."""
+    kinds, channels, layers = ("ResBlock",) * 5 + ("EfficientViTBlock",), (4, 4, 4, 8, 8, 8), (1,) * 6
     vae = diffusers.AutoencoderDC(
         latent_channels=4,
         attention_head_dim=4,
-        encoder_block_types=("ResBlock", "EfficientViTBlock"),
-        decoder_block_types=("ResBlock", "EfficientViTBlock"),
-        encoder_block_out_channels=(8, 16),
-        decoder_block_out_channels=(8, 16),
-        encoder_qkv_multiscales=((), (5,)),
-        decoder_qkv_multiscales=((), (5,)),
-        encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
+        encoder_block_types=kinds,
+        decoder_block_types=kinds,
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        encoder_qkv_multiscales=((),) * 6,
+        decoder_qkv_multiscales=((),) * 6,
+        encoder_layers_per_block=layers,
+        decoder_layers_per_block=layers,
         upsample_block_type="interpolate",
         downsample_block_type="stride_conv",
     )
@@ -215,6 +218,7 @@ def _hunyuan_dit() -> Parts:
         cross_attention_dim=TEXT_HIDDEN,
         cross_attention_dim_t5=TEXT_HIDDEN,
         pooled_projection_dim=TEXT_HIDDEN,
+        hidden_size=176,
         sample_size=32,
         patch_size=2,
     )
@@ -294,7 +298,7 @@ RECIPES: dict[str, Recipe] = {
         _simple("CogView4Transformer2DModel", lambda: _decoder_only("Glm"), _flow, _kl, **_latents())
     ),
     "CogVideoXPipeline": Recipe(_cogvideox, frames=9),
-    "SanaPipeline": Recipe(_simple("SanaTransformer2DModel", _sana, _flow, in_channels=4, out_channels=4, sample_size=32)),
+    "SanaPipeline": Recipe(_simple("SanaTransformer2DModel", _sana, _flow, in_channels=4, out_channels=4, sample_size=16)),
     "MochiPipeline": Recipe(_mochi, frames=7),
     "LTXPipeline": Recipe(_ltx, frames=9),
     "HunyuanVideoPipeline": Recipe(_hunyuan_video, frames=9),
@@ -313,7 +317,8 @@ RECIPES: dict[str, Recipe] = {
         _simple("ChromaTransformer2DModel", _t5, _flow, _kl, in_channels=4 * LATENT_CHANNELS)
     ),
     "BriaPipeline": Recipe(_simple("BriaTransformer2DModel", _t5, _flow, _kl, in_channels=4 * LATENT_CHANNELS)),
+    "FluxKontextPipeline": Recipe(TINY["flux1"].components, ulysses=None),
     "LuminaPipeline": Recipe(
-        _simple("LuminaNextDiT2DModel", lambda: _decoder_only("Gemma"), _flow, _kl, in_channels=LATENT_CHANNELS, num_kv_heads=1)
+        _simple("LuminaNextDiT2DModel", lambda: _decoder_only("Gemma"), _flow, _kl, in_channels=LATENT_CHANNELS, num_kv_heads=1, cross_attention_dim=TEXT_HIDDEN)
     ),
 }

@@ -26,6 +26,7 @@ from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.result import ContractResult
 from crossdock.runtime.errors import EngineClosedError, RankError, RequestCancelled, RequestTimeout
 from crossdock.runtime.models.latents import number_of_chunks
+from crossdock.runtime.plan.complete_spec import not_proven, what_is_inferred
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.request_checks import check_request
@@ -109,7 +110,8 @@ class Engine:
             gang: a started gang to run on; it is left running at `close`.
             make_gang: without `gang`, makes the engine's own; by default the one that `launch.launcher` names.
             first_request: what is asked for first, where that is known; refused before anything is started.
-            probe: compare every byte that arrives on the devices with the checkpoint, and `probe` the numbers.
+            probe: compare every byte that arrives on the devices with the checkpoint, and `probe` the numbers; these
+                also where a layout rests on what was inferred.
             rehearse: stream every block once, to compare what arrives here and not in the first step; `probe` does.
             notify: gets a line when a rank was lost and others are started, and when the ranks wait for one of them.
 
@@ -122,12 +124,14 @@ class Engine:
         plan = make_plan(config, model_directory(model_dir, notify or (lambda line: None)), device)
         if first_request is not None:
             check_request(plan, first_request)
+        for line in what_is_inferred(plan)[:1] if notify is not None else ():
+            notify(line)
         ranks = gang or (make_gang or choose_gang(choose_launcher(config)))(config.launch, config.world_size, device)
         engine = cls(plan, ranks, gang is None, notify, probe, rehearse or probe)
         try:
             engine._ranks.start(survived := Survived())
             engine._unreported = survived.faults
-            if probe:
+            if probe or not_proven(plan):
                 engine.probe()
         except BaseException:
             engine.close()
@@ -356,6 +360,7 @@ class Engine:
             "ranks": rows,
             # verdict: what schedule_note was called before, for one version
             "schedule": {**self.plan.memory.schedule_report(note), "verdict": note},
+            "inferred": list(what_is_inferred(self.plan)),
             "composition": self._ranks.coordinator.composition,
             "faults": [asdict(fault) for fault in faults],
             "phases_s": {phase: round(seconds, 4) for phase, seconds in phases.items()},

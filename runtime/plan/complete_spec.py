@@ -17,6 +17,7 @@ from crossdock.runtime.models.inferred.spec import InferredSpec, infer_spec
 from crossdock.runtime.models.inferred.trial import on_meta
 from crossdock.runtime.models.transformers import transformers_in
 from crossdock.runtime.plan.component_needs import component_on_meta
+from crossdock.runtime.plan.plan import RunPlan
 
 
 def completed(
@@ -83,3 +84,23 @@ def _why_not(spec: InferredSpec, key: str) -> str | None:
 
 
 _ABOUT = {"tp_degree": ("Tensor",), "ulysses_degree": ("Sequence",), "ring_degree": ("Sequence",)}
+
+
+def not_proven(plan: RunPlan) -> bool:
+    """Whether its layout rests on what is inferred, so that one step has to be compared before a picture is made."""
+    shape = plan.layout.mesh
+    return isinstance(plan.layout.spec, InferredSpec) and shape.tp * shape.sequence > 1
+
+
+def what_is_inferred(plan: RunPlan) -> tuple[str, ...]:
+    """First what is assured of a pipeline that no family describes, then what could not be told; else nothing."""
+    spec = plan.layout.spec
+    if not isinstance(spec, InferredSpec):
+        return ()
+    compared = "and that one step is the unsharded model's" if not_proven(plan) else "and nothing of it is cut"
+    stacks = ", ".join(spec.block_stacks)
+    return (
+        f"{spec.family}: no family describes it, it runs from what was inferred: blocks of {stacks}; assured: "
+        f"that its weights are the checkpoint's {compared}; not assured: that guidance does something",
+        *spec.missing,
+    )

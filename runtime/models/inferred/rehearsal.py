@@ -18,6 +18,7 @@ import diffusers
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from crossdock.runtime.models.diffusers_api import working_on
@@ -128,7 +129,8 @@ def _with_encoders(pipe: Any, method: Callable[..., Any], encoders: Mapping[str,
         try:
             for name, module in encoders.items():
                 setattr(pipe, name, module)
-            return method(*args, **kwargs)
+            with _Unknown():
+                return method(*args, **kwargs)
         finally:
             for name in encoders:
                 setattr(pipe, name, None)
@@ -136,6 +138,17 @@ def _with_encoders(pipe: Any, method: Callable[..., Any], encoders: Mapping[str,
                 hook.remove()
 
     return call
+
+
+class _Unknown(TorchFunctionMode):
+    """What is asked of numbers that are not there, such as whether a mask lets everything pass, is answered with no."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return False
+        return func(*args, **(kwargs or {}))
 
 
 def _bridge(module: nn.Module) -> Iterator[Any]:
