@@ -164,7 +164,10 @@ def _sana() -> Parts:
 
 
 def _pixart() -> Parts:
-    model = _model("PixArtTransformer2DModel", **_latents(out_channels=2 * LATENT_CHANNELS, sample_size=32, caption_channels=TEXT_HIDDEN))
+    model = _model(
+        "PixArtTransformer2DModel",
+        **_latents(out_channels=2 * LATENT_CHANNELS, sample_size=32, caption_channels=TEXT_HIDDEN),
+    )
     return {**_t5(), **_kl(), **_ddim(), "transformer": model}
 
 
@@ -291,20 +294,18 @@ RECIPES: dict[str, Recipe] = {
     "Lumina2Pipeline": Recipe(
         _simple("Lumina2Transformer2DModel", lambda: _decoder_only("Gemma2"), _flow, _kl, **_latents())
     ),
-    "CogView3PlusPipeline": Recipe(
-        _simple("CogView3PlusTransformer2DModel", _t5, _ddim, _kl, **_latents())
-    ),
+    "CogView3PlusPipeline": Recipe(_simple("CogView3PlusTransformer2DModel", _t5, _ddim, _kl, **_latents())),
     "CogView4Pipeline": Recipe(
         _simple("CogView4Transformer2DModel", lambda: _decoder_only("Glm"), _flow, _kl, **_latents())
     ),
     "CogVideoXPipeline": Recipe(_cogvideox, frames=9),
-    "SanaPipeline": Recipe(_simple("SanaTransformer2DModel", _sana, _flow, in_channels=4, out_channels=4, sample_size=16)),
+    "SanaPipeline": Recipe(
+        _simple("SanaTransformer2DModel", _sana, _flow, in_channels=4, out_channels=4, sample_size=16)
+    ),
     "MochiPipeline": Recipe(_mochi, frames=7),
     "LTXPipeline": Recipe(_ltx, frames=9),
     "HunyuanVideoPipeline": Recipe(_hunyuan_video, frames=9),
-    "SkyReelsV2Pipeline": Recipe(
-        _simple("SkyReelsV2Transformer3DModel", _umt5, _flow, _wan_vae), frames=9
-    ),
+    "SkyReelsV2Pipeline": Recipe(_simple("SkyReelsV2Transformer3DModel", _umt5, _flow, _wan_vae), frames=9),
     "AnyFlowPipeline": Recipe(_simple("AnyFlowTransformer3DModel", _umt5, _flow, _wan_vae), frames=9),
     "PRXPipeline": Recipe(
         _simple("PRXTransformer2DModel", _t5, _flow, _kl, in_channels=LATENT_CHANNELS),
@@ -313,12 +314,18 @@ RECIPES: dict[str, Recipe] = {
     "Kandinsky5T2VPipeline": Recipe(_kandinsky, frames=9),
     "HunyuanDiTPipeline": Recipe(_hunyuan_dit, options={"requires_safety_checker": False}),
     "HiDreamImagePipeline": Recipe(_hidream),
-    "ChromaPipeline": Recipe(
-        _simple("ChromaTransformer2DModel", _t5, _flow, _kl, in_channels=4 * LATENT_CHANNELS)
-    ),
+    "ChromaPipeline": Recipe(_simple("ChromaTransformer2DModel", _t5, _flow, _kl, in_channels=4 * LATENT_CHANNELS)),
     "BriaPipeline": Recipe(_simple("BriaTransformer2DModel", _t5, _flow, _kl, in_channels=4 * LATENT_CHANNELS)),
     "FluxKontextPipeline": Recipe(TINY["flux1"].components, ulysses=None),
     "LuminaPipeline": Recipe(
-        _simple("LuminaNextDiT2DModel", lambda: _decoder_only("Gemma"), _flow, _kl, in_channels=LATENT_CHANNELS, num_kv_heads=1, cross_attention_dim=TEXT_HIDDEN)
+        _simple(
+            "LuminaNextDiT2DModel",
+            lambda: _decoder_only("Gemma"),
+            _flow,
+            _kl,
+            in_channels=LATENT_CHANNELS,
+            num_kv_heads=1,
+            cross_attention_dim=TEXT_HIDDEN,
+        )
     ),
 }

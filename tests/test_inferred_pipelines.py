@@ -1,4 +1,4 @@
-"""Pipelines of diffusers that no family describes: they run from what is inferred, as diffusers runs them, or are refused.
+"""Pipelines of diffusers that no family describes: they run from what is inferred, as in diffusers, or are refused.
 
 On one rank, layer by layer: all of them. On two ranks: HSDP, tensor parallelism and Ulysses, where they can.
 """
@@ -19,6 +19,7 @@ from one_rank import admitted, rank_request
 
 from crossdock.launch.engine.engine import Engine
 from crossdock.offload.live.discovery import discover_blocks
+from crossdock.parallel.tensor import LinearStyle
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.result import CompositionError
 from crossdock.runtime.errors import CheckpointError, ConfigError, RequestRefused
@@ -31,7 +32,7 @@ from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.watch.gang import Gang
 from inferred_recipes import RECIPES, make_pipeline
 from reference import TOLERANCE, max_error, max_levels, reference
-from tiers import some, thorough
+from tiers import thorough
 
 GangOf = Callable[[int], Gang]
 CheckpointOf = Callable[[str], Path]
@@ -156,3 +157,140 @@ def test_on_two_ranks_it_is_the_same_or_refused(layout: str, name: str, gang_of:
     assert probed["status"] == ("not probed" if layout == "layerwise_hsdp" else "holds")
     assert "no family describes it" in lines[0]
     assert generation.report["inferred"][0] == lines[0]
+
+
+# What is refused, with one message
+
+
+def _index(folder: Path, name: str, **components: list[str]) -> Path:
+    content = {"_class_name": name, "_diffusers_version": diffusers.__version__, **components}
+    (folder / "model_index.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "components", "why"),
+    [
+        (
+            "OwnPipeline",
+            {},
+            f"unknown model class 'OwnPipeline'; diffusers {diffusers.__version__} has no such pipeline",
+        ),
+        (
+            "StableDiffusionXLPipeline",
+            {"unet": ["diffusers", "UNet2DConditionModel"]},
+            r"its model is unet \(UNet2DConditionModel\), which has no stack of transformer blocks",
+        ),
+        ("WanImageToVideoPipeline", {}, "it also requires image, and requests have a prompt only"),
+        ("StableAudioPipeline", {}, "it takes no height, width; does it make pictures or videos"),
+        ("LattePipeline", {}, "it makes videos, and takes no num_frames"),
+        ("DiTPipeline", {}, "it takes no prompt"),
+        (
+            "LTX2HDRPipeline",
+            {
+                "transformer": ["diffusers", "LTX2VideoTransformer3DModel"],
+                "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+                "audio_scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            },
+            "its schedulers are scheduler, audio_scheduler; steps are counted with one",
+        ),
+        (
+            "PRXPixelPipeline",
+            {
+                "transformer": ["diffusers", "PRXTransformer2DModel"],
+                "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            },
+            "no component of it decodes",
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused(name: str, components: Any, why: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=why):
+        spec_for(_index(tmp_path, name, **components))
+
+
+def test_a_component_that_nobody_places_is_refused_by_name(made: CheckpointOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = made("AuraFlowPipeline")
+    spec = replace(spec_for(directory), encoders=())
+    monkeypatch.setattr("crossdock.runtime.plan.make_plan.spec_for", lambda _: spec)
+    with pytest.raises(CheckpointError, match="component 'text_encoder' .UMT5EncoderModel. has weights, and crossdock"):
+        _plan(directory)
+
+
+def test_a_scheduler_that_makes_other_steps_is_refused(made: CheckpointOf, tmp_path: Path) -> None:
+    """Heun's calls the transformer twice for each step but one."""
+    directory = tmp_path / "heun"
+    shutil.copytree(made("AuraFlowPipeline"), directory)
+    diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0).save_pretrained(directory / "scheduler")
+    index = json.loads((directory / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "FlowMatchHeunDiscreteScheduler"]
+    (directory / "model_index.json").write_text(json.dumps(index))
+    with admitted(_plan(directory)) as worker:
+        for _ in range(2):  # the rank takes the next one
+            with pytest.raises(RequestRefused, match="of 2 steps that were asked for, its loop was heard to make 3"):
+                worker.generate(rank_request(PROMPT, **_wishes("AuraFlowPipeline")))
+
+
+def test_a_picture_of_another_size_is_refused(made: CheckpointOf, gang_of: GangOf) -> None:
+    """Chroma rounds a side to whole tokens, and only warns."""
+    with admitted(_plan(made("ChromaPipeline"))) as worker:
+        result = worker.generate(rank_request(PROMPT, steps=1, height=72, width=64))
+    assert result.refused is not None and "it made 64 x 64 pixels where 64 x 72 were asked for" in result.refused
+
+
+def test_how_guidance_is_split_is_not_inferred(made: CheckpointOf) -> None:
+    with pytest.raises(
+        ConfigError, match="cfg_degree: found 2: no family describes AuraFlowPipeline.*branches of guid"
+    ):
+        _plan(made("AuraFlowPipeline"), parallel={"cfg_degree": 2})
+
+
+def test_encoders_that_are_read_outside_of_encoding_are_noticed(
+    made: CheckpointOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that shares a picture has none: the rehearsal has none either, and says so before ranks start."""
+    directory = made("AuraFlowPipeline")
+    monkeypatch.setattr("crossdock.runtime.models.families.spec_of_pipeline", lambda _: None)
+    spec = replace(spec_for(directory), encode=())
+    monkeypatch.setattr("crossdock.runtime.plan.make_plan.spec_for", lambda _: spec)
+    with pytest.raises(
+        ConfigError, match="tp_degree: found 2: .*Ranks that share one picture: AuraFlowPipeline without"
+    ):
+        _plan(directory, parallel={"tp_degree": 2})
+    assert _plan(directory).layout.spec.block_stacks
+
+
+# Wrong inference
+
+
+def _planting(monkeypatch: pytest.MonkeyPatch, change: Callable[[InferredSpec], InferredSpec]) -> None:
+    inferred = complete_spec.infer_spec
+    monkeypatch.setattr(complete_spec, "infer_spec", lambda *args: change(inferred(*args)))
+
+
+def _heads_whole(spec: InferredSpec) -> InferredSpec:
+    """Every rank believes that it has all heads, each half as wide."""
+    return replace(spec, tensor_plan=replace(spec.tensor_plan, heads={}))
+
+
+def _other_values(spec: InferredSpec) -> InferredSpec:
+    """Values are cut as if two projections were in one: they are those of other heads than the keys."""
+    linears = {
+        name: LinearStyle("column", (1, 1)) if name.endswith("to_v") else style
+        for name, style in spec.tensor_plan.linears.items()
+    }
+    return replace(spec, tensor_plan=replace(spec.tensor_plan, linears=linears))
+
+
+@pytest.mark.parametrize("change", [_heads_whole, _other_values])
+def test_a_wrong_plan_is_refused_before_the_first_picture(
+    change: Callable[[InferredSpec], InferredSpec], made: CheckpointOf, gang_of: GangOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _planting(monkeypatch, change)
+    with pytest.raises(CompositionError, match=r"same-as-one: rank \d: joint_transformer_blocks.0"):
+        Engine.start(RunConfig.parse(LAYOUTS["tp2"]), made("AuraFlowPipeline"), gang_of(2))
+
+
+def test_a_stack_that_is_left_out_is_seen(made: CheckpointOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    _planting(monkeypatch, lambda spec: replace(spec, block_stacks=spec.block_stacks[:1]))
+    assert _lists_outside(_plan(made("AuraFlowPipeline"))) == ["single_transformer_blocks"]

@@ -124,8 +124,8 @@ class Engine:
         plan = make_plan(config, model_directory(model_dir, notify or (lambda line: None)), device)
         if first_request is not None:
             check_request(plan, first_request)
-        for line in what_is_inferred(plan)[:1] if notify is not None else ():
-            notify(line)
+        if notify is not None and (inferred := what_is_inferred(plan)):
+            notify(inferred[0])
         ranks = gang or (make_gang or choose_gang(choose_launcher(config)))(config.launch, config.world_size, device)
         engine = cls(plan, ranks, gang is None, notify, probe, rehearse or probe)
         try:
@@ -360,7 +360,7 @@ class Engine:
             "ranks": rows,
             # verdict: what schedule_note was called before, for one version
             "schedule": {**self.plan.memory.schedule_report(note), "verdict": note},
-            "inferred": list(what_is_inferred(self.plan)),
+            "inferred": list(self.contract_result.inferred),
             "composition": self._ranks.coordinator.composition,
             "faults": [asdict(fault) for fault in faults],
             "phases_s": {phase: round(seconds, 4) for phase, seconds in phases.items()},

@@ -30,7 +30,7 @@ def completed(
         others: the components with weights beside them.
     """
     transformers = dict(zip(spec.transformers, map(on_meta, transformers_in(model).values()), strict=True))
-    rest = {name: component_on_meta(model_dir / name, *index[name], torch.float32) for name in others}
+    rest = {name: component_on_meta(model_dir / name, index[name][0], index[name][1], torch.float32) for name in others}
     first = next(iter(transformers.values()))
     call, failed = None, []
     try:
@@ -65,25 +65,26 @@ def check_inferred(spec: InferredSpec, config: RunConfig) -> None:
     Raises:
         ConfigError: the layout needs what could not be told.
     """
-    parallel = config.parallel
-    degrees = {f"{name}_degree": getattr(parallel, f"{name}_degree") for name in ("tp", "ulysses", "ring", "cfg")}
-    for key, degree in degrees.items():
+    for key in ("tp_degree", "ulysses_degree", "ring_degree", "cfg_degree"):
+        degree: int = getattr(config.parallel, key)
         if degree > 1 and (why := _why_not(spec, key)):
-            raise ConfigError(f"found {degree}: no family describes {spec.family}, and {why} allowed: 1", f"parallel.{key}")
+            unknown = f"no family describes {spec.family}, and this is not inferred: {why}"
+            raise ConfigError(f"found {degree}: {unknown} Allowed: 1", f"parallel.{key}")
 
 
 def _why_not(spec: InferredSpec, key: str) -> str | None:
-    said = " ".join(sentence for sentence in spec.missing if sentence.startswith(_ABOUT.get(key, ())))
+    """A sentence or more."""
     if not spec.rehearsed:
-        return " ".join(sentence for sentence in spec.missing if sentence.startswith("Ranks"))
+        return _said(spec, "Ranks")
     if key == "cfg_degree":
-        return "how it runs the branches of guidance is not inferred."
-    if key == "tp_degree" and not (spec.tensor_plan.linears and spec.tensor_plan.head_count):
-        return said
-    return said if key != "tp_degree" and not spec.regions else None
+        return "how it runs the branches of guidance."
+    if key == "tp_degree":
+        return None if spec.tensor_plan.linears and spec.tensor_plan.head_count else _said(spec, "Tensor")
+    return None if spec.regions else _said(spec, "Sequence")
 
 
-_ABOUT = {"tp_degree": ("Tensor",), "ulysses_degree": ("Sequence",), "ring_degree": ("Sequence",)}
+def _said(spec: InferredSpec, about: str) -> str:
+    return " ".join(sentence for sentence in spec.missing if sentence.startswith(about))
 
 
 def not_proven(plan: RunPlan) -> bool:

@@ -52,7 +52,7 @@ def infer_pipeline(index: Mapping[str, Any], file: Path) -> InferredSpec | None:
 
 
 def _infer(pipeline: type, index: Mapping[str, Any]) -> InferredSpec:
-    takes = inspect.signature(pipeline.__call__).parameters  # type: ignore[operator]
+    takes = inspect.signature(pipeline.__call__).parameters
     kinds = {name: component_class(*index[name]) or object for name in component_names(index)}
     _check_call(takes)
     named = tuple(name for name in _TRANSFORMERS if name in kinds)
@@ -106,7 +106,7 @@ def _check_call(takes: Mapping[str, inspect.Parameter]) -> None:
         raise _NotInferredError(f"it also requires {', '.join(needs)}, and requests have a prompt only")
     if absent := [name for name in _GIVEN if name not in takes]:
         raise _NotInferredError(f"it takes no {', '.join(absent)}; does it make pictures or videos?")
-    if "num_videos_per_prompt" in takes and "num_frames" not in takes or "video_length" in takes:
+    if ("num_videos_per_prompt" in takes and "num_frames" not in takes) or "video_length" in takes:
         raise _NotInferredError("it makes videos, and takes no num_frames")
 
 

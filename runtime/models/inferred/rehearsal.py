@@ -1,7 +1,7 @@
 """The first call of a transformer by its pipeline, with nothing computed: encoders and transformers are on meta.
 
-Tokenizers, masks and latents are real, and of a small picture; what an encoder returns are zeros of the right shape. The
-pipeline runs as on a rank that has no encoders: they are there while its own method encodes, and at no other time.
+Tokenizers, masks and latents are real, and of a small picture; what an encoder returns are zeros of the right shape.
+The pipeline runs as on a rank that has no encoders: they are there while its own method encodes, and at no other time.
 """
 
 from __future__ import annotations
@@ -90,9 +90,7 @@ def rehearse(
         raise RehearsalError(f"{spec.pipeline} without its encoders: {type(error).__name__}: {what}") from None
 
 
-def _call(
-    pipe: Any, spec: InferredSpec, multiple: int, transformers: Mapping[str, nn.Module]
-) -> Mapping[str, object]:
+def _call(pipe: Any, spec: InferredSpec, multiple: int, transformers: Mapping[str, nn.Module]) -> Mapping[str, object]:
     height, width = (count * multiple for count in _TOKENS)
     wishes: dict[str, object] = {"negative_prompt": _NEGATIVE_PROMPT} if spec.negative_prompt else {}
     if spec.fps is not None:
