@@ -90,7 +90,7 @@ def _umt5() -> Parts:
     }
 
 
-def _decoder_only(kind: str, suffix: str = "", model: str = "Model", **own: Any) -> Parts:
+def _decoder_only(kind: str) -> Parts:
     """A language model that reads from left to right. Its tokenizer ends every text, so that none has no tokens."""
     tokenizer = t5_tokenizer()
     config = getattr(transformers, f"{kind}Config")(
@@ -103,21 +103,14 @@ def _decoder_only(kind: str, suffix: str = "", model: str = "Model", **own: Any)
         head_dim=12,
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
-        **own,
     )
-    return {f"tokenizer{suffix}": tokenizer, f"text_encoder{suffix}": getattr(transformers, f"{kind}{model}")(config)}
+    return {"tokenizer": tokenizer, "text_encoder": getattr(transformers, f"{kind}Model")(config)}
 
 
-def _clip(suffix: str = "", projection: bool = False) -> Parts:
+def _clip(suffix: str) -> Parts:
     tokenizer = clip_tokenizer()
     config: Any = clip_text_config(tokenizer)
-    config.max_position_embeddings = 128
-    kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
-    return {f"tokenizer{suffix}": tokenizer, f"text_encoder{suffix}": kind(config)}
-
-
-def _second(parts: Parts, suffix: str = "_2") -> Parts:
-    return {f"{name}{suffix}": part for name, part in parts.items()}
+    return {f"tokenizer{suffix}": tokenizer, f"text_encoder{suffix}": transformers.CLIPTextModel(config)}
 
 
 def _flow() -> Parts:
@@ -206,55 +199,6 @@ def _hunyuan_video() -> Parts:
     return {**_decoder_only("Llama"), **_clip("_2"), **_flow(), **_hunyuan_vae(), "transformer": model}
 
 
-def _hunyuan_dit() -> Parts:
-    tokenizer = t5_tokenizer()
-    bert = transformers.BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT_HIDDEN,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=HEADS,
-    )
-    model = _model(
-        "HunyuanDiT2DModel",
-        in_channels=LATENT_CHANNELS,
-        cross_attention_dim=TEXT_HIDDEN,
-        cross_attention_dim_t5=TEXT_HIDDEN,
-        pooled_projection_dim=TEXT_HIDDEN,
-        hidden_size=176,
-        sample_size=32,
-        patch_size=2,
-    )
-    return {
-        "text_encoder": transformers.BertModel(bert),
-        "tokenizer": tokenizer,
-        **_second(_t5()),
-        **_kl(),
-        "scheduler": diffusers.DDPMScheduler(prediction_type="v_prediction"),
-        "transformer": model,
-        "safety_checker": None,
-        "feature_extractor": None,
-    }
-
-
-def _hidream() -> Parts:
-    model = _model(
-        "HiDreamImageTransformer2DModel",
-        **_latents(),
-        patch_size=2,
-        caption_channels=(TEXT_HIDDEN, TEXT_HIDDEN),
-        text_emb_dim=2 * CLIP_HIDDEN,
-        num_routed_experts=4,
-        num_activated_experts=2,
-        llama_layers=(0, 1, 1, 2),
-        axes_dims_rope=(32, 16, 16),
-        max_resolution=(32, 32),
-    )
-    clips = {**_clip(projection=True), **_clip("_2", projection=True)}
-    llama = _decoder_only("Llama", "_4", "ForCausalLM")
-    return {**clips, **_second(_t5(), "_3"), **llama, **_flow(), **_kl(), "transformer": model}
-
-
 def _kandinsky() -> Parts:
     tokenizer = qwen_vl_tokenizer()
     model = _model(
@@ -312,11 +256,9 @@ RECIPES: dict[str, Recipe] = {
         options={"default_sample_size": 256},
     ),
     "Kandinsky5T2VPipeline": Recipe(_kandinsky, frames=9),
-    "HunyuanDiTPipeline": Recipe(_hunyuan_dit, options={"requires_safety_checker": False}),
-    "HiDreamImagePipeline": Recipe(_hidream),
     "ChromaPipeline": Recipe(_simple("ChromaTransformer2DModel", _t5, _flow, _kl, in_channels=4 * LATENT_CHANNELS)),
     "BriaPipeline": Recipe(_simple("BriaTransformer2DModel", _t5, _flow, _kl, in_channels=4 * LATENT_CHANNELS)),
-    "FluxKontextPipeline": Recipe(TINY["flux1"].components, ulysses=None),
+    "Flux2KleinKVPipeline": Recipe(TINY["flux2-klein"].components, ulysses=None, options=TINY["flux2-klein"].options),
     "LuminaPipeline": Recipe(
         _simple(
             "LuminaNextDiT2DModel",

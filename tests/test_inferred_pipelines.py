@@ -47,11 +47,9 @@ QUICKEST = (
     "SanaPipeline",
     "LTXPipeline",
     "PRXPipeline",
-    "HunyuanDiTPipeline",
-    "HiDreamImagePipeline",
     "ChromaPipeline",
     "BriaPipeline",
-    "FluxKontextPipeline",
+    "Flux2KleinKVPipeline",
     "Kandinsky5T2VPipeline",
     "MochiPipeline",
 )
@@ -130,7 +128,7 @@ def _lists_outside(plan: RunPlan) -> list[str]:
 
 def _cells() -> list[Any]:
     """Two of them in each layout; the rest in `make test-all`."""
-    first = {"AuraFlowPipeline", "FluxKontextPipeline"}
+    first = {"AuraFlowPipeline", "Flux2KleinKVPipeline"}
     return [
         pytest.param(layout, name, id=f"{layout}-{name}", marks=() if name in first else thorough)
         for name in RECIPES
@@ -174,7 +172,7 @@ def _index(folder: Path, name: str, **components: list[str]) -> Path:
         (
             "OwnPipeline",
             {},
-            f"unknown model class 'OwnPipeline'; diffusers {diffusers.__version__} has no such pipeline",
+            r"unknown model class 'OwnPipeline'; diffusers \S+ has no such pipeline",
         ),
         (
             "StableDiffusionXLPipeline",
@@ -213,7 +211,7 @@ def test_a_component_that_nobody_places_is_refused_by_name(made: CheckpointOf, m
     directory = made("AuraFlowPipeline")
     spec = replace(spec_for(directory), encoders=())
     monkeypatch.setattr("crossdock.runtime.plan.make_plan.spec_for", lambda _: spec)
-    with pytest.raises(CheckpointError, match="component 'text_encoder' .UMT5EncoderModel. has weights, and crossdock"):
+    with pytest.raises(CheckpointError, match=r"component 'text_encoder' .UMT5EncoderModel. has weights, and"):
         _plan(directory)
 
 
@@ -235,13 +233,11 @@ def test_a_picture_of_another_size_is_refused(made: CheckpointOf, gang_of: GangO
     """Chroma rounds a side to whole tokens, and only warns."""
     with admitted(_plan(made("ChromaPipeline"))) as worker:
         result = worker.generate(rank_request(PROMPT, steps=1, height=72, width=64))
-    assert result.refused is not None and "it made 64 x 64 pixels where 64 x 72 were asked for" in result.refused
+    assert "it made 64 x 64 pixels where 64 x 72 were asked for" in str(result.refused)
 
 
 def test_how_guidance_is_split_is_not_inferred(made: CheckpointOf) -> None:
-    with pytest.raises(
-        ConfigError, match="cfg_degree: found 2: no family describes AuraFlowPipeline.*branches of guid"
-    ):
+    with pytest.raises(ConfigError, match=r"cfg_degree: found 2: no family describes Aura.*branches of guidance"):
         _plan(made("AuraFlowPipeline"), parallel={"cfg_degree": 2})
 
 
@@ -253,9 +249,7 @@ def test_encoders_that_are_read_outside_of_encoding_are_noticed(
     monkeypatch.setattr("crossdock.runtime.models.families.spec_of_pipeline", lambda _: None)
     spec = replace(spec_for(directory), encode=())
     monkeypatch.setattr("crossdock.runtime.plan.make_plan.spec_for", lambda _: spec)
-    with pytest.raises(
-        ConfigError, match="tp_degree: found 2: .*Ranks that share one picture: AuraFlowPipeline without"
-    ):
+    with pytest.raises(ConfigError, match=r"tp_degree: found 2: .*Ranks that share one picture: AuraFlow"):
         _plan(directory, parallel={"tp_degree": 2})
     assert _plan(directory).layout.spec.block_stacks
 

@@ -13,7 +13,7 @@ from torch import nn
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import ConfigError
 from crossdock.runtime.models.inferred.rehearsal import FirstCall, RehearsalError, rehearse
-from crossdock.runtime.models.inferred.spec import InferredSpec, infer_spec
+from crossdock.runtime.models.inferred.spec import BEYOND, InferredSpec, infer_spec
 from crossdock.runtime.models.inferred.trial import on_meta
 from crossdock.runtime.models.transformers import transformers_in
 from crossdock.runtime.plan.component_needs import component_on_meta
@@ -46,7 +46,7 @@ def completed(
         pixel_multiple=call.pixel_multiple if call is not None else 0,
         frame_multiple=call.frame_multiple if call is not None else 0,
         rehearsed=call is not None,
-        missing=(*spec.missing, *failed, *unclear, *found.missing),
+        missing=(*spec.missing, *failed, *unclear, *(said for said in found.missing if said != BEYOND)),
     )
 
 

@@ -1,4 +1,4 @@
-"""Making the plan of a run: config + model directory -> what every rank will hold. Pure; nothing is started or loaded.
+"""Making the plan of a run: config + model directory -> what every rank will hold. No weights are read, no rank starts.
 
 Whatever can be wrong with the input is found here, in one process, before a rank exists.
 """

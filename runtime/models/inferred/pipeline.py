@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ _GIVEN = ("height", "width", "num_inference_steps", "generator", "output_type", 
 """What crossdock calls every pipeline with, beside the prompt."""
 _FRAME_RATES = ("frame_rate", "fps")
 _USUAL_FPS = 24
+_LATENTS = "Latents: those of the loop are returned; the pipeline may arrange them otherwise where it returns some."
 
 
 class _NotInferredError(Exception):
@@ -40,7 +42,11 @@ def infer_pipeline(index: Mapping[str, Any], file: Path) -> InferredSpec | None:
         CheckpointError: it is not one of text to pictures or videos, of a kind that can run.
     """
     name = index["_class_name"]
-    found = getattr(diffusers, name, None) if name.isidentifier() else None
+    found: object = None
+    with suppress(
+        AttributeError, ImportError, RuntimeError
+    ):  # of a module that lacks a package, diffusers raises these
+        found = getattr(diffusers, name) if name.isidentifier() else None
     if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
         return None
     try:
@@ -87,7 +93,7 @@ def _infer(pipeline: type, index: Mapping[str, Any]) -> InferredSpec:
         size=_size(takes),
         steps=takes["num_inference_steps"].default or InferredSpec.steps,
         resumes=False,
-        missing=missing,
+        missing=(*missing, _LATENTS),
     )
 
 

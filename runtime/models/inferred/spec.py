@@ -74,11 +74,11 @@ def infer_spec(model: nn.Module, inputs: Mapping[str, object] | None = None) -> 
         regions=regions,
         branches=None,
         run_order=ran,
-        missing=(*missing, *not_cut, *not_regions, _BEYOND),
+        missing=(*missing, *not_cut, *not_regions, BEYOND),
     )
 
 
-_BEYOND = "Pipeline: a transformer does not tell its pipeline, nor what becomes of its latents."
+BEYOND = "Pipeline: a transformer does not tell its pipeline, nor what becomes of its latents."
 
 
 def _first_runs(model: nn.Module, blocks: Sequence[FoundBlock], inputs: Mapping[str, object]) -> tuple[str, ...]:
