@@ -253,12 +253,16 @@ RECIPES: dict[str, Recipe] = {
     "AnyFlowPipeline": Recipe(_simple("AnyFlowTransformer3DModel", _umt5, _flow, _wan_vae), frames=9),
     "PRXPipeline": Recipe(
         _simple("PRXTransformer2DModel", _t5, _flow, _kl, in_channels=LATENT_CHANNELS),
+        tp="no attention and no MLP of the blocks can be cut",
         options={"default_sample_size": 256},
     ),
-    "Kandinsky5T2VPipeline": Recipe(_kandinsky, frames=9),
+    "Kandinsky5T2VPipeline": Recipe(_kandinsky, frames=9, tp="which key of the model's config is its number of heads"),
     "ChromaPipeline": Recipe(_simple("ChromaTransformer2DModel", _t5, _flow, _kl, in_channels=4 * LATENT_CHANNELS)),
     "BriaPipeline": Recipe(_simple("BriaTransformer2DModel", _t5, _flow, _kl, in_channels=4 * LATENT_CHANNELS)),
-    "Flux2KleinKVPipeline": Recipe(TINY["flux2-klein"].components, ulysses=None, options=TINY["flux2-klein"].options),
+    "Flux2KleinKVPipeline": Recipe(  # it puts attention of its own in the place of what exchanges heads
+        TINY["flux2-klein"].components, ulysses="same-as-one: rank", options=TINY["flux2-klein"].options
+    ),
+    "FluxKontextPipeline": Recipe(TINY["flux1"].components, size=(1024, 1024), ulysses=None),
     "LuminaPipeline": Recipe(
         _simple(
             "LuminaNextDiT2DModel",

@@ -281,8 +281,8 @@ def test_a_wrong_plan_is_refused_before_the_first_picture(
     change: Callable[[InferredSpec], InferredSpec], made: CheckpointOf, gang_of: GangOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _planting(monkeypatch, change)
-    with pytest.raises(CompositionError, match=r"same-as-one: rank \d: joint_transformer_blocks.0"):
-        Engine.start(RunConfig.parse(LAYOUTS["tp2"]), made("AuraFlowPipeline"), gang_of(2))
+    with pytest.raises(CompositionError, match=r"same-as-one: rank \d: transformer_blocks.0"):
+        Engine.start(RunConfig.parse(LAYOUTS["tp2"]), made("PixArtSigmaPipeline"), gang_of(2))
 
 
 def test_a_stack_that_is_left_out_is_seen(made: CheckpointOf, monkeypatch: pytest.MonkeyPatch) -> None:
