@@ -41,7 +41,17 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "pipeline": {"errors", "request", "media", "models", "models/inferred", "plan", "reports"},
         "rank/weights": {"errors", "models", "plan", "reports"},
         "rank": {"errors", "request", "models", "plan", "reports", "contract", "watch", "pipeline", "rank/weights"},
-        "rank/probe": {"request", "models", "plan", "reports", "contract", "pipeline", "rank/weights", "rank"},
+        "rank/probe": {
+            "request",
+            "models",
+            "models/inferred",
+            "plan",
+            "reports",
+            "contract",
+            "pipeline",
+            "rank/weights",
+            "rank",
+        },
     },
     "launch": {
         "console": set(),
