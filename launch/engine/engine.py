@@ -17,14 +17,14 @@ from torch import Tensor
 from crossdock.launch.engine.generation import Generation
 from crossdock.launch.engine.progress import Delays, Notify, Preview, Progress, Steps
 from crossdock.launch.engine.ranks import Ranks
-from crossdock.launch.engine.recovery import RPC_S, Fault, Snapshots, Survived
+from crossdock.launch.engine.recovery import RPC_S, Fault, Snapshots, Survived, brief
 from crossdock.launch.engine.request_queue import RequestQueue
 from crossdock.launch.engine.request_run import RequestHandle, RequestRun
 from crossdock.launch.gangs.choose import MakeGang, check_gpus, choose_gang, choose_launcher
 from crossdock.launch.hub.locate import model_directory
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.result import ContractResult
-from crossdock.runtime.errors import EngineClosedError, RankError, RequestCancelled, RequestTimeout
+from crossdock.runtime.errors import ConfigError, EngineClosedError, RankError, RequestCancelled, RequestTimeout
 from crossdock.runtime.models.latents import number_of_chunks
 from crossdock.runtime.plan.complete_spec import not_proven, what_is_inferred
 from crossdock.runtime.plan.make_plan import make_plan
@@ -133,8 +133,12 @@ class Engine:
             engine._unreported = survived.faults
             if probe or not_proven(plan):
                 engine.probe()
-        except BaseException:
+        except BaseException as error:
             engine.close()
+            if isinstance(error, RankError) and error.kind == "raised" and not_proven(plan):
+                family = plan.layout.spec.family
+                why = f"no family describes {family}, and cut as it was inferred it does not run: {brief(str(error))}"
+                raise ConfigError(why, "parallel") from error
             raise
         return engine
 
