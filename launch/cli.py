@@ -67,7 +67,7 @@ def models_command(
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False,
 ) -> None:
     """List the model families, their checkpoints, and the layouts that tests hold them in."""
-    from crossdock.launch.commands.models import model_rows, models_json, models_markdown, models_table
+    from crossdock.launch.commands.models import INFERRED, model_rows, models_json, models_markdown, models_table
 
     rows = list(model_rows())
     if as_json:
@@ -76,6 +76,7 @@ def models_command(
         typer.echo(models_markdown(rows))
     else:
         Console(highlight=False).print(models_table(rows))
+        typer.echo(INFERRED)
 
 
 @app.command("timeline")

@@ -131,6 +131,7 @@ def as_text(model: str, result: ContractResult) -> str:
         "layout": result.layout,
         "holds": not result.violations,
         "composition": result.composition,
+        "inferred": list(result.inferred),
         "violations": [asdict(violation) for violation in result.violations],
         "ranks": [asdict(Holdings.of(report)) for report in result.reports],
         "deviations": [_finite(asdict(deviation)) for deviation in result.deviations],
@@ -139,7 +140,9 @@ def as_text(model: str, result: ContractResult) -> str:
 
 
 def show(result: ContractResult, console: Console) -> None:
-    """The checks, what is violated, and what every rank holds."""
+    """What was inferred, the checks, what is violated, and what every rank holds."""
+    for line in result.inferred:
+        console.print(line, markup=False)
     console.print(checks_table(result.composition))
     for violation in result.violations:
         console.print(str(violation), markup=False)

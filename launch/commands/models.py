@@ -14,6 +14,12 @@ from crossdock.runtime.models.spec import ModelSpec
 
 HEADINGS = ("family", "checkpoint", "class", "block stacks", "parameters", "GB in bf16", "layouts")
 
+INFERRED = (
+    "Other pipelines of diffusers from text to pictures or videos run from what is inferred of them: layerwise, HSDP "
+    "and data parallel; tensor and sequence parallel where their transformer tells how, and one step agrees with one "
+    "rank's."
+)
+
 
 @dataclass(frozen=True)
 class ModelRow:

@@ -17,7 +17,7 @@ from torch import Tensor
 from crossdock.launch.engine.generation import Generation
 from crossdock.launch.engine.progress import Delays, Notify, Preview, Progress, Steps, Waiting
 from crossdock.launch.engine.ranks import Ranks
-from crossdock.launch.engine.recovery import RPC_S, Fault, Snapshots, Survived
+from crossdock.launch.engine.recovery import RPC_S, Fault, Snapshots, Survived, brief
 from crossdock.launch.engine.request_queue import RequestQueue
 from crossdock.launch.engine.request_run import RequestHandle, RequestRun
 from crossdock.launch.gangs.choose import MakeGang, choose_gang, choose_launcher
@@ -25,8 +25,9 @@ from crossdock.launch.gangs.ranks.environment import check_gpus
 from crossdock.launch.hub.locate import model_directory
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.result import ContractResult
-from crossdock.runtime.errors import EngineClosedError, RankError, RequestCancelled, RequestTimeout
+from crossdock.runtime.errors import ConfigError, EngineClosedError, RankError, RequestCancelled, RequestTimeout
 from crossdock.runtime.models.latents import number_of_chunks
+from crossdock.runtime.plan.complete_spec import not_proven, what_is_inferred
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.request_checks import check_request
@@ -112,7 +113,8 @@ class Engine:
             gang: a started gang to run on; it is left running at `close`.
             make_gang: without `gang`, makes the engine's own; by default the one that `launch.launcher` names.
             first_request: what is asked for first, where that is known; refused before anything is started.
-            probe: compare every byte that arrives on the devices with the checkpoint, and `probe` the numbers.
+            probe: compare every byte that arrives on the devices with the checkpoint, and `probe` the numbers; these
+                also where a layout rests on what was inferred.
             rehearse: stream every block once, to compare what arrives here and not in the first step; `probe` does.
             notify: gets a line when a rank was lost and others are started, and when the ranks wait for one of them.
             waiting: gets what the ranks do while they start.
@@ -127,6 +129,8 @@ class Engine:
         plan = make_plan(config, directory, device)
         if first_request is not None:
             check_request(plan, first_request)
+        if notify is not None and (inferred := what_is_inferred(plan)):
+            notify(inferred[0])
         ranks = gang or (make_gang or choose_gang(choose_launcher(config)))(config.launch, config.world_size, device)
         if gang is None and waiting is not None:
             waiting("importing", 0, 0)
@@ -134,10 +138,14 @@ class Engine:
         try:
             engine._ranks.start(survived := Survived())
             engine._unreported = survived.faults
-            if probe:
+            if probe or not_proven(plan):
                 engine.probe()
-        except BaseException:
+        except BaseException as error:
             engine.close()
+            if isinstance(error, RankError) and error.kind == "raised" and not_proven(plan):
+                family = plan.layout.spec.family
+                why = f"no family describes {family}, and cut as it was inferred it does not run: {brief(str(error))}"
+                raise ConfigError(why, "parallel") from error
             raise
         return engine
 
@@ -363,6 +371,7 @@ class Engine:
             "ranks": rows,
             # verdict: what schedule_note was called before, for one version
             "schedule": {**self.plan.memory.schedule_report(note), "verdict": note},
+            "inferred": list(self.contract_result.inferred),
             "composition": self._ranks.coordinator.composition,
             "faults": [asdict(fault) for fault in faults],
             "phases_s": {phase: round(seconds, 4) for phase, seconds in phases.items()},

@@ -16,6 +16,7 @@ from crossdock.runtime.contract.numbers import (
 )
 from crossdock.runtime.contract.result import CompositionError, ContractResult, Violation
 from crossdock.runtime.contract.verify import CHECKS, STEP_CHECKS, verify_arrivals, verify_composition, verify_request
+from crossdock.runtime.plan.complete_spec import what_is_inferred
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.rank_result import RankResult
 from crossdock.runtime.reports.records import Deviation, ProbeReport, RankReport
@@ -142,7 +143,12 @@ class Coordinator:
 
     def _result(self, violations: Sequence[Violation]) -> ContractResult:
         return ContractResult(
-            self.plan.layout_name, tuple(self.composition), tuple(violations), self._reports, self._deviations
+            self.plan.layout_name,
+            tuple(self.composition),
+            tuple(violations),
+            self._reports,
+            self._deviations,
+            what_is_inferred(self.plan),
         )
 
 

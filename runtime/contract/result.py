@@ -70,6 +70,7 @@ class ContractResult:
             `report.json`.
         violations: every one.
         reports: what was judged.
+        inferred: of a pipeline that no family describes, what is assured, and then what could not be told.
         deviations: of a probe, how far each output of a block is from the unsharded model's.
     """
 
@@ -78,6 +79,7 @@ class ContractResult:
     violations: tuple[Violation, ...]
     reports: tuple[RankReport, ...]
     deviations: tuple[Deviation, ...] = ()
+    inferred: tuple[str, ...] = ()
 
 
 class CompositionError(CrossdockError):

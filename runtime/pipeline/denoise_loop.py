@@ -94,6 +94,7 @@ class DenoiseLoop:
     On CUDA the time is taken by device events, so that no step is made to wait for the device.
 
     Attributes:
+        finished: steps that are done, of all chunks.
         latents: as the last step left them; None before the first.
         between_chunks: one is done, and another one follows.
         chunks: the last latents of each that is done.
@@ -122,7 +123,7 @@ class DenoiseLoop:
         self.chunks: list[Tensor] = []
         self._observer = observer or Observer()
         self._before_steps: Callable[[], None] | None = before_steps
-        self._finished = 0 if resume is None else resume.step - 1
+        self.finished = 0 if resume is None else resume.step - 1
         self._began: Any = None  # when the step that runs did
         self._steps: list[tuple[Any, Any]] = []  # begin and end of those that are done
         self.latents: Tensor | None = None
@@ -163,9 +164,9 @@ class DenoiseLoop:
             scheduler.__class__ = original
 
     def tick(self, pipe: Pipeline, step: int, timestep: Timestep, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        repeated = self._resume is not None and self._finished == self._resume.step - 1
-        self._finished += 1
-        finished = self._finished
+        repeated = self._resume is not None and self.finished == self._resume.step - 1
+        self.finished += 1
+        finished = self.finished
         if self._resume is not None and repeated:
             latents = self._resume.restore(timestep, tensors["latents"], pipe.scheduler, self._generators)
             tensors = {**tensors, "latents": latents}

@@ -27,6 +27,7 @@ from crossdock.runtime.media import Media, media_of
 from crossdock.runtime.models.checkpoint import index_file
 from crossdock.runtime.models.diffusers_api import Pipeline, working_on
 from crossdock.runtime.models.foreign_code import component_to_blame, unasked
+from crossdock.runtime.models.inferred.spec import InferredSpec
 from crossdock.runtime.models.latents import number_of_chunks
 from crossdock.runtime.models.spec import ModelSpec
 from crossdock.runtime.models.transformers import transformers_in
@@ -34,7 +35,7 @@ from crossdock.runtime.pipeline.components import Component, place_component
 from crossdock.runtime.pipeline.denoise_loop import DenoiseLoop, Observer, StepEnd, drawing_from, own_randomness
 from crossdock.runtime.pipeline.modular import as_pipeline, share_block
 from crossdock.runtime.pipeline.presence import ActiveComponent
-from crossdock.runtime.pipeline.refusal import refusal
+from crossdock.runtime.pipeline.refusal import check_steps, other_size, refusal
 from crossdock.runtime.pipeline.replicate import replicated
 from crossdock.runtime.pipeline.snapshot import Snapshot, beginning_at
 from crossdock.runtime.plan.model_layout import ModelLayout
@@ -209,13 +210,14 @@ class RankPipeline:
 
         def decodes() -> bool:
             if not ended:
+                check_steps(loop.finished, request.steps * chunks)
                 ended.append(time.perf_counter())
             return on_decode()
 
         self._on_decode = decodes
         output, refused = None, None
+        chunks = number_of_chunks(self._layout.spec, request.frames)
         with own_randomness(self._device, items[0].seed) as generators, late, self._active:
-            chunks = number_of_chunks(self._layout.spec, request.frames)
             of_request = (*drawn, *generators), on_step, resume, chunks
             loop = DenoiseLoop(self._device, *of_request, self._observer, before_steps)
             self._between_chunks = lambda: loop.between_chunks
@@ -233,13 +235,17 @@ class RankPipeline:
                     refused = refusal(error) if ended else None  # the other ranks are done
                     if refused is None:
                         raise
+        check_steps(loop.finished, request.steps * chunks)
         assert loop.latents is not None
+        media = None if output is None else self._media(output)
+        if media is not None and isinstance(self._layout.spec, InferredSpec):
+            refused = other_size(media, request)
         encodes = tuple(Span("encode", *call) for call in self._encodes)
         encode_s = sum(span.end_s - span.begin_s for span in encodes)
         end_s = ended[0] if ended else time.perf_counter()
         return Denoised(
             _on_cpu(loop.latents, len(items)),
-            None if output is None else self._media(output),
+            None if refused else media,
             encodes,
             encode_s,
             end_s - began - encode_s,

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
+
+from crossdock.runtime.media import Media
+from crossdock.runtime.request import GenerateRequest
 
 _LIBRARIES = ("diffusers", "transformers")
 _OURS = __package__.partition(".")[0]
@@ -19,6 +23,27 @@ def refusal(error: ValueError) -> str | None:
     if not isinstance(error, PipelineRefusedError) and not _is_of_a_library(error):
         return None
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def check_steps(finished: int, asked: int) -> None:
+    """
+    Raises:
+        PipelineRefusedError: the scheduler counts steps otherwise, or the loop cannot be heard.
+    """
+    if finished != asked:
+        raise PipelineRefusedError(
+            f"of {asked} steps that were asked for, its loop was heard to make {finished}: give the checkpoint a "
+            "scheduler that makes as many steps as it is asked for"
+        )
+
+
+def other_size(media: Sequence[Media], request: GenerateRequest) -> str | None:
+    """What it made, where that is not what was asked for: some pipelines draw in the nearest of their own sizes."""
+    for each in media:
+        if each.size != (request.width, request.height):
+            asked, made = f"{request.width} x {request.height}", f"{each.size[0]} x {each.size[1]}"
+            return f"it made {made} pixels where {asked} were asked for; ask for what it makes"
+    return None
 
 
 def _is_of_a_library(error: ValueError) -> bool:

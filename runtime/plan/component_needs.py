@@ -17,12 +17,13 @@ from crossdock.offload.live.offloader import component_layouts, held_bytes
 from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout
 from crossdock.offload.schedule.slots import device_bytes
 from crossdock.runtime.models.build_limits import bounded
-from crossdock.runtime.models.checkpoint import read_json, stored_tensors
+from crossdock.runtime.models.checkpoint import StoredTensor, open_weights, read_json, stored_tensors
 from crossdock.runtime.models.diffusers_api import kept_in_fp32
 from crossdock.runtime.models.foreign_code import unasked
 from crossdock.runtime.models.meta import build_on_meta, described, non_persistent_buffers
-from crossdock.runtime.plan.tied_weights import untie
 
+_ROWS = 4096
+"""Of two stored tensors, compared at once."""
 VAE_PARTS = ("decoder", "encoder")
 """Each is one block. The rest of a VAE is small, and pipelines read it outside of decoding (statistics of latents)."""
 
@@ -76,8 +77,8 @@ def component_needs(
     """
     needs = []
     for name in (*encoders, *decoders):
-        module = _on_meta(model_dir / name, index[name][0], index[name][1], dtype)
-        untie(module, stored_tensors(model_dir / name, variant))
+        module = component_on_meta(model_dir / name, index[name][0], index[name][1], dtype)
+        _untie(module, stored_tensors(model_dir / name, variant))
         parts = vae_parts(module) if name in decoders else ()
         found = discover_blocks(module, parts) if parts else component_blocks(module)
         layouts, rest = component_layouts(module, found)
@@ -105,7 +106,7 @@ def component_blocks(module: nn.Module) -> list[FoundBlock]:
         return []
 
 
-def _on_meta(folder: Path, library: str, class_name: str, dtype: torch.dtype) -> nn.Module:
+def component_on_meta(folder: Path, library: str, class_name: str, dtype: torch.dtype) -> nn.Module:
     """The module as it will be loaded, in `dtype` but for what its class keeps in fp32."""
     if library != "transformers":
         return _cast(build_on_meta(class_name, folder, library), library, dtype)
@@ -147,3 +148,29 @@ def _cast(module: nn.Module, library: str, dtype: torch.dtype) -> nn.Module:
         if name.rpartition(".")[2] in kept:
             parameter.data = parameter.data.float()
     return module.eval()
+
+
+def _untie(module: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
+    """Where the files have both of a pair that the config ties, and they differ, `module` (on meta) has two: what
+    transformers makes of them when it loads.
+    """
+    tied: Mapping[str, str] = getattr(module, "all_tied_weights_keys", {})
+    for target, source in tied.items():
+        one, other = _stored_as(target, stored), _stored_as(source, stored)
+        if one is not None and other is not None and not _equal(one, other):
+            path, _, leaf = target.rpartition(".")
+            parent = module.get_submodule(path)
+            setattr(parent, leaf, nn.Parameter(torch.empty_like(getattr(parent, leaf))))
+
+
+def _stored_as(fqn: str, stored: Mapping[str, StoredTensor]) -> StoredTensor | None:
+    """In files of older models, what comes before the module's own name may be another."""
+    ends = [name for name in stored if name.split(".")[-2:] == fqn.split(".")[-2:]]
+    return stored.get(fqn) or (stored[ends[0]] if len(ends) == 1 else None)
+
+
+def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    left, right = (open_weights(each.file).get_slice(each.name) for each in (one, other))
+    return all(torch.equal(left[n : n + _ROWS], right[n : n + _ROWS]) for n in range(0, one.shape[0], _ROWS))

@@ -1,4 +1,4 @@
-"""Making the plan of a run: config + model directory -> what every rank will hold. Pure; nothing is started or loaded.
+"""Making the plan of a run: config + model directory -> what every rank will hold. No weights are read, no rank starts.
 
 Whatever can be wrong with the input is found here, in one process, before a rank exists.
 """
@@ -35,6 +35,7 @@ from crossdock.runtime.models.checkpoint import (
 from crossdock.runtime.models.diffusers_api import kept_in_fp32
 from crossdock.runtime.models.families import spec_for
 from crossdock.runtime.models.foreign_code import refuse_foreign_code
+from crossdock.runtime.models.inferred.spec import InferredSpec
 from crossdock.runtime.models.latents import vae_scale
 from crossdock.runtime.models.meta import non_persistent_buffers
 from crossdock.runtime.models.spec import ModelSpec
@@ -51,6 +52,7 @@ from crossdock.runtime.plan.checks import (
     check_pages,
     transformer_files,
 )
+from crossdock.runtime.plan.complete_spec import check_inferred, completed
 from crossdock.runtime.plan.component_needs import ComponentNeed, component_needs, host_peak_bytes
 from crossdock.runtime.plan.device_budget import divide_device
 from crossdock.runtime.plan.memory_plan import MemoryPlan, PlannedBlock
@@ -111,8 +113,11 @@ def _describe(config: RunConfig, model_dir: Path, device: str) -> _FoundModel:
     check_components(model_dir, index, placed, variant, elsewhere=files)
     refuse_foreign_code(model_dir, index)
     model = build_transformers(spec.transformer, model_dir, transformers)
+    if isinstance(spec, InferredSpec):
+        spec = completed(spec, model_dir, index, model, (*encoders, *decoders))
+        check_inferred(spec, config)
     stored = _stored(model, model_dir, transformers, variant, files)
-    for transformer in transformers_in(model).values():
+    for transformer in transformers_in(model).values() if spec.tensor_plan.head_count else ():
         check_degree(transformer, spec, config)
         check_attention(transformer, spec, config, device)
     check_guidance(spec, config)
@@ -153,6 +158,7 @@ def _shard(config: RunConfig, found: _FoundModel, model_dir: Path, device: str) 
     spec, model, mesh = found.spec, found.model, mesh_shape(config)
     slices = _tensor_slices(model, spec, mesh.tp)
     dtype = _pipeline_dtype([found.stored[fqn] for fqn in model.state_dict()], config)
+    asked = spec if isinstance(spec, InferredSpec) else None
     scale = vae_scale(model_dir / spec.decoders[0] / "config.json")
     return ModelLayout(
         model_dir,
@@ -166,8 +172,8 @@ def _shard(config: RunConfig, found: _FoundModel, model_dir: Path, device: str) 
         _dtypes(model, found.stored, dtype),
         slices,
         dtype,
-        spec.patch * scale.pixels,
-        scale.frames,
+        asked.pixel_multiple if asked and asked.pixel_multiple else spec.patch * scale.pixels,
+        asked.frame_multiple if asked and asked.frame_multiple else scale.frames,
         scale.features,
         not any(settings.get(name) == value for name, value in spec.unguided.items() for settings in found.settings),
         found.variant,

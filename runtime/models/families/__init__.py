@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import diffusers
+
 from crossdock.runtime.errors import CheckpointError
 from crossdock.runtime.models.checkpoint import index_file, read_model_index
 from crossdock.runtime.models.families import (
@@ -30,6 +32,7 @@ from crossdock.runtime.models.families import (
     wan,
     z_image,
 )
+from crossdock.runtime.models.inferred.pipeline import infer_pipeline
 from crossdock.runtime.models.spec import ModelSpec
 
 _MODULES = (
@@ -61,16 +64,18 @@ def spec_of_pipeline(pipeline: str) -> ModelSpec | None:
 
 
 def spec_for(model_dir: Path) -> ModelSpec:
-    """The family of a checkpoint.
+    """The family of a checkpoint, or what its pipeline's class says where no family describes it.
 
     Raises:
-        CheckpointError: no such directory, not a diffusers pipeline, or none that crossdock knows.
+        CheckpointError: no such directory, not a diffusers pipeline, or none that can run.
     """
-    pipeline = read_model_index(model_dir)["_class_name"]
-    spec = spec_of_pipeline(pipeline)
+    index = read_model_index(model_dir)
+    pipeline = index["_class_name"]
+    spec = spec_of_pipeline(pipeline) or infer_pipeline(index, index_file(model_dir))
     if spec is None:
         known = ", ".join(f"{spec.pipeline} ({family})" for family, spec in SPECS.items())
         raise CheckpointError(
-            f"{index_file(model_dir)}: unknown model class {str(pipeline)[:100]!r}; crossdock knows {known}"
+            f"{index_file(model_dir)}: unknown model class {str(pipeline)[:100]!r}; diffusers "
+            f"{diffusers.__version__} has no such pipeline, and crossdock knows {known}"
         )
     return spec

@@ -23,10 +23,15 @@ class InferredSpec(ModelSpec):
     Attributes:
         run_order: the blocks' paths in the order in which they ran on the inputs that were given; may be handed to
             `LayerwiseOffloader` as `stacks`. Empty without inputs.
+        pixel_multiple, frame_multiple: as in a `ModelLayout`, as its pipeline says; 0: it was not asked.
+        rehearsed: ranks without encoders got to the first step; else no picture can be shared among ranks.
         missing: what could not be told, a sentence each.
     """
 
     run_order: tuple[str, ...] = ()
+    pixel_multiple: int = 0
+    frame_multiple: int = 0
+    rehearsed: bool = False
     missing: tuple[str, ...] = ()
 
 
@@ -69,11 +74,11 @@ def infer_spec(model: nn.Module, inputs: Mapping[str, object] | None = None) -> 
         regions=regions,
         branches=None,
         run_order=ran,
-        missing=(*missing, *not_cut, *not_regions, _BEYOND),
+        missing=(*missing, *not_cut, *not_regions, BEYOND),
     )
 
 
-_BEYOND = "Pipeline: a transformer does not tell its pipeline, nor what becomes of its latents."
+BEYOND = "Pipeline: a transformer does not tell its pipeline, nor what becomes of its latents."
 
 
 def _first_runs(model: nn.Module, blocks: Sequence[FoundBlock], inputs: Mapping[str, object]) -> tuple[str, ...]:

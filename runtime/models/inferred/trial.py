@@ -23,7 +23,7 @@ def try_plan(model: nn.Module, plan: TensorPlan, inputs: Mapping[str, object], d
     Raises:
         UntriedError: the model does not run on the meta device, or is not to be cut by `degree`.
     """
-    twin = _on_meta(model)
+    twin = on_meta(model)
     meta_inputs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), dict(inputs))
     if error := _runs(twin, meta_inputs):
         raise UntriedError(f"the model does not run on the meta device ({error})")
@@ -34,7 +34,7 @@ def try_plan(model: nn.Module, plan: TensorPlan, inputs: Mapping[str, object], d
     return _runs(twin, meta_inputs)
 
 
-def _on_meta(model: nn.Module) -> nn.Module:
+def on_meta(model: nn.Module) -> nn.Module:
     """A copy of `model` without memory for its tensors."""
     instead: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):

@@ -124,14 +124,14 @@ def _build(name: str, seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
     for module in components.values():
         if isinstance(module, nn.Module):
-            _randomise(module.eval(), recipe, generator)
+            randomise(module.eval(), recipe, generator)
     pipeline = getattr(diffusers, SPEC_OF_RECIPE[name].pipeline)
     if issubclass(pipeline, diffusers.ModularPipeline):
         return _Assembled(pipeline, components, f"crossdock/{name}")
     return pipeline(**components, **recipe.options)
 
 
-def _randomise(module: nn.Module, recipe: TinyRecipe, generator: torch.Generator) -> None:
+def randomise(module: nn.Module, recipe: TinyRecipe, generator: torch.Generator) -> None:
     """Draw every parameter and running statistic of `module` anew, in the order of their names.
 
     Matrices get the variance 1 / fan_in, so that activations stay of order 1; norm weights lie around what their

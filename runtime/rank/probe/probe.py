@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from crossdock.offload.stream.block import StreamedBlock
 from crossdock.runtime.contract.numbers import FINAL_LATENTS, not_called
+from crossdock.runtime.models.inferred.spec import InferredSpec
 from crossdock.runtime.models.transformers import build_transformers
 from crossdock.runtime.pipeline.denoise_loop import StepEnd
 from crossdock.runtime.plan.model_layout import ModelLayout
@@ -49,7 +50,8 @@ def probe_request(layout: ModelLayout) -> GenerateRequest:
     spec = layout.spec
     fewest = spec.frame_counts[0] if spec.frame_counts else spec.chunk_frames or layout.frame_multiple + 1
     frames, negative = None if spec.fps is None else fewest, _NEGATIVE_PROMPT if spec.negative_prompt else None
-    return GenerateRequest.of(_PROMPT, negative_prompt=negative, steps=1, height=side, width=side, frames=frames)
+    steps = 2 if isinstance(spec, InferredSpec) else 1  # there are pipelines that cannot make a single one
+    return GenerateRequest.of(_PROMPT, negative_prompt=negative, steps=steps, height=side, width=side, frames=frames)
 
 
 def probe_numbers(worker: RankWorker, request: GenerateRequest) -> ProbeReport:
