@@ -154,7 +154,7 @@ def test_components_that_are_no_modules_are_let_through(
 
 def test_missing_file_of_the_index(damaged: Path) -> None:
     sorted((damaged / "transformer").glob("*.safetensors"))[0].unlink()
-    _refused(CheckpointError, damaged, "no such file, but the index lists it")
+    _refused(CheckpointError, damaged, "no such file; where an index lists it")
 
 
 @pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])

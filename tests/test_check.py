@@ -148,7 +148,8 @@ def test_json_is_all_there_is(
     here()
     assert _check(checkpoints["flux2-klein"], "--probe", "--json", config=config) == 0
     content = json.loads(capsys.readouterr().out)
-    assert set(content) == {"model", "layout", "holds", "composition", "violations", "ranks", "deviations"}
+    keys = {"model", "layout", "inferred", "holds", "composition", "violations", "ranks", "deviations"}
+    assert set(content) == keys
     assert content["model"] == str(checkpoints["flux2-klein"])
     assert content["holds"] is True
     assert content["violations"] == []

@@ -100,7 +100,7 @@ def run_check(
         launcher = choose_launcher(config, command, "check")
         if not as_json:
             console.print(f"{model}: starting {config.world_size} ranks ({launcher})", markup=False)
-        with waiting_line(beside) as waiting:
+        with waiting_line(Console(quiet=True) if as_json else console) as waiting:
             result = check(config, model_dir, launcher, probe, waiting)
     if as_json:
         console.print(as_text(model, result), markup=False)
