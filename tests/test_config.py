@@ -13,6 +13,7 @@ from crossdock.runtime.config.yaml_file import config_schema, load_config
 from crossdock.runtime.errors import ConfigError
 
 BUILTIN = Path(__file__).parent.parent / "launch" / "configs"
+KEYS = "parallel, offload, launch, verify, dtype, transformer, transformer_2"
 WORLD_SIZES = {
     "single": 1,
     "layerwise": 1,
@@ -41,14 +42,17 @@ MISTAKES = {
     ),
     "unknown key like no other": (
         "zzz: 1\n",
-        ":1: zzz: unknown key; allowed: parallel, offload, launch, verify, dtype, transformer, transformer_2",
+        f":1: zzz: unknown key; allowed: {KEYS}",
     ),
     "unknown key two sections down": (
         "launch:\n  timeouts:\n    lod_s: 3\n",
         ":3: launch.timeouts.lod_s: unknown key; did you mean load_s? allowed: launch_s, load_s, "
         "collective_s, request_s",
     ),
-    "key that is no string": ("2: 3\n", ":1: 2: unknown key; allowed: parallel, offload, launch, verify, dtype, transformer, transformer_2"),
+    "key that is no string": (
+        "2: 3\n",
+        f":1: 2: unknown key; allowed: {KEYS}",
+    ),
     "unknown key in an optional section": (
         "parallel:\n  hsdp: {shards: 1}\n",
         ":2: parallel.hsdp.shards: unknown key; did you mean shard? allowed: replicate, shard",
@@ -152,11 +156,11 @@ MISTAKES = {
     "value that is no date": ("dtype: 2026-13-45\n", ":1: dtype: not a value: month must be in 1..12"),
     "list at the top": (
         "# nothing\n- parallel\n",
-        ":2: found a list at the top; allowed: the keys parallel, offload, launch, verify, dtype, transformer, transformer_2",
+        f":2: found a list at the top; allowed: the keys {KEYS}",
     ),
     "text at the top": (
         "parallel",
-        ":1: found a single value at the top; allowed: the keys parallel, offload, launch, verify, dtype, transformer, transformer_2",
+        f":1: found a single value at the top; allowed: the keys {KEYS}",
     ),
     "broken YAML": (
         "parallel:\n  tp_degree: 2\n ring_degree: 2\n",
@@ -267,7 +271,15 @@ def test_schema_describes_every_key() -> None:
     schema = json.loads(json.dumps(config_schema()))
     assert schema["$schema"].startswith("https://json-schema.org/")
     assert schema["title"] == "crossdock run configuration"
-    assert set(schema["properties"]) == {"parallel", "offload", "launch", "verify", "dtype", "transformer", "transformer_2"}
+    assert set(schema["properties"]) == {
+        "parallel",
+        "offload",
+        "launch",
+        "verify",
+        "dtype",
+        "transformer",
+        "transformer_2",
+    }
     for section in (schema, *schema["$defs"].values()):
         assert section["additionalProperties"] is False
         assert all(field["description"] for field in section["properties"].values())

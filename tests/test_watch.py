@@ -642,7 +642,9 @@ def _swap(program: list[Op], at: int) -> list[Op]:
 
 
 @pytest.mark.parametrize(
-    ("shape", "plant"), every(itertools.product(SHAPES, [_skip, _double, _stop, _resize, _swap]), 4), ids=lambda value: getattr(value, "__name__", str(value))
+    ("shape", "plant"),
+    every(itertools.product(SHAPES, [_skip, _double, _stop, _resize, _swap]), 4),
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_planted_fault_is_found(shape: MeshShape, plant: Callable[[list[Op], int], list[Op]]) -> None:
     """One rank leaves the program, nothing moves any more, and no rank or one that has no part in it is blamed."""
