@@ -84,7 +84,10 @@ def _starts_ranks(file: Path) -> bool:
 
 @pytest.fixture(scope="module", autouse=True)
 def _what_is_imported_is_not_garbage() -> None:
-    """Ranks of this process collect when they end, and would look through all of torch and diffusers every time."""
+    """Ranks of this process collect when they end, and would look through all of torch and diffusers every time. What
+    earlier tests left behind is looked at once more: a frozen store would never be closed.
+    """
+    gc.unfreeze()
     gc.collect()
     gc.freeze()
 

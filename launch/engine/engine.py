@@ -371,7 +371,7 @@ class Engine:
             "ranks": rows,
             # verdict: what schedule_note was called before, for one version
             "schedule": {**self.plan.memory.schedule_report(note), "verdict": note},
-            "inferred": list(self.contract_result.inferred),
+            "inferred": list(what_is_inferred(self.plan)),
             "composition": self._ranks.coordinator.composition,
             "faults": [asdict(fault) for fault in faults],
             "phases_s": {phase: round(seconds, 4) for phase, seconds in phases.items()},

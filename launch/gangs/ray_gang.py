@@ -11,6 +11,8 @@ import logging
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -303,6 +305,16 @@ def _join(address: str, timeout_s: float, quiet: dict[str, Any]) -> None:
 
 
 _MODE = "RAY_AUTH_MODE"
+_ASK_S, _REFUSED = 15.0, 77
+_ASK = f"""
+import sys, ray
+from ray._raylet import Config, GcsClient
+Config.initialize("")
+try:  # it looks at the token before the cluster's id; with an id that it cannot have, it always answers at once
+    GcsClient(address=sys.argv[1], cluster_id="00" * 28).check_alive([], timeout=float(sys.argv[2]))
+except ray.exceptions.AuthenticationError as error:
+    sys.exit({_REFUSED} if "InvalidAuthToken" in error.message else 0)
+"""
 _TOKEN_PLACES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 _GIVE = "give the cluster's own: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
 
@@ -339,17 +351,17 @@ def _agree_on_a_token(address: str, timeout_s: float) -> None:
 
 
 def _refuses(cluster: str, mode: str, timeout_s: float) -> bool:
-    """Whether the cluster wants another token than is sent in that mode, which stays.
-
-    It looks at the token before the cluster's id; with an id that it cannot have, it always answers at once.
+    """Whether the cluster wants another token than is sent in that mode, which stays. A process of its own asks: where
+    somebody listens who is no Ray, Ray's client ends the process that it is in.
     """
     os.environ[_MODE] = mode
     _native.Config.initialize("")
+    limit_s = min(timeout_s, _ASK_S)
     try:
-        _native.GcsClient(address=cluster, cluster_id="00" * 28).check_alive([], timeout=timeout_s)
-    except ray.exceptions.AuthenticationError as error:
-        return "InvalidAuthToken" in error.message
-    return False
+        done = subprocess.run([sys.executable, "-c", _ASK, cluster, str(limit_s)], capture_output=True, timeout=limit_s)
+    except subprocess.TimeoutExpired:  # joining it says so
+        return False
+    return done.returncode == _REFUSED
 
 
 @contextlib.contextmanager
