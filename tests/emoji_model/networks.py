@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from crossdock.runtime.models.tiny.parts import byte_level_bpe
+
 TEXT_LAYERS = (9, 18, 27)
 """The hidden states of the text encoder that the pipeline joins."""
 TEXT_WIDTH = 64
@@ -15,20 +17,11 @@ CHAT_TEMPLATE = "{% for message in messages %}<|im_start|>{{ message.content }}<
 
 def tokenizer(prompts: Iterable[str]) -> Any:
     """A byte-level BPE tokenizer in the format of Qwen's, whose vocabulary are the prompts' words."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import normalizers
     from transformers import Qwen2TokenizerFast
 
-    bpe = Tokenizer(models.BPE())
+    bpe = byte_level_bpe(SPECIAL_TOKENS, prompts, vocabulary=768)
     bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=768,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(prompts, trainer)
     made = Qwen2TokenizerFast(
         tokenizer_object=bpe, additional_special_tokens=list(SPECIAL_TOKENS[1:]), model_max_length=1024
     )

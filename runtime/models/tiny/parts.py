@@ -5,7 +5,7 @@ Only the sizes are small, and not all powers of two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,7 +56,7 @@ class TinyRecipe:
     sharpness: float = 1.5
 
 
-def byte_level_bpe(special_tokens: Sequence[str]) -> object:
+def byte_level_bpe(special_tokens: Sequence[str], texts: Iterable[str] = TOKENIZER_TEXTS, vocabulary: int = 400) -> Any:
     """Trained on a few texts, for `tokenizer_object` of a tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -64,12 +64,12 @@ def byte_level_bpe(special_tokens: Sequence[str]) -> object:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
+        vocab_size=vocabulary,
         special_tokens=list(special_tokens),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator(TOKENIZER_TEXTS, trainer)
+    bpe.train_from_iterator(texts, trainer)
     return bpe
 
 
