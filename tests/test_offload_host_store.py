@@ -41,19 +41,10 @@ print("mapped", flush=True)
 """
 
 
-OTHERS_BYTES = 0
-
-
 @pytest.fixture(autouse=True, scope="module")
-def others() -> None:
-    """Models of other tests, in reference cycles or in a thread that hangs, keep their stores mapped."""
-    global OTHERS_BYTES
+def nothing_of_others() -> None:
+    """Models of other tests, in reference cycles, would keep their stores mapped."""
     gc.collect()
-    OTHERS_BYTES = mapped_share_bytes()
-
-
-def own_share_bytes() -> int:
-    return mapped_share_bytes() - OTHERS_BYTES
 
 
 class Peer:
@@ -141,12 +132,12 @@ def test_share_halves_with_twostore_holders(peers: list[Peer]) -> None:
 
 def test_share_is_of_stores_only() -> None:
     """Other mappings of the process must not be reported as streamed weights."""
-    assert own_share_bytes() == 0
+    assert mapped_share_bytes() == 0
     first, second = HostStore.create(PAGE * 3), HostStore.create(PAGE * 5)
-    assert own_share_bytes() == 0  # reserved, not paid for yet
+    assert mapped_share_bytes() == 0  # reserved, not paid for yet
     first.bytes.fill_(1)
     second.bytes.fill_(1)
-    assert own_share_bytes() == PAGE * 8
+    assert mapped_share_bytes() == PAGE * 8
     first.close()
     second.close()
 
@@ -158,7 +149,7 @@ def test_close_gives_the_memory_back() -> None:
     store.bytes.fill_(1)
     assert store_holders(inode) == {os.getpid()}
     store.close()
-    assert own_share_bytes() == 0
+    assert mapped_share_bytes() == 0
     assert store_holders(inode) == set()
     with pytest.raises(OSError, match=rf"/proc/{handle.pid}/fd/{handle.fd}"):
         HostStore.attach(handle)
@@ -173,7 +164,7 @@ def test_exact_size(nbytes: int) -> None:
     assert store.bytes.shape == (nbytes,)
     assert status.st_size == max(nbytes, 1)
     assert status.st_blocks * 512 <= nbytes + PAGE
-    assert own_share_bytes() <= nbytes + PAGE
+    assert mapped_share_bytes() <= nbytes + PAGE
     store.close()
 
 
@@ -260,7 +251,7 @@ def test_a_kept_store_outlives_its_creator(peers: list[Peer], holder: StoreHolde
     assert holder.find("part", "key") is None
     holder.keep("part", "key", handle)
     inode = _inode(handle)
-    assert own_share_bytes() == 0, "the holder maps nothing: it takes no share"
+    assert mapped_share_bytes() == 0, "the holder maps nothing: it takes no share"
     owner.kill()
     assert holder.find("another part", "key") is None
     found = holder.find("part", "key")

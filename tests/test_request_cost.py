@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import gc
 import io
 import sys
 from collections import Counter
@@ -18,6 +19,7 @@ from test_recovery import InProcessGang
 
 from crossdock.launch.engine.engine import Engine
 from crossdock.offload.memory.copy_engine import CpuCopyEngine
+from crossdock.offload.memory.host_store import mapped_share_bytes
 from crossdock.offload.stream.loader import EventLog
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.coordinator import Coordinator
@@ -102,6 +104,18 @@ def engine() -> Iterator[_CountingEngine]:
 def _note(log: EventLog, count: int) -> None:
     for _ in range(count):
         log.note("compute_begin", "block", 0, "compute")
+
+
+def test_a_rank_that_is_torn_down_keeps_no_store(checkpoints: Checkpoints) -> None:
+    """Pitfall 19: what its next model costs. The rank itself lives on."""
+    plan = make_plan(RunConfig.parse({"offload": {"layerwise": True}}), checkpoints["z-image"], "cpu")
+    gc.collect()
+    others = mapped_share_bytes()
+    with admitted(plan) as worker:
+        assert mapped_share_bytes() > others
+    gc.collect()
+    assert not worker.ready
+    assert mapped_share_bytes() == others
 
 
 def test_only_what_is_asked_for_is_looked_at(engine: _CountingEngine) -> None:

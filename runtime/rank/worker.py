@@ -70,7 +70,7 @@ class RankWorker:
         self.model_steps = 0  # of the model that is loaded
         self._recorder, self._neighbours = FlightRecorder(self._place), Neighbours()
         self._mesh: Mesh | None = None  # of the model that is loaded, or is being loaded
-        self._loader: WeightLoader | None = None
+        self._brought = 0, 0  # bytes of the weights that are at their homes, and all that this rank brings there
         self._loaded: LoadedModel | None = None
         self._state: RequestState | None = None  # of the request under way, or that a fault ended
         if device.type == "cuda":
@@ -121,9 +121,8 @@ class RankWorker:
         self.phase = "connect"
         timeout_s = plan.config.launch.timeouts.collective_s
         self._mesh = mesh = Mesh.connect(layout.mesh, self.rank, timeout_s, self.world)
-        for group in mesh.groups.values():
-            if group is not None:
-                self._recorder.attach(group)
+        for group in filter(None, mesh.groups.values()):
+            self._recorder.attach(group)
         self.phase = "load"
         model = build_transformers(layout.spec.transformer, layout.model_dir, layout.transformers)
         issued = AtRunTime(lambda: stream.collective_issued())
@@ -132,7 +131,7 @@ class RankWorker:
         files = stamps(plan)
         if plan.config.offload.host == "mmap":
             check.pin(memory.blocks)
-        self._loader = loader = WeightLoader(plan, mesh, model, self.device, self.holder)
+        loader = WeightLoader(plan, mesh, model, self.device, self.holder, self._bring)
         weights = loader.load_blocks()
         loader.load_outside()
         loader.close()
@@ -204,8 +203,11 @@ class RankWorker:
             self.kept.step if self.kept is not None else 0,
             (*(mesh.records() if mesh is not None else ()), *([self.world.record()] if self.world is not None else [])),
             self._neighbours.lost(),
-            *((loader.read_bytes, loader.all_bytes) if (loader := self._loader) else ()),
+            *self._brought,
         )
+
+    def _bring(self, read_bytes: int, all_bytes: int) -> None:
+        self._brought = read_bytes, all_bytes
 
     def _place(self, group: str) -> str:
         """Where this rank is, for a collective of that group."""

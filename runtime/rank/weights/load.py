@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -88,14 +88,25 @@ class WeightLoader:
     """Reads one rank's part of the transformer: TP slices, HSDP shards, and nothing else."""
 
     def __init__(
-        self, plan: RunPlan, mesh: Mesh, model: nn.Module, device: torch.device, holder: StoreHolder | None = None
+        self,
+        plan: RunPlan,
+        mesh: Mesh,
+        model: nn.Module,
+        device: torch.device,
+        holder: StoreHolder | None = None,
+        told: Callable[[int, int], None] = lambda read_bytes, all_bytes: None,
     ) -> None:
-        """`holder`: keeps the host memory beyond this rank."""
+        """
+        Args:
+            holder: keeps the host memory beyond this rank.
+            told: called with the bytes that this rank has brought to their homes, and all that it brings.
+        """
         self._plan, self._layout, self._memory = plan, plan.layout, plan.memory
         self._mesh = mesh
         self._model = model
         self._device = device
         self._holder = holder
+        self._told = told
         self._slices = plan.layout.slices_of(mesh.rank)
         self._files = WeightSource(plan.layout.stored)
         self._unstored = non_persistent_buffers(model)
@@ -103,7 +114,6 @@ class WeightLoader:
         self._found_filled = False
         self._kept_as = "", ""
         self._free: Tensor | None = None
-        self.read_bytes = self.all_bytes = 0  # of what this rank brings to its home
         in_files = plan.config.offload.host == "mmap"
         self._pages = CheckpointPages(self._files, plan.layout.stored) if in_files else None
 
@@ -119,17 +129,16 @@ class WeightLoader:
         store, sharers = (None, (self._mesh.rank,)) if self._pages else self._host_store(components)
         self._free = None if store is None else store.bytes
         blocks, filled, ranges = [], [], {}
-        own = self._memory.blocks[sharers.index(self._mesh.rank) :: len(sharers)]
-        unfilled = [b for b in own if not (b.home.on_host and (self._pages is not None or self._found_filled))]
-        self.all_bytes = sum(block.held_bytes for block in unfilled)
-        owned, to_fill = {block.name for block in own}, {block.name for block in unfilled}
+        own = {block.name for block in self._memory.blocks[sharers.index(self._mesh.rank) :: len(sharers)]}
+        brought = {b.name: b.held_bytes for b in self._memory.blocks if b.name in own and not self._is_there(b)}
+        read_bytes, all_bytes = 0, sum(brought.values())
         for block in self._memory.blocks:
             start, stop = ranges[block.name] = self._range(block)
             source = self._source(block, start, stop)
-            if isinstance(source, Tensor) and block.name in owned:
-                if block.name in to_fill:
+            if isinstance(source, Tensor) and block.name in own:
+                if block.name in brought:
                     self._fill_home(block, source, start, stop)
-                    self.read_bytes += block.held_bytes
+                    self._told(read_bytes := read_bytes + block.held_bytes, all_bytes)
                 filled.append(block.name)
             module = self._model.get_submodule(block.name)
             blocks.append(StreamedBlock(block.name, module, block.layout, block.home, source, codec=block.codec))
@@ -140,6 +149,10 @@ class WeightLoader:
             if self._device.type == "cuda":
                 store.register()
         return RankWeights(blocks, ranges, self._slices, frozenset(filled), store, sharers)
+
+    def _is_there(self, block: PlannedBlock) -> bool:
+        """Its bytes are the page cache's, or were found in the store."""
+        return block.home.on_host and (self._pages is not None or self._found_filled)
 
     def _source(self, block: PlannedBlock, start: int, stop: int) -> Tensor | tuple[Piece, ...]:
         """Where bytes [start, stop) of the block rest: still empty, but in the page cache."""
