@@ -70,8 +70,6 @@ def _import(modules: Sequence[str]) -> None:
     for name in modules:
         with contextlib.suppress(Exception):  # where it is needed, the rank says so
             importlib.import_module(name)
-    gc.collect()
-    gc.freeze()  # a collection in a rank would copy the pages of all that was imported
 
 
 class _Server:
@@ -112,6 +110,8 @@ class _Server:
         return True
 
     def _fork(self, command: dict[str, Any], handles: list[int]) -> int:
+        gc.collect()  # what was looked at before is frozen: this looks at what was imported since
+        gc.freeze()  # a collection in a rank would copy the pages of all that was imported
         server = os.getpid()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         pid = os.fork()
