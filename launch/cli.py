@@ -31,18 +31,18 @@ from crossdock.launch.gangs.ranks.reachable import GIVEN_UP
 from crossdock.runtime.request import GenerateRequest
 
 
-def _run(config: ConfigFile, model: str, request: GenerateRequest, outputs: Outputs, probe: bool) -> None:
-    begin_early(config.load(), model)
+def _run(source: ConfigFile, model: str, request: GenerateRequest, outputs: Outputs, probe: bool) -> None:
+    begin_early(source.config, model)
     from crossdock.launch.commands.generate import run_generate
 
-    run_generate(config, model, request, outputs, "crossdock", probe=probe)
+    run_generate(source, model, request, outputs, "crossdock", probe=probe)
 
 
-def _check(config: ConfigFile, model: str, probe: bool, as_json: bool) -> None:
-    begin_early(config.load(), model)
+def _check(source: ConfigFile, model: str, probe: bool, as_json: bool) -> None:
+    begin_early(source.config, model)
     from crossdock.launch.commands.check import run_check
 
-    run_check(config, model, "crossdock", probe=probe, as_json=as_json)
+    run_check(source, model, "crossdock", probe=probe, as_json=as_json)
 
 
 app = add_check(build_app(_run), _check)

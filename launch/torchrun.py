@@ -31,19 +31,19 @@ _STORE_S = 60.0
 _COMMIT = "hub/commit"
 
 
-def _run_on_torchrun(config: ConfigFile, model: str, request: GenerateRequest, outputs: Outputs, probe: bool) -> None:
+def _run_on_torchrun(source: ConfigFile, model: str, request: GenerateRequest, outputs: Outputs, probe: bool) -> None:
     from crossdock.launch.commands.generate import run_generate
 
     quiet = os.environ["RANK"] != "0"
-    run_generate(config, _fetched(model, config.load()), request, outputs, "torchrun", quiet=quiet, probe=probe)
+    run_generate(source, _fetched(model, source.config), request, outputs, "torchrun", quiet=quiet, probe=probe)
 
 
-def _check_on_torchrun(config: ConfigFile, model: str, probe: bool, as_json: bool) -> None:
+def _check_on_torchrun(source: ConfigFile, model: str, probe: bool, as_json: bool) -> None:
     from crossdock.launch.commands.check import run_check
 
     run_check(
-        config,
-        _fetched(model, config.load()),
+        source,
+        _fetched(model, source.config),
         "torchrun",
         probe=probe,
         as_json=as_json,

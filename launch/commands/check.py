@@ -91,7 +91,7 @@ def run_check(
         SystemExit: 1: the composition contract does not hold; everything that is violated was printed.
         UserError: with file, line and key path, where the config is to blame.
     """
-    config = source.load()
+    config = source.config
     console = Console(highlight=False, soft_wrap=True, quiet=quiet)
     signal.signal(signal.SIGTERM, end)
     beside = Console(stderr=True, quiet=quiet) if as_json else console

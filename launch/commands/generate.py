@@ -45,7 +45,7 @@ def run_generate(
     Raises:
         UserError: with file, line and key path, where the config is to blame.
     """
-    config = source.load()
+    config = source.config
     console = Console(highlight=False, soft_wrap=True, quiet=quiet)
     signal.signal(signal.SIGTERM, end)
     model_dir = located(model, console, config)

@@ -6,6 +6,7 @@ import os
 import traceback
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
+from functools import cached_property
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -72,8 +73,10 @@ class ConfigFile:
     transformer: Path | None = None
     transformer_2: Path | None = None
 
-    def load(self) -> RunConfig:
-        """
+    @cached_property
+    def config(self) -> RunConfig:
+        """Read when it is first asked for.
+
         Raises:
             ConfigError: see `load_config`.
         """
@@ -211,12 +214,12 @@ def run_app(app: typer.Typer, arguments: list[str] | None = None, complain: Call
     return 0
 
 
-def check_inputs(config: ConfigFile, model: str) -> None:
+def check_inputs(source: ConfigFile, model: str) -> None:
     """
     Raises:
         ConfigError, CheckpointError: what they name cannot be read.
     """
-    config.load()  # read again by the run; here so that a mistake shows before the heavy imports
+    source.config  # noqa: B018 (a mistake in it shows before the heavy imports)
     if not Path(model).is_dir() and hub_name(model) is None:
         raise CheckpointError(
             f"{model}: no such directory; give a checkpoint in the diffusers format, or a hub id: org/name"

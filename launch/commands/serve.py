@@ -31,7 +31,7 @@ def run_serve(source: ConfigFile, model: str, ray_address: str | None, **options
     except ModuleNotFoundError as error:
         message = f"serve needs the package {error.name}: pip install 'crossdock[serve]'"
         raise LaunchError(message) from None
-    config = source.load()
+    config = source.config
     console = Console(highlight=False, soft_wrap=True)
     model_dir = located(model, console, config)
     options["name"] = options["name"] or ((name := name_of_snapshot(model_dir)) and name.repo)
