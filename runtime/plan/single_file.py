@@ -100,11 +100,9 @@ def _converted(
     stored: Mapping[str, StoredTensor],
 ) -> Mapping[str, Tensor]:
     """fqn -> the numbers of its rows, counted through all of `stored`."""
-    numbers, first = {}, 0
-    for name, tensor in stored.items():
-        count = tensor.shape[0] if tensor.shape else 1
-        numbers[name] = torch.arange(first, first + count).reshape(count, *[1] * (len(tensor.shape) - 1))
-        first += count
+    counts = _row_counts(stored)
+    parts = zip(stored.items(), torch.split(torch.arange(sum(counts)), counts), strict=True)
+    numbers = {name: part.reshape(-1, *[1] * (len(tensor.shape) - 1)) for (name, tensor), part in parts}
     try:
         with _RowsOnly():
             return converter(checkpoint=numbers, config=dict(config))
@@ -118,10 +116,13 @@ def _converted(
     )
 
 
+def _row_counts(stored: Mapping[str, StoredTensor]) -> list[int]:
+    return [tensor.shape[0] if tensor.shape else 1 for tensor in stored.values()]
+
+
 def _moved(file: Path, stored: Mapping[str, StoredTensor], converted: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
     """Where each tensor's rows come from."""
-    names = list(stored)
-    counts = [stored[name].shape[0] if stored[name].shape else 1 for name in names]
+    names, counts = list(stored), _row_counts(stored)
     ends = torch.tensor(counts).cumsum(0)
     found = {}
     for fqn, numbers in converted.items():

@@ -102,23 +102,25 @@ def trained_vae(images: torch.Tensor, steps: int, batch: int, state: Path, devic
     vae.train()
     averaged = train("vae", {"vae": vae}, loss_of, steps, 2e-3, state, decay=0.995)["vae"].eval()
     with torch.no_grad():  # the latents' statistics are the VAE's batch norm, which the pipeline undoes
-        patches = patched(torch.cat([averaged.encode(part.to(device)).latent_dist.mean for part in images.split(64)]))
+        patches = _patches(averaged, images, device)
         averaged.bn.running_mean.copy_(patches.mean((0, 2, 3)))
         averaged.bn.running_var.copy_(patches.var((0, 2, 3)))
     return averaged
 
 
-def patched(latents: torch.Tensor) -> torch.Tensor:
-    """As the pipeline does: [batch, channels, height, width] to [batch, 4 channels, height / 2, width / 2]."""
-    return functional.pixel_unshuffle(latents, 2)
+def _patches(vae: Any, images: torch.Tensor, device: str) -> torch.Tensor:
+    """The means of their latents, as the pipeline cuts them: [images, 4 channels, height / 2, width / 2]."""
+    means = torch.cat([vae.encode(part.to(device)).latent_dist.mean for part in images.split(64)])
+    return functional.pixel_unshuffle(means, 2)
 
 
 def encoded(vae: Any, images: torch.Tensor, device: str) -> torch.Tensor:
     """[scenes, tokens, 4 channels], with the statistics of noise."""
     with torch.no_grad():
-        means = torch.cat([vae.encode(part.to(device)).latent_dist.mean for part in images.split(64)])
         scale = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
-        return ((patched(means) - vae.bn.running_mean[:, None, None]) / scale[:, None, None]).flatten(2).mT
+        return (
+            ((_patches(vae, images, device) - vae.bn.running_mean[:, None, None]) / scale[:, None, None]).flatten(2).mT
+        )
 
 
 def token_ids(tokenizer: Any, prompts: list[str]) -> torch.Tensor:
