@@ -217,7 +217,7 @@ def weight_files(component_dir: Path, variant: str | None = None) -> list[Path]:
             return named
     if not (there := sorted(component_dir.glob("*.safetensors"))):
         raise CheckpointError(
-            f"{component_dir}: holds no safetensors files, and others are never read {_way_out(component_dir)}"
+            f"{component_dir}: holds no safetensors files, and others are never read{_way_out(component_dir)}"
         )
     if len(there) > 1:
         found = ", ".join(printable(file.name[:100]) for file in there[:3])
@@ -229,9 +229,9 @@ def weight_files(component_dir: Path, variant: str | None = None) -> list[Path]:
 def _way_out(component_dir: Path) -> str:
     others = sorted(component_dir.iterdir())
     if gguf := next((file for file in others if file.suffix == ".gguf"), None):
-        return out_of_gguf(str(gguf))
+        return f" ({printable(gguf.name[:100])}); {out_of_gguf(str(gguf))}"
     if pickled := next((file for file in others if file.suffix in PICKLED), None):
-        return f"({printable(pickled.name[:100])}); {out_of_pickle(str(component_dir.parent))}"
+        return f" ({printable(pickled.name[:100])}); {out_of_pickle(str(component_dir.parent))}"
     return "; download them as well"
 
 
