@@ -144,8 +144,10 @@ def test_a_branch_that_went_on(hub: Hub) -> None:
 
 
 @pytest.mark.parametrize("by", ["the network", "Ctrl-C"])
-def test_resumed_after_a_cut_at_half(hub: Hub, by: str) -> None:
+def test_resumed_after_a_cut_at_half(hub: Hub, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was there of each file stays, also where the process ended: but for the chunks that were under way."""
+    if by == "the network":  # one after the other: the cut is in the middle of one, and ends no other's fetch
+        monkeypatch.setattr("crossdock.launch.hub.blobs._AT_ONCE", 1)
     size = sum(_used(hub).values())
 
     def interrupt(done: int, total: int) -> None:
@@ -170,7 +172,7 @@ def test_resumed_after_a_cut_at_half(hub: Hub, by: str) -> None:
     else:
         assert came == told[0][1] - told[0][0]  # what was not here, and no byte more
         assert 0.4 * size < came < 0.6 * size
-    assert any(asked[2] and asked[2] != "bytes=0-" for asked in hub.asked)
+        assert any(asked[2] and asked[2] != "bytes=0-" for asked in hub.asked)
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.incomplete"))
 
 
