@@ -25,7 +25,7 @@ import pytest
 from fuzzing import SHARES, FuzzInput, make_input, shorten
 from tiers import how_many, not_quick
 
-INPUTS = int(os.environ.get("CROSSDOCK_FUZZ") or how_many(50, 100, 10_000))
+INPUTS = int(os.environ.get("CROSSDOCK_FUZZ") or how_many(30, 100, 10_000))
 LIMIT_S = 5.0
 """Of the process's own time; one that only waits has `WAITS` times as long, for the machine may be busy."""
 WAITS = 6
