@@ -10,6 +10,7 @@
     ├── CompositionError          offloading and sharding do not compose; carries the violations (contract/result.py)
     ├── RankError                 a rank raised, died or did not answer in time; carries the rank
     ├── EngineClosedError         a request came to an engine, or waited in one, that was closed or whose ranks are gone
+    ├── EncodingRefused           some tensors are not to be encoded, say all ranks; they take the next plan
     └── RequestCancelled          a request was stopped between two steps, as asked; the ranks take the next one
         └── RequestTimeout        its own time limit was up
 
@@ -18,6 +19,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 
@@ -93,6 +95,21 @@ class EngineClosedError(CrossdockError):
 
     def __str__(self) -> str:
         return f"the engine takes no requests: {self.why}; start a new one"
+
+
+class EncodingRefused(CrossdockError):  # noqa: N818 - not a fault
+    """Of some tensors a codec makes no fewer bytes, found at load, on all ranks; another plan leaves them as they are.
+
+    `plain`: block -> their names in it.
+    """
+
+    def __init__(self, plain: Mapping[str, frozenset[str]]) -> None:
+        super().__init__(plain)
+        self.plain = plain
+
+    def __str__(self) -> str:
+        names = ", ".join(f"{block}.{name}" for block, names in self.plain.items() for name in sorted(names))
+        return f"not to be encoded: {names}"
 
 
 class RequestCancelled(CrossdockError):  # noqa: N818 - not a fault

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from toy_codec import PACKED
 
-from crossdock.offload.memory.codec import IDENTITY
+from crossdock.offload.codecs.codec import IDENTITY
 from crossdock.offload.memory.copy_engine import CopyEngine, CpuCopyEngine, Event
 from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout, aligned_bytes
 from crossdock.offload.schedule.residency import assumed_costs, minimum_bytes, plan_residency

@@ -17,8 +17,8 @@ from one_rank import rank_request
 from toy_codec import HEADER, PACKED
 
 from crossdock.launch.engine.engine import Engine
+from crossdock.offload.codecs.codec import IDENTITY, Codec
 from crossdock.offload.memory.arena import Arena
-from crossdock.offload.memory.codec import IDENTITY, Codec
 from crossdock.offload.schedule import residency
 from crossdock.offload.schedule.residency import assumed_costs
 from crossdock.offload.stream.block import Home
@@ -179,7 +179,9 @@ def test_costs_and_traffic_are_of_what_travels() -> None:
 
 @pytest.fixture
 def packed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    return lambda: monkeypatch.setattr(plan_module, "CODEC", PACKED)
+    return lambda: monkeypatch.setattr(
+        plan_module, "_codec", lambda config, device, home, *_: PACKED if home.streamed else IDENTITY
+    )
 
 
 def _plan(directory: Path, **offload: Any) -> RunPlan:

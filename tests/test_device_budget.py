@@ -18,8 +18,8 @@ from torch import Tensor
 
 import crossdock.runtime.plan.reschedule as rescheduling
 from crossdock.launch.engine.engine import Engine
+from crossdock.offload.codecs.codec import Identity
 from crossdock.offload.live.resting import is_resting
-from crossdock.offload.memory.codec import Identity
 from crossdock.offload.schedule.residency import Costs, steady_step_s
 from crossdock.offload.stream.block import Home
 from crossdock.offload.stream.measured_costs import slowest

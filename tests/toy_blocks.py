@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from crossdock.offload.codecs.codec import IDENTITY, Codec
 from crossdock.offload.memory.arena import Arena
-from crossdock.offload.memory.codec import IDENTITY, Codec
 from crossdock.offload.memory.copy_engine import CopyEngine, CpuCopyEngine, Event
 from crossdock.offload.memory.layout import BlockLayout, aligned_bytes
 from crossdock.offload.schedule.residency import assumed_costs, minimum_bytes, plan_residency

@@ -45,20 +45,18 @@ class Packed:
         held[:HEADER] = torch.tensor(sums, dtype=torch.int64).to(torch.int32).view(torch.uint8)
         return held
 
-    def decode(self, layout: BlockLayout, parts: int, travelled: Tensor, slot: Tensor) -> None:
-        size, shard = self.travel_bytes(layout, parts), layout.shard_bytes(parts)
-        assert len(travelled) == parts * size
-        assert len(slot) == layout.slot_bytes
-        for index, part in enumerate(travelled.split(size)):  # type: ignore[no-untyped-call]
-            used = list(_used(layout, parts, index))
-            packed = part[HEADER : HEADER + sum(stop - start for start, stop in used)]
-            found, _, total = part[:HEADER].clone().view(torch.int32).tolist()
-            if (found, total & 0xFFFFFFFF) != (index, zlib.crc32(packed.numpy().tobytes())):
-                raise AssertionError(f"part {index} is not what was encoded")
-            at = 0
-            for start, stop in used:
-                slot[index * shard + start : index * shard + stop] = packed[at : at + stop - start] ^ KEY
-                at += stop - start
+    def decode(self, layout: BlockLayout, parts: int, index: int, travelled: Tensor, raw: Tensor) -> None:
+        assert len(travelled) == self.travel_bytes(layout, parts)
+        assert len(raw) == layout.shard_bytes(parts)
+        used = list(_used(layout, parts, index))
+        packed = travelled[HEADER : HEADER + sum(stop - start for start, stop in used)]
+        found, _, total = travelled[:HEADER].clone().view(torch.int32).tolist()
+        if (found, total & 0xFFFFFFFF) != (index, zlib.crc32(packed.numpy().tobytes())):
+            raise AssertionError(f"part {index} is not what was encoded")
+        at = 0
+        for start, stop in used:
+            raw[start:stop] = packed[at : at + stop - start] ^ KEY
+            at += stop - start
 
 
 PACKED = Packed()

@@ -20,13 +20,14 @@ from crossdock.launch.hub.locate import fetch_here
 from crossdock.launch.hub.names import name_of_snapshot
 from crossdock.launch.hub.progress import FETCH_S
 from crossdock.runtime.contract.coordinator import Coordinator
-from crossdock.runtime.errors import CrossdockError, RankError, RequestRefused
+from crossdock.runtime.errors import CrossdockError, EncodingRefused, RankError, RequestRefused
 from crossdock.runtime.pipeline.snapshot import Snapshot
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.probe.probe import probe_numbers, probe_request
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.rank_result import RankResult
+from crossdock.runtime.reports.records import RankReport
 from crossdock.runtime.reports.status import RankStatus
 from crossdock.runtime.request import RankRequest
 from crossdock.runtime.watch.faults import AGREED
@@ -182,23 +183,34 @@ class Ranks:
             self.gang.close()
 
     def _load(self) -> None:
-        timeouts = self.plan.config.launch.timeouts
         began = time.perf_counter()
         model_dir = self.plan.layout.model_dir
         if self.plan.config.launch.ray_address is not None and name_of_snapshot(model_dir):  # there may be other nodes
             self.gang.collective_rpc(fetch_here, model_dir, self.plan.config.single_files, timeout_s=FETCH_S)
         if self.plan.config.offload.is_relative:
-            device_bytes = min(self.gang.collective_rpc(RankWorker.device_bytes, timeout_s=timeouts.launch_s))
-            layout = self.plan.layout
-            plan = make_plan(self.plan.config, layout.model_dir, layout.device, device_bytes)
-            self.coordinator = Coordinator(plan)
-        setup = RankWorker.setup, self.plan, *self._how, self._again
-        heard: dict[str, Any] = {"notice": self._hear} if self._waiting is not None else {}
-        reports = self.gang.collective_rpc(*setup, timeout_s=timeouts.load_s, **heard)
+            self._plan_again(self.plan.plain)
+        try:
+            reports = self._set_up()
+        except EncodingRefused as found:
+            self._plan_again(found.plain)
+            reports = self._set_up()
         loaded = time.perf_counter()
         self._idle = True
         self.coordinator.admit(reports, self._how[1])
         self.phases |= {"load": loaded - began, "verify": time.perf_counter() - loaded}
+
+    def _plan_again(self, plain: Mapping[str, frozenset[str]]) -> None:
+        """With what only the ranks know: the memory of their devices, and what is not to be encoded."""
+        config, layout, device_bytes = self.plan.config, self.plan.layout, None
+        if config.offload.is_relative:
+            timeout_s = config.launch.timeouts.launch_s
+            device_bytes = min(self.gang.collective_rpc(RankWorker.device_bytes, timeout_s=timeout_s))
+        self.coordinator = Coordinator(make_plan(config, layout.model_dir, layout.device, device_bytes, plain))
+
+    def _set_up(self) -> list[RankReport]:
+        setup = RankWorker.setup, self.plan, *self._how, self._again
+        heard: dict[str, Any] = {"notice": self._hear} if self._waiting is not None else {}
+        return self.gang.collective_rpc(*setup, timeout_s=self.plan.config.launch.timeouts.load_s, **heard)
 
     def _hear(self, statuses: Mapping[int, RankStatus]) -> None:
         if self._waiting is not None and (known := loading(statuses)) is not None:

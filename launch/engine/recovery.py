@@ -135,7 +135,8 @@ def with_less_memory(plan: RunPlan) -> RunPlan | None:
     elif plan.config.offload.device_budget != "auto":
         return None
     offload = plan.config.offload.model_copy(update={"device_budget": lower})
-    return make_plan(plan.config.model_copy(update={"offload": offload}), plan.layout.model_dir, plan.layout.device)
+    config, layout = plan.config.model_copy(update={"offload": offload}), plan.layout
+    return make_plan(config, layout.model_dir, layout.device, plain=plan.plain)
 
 
 def budget_text(plan: RunPlan) -> str:

@@ -23,6 +23,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
+from crossdock.offload.codecs.codec import IDENTITY
 from crossdock.offload.live.discovery import (
     FoundBlock,
     PlainTensor,
@@ -34,7 +35,6 @@ from crossdock.offload.live.foreign import refuse_foreign
 from crossdock.offload.live.live_turns import Instead, LiveTurns
 from crossdock.offload.live.resting import ATTACHED, LiveModelError, Place, lay_down, take_up
 from crossdock.offload.memory.arena import Arena
-from crossdock.offload.memory.codec import IDENTITY
 from crossdock.offload.memory.copy_engine import CopyEngine, make_copy_engine
 from crossdock.offload.memory.host_memory import host_memory, require
 from crossdock.offload.memory.host_store import HostStore

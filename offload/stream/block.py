@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from torch import Tensor, nn
 
-from crossdock.offload.memory.codec import IDENTITY, Codec
+from crossdock.offload.codecs.codec import IDENTITY, Codec
 from crossdock.offload.memory.copy_engine import Event
 from crossdock.offload.memory.layout import BlockLayout, TensorEntry
 

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from crossdock.offload.memory.codec import staging_bytes
+from crossdock.offload.codecs.codec import decode_all, staging_bytes
 from crossdock.offload.memory.copy_engine import CopyEngine, Event, Lane, Mark
 from crossdock.offload.memory.layout import ALIGNMENT, round_up
 from crossdock.offload.stream.block import Home, StreamedBlock
@@ -200,9 +200,9 @@ class BlockLoader:
                     self.engine.move(part, source)
                     self._note_read(job.block, source)
                 if place == len(moves) - 1:
-                    if not job.block.home.sharded:
-                        job.decode()
                     job.note("load_end", "copy")
+                    if not job.block.home.sharded:
+                        job.decode("copy")
 
             event = self.engine.submit("copy", work, behind, needs)
             if place == len(moves) - 1:
@@ -233,8 +233,8 @@ class BlockLoader:
             if job.block.home is Home.DEVICE_SHARD:
                 self._begin_read(job.block)
                 self._note_read(job.block, shard)
-            job.decode()
             job.note("gather_end", "gather")
+            job.decode("gather")
 
         self.counters.gathered_bytes += travel_bytes
         gathered = self.engine.submit("gather", work, after, needs)
@@ -254,9 +254,12 @@ class _Job:
     travelled: Tensor
     whole: Tensor
 
-    def decode(self) -> None:
-        if not self.block.codec.in_place:
-            self.block.codec.decode(self.block.layout, self.parts, self.travelled, self.whole)
+    def decode(self, lane: Lane) -> None:
+        if self.block.codec.in_place:
+            return
+        self.note("decode_begin", lane)
+        decode_all(self.block.codec, self.block.layout, self.parts, self.travelled, self.whole)
+        self.note("decode_end", lane)
 
     def note(self, kind: EventKind, lane: Lane, travel_bytes: int = 0) -> None:
         if self.log is not None:

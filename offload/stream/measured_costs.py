@@ -52,7 +52,7 @@ def _seconds_per_byte(trace: Sequence[TraceEvent]) -> float | None:
     spent_s = 0.0
     for event in trace:
         lane, _, edge = event.kind.partition("_")
-        if lane not in ("load", "gather"):
+        if lane not in ("load", "gather", "decode"):
             continue
         if edge == "begin":
             begun[lane, event.block] = event

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 EventKind = Literal[
-    "wait_begin", "load_begin", "load_end", "gather_begin", "gather_end", "compute_begin", "compute_end"
+    "wait_begin",
+    "load_begin",
+    "load_end",
+    "gather_begin",
+    "gather_end",
+    "decode_begin",
+    "decode_end",
+    "compute_begin",
+    "compute_end",
 ]
 
 
@@ -43,25 +51,27 @@ class StreamCounters:
     misses: int = 0
 
 
-Stream = Literal["compute", "copy", "gather"]
-Kind = Literal["wait", "compute", "copy", "gather"]
+Stream = Literal["compute", "copy", "gather", "decode"]
+Kind = Literal["wait", "compute", "copy", "gather", "decode"]
 _BEGINS: dict[EventKind, Kind] = {
     "wait_begin": "wait",
     "compute_begin": "compute",
     "load_begin": "copy",
     "gather_begin": "gather",
+    "decode_begin": "decode",
 }
 _ENDS: dict[EventKind, Kind] = {
     "compute_begin": "wait",
     "compute_end": "compute",
     "load_end": "copy",
     "gather_end": "gather",
+    "decode_end": "decode",
 }
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Something that took time on a rank: waiting for a block's bytes (exposed), computing, copying, gathering it."""
+    """What took time on a rank: waiting for a block's bytes (exposed), computing, copying, gathering, decoding it."""
 
     kind: Kind
     block: str
@@ -109,6 +119,7 @@ class BlockTimes:
     wait_ms: float = 0.0
     copy_ms: float = 0.0
     gather_ms: float = 0.0
+    decode_ms: float = 0.0
     h2d_bytes: int = 0
     gathered_bytes: int = 0
     misses: int = 0

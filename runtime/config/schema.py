@@ -123,6 +123,11 @@ class OffloadConfig(Section):
         description="shared: one copy of the block bytes per node, shared by its ranks. mmap: none; blocks are read "
         "from the page cache of the checkpoint's files.",
     )
+    codec: Literal["auto", "none", "lossless"] = Field(
+        default="none",
+        description="What rests and travels of the blocks. lossless: weights of 16 bits as three quarters of their "
+        "bytes, decoded in the slot, bit for bit the same. auto: lossless where blocks come from a GPU's host.",
+    )
 
     def budget_bytes(self, device_bytes: int | None) -> int | None:
         """`device_budget` in bytes; None: as little as possible, or not known before the device is."""
@@ -161,6 +166,15 @@ class OffloadConfig(Section):
             raise refusal(
                 f'found "{self.device_budget}", but nothing is offloaded; set offload.layerwise: true or remove it',
                 at="device_budget",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _codec_needs_a_store(self) -> Self:
+        if self.codec == "lossless" and self.host == "mmap":
+            raise refusal(
+                'found "lossless", but with offload.host: mmap the files\' own bytes travel; set offload.host: shared',
+                at="codec",
             )
         return self
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from operator import attrgetter, itemgetter
 
 from crossdock.offload.schedule.slots import slot_sizes
 from crossdock.offload.stream.block import Home
-from crossdock.offload.stream.trace import TraceEvent
+from crossdock.offload.stream.trace import EventKind, TraceEvent
 from crossdock.runtime.contract.result import Violation
-from crossdock.runtime.plan.memory_plan import MemoryPlan
+from crossdock.runtime.plan.memory_plan import MemoryPlan, PlannedBlock
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.reports.records import REPORT_IT, RankReport
 
@@ -75,7 +75,7 @@ def trace_in_order(memory: MemoryPlan, rank: int, trace: Sequence[TraceEvent]) -
     What steps repeat is judged, and told, once: that is what makes it cheap enough for all steps of a request.
     """
     latest: dict[int | str, TraceEvent] = {}
-    homes = {block.name: block.home for block in memory.blocks}
+    blocks = {block.name: block for block in memory.blocks}
     judged: set[tuple[str, str, str, str]] = set()
     for event in trace:
         if event.kind == "wait_begin":
@@ -86,7 +86,7 @@ def trace_in_order(memory: MemoryPlan, rank: int, trace: Sequence[TraceEvent]) -
         if before is None or (key := (before.kind, before.block, event.kind, event.block)) in judged:
             continue
         judged.add(key)
-        reason = _wrong_succession(before, event, homes) if homes[event.block].streamed else None
+        reason = _wrong_succession(before, event, blocks) if blocks[event.block].home.streamed else None
         if reason is not None:
             found = f"{event.kind} right after {before.kind} of {before.block}"
             yield Violation("in-order", rank, _place(event), reason, found, REPORT_IT)
@@ -175,19 +175,31 @@ def _place(event: TraceEvent) -> str:
     return event.block if event.slot is None else f"{event.block} in slot {event.slot}"
 
 
-def _wrong_succession(before: TraceEvent, event: TraceEvent, homes: dict[str, Home]) -> str | None:
+def _wrong_succession(before: TraceEvent, event: TraceEvent, blocks: Mapping[str, PlannedBlock]) -> str | None:
     """What should have come before `event` in its slot, if not `before`; None when all is well."""
     same = before.block == event.block
-    home = homes[event.block]
+    block = blocks[event.block]
     match event.kind:
-        case "load_end" | "gather_end" | "compute_end":
+        case "load_end" | "gather_end" | "decode_end" | "compute_end":
             begun = same and before.kind == event.kind.replace("end", "begin")
             return None if begun else f"its own {event.kind.replace('end', 'begin')}"
         case "compute_begin":
-            filled = {"gather_end", "compute_end"} if home.sharded else {"load_end", "compute_end"}
-            return None if same and before.kind in filled else "its own bytes in the slot"
-        case "gather_begin" if home is Home.HOST_SHARD:
+            return None if same and before.kind in (_filled(block), "compute_end") else "its own bytes in the slot"
+        case "gather_begin" if block.home is Home.HOST_SHARD:
             return None if same and before.kind == "load_end" else "its own shard in the slot"
+        case "decode_begin":
+            arrived = same and before.kind == _arrived(block)
+            return None if arrived else "all of its own bytes, encoded"
         case _:  # the first event of a fill: the slot's reader must be done
-            done = {"compute_end", "gather_end"} | ({"load_end"} if not homes[before.block].sharded else set())
+            done = "compute_end", _filled(blocks[before.block])
             return None if before.kind in done else "the slot's last block to be done"
+
+
+def _arrived(block: PlannedBlock) -> EventKind:
+    """With what the last of a block's bytes have come."""
+    return "gather_end" if block.home.sharded else "load_end"
+
+
+def _filled(block: PlannedBlock) -> EventKind:
+    """After what a block can compute."""
+    return _arrived(block) if block.codec.in_place else "decode_end"

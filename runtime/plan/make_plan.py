@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from crossdock.offload.codecs.codec import IDENTITY, Codec
+from crossdock.offload.codecs.lossless import Lossless
 from crossdock.offload.live.discovery import DiscoveryError, FoundBlock, discover_blocks
 from crossdock.offload.live.offloader import shared_tensors
-from crossdock.offload.memory.codec import IDENTITY
 from crossdock.offload.memory.layout import BlockLayout
 from crossdock.offload.stream.block import Home
 from crossdock.parallel.mesh import MeshShape
@@ -60,15 +61,22 @@ from crossdock.runtime.plan.model_layout import ModelLayout
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.single_file import single_file
 
-CODEC = IDENTITY
-"""Of every streamed block: what rests, travels and computes is the same."""
+WORTH_ENCODING = 0.95
+"""A block is encoded where what travels is at most this share of it."""
 
 
-def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int | None = None) -> RunPlan:
+def make_plan(
+    config: RunConfig,
+    model_dir: Path,
+    device: str,
+    device_bytes: int | None = None,
+    plain: Mapping[str, frozenset[str]] | None = None,
+) -> RunPlan:
     """Plan a run.
 
     Args:
         device_bytes: the memory of the smallest device, where it is known; a budget that is a fraction needs it.
+        plain: block -> its tensors that no codec makes smaller, as a load has found.
 
     Raises:
         CheckpointError: the model directory is incomplete, damaged, or of an unknown family.
@@ -77,7 +85,7 @@ def make_plan(config: RunConfig, model_dir: Path, device: str, device_bytes: int
     """
     found = _describe(config, model_dir, device)
     layout = _shard(config, found, model_dir, device)
-    return RunPlan(config, layout, _place(config, found, layout, device_bytes))
+    return RunPlan(config, layout, _place(config, found, layout, device_bytes, plain or {}), plain or {})
 
 
 @dataclass(frozen=True)
@@ -180,14 +188,21 @@ def _shard(config: RunConfig, found: _FoundModel, model_dir: Path, device: str) 
     )
 
 
-def _place(config: RunConfig, found: _FoundModel, layout: ModelLayout, device_bytes: int | None) -> MemoryPlan:
+def _place(
+    config: RunConfig,
+    found: _FoundModel,
+    layout: ModelLayout,
+    device_bytes: int | None,
+    plain: Mapping[str, frozenset[str]],
+) -> MemoryPlan:
     """Where it rests, and what passes through slots."""
     offload, model, dtypes, parts = config.offload, found.model, layout.dtypes, layout.mesh.hsdp_shard
     home, shared = _home(config, layout.mesh), shared_tensors(model, found.blocks)
-    codec = CODEC if home.streamed else IDENTITY
     blocks = tuple(
-        PlannedBlock(block.name, _layout(block, dtypes, parts, shared), home, None, codec, parts)
+        PlannedBlock(block.name, laid_out, home, None, codec, parts)
         for block in found.blocks
+        for laid_out in [_layout(block, dtypes, parts, shared)]
+        for codec in [_codec(config, layout.device, home, laid_out, parts, plain.get(block.name, frozenset()))]
     )
     placed = {f"{b.name}.{local}" for b in blocks for entry in b.layout.entries for local in entry.names}
     outside = tuple(fqn for fqn in _all_tensors(model) if fqn not in placed)
@@ -222,6 +237,17 @@ def _place(config: RunConfig, found: _FoundModel, layout: ModelLayout, device_by
         outside,
         outside_bytes,
     ).scheduled(residency, passes)
+
+
+def _codec(config: RunConfig, device: str, home: Home, layout: BlockLayout, parts: int, plain: frozenset[str]) -> Codec:
+    """Between what rests of a block and its slot."""
+    asked = config.offload.codec
+    is_auto = asked == "auto" and device == "cuda" and home.on_host and config.offload.host == "shared"
+    if not (home.streamed and (asked == "lossless" or is_auto)):
+        return IDENTITY
+    codec = Lossless(plain)
+    worth = codec.travel_bytes(layout, parts) <= WORTH_ENCODING * layout.shard_bytes(parts)
+    return codec if worth else IDENTITY
 
 
 def mesh_shape(config: RunConfig) -> MeshShape:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 
-from crossdock.offload.memory.codec import IDENTITY, Codec, staging_bytes
+from crossdock.offload.codecs.codec import IDENTITY, Codec, staging_bytes
 from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout
 from crossdock.offload.schedule.residency import Residency
 from crossdock.offload.schedule.shared_slots import shared_slots
@@ -113,9 +113,9 @@ class MemoryPlan:
         """How the blocks use the device, and what became of the schedule once the first steps were measured.
 
         `step_ms`: predicted time of the blocks of a step, from the costs that the note names; `bound_ms` is proven to
-        be a lower bound for this budget.
+        be a lower bound for this budget. `encoded`: of the blocks with a codec, what rests here, or would without.
         """
-        residency = self.residency
+        residency, encoded = self.residency, [block for block in self.blocks if not block.codec.in_place]
         places = ((pass_, place) for pass_ in self.passes for place in residency.resident)
         return {
             "resident": [self.blocks[i].name for i in sorted(pass_[at] for pass_, at in places if at < len(pass_))],
@@ -126,6 +126,11 @@ class MemoryPlan:
             "step_ms": round(residency.step_s * 1e3, 3),
             "bound_ms": round(residency.bound_s * 1e3, 3),
             "schedule_note": schedule_note,
+            "encoded": {
+                "blocks": len(encoded),
+                "held_bytes": sum(block.held_bytes for block in encoded),
+                "plain_bytes": sum(block.layout.shard_bytes(block.parts) for block in encoded),
+            },
         }
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from crossdock.offload.memory.layout import ALIGNMENT
 from crossdock.offload.schedule.residency import minimum_bytes
@@ -19,11 +20,13 @@ class RunPlan:
 
     Attributes:
         memory: the only part that changes while ranks hold the model.
+        plain: block -> its tensors that no codec makes smaller, as a load has found.
     """
 
     config: RunConfig
     layout: ModelLayout
     memory: MemoryPlan
+    plain: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     @property
     def layout_name(self) -> str:

@@ -1,4 +1,4 @@
-"""Tensor and sequence parallelism on every transformer of a rank's model."""
+"""Tensor and sequence parallelism on every transformer of a rank's model, and the gathering of its blocks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 from torch import nn
 
+from crossdock.offload.stream.loader import Gather
 from crossdock.parallel.attention import SequenceParallelAttention
+from crossdock.parallel.hsdp import all_gather_bytes
 from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.regions import Attend, SequenceParallelism
 from crossdock.parallel.tensor import TensorParallelism
@@ -70,4 +72,16 @@ def make_attention(plan: RunPlan, mesh: Mesh, after_collective: Callable[[], Non
         ring_rank=mesh.index_in("ring"),
         ring_degree=shape.ring,
         after_collective=after_collective,
+    )
+
+
+def gather_of(mesh: Mesh) -> Gather | None:
+    """How a block is gathered from the shards of it; None where nothing is sharded."""
+    group = mesh.groups["weights"]
+    if group is None:
+        return None
+    return Gather(
+        mesh.shape.hsdp_shard,
+        mesh.index_in("weights"),
+        lambda whole, shard: all_gather_bytes(whole, shard, group),
     )

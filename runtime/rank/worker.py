@@ -20,9 +20,7 @@ from crossdock.offload.memory.arena import Arena
 from crossdock.offload.memory.copy_engine import make_copy_engine
 from crossdock.offload.memory.device_memory import allocated_bytes, spare_bytes, total_bytes
 from crossdock.offload.stream.block_stream import BlockStream
-from crossdock.offload.stream.loader import Gather
 from crossdock.parallel.group import AtRunTime, Group, exchange
-from crossdock.parallel.hsdp import all_gather_bytes
 from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.tensor import EXCHANGING
 from crossdock.runtime.config.threads import compute_threads
@@ -35,7 +33,7 @@ from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.reschedule import MEASURED_STEPS, observe, reschedule
 from crossdock.runtime.rank.inspection import record_reads
 from crossdock.runtime.rank.loaded_model import LoadedModel
-from crossdock.runtime.rank.parallelize import ModelParallelism
+from crossdock.runtime.rank.parallelize import ModelParallelism, gather_of
 from crossdock.runtime.rank.request_state import RequestState
 from crossdock.runtime.rank.step_watch import StepWatch
 from crossdock.runtime.rank.stop import StepRefusedError, Stopping
@@ -119,6 +117,8 @@ class RankWorker:
         rehearse = rehearse or probe
         layout, memory = plan.layout, plan.memory
         self.phase = "connect"
+        if self._mesh is not None:  # of a load that was given up, as another plan was wanted
+            self._mesh.disconnect()
         timeout_s = plan.config.launch.timeouts.collective_s
         self._mesh = mesh = Mesh.connect(layout.mesh, self.rank, timeout_s, self.world)
         for group in filter(None, mesh.groups.values()):
@@ -142,7 +142,7 @@ class RankWorker:
             memory.schedule,
             self.device,
             copy_engine,
-            self._gather(mesh),
+            gather_of(mesh),
             resident=memory.resident,
             passes=memory.passes,
             arena=arena,
@@ -284,18 +284,6 @@ class RankWorker:
         """Leave the world."""
         if dist.is_initialized():
             dist.destroy_process_group()
-
-    # -- parts of setup ------------------------------------------------------------------------------------------
-
-    def _gather(self, mesh: Mesh) -> Gather | None:
-        group = mesh.groups["weights"]
-        if group is None:
-            return None
-        return Gather(
-            mesh.shape.hsdp_shard,
-            mesh.index_in("weights"),
-            lambda whole, shard: all_gather_bytes(whole, shard, group),
-        )
 
     # -- parts of generate ---------------------------------------------------------------------------------------
 

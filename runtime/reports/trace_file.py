@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from crossdock.offload.stream.trace import Interval, intervals
 from crossdock.runtime.reports.records import RankTrace
 
-TRACKS = ("phases", "compute", "copy", "gather")
+TRACKS = ("phases", "compute", "copy", "gather", "decode")
 
 
 def chrome_trace(traces: Sequence[RankTrace]) -> dict[str, object]:

@@ -7,7 +7,14 @@ from collections.abc import Mapping
 
 import torch
 
-from crossdock.runtime.errors import CrossdockError, FaultKind, RankError, RequestCancelled, RequestRefused
+from crossdock.runtime.errors import (
+    CrossdockError,
+    EncodingRefused,
+    FaultKind,
+    RankError,
+    RequestCancelled,
+    RequestRefused,
+)
 from crossdock.runtime.reports.status import RankStatus
 
 _RANKING: tuple[FaultKind, ...] = (
@@ -22,8 +29,8 @@ _RANKING: tuple[FaultKind, ...] = (
     "cut off",
 )
 
-AGREED = (RequestCancelled, RequestRefused)
-"""How all ranks end a request together: none of them is at fault, and they wait for work."""
+AGREED = (RequestCancelled, RequestRefused, EncodingRefused)
+"""How all ranks end a request or a load together: none of them is at fault, and they wait for work."""
 
 
 def rank_error(status: RankStatus, error: Exception) -> CrossdockError:

@@ -269,9 +269,15 @@ class ArrivalWatch:
     def _located(self, step: int, name: str, ranges: Mapping[str, tuple[int, int]]) -> WrongBytes:
         """The first tensor of a block that is not what the file has, now that the request is over."""
         block = next((block for block in self._stream.blocks if block.name == name), None)
-        if block is None or not isinstance(block.source, Tensor) or not block.codec.in_place:
+        if block is None or not isinstance(block.source, Tensor):
             return WrongBytes(step, name)
-        return WrongBytes(step, name, self._check.first_difference(block, block.source, *ranges[name]))
+        held, (start, stop) = block.source, ranges[name]
+        if not block.codec.in_place:
+            parts = block.layout.slot_bytes // (stop - start)
+            travelled = held[: block.codec.travel_bytes(block.layout, parts)]
+            held = held.new_zeros(stop - start)
+            block.codec.decode(block.layout, parts, start // (stop - start), travelled, held)
+        return WrongBytes(step, name, self._check.first_difference(block, held, start, stop))
 
 
 def _between(layout: BlockLayout) -> Tensor:

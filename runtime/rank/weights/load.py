@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from crossdock.offload.codecs.part_format import IncompressibleError
 from crossdock.offload.live.discovery import move_plain_tensors
 from crossdock.offload.memory.host_memory import FOR_A_RUN, GIB, HostMemoryError, host_memory, require
 from crossdock.offload.memory.host_store import HostStore, mapped_share_bytes
@@ -21,7 +22,7 @@ from crossdock.parallel.group import exchange
 from crossdock.parallel.hsdp import shard_range
 from crossdock.parallel.mesh import Mesh
 from crossdock.parallel.tensor import TensorSlice
-from crossdock.runtime.errors import LaunchError
+from crossdock.runtime.errors import EncodingRefused, LaunchError
 from crossdock.runtime.models.meta import non_persistent_buffers
 from crossdock.runtime.plan.memory_plan import PlannedBlock
 from crossdock.runtime.plan.plan import RunPlan
@@ -122,6 +123,7 @@ class WeightLoader:
 
         Raises:
             LaunchError: there is not enough host memory for them; before a byte was read.
+            EncodingRefused: a codec does not make all tensors smaller that the plan encodes.
         """
         components = self._component_bytes()
         if self._pages or not any(block.home.on_host for block in self._memory.blocks):
@@ -132,23 +134,45 @@ class WeightLoader:
         own = {block.name for block in self._memory.blocks[sharers.index(self._mesh.rank) :: len(sharers)]}
         brought = {b.name: b.held_bytes for b in self._memory.blocks if b.name in own and not self._is_there(b)}
         read_bytes, all_bytes = 0, sum(brought.values())
+        refused: dict[str, frozenset[str]] = {}
         for block in self._memory.blocks:
             start, stop = ranges[block.name] = self._range(block)
             source = self._source(block, start, stop)
             if isinstance(source, Tensor) and block.name in own:
                 if block.name in brought:
-                    self._fill_home(block, source, start, stop)
+                    try:
+                        self._fill_home(block, source, start, stop)
+                    except IncompressibleError as error:
+                        refused[block.name] = error.tensors
                     self._told(read_bytes := read_bytes + block.held_bytes, all_bytes)
                 filled.append(block.name)
             module = self._model.get_submodule(block.name)
             blocks.append(StreamedBlock(block.name, module, block.layout, block.home, source, codec=block.codec))
+        self._agree(refused, store)
         if store is not None:
-            exchange("filled", self._mesh.world)
             if self._holder and self._mesh.rank == sharers[0]:
                 self._holder.keep(*self._kept_as, store.handle)
             if self._device.type == "cuda":
                 store.register()
         return RankWeights(blocks, ranges, self._slices, frozenset(filled), store, sharers)
+
+    def _agree(self, refused: Mapping[str, frozenset[str]], store: HostStore | None) -> None:
+        """Every rank has filled what it fills, and has encoded it. Collective where it matters.
+
+        Raises:
+            EncodingRefused: of some tensors there would be more bytes: all that are known of.
+        """
+        encodes = any(not block.codec.in_place for block in self._memory.blocks)
+        if store is None and not encodes:
+            return
+        plain = dict(self._plan.plain)
+        for found in exchange(dict(refused), self._mesh.world):
+            for block, names in found.items():
+                plain[block] = plain.get(block, frozenset()) | names
+        if plain != dict(self._plan.plain):
+            if store is not None:
+                store.close()
+            raise EncodingRefused(plain)
 
     def _is_there(self, block: PlannedBlock) -> bool:
         """Its bytes are the page cache's, or were found in the store."""
@@ -253,7 +277,24 @@ class WeightLoader:
         raw = torch.zeros(stop - start, dtype=torch.uint8)  # what lies between tensors is the same on all ranks
         self._fill(block, raw, start, stop)
         place = start // len(raw) if len(raw) else 0
-        source.copy_(block.codec.encode(block.layout, block.parts, place, raw))
+        raw = raw.to(self._device)
+        held = block.codec.encode(block.layout, block.parts, place, raw)
+        self._check_encoded(block, place, held, raw)
+        source.copy_(held)
+
+    def _check_encoded(self, block: PlannedBlock, place: int, held: Tensor, raw: Tensor) -> None:
+        """Of what arrives later, some rows are compared with the files; here all of them.
+
+        Raises:
+            RuntimeError: it does not decode to what was encoded.
+        """
+        found = torch.zeros_like(raw)
+        travelled = held[: block.codec.travel_bytes(block.layout, block.parts)]
+        block.codec.decode(block.layout, block.parts, place, travelled, found)
+        if not torch.equal(found, raw):
+            byte = int((found != raw).nonzero()[0])
+            name = self._memory.tensor_at(block.name, place * len(raw) + byte)
+            raise RuntimeError(f"{name}: codec {block.codec.name} does not decode to the bytes that it has encoded")
 
     def _fill(self, block: PlannedBlock, target: Tensor, start: int, stop: int) -> None:
         """Bytes [start, stop) of the block into `target` (uint8, stop - start long)."""

@@ -40,10 +40,12 @@ class Codec(Protocol):
     def encode(self, layout: BlockLayout, parts: int, index: int, raw: Tensor) -> Tensor:
         """The held bytes of part number `index`. `raw`: uint8 `[slot_bytes / parts]`, on any device."""
 
-    def decode(self, layout: BlockLayout, parts: int, travelled: Tensor, slot: Tensor) -> None:
-        """Fill `slot` (uint8 `[slot_bytes]`), on its device, on the lane that the last of the bytes came by.
+    def decode(self, layout: BlockLayout, parts: int, index: int, travelled: Tensor, raw: Tensor) -> None:
+        """Part number `index` as it computes, into `raw`; on its device, on the lane that brought the last bytes.
 
-        `travelled`: uint8 `[parts * travel_bytes]`, all parts, one after the other.
+        Args:
+            travelled: uint8 `[travel_bytes]`.
+            raw: uint8 `[slot_bytes / parts]`; bytes that belong to no tensor may stay what they are.
         """
 
 
@@ -63,7 +65,7 @@ class Identity:
     def encode(self, layout: BlockLayout, parts: int, index: int, raw: Tensor) -> Tensor:
         return raw
 
-    def decode(self, layout: BlockLayout, parts: int, travelled: Tensor, slot: Tensor) -> None:
+    def decode(self, layout: BlockLayout, parts: int, index: int, travelled: Tensor, raw: Tensor) -> None:
         """Nothing to do: the bytes are there."""
 
 
@@ -73,3 +75,10 @@ IDENTITY = Identity()
 def staging_bytes(codec: Codec, layout: BlockLayout, parts: int) -> int:
     """Device memory in which a block's travelled bytes wait to be decoded."""
     return 0 if codec.in_place else parts * codec.travel_bytes(layout, parts)
+
+
+def decode_all(codec: Codec, layout: BlockLayout, parts: int, travelled: Tensor, slot: Tensor) -> None:
+    """Fill `slot` (uint8 `[slot_bytes]`) from all parts, one after the other (uint8 `[parts * travel_bytes]`)."""
+    size, shard = codec.travel_bytes(layout, parts), layout.shard_bytes(parts)
+    for index in range(parts):
+        codec.decode(layout, parts, index, travelled[index * size :][:size], slot[index * shard :][:shard])

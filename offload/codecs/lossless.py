@@ -1,0 +1,57 @@
+"""Weights of 16 bits at three quarters of their bytes, and bit for bit what they were."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crossdock.offload.codecs import on_cuda, on_host
+from crossdock.offload.codecs.part_format import PartFormat, part_format
+from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout, round_up
+
+
+@dataclass(frozen=True)
+class Lossless:
+    """bf16 and fp16 at a fixed rate (see `part_format`); all else as it is.
+
+    `plain`: names of tensors in the block that are not encoded: it would not make them smaller.
+    """
+
+    plain: frozenset[str] = frozenset()
+    in_place: bool = False
+
+    @property
+    def name(self) -> str:
+        return " ".join(["lossless 1", *sorted(self.plain)])
+
+    def held_bytes(self, layout: BlockLayout, parts: int) -> int:
+        return self.travel_bytes(layout, parts)
+
+    def travel_bytes(self, layout: BlockLayout, parts: int) -> int:
+        """The most that any part needs: they are gathered, and are of one size."""
+        return round_up(max(self._form(layout, parts, index).nbytes for index in range(parts)), ALIGNMENT)
+
+    def encode(self, layout: BlockLayout, parts: int, index: int, raw: Tensor) -> Tensor:
+        """
+        Raises:
+            IncompressibleError: too many values have exponents of their own; it names their tensors.
+        """
+        form = self._form(layout, parts, index)
+        out = raw.new_zeros(self.travel_bytes(layout, parts))
+        if raw.device.type == "cpu":
+            on_host.encode(form, raw.numpy(), out.numpy(), torch.get_num_threads())
+        else:
+            on_cuda.encode(form, raw, out)
+        return out
+
+    def decode(self, layout: BlockLayout, parts: int, index: int, travelled: Tensor, raw: Tensor) -> None:
+        form = self._form(layout, parts, index)
+        if raw.device.type == "cpu":
+            on_host.decode(form, travelled.numpy(), raw.numpy())
+        else:
+            on_cuda.decode(form, travelled, raw)
+
+    def _form(self, layout: BlockLayout, parts: int, index: int) -> PartFormat:
+        return part_format(layout, parts, index, self.plain)
