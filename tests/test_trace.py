@@ -37,12 +37,12 @@ def _events(script: str, start_s: float = 1.0) -> tuple[TraceEvent, ...]:
     return tuple(found)
 
 
-# b is copied while a is gathered; a's next copy (12) ends when the second step has begun (15); c never runs
+# b is copied while a is gathered; a's next copy (12) ends when the second step has begun (15); c is decoded, never runs
 EVENTS = _events("""load_begin a 0 0 64, wait_begin a 0 1 0, load_end a 0 2 0, gather_begin a 0 2 192,
     load_begin b 1 3 32, gather_end a 0 6 0, compute_begin a 0 6 0, load_end b 1 7 0, compute_end a 0 16 0,
     compute_begin r - 16 0, compute_end r - 18 0, wait_begin b 1 18 -, load_begin a 0 18 64, compute_begin b 1 19 0,
     compute_end b 1 20 0, load_end a 0 24 0, wait_begin a 0 20 0, compute_begin a 0 25 0, compute_end a 0 30 0,
-    load_begin c 1 30 8, load_end c 1 31 0""")
+    load_begin c 1 30 8, load_end c 1 31 0, decode_begin c 1 31 0, decode_end c 1 33 0""")
 RUN = "wait_begin a - 0 0, compute_begin a - 1 0, compute_end a - 3 0"
 SPANS = (Span("encode", 1.0, 1.0005), Span("step 1", 1.001, 1.020), Span("step 2", 1.020, 1.031))
 
@@ -52,7 +52,7 @@ def test_intervals_of_interleaved_blocks() -> None:
     found = [f"{i.kind} {i.block} {i.slot} {i.ms:.4g} {i.travel_bytes} {i.sequence}" for i in intervals(EVENTS)]
     expected = """copy a 0 2 64 0, gather a 0 4 192 3, wait a 0 5 0 1, copy b 1 4 32 4, compute a 0 10 0 6,
         compute r None 2 0 9, wait b 1 1 0 11, compute b 1 1 0 13, copy a 0 6 64 12, wait a 0 5 0 16,
-        compute a 0 5 0 17, copy c 1 1 8 19"""
+        compute a 0 5 0 17, copy c 1 1 8 19, decode c 1 2 0 21"""
     assert found == [line.strip() for line in expected.split(",")]
     assert {(i.kind, i.stream) for i in intervals(EVENTS) if i.kind != i.stream} == {("wait", "compute")}
     chunks = _events("load_begin a 0 0 8, load_begin b 1 1 8, load_end a 0 2 0, load_end b 1 4 0")  # of two copies
@@ -75,13 +75,13 @@ def test_totals_per_block_and_step() -> None:
     blocks = block_times(EVENTS)
     steps = step_times(EVENTS, [15, 19])  # c comes after the last
     expected = {
-        "a": (2, 2, 15.0, 10.0, 8.0, 4.0, 128, 192, 0),
-        "b": (1, 1, 1.0, 1.0, 4.0, 0.0, 32, 0, 1),
-        "r": (1, 0, 2.0, 0.0, 0.0, 0.0, 0, 0, 0),
-        "c": (0, 1, 0.0, 0.0, 1.0, 0.0, 8, 0, 0),
+        "a": (2, 2, 15.0, 10.0, 8.0, 4.0, 0.0, 128, 192, 0),
+        "b": (1, 1, 1.0, 1.0, 4.0, 0.0, 0.0, 32, 0, 1),
+        "r": (1, 0, 2.0, 0.0, 0.0, 0.0, 0.0, 0, 0, 0),
+        "c": (0, 1, 0.0, 0.0, 1.0, 0.0, 2.0, 8, 0, 0),
     }
     assert {name: astuple(times) for name, times in blocks.items()} == expected
-    expected_steps = [(3, 3, 13.0, 6.0, 12.0, 4.0, 160, 192, 1), (1, 0, 5.0, 5.0, 0.0, 0.0, 0, 0, 0)]
+    expected_steps = [(3, 3, 13.0, 6.0, 12.0, 4.0, 0.0, 160, 192, 1), (1, 0, 5.0, 5.0, 0.0, 0.0, 0.0, 0, 0, 0)]
     assert [astuple(s) for s in steps] == expected_steps
     assert step_times([], [15]) == [BlockTimes()]
 

@@ -12,7 +12,14 @@ from typing import Any
 from crossdock.runtime.config.bounded_files import read_bounded
 from crossdock.runtime.errors import LaunchError, RequestError
 
-COLOURS = {"phase": "#b8c4d6", "compute": "#4c9f70", "wait": "#d64550", "copy": "#3b7dd8", "gather": "#e0a030"}
+COLOURS = {
+    "phase": "#b8c4d6",
+    "compute": "#4c9f70",
+    "wait": "#d64550",
+    "copy": "#3b7dd8",
+    "gather": "#e0a030",
+    "decode": "#8e5bb5",
+}
 OTHER = "#888888"
 SUFFIXES = (".png", ".svg", ".pdf")
 _LETTER_PX = 6.0
