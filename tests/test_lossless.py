@@ -28,6 +28,7 @@ from crossdock.runtime.errors import ConfigError
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.watch.gang import Gang
 from reference import ODD_SIZE, PROMPT
+from tiers import not_quick, some
 
 NONE: frozenset[str] = frozenset()
 LOSSLESS = Lossless()
@@ -202,13 +203,13 @@ def test_as_many_escapes_as_there_is_room_for() -> None:
 # -- a run -----------------------------------------------------------------------------------------------------------
 
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "layerwise": {"offload": {"layerwise": True}},
     "layerwise_hsdp": {
         "parallel": {"ring_degree": 2, "hsdp": {"replicate": 1, "shard": 2}},
         "offload": {"layerwise": True},
     },
-    "hsdp": {"parallel": {"ring_degree": 2, "hsdp": {"replicate": 1, "shard": 2}}},
     "layerwise_tp2": {"parallel": {"tp_degree": 2}, "offload": {"layerwise": True}},
+    "layerwise": {"offload": {"layerwise": True}},
+    "hsdp": {"parallel": {"ring_degree": 2, "hsdp": {"replicate": 1, "shard": 2}}},
     "layerwise_ulysses2": {"parallel": {"ulysses_degree": 2}, "offload": {"layerwise": True}},
 }
 REQUEST = {"height": ODD_SIZE[0], "width": ODD_SIZE[1], "steps": 3}
@@ -221,7 +222,8 @@ def _config(layout: str, codec: str, **offload: Any) -> RunConfig:
     )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@not_quick
+@pytest.mark.parametrize("layout", some(list(LAYOUTS), 2))
 def test_no_bit_of_a_picture_changes(layout: str, gang_of: Callable[[int], Gang], flux2_dir: Path) -> None:
     """Encoded and not: the same bits from at most 0.76 of the bytes, at rest, on the link and in shards."""
     made = {}
@@ -253,7 +255,8 @@ def _with_noise(checkpoint: Path, copy: Path) -> tuple[Path, str, str]:
     return copy, block, name
 
 
-@pytest.mark.parametrize("layout", ["layerwise", "layerwise_hsdp"])
+@not_quick
+@pytest.mark.parametrize("layout", some(["layerwise_hsdp", "layerwise"], 1))
 def test_a_tensor_that_would_not_get_smaller_travels_as_it_is(
     layout: str, gang_of: Callable[[int], Gang], flux2_dir: Path, tmp_path: Path
 ) -> None:
