@@ -247,7 +247,7 @@ RECIPES: dict[str, Recipe] = {
         _simple("SanaTransformer2DModel", _sana, _flow, in_channels=4, out_channels=4, sample_size=16)
     ),
     "MochiPipeline": Recipe(_mochi, frames=7, tp="cut as it was inferred it does not run"),
-    "LTXPipeline": Recipe(_ltx, frames=9),
+    "LTXPipeline": Recipe(_ltx, frames=9, ulysses="_cp_plan is no region"),
     "HunyuanVideoPipeline": Recipe(_hunyuan_video, frames=9),
     "SkyReelsV2Pipeline": Recipe(_simple("SkyReelsV2Transformer3DModel", _umt5, _flow, _wan_vae), frames=9),
     "AnyFlowPipeline": Recipe(_simple("AnyFlowTransformer3DModel", _umt5, _flow, _wan_vae), frames=9),
