@@ -79,11 +79,11 @@ MISTAKES = {
     ),
     "list for a section": (
         "offload:\n- layerwise\n",
-        ":1: offload: found a list; allowed: a section with the keys layerwise, prefetch, device_budget, host",
+        ":1: offload: found a list; allowed: a section with the keys layerwise, prefetch, device_budget, host, codec",
     ),
     "nothing for a section": (
         "offload:\n",
-        ":1: offload: found nothing; allowed: a section with the keys layerwise, prefetch, device_budget, host",
+        ":1: offload: found nothing; allowed: a section with the keys layerwise, prefetch, device_budget, host, codec",
     ),
     "integer for an optional string": (
         "offload: {layerwise: true, device_budget: 18}\n",
