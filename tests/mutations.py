@@ -287,14 +287,14 @@ def shard_off_by_the_alignment(worker: RankWorker, patch: pytest.MonkeyPatch) ->
 
 def gathered_without_slicing(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
     """All gathers have the size of the largest block; a smaller one has a hole behind every shard."""
-    make = RankWorker._gather
+    make = worker_module.gather_of
 
-    def gather(self: RankWorker, mesh: Mesh) -> Any:
-        true = make(self, mesh)
+    def gather(mesh: Mesh) -> Any:
+        true = make(mesh)
         assert true is not None
 
         def all_gather(whole: Tensor, shard: Tensor) -> None:
-            largest = max(block.layout.slot_bytes for block in self.loaded.plan.memory.blocks)
+            largest = max(block.layout.slot_bytes for block in worker.loaded.plan.memory.blocks)
             padded, gathered = shard.new_zeros(largest // true.parts), whole.new_empty(largest)
             padded[: len(shard)] = shard
             true.all_gather(gathered, padded)
@@ -302,7 +302,7 @@ def gathered_without_slicing(worker: RankWorker, patch: pytest.MonkeyPatch) -> N
 
         return replace(true, all_gather=all_gather)
 
-    patch.setattr(RankWorker, "_gather", gather)
+    patch.setattr(worker_module, "gather_of", gather)
 
 
 def bytes_of_the_next_block(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:

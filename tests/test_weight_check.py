@@ -395,7 +395,9 @@ def test_shards_in_the_wrong_order_are_caught(
     """Every shard is whole and held once, but the gather puts them together the wrong way round."""
 
     def swapped(worker: Any, plan: Any) -> Any:
-        make = worker._gather
+        import crossdock.runtime.rank.worker as rank
+
+        make = rank.gather_of
 
         def gather(mesh: Any) -> Any:
             whole = make(mesh)
@@ -406,11 +408,11 @@ def test_shards_in_the_wrong_order_are_caught(
 
             return replace(whole, all_gather=all_gather)
 
-        worker._gather = gather
+        rank.gather_of = gather
         try:
             return worker.setup(plan, rehearse=True)
         finally:
-            del worker._gather
+            rank.gather_of = make
 
     plan = _plan(checkpoints["z-image"], offload, parallel={"dp_degree": 2, "hsdp": {"shard": 2}})
     reports = _report_of(gang_of(2), plan, swapped)
