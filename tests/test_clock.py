@@ -18,6 +18,7 @@ import cloudpickle
 import numpy as np
 import pytest
 from faults_in_steps import BLOCK, Plant
+from judged_run import with_fault
 from one_rank import admitted, rank_request
 
 import faults_of_order as faults
@@ -40,7 +41,6 @@ from crossdock.runtime.plan.memory_plan import MemoryPlan
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.rank_result import RankResult
-from crossdock.runtime.request import RankRequest
 from crossdock.runtime.watch.gang import Gang
 from reference import PROMPT
 from tiers import not_quick, some, thorough
@@ -373,20 +373,6 @@ def _of_block(found: Sequence[Overlap], block: str) -> list[Overlap]:
 # -- real ranks ------------------------------------------------------------------------------------------------------
 
 
-def _with(plant: Plant | None, rank: int, at: int) -> Callable[[RankWorker, RankRequest], RankResult]:
-    """A request with the fault planted on one rank meanwhile."""
-
-    def run(worker: RankWorker, request: RankRequest) -> RankResult:
-        import pytest
-
-        with pytest.MonkeyPatch.context() as patch:
-            if plant is not None and worker.rank == rank:
-                plant(worker, patch, at)
-            return worker.generate(request)
-
-    return run
-
-
 def _clocked(plan: RunPlan, reports: Any, results: Sequence[RankResult]) -> list[Violation]:
     """What the device's clock says; that all of it was looked at."""
     for result in results:
@@ -409,7 +395,7 @@ def test_one_rank(flux2_dir: Path) -> None:
         reports = [worker.report()]
 
         def judged(plant: Plant | None, at: int) -> list[Violation]:
-            return _clocked(plan, reports, [_with(plant, 0, at)(worker, REQUEST)])
+            return _clocked(plan, reports, [with_fault(plant, 0, at)(worker, REQUEST)])
 
         assert judged(None, 0) == []
         for plant in (faults.wait_left_out, faults.event_too_early, faults.reader_not_waited_for):
@@ -433,7 +419,7 @@ def test_two_ranks(layout: str, gang_of: Callable[[int], Gang], flux2_dir: Path)
     try:
         reports = gang.collective_rpc(RankWorker.setup, plan, False, True, timeout_s=TIMEOUT_S)
         for plant in (None, *plants, None):
-            results = gang.collective_rpc(_with(plant, 1, STEPS - 1), REQUEST, timeout_s=TIMEOUT_S)
+            results = gang.collective_rpc(with_fault(plant, 1, STEPS - 1), REQUEST, timeout_s=TIMEOUT_S)
             found = _clocked(plan, reports, results)
             print(layout, *found, sep="\n   ")
             assert {violation.rank for violation in found} == (set() if plant is None else {1})

@@ -13,6 +13,7 @@ import cloudpickle
 import faults_in_steps as faults
 import pytest
 from faults_in_steps import BLOCK, OUTSIDE, Plant
+from judged_run import HereGang
 from one_rank import rank_request
 
 from crossdock.runtime.config.schema import RunConfig
@@ -105,18 +106,6 @@ def _with(plant: Plant | None, rank: int, at: int) -> Callable[[RankWorker, Rank
                 put_back(worker)
 
     return run
-
-
-class HereGang:
-    """One rank, in this process."""
-
-    def __init__(self) -> None:
-        import torch
-
-        self.worker = RankWorker(0, 1, torch.device("cpu"))
-
-    def collective_rpc(self, work: Any, *args: Any, timeout_s: float) -> list[Any]:
-        return [work(self.worker, *args)]
 
 
 def _review(plan: RunPlan, reports: Any, results: Sequence[RankResult]) -> list[Violation]:
