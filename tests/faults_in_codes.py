@@ -14,7 +14,7 @@ from faults_in_steps import BLOCK, Plant, _when, block_of, runs
 from torch import Tensor
 
 from crossdock.offload.codecs.lossless import Lossless
-from crossdock.offload.codecs.part_format import PartFormat, part_format
+from crossdock.offload.codecs.part_format import PartFormat, part_formats
 from crossdock.offload.stream import loader
 from crossdock.runtime.rank.worker import RankWorker
 
@@ -28,7 +28,7 @@ def _in_store(spoil: Spoil) -> Plant:
     def plant(worker: RankWorker, patch: pytest.MonkeyPatch, at: int) -> None:
         def act(pipe: Any) -> None:
             block = block_of(worker)
-            form = part_format(block.layout, 1, 0, block.codec.plain)
+            (form,) = part_formats(block.layout, 1, block.codec.plain)
             before = block.source.clone()
             worker.undo.append(lambda: block.source.copy_(before))
             spoil(block.source, form, max(form.coded, key=lambda span: span.values))

@@ -21,7 +21,7 @@ from crossdock.offload.codecs import on_cuda, on_host
 from crossdock.offload.codecs import part_format as formats
 from crossdock.offload.codecs.codec import decode_all
 from crossdock.offload.codecs.lossless import Lossless
-from crossdock.offload.codecs.part_format import BF16, FP16, WINDOW, IncompressibleError, part_format
+from crossdock.offload.codecs.part_format import BF16, FP16, WINDOW, IncompressibleError, part_formats
 from crossdock.offload.memory.layout import BlockLayout
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import ConfigError
@@ -95,10 +95,10 @@ def test_every_bit_pattern(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) 
     _, slot = _through(layout, memory)
     assert torch.equal(slot, memory)
     monkeypatch.setattr(formats, "_PER_ESCAPE", 1)
-    part_format.cache_clear()
+    part_formats.cache_clear()
     layout, memory = _block(_bits(np.random.default_rng(0).permutation(patterns), dtype))
     travelled, slot = _through(layout, memory)
-    part_format.cache_clear()
+    part_formats.cache_clear()
     assert torch.equal(slot, memory)
     assert travelled[:4].view(torch.int32) > 2_000
 
@@ -163,7 +163,7 @@ def test_real_weights_are_three_quarters(make: Callable[[Any], Tensor]) -> None:
 def test_a_gpu_encodes_the_same_bytes(dtype: torch.dtype) -> None:
     """What encodes there, run here."""
     layout, memory = _block(_with_escapes(dtype, 300_000, SPECIAL, 1), torch.randn(100), torch.zeros(3, dtype=dtype))
-    form = part_format(layout, 1, 0, NONE)
+    (form,) = part_formats(layout, 1, NONE)
     here, there = (torch.zeros(form.nbytes, dtype=torch.uint8) for _ in range(2))
     on_host.encode(form, memory.numpy(), here.numpy(), threads=3)
     on_cuda.encode(form, memory, there)
@@ -190,7 +190,7 @@ def test_what_has_no_window_travels_as_it_is() -> None:
 
 def test_as_many_escapes_as_there_is_room_for() -> None:
     layout, memory = _block(torch.ones(100_352).bfloat16())
-    capacity = part_format(layout, 1, 0, NONE).capacity
+    capacity = part_formats(layout, 1, NONE)[0].capacity
     words = memory.view(torch.int16)
     words[torch.arange(capacity) * 64] = 0x0101
     _, slot = _through(layout, memory)
@@ -301,13 +301,13 @@ def test_files_have_no_codec() -> None:
 _EMULATED = """
 import torch
 from crossdock.offload.codecs import on_cuda, on_host
-from crossdock.offload.codecs.part_format import part_format
+from crossdock.offload.codecs.part_format import part_formats
 from test_lossless import NONE, SPECIAL, _block, _with_escapes
 
 for dtype in (torch.bfloat16, torch.float16):
     rest = torch.randn(3000), torch.zeros(300, dtype=dtype), torch.randn(70, 90).to(dtype)
     layout, memory = _block(_with_escapes(dtype, 50_001, SPECIAL, 1), *rest)
-    form = part_format(layout, 1, 0, NONE)
+    (form,) = part_formats(layout, 1, NONE)
     held = torch.zeros(form.nbytes, dtype=torch.uint8)
     on_host.encode(form, memory.numpy(), held.numpy())
     found, expected = (torch.full_like(memory, 0xA5) for _ in range(2))

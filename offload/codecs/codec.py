@@ -82,3 +82,12 @@ def decode_all(codec: Codec, layout: BlockLayout, parts: int, travelled: Tensor,
     size, shard = codec.travel_bytes(layout, parts), layout.shard_bytes(parts)
     for index in range(parts):
         codec.decode(layout, parts, index, travelled[index * size :][:size], slot[index * shard :][:shard])
+
+
+def decoded(codec: Codec, layout: BlockLayout, parts: int, index: int, held: Tensor) -> Tensor:
+    """Part number `index` as it computes, of the bytes that rest of it: those themselves, or fresh ones."""
+    if codec.in_place:
+        return held
+    raw = held.new_zeros(layout.shard_bytes(parts))
+    codec.decode(layout, parts, index, held[: codec.travel_bytes(layout, parts)], raw)
+    return raw

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from crossdock.offload.codecs import on_cuda, on_host
-from crossdock.offload.codecs.part_format import PartFormat, part_format
+from crossdock.offload.codecs.part_format import PartFormat, part_formats
 from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout, round_up
 
 
@@ -31,14 +31,14 @@ class Lossless:
 
     def travel_bytes(self, layout: BlockLayout, parts: int) -> int:
         """The most that any part needs: they are gathered, and are of one size."""
-        return round_up(max(self._form(layout, parts, index).nbytes for index in range(parts)), ALIGNMENT)
+        return round_up(max(form.nbytes for form in self._forms(layout, parts)), ALIGNMENT)
 
     def encode(self, layout: BlockLayout, parts: int, index: int, raw: Tensor) -> Tensor:
         """
         Raises:
             IncompressibleError: too many values have exponents of their own; it names their tensors.
         """
-        form = self._form(layout, parts, index)
+        form = self._forms(layout, parts)[index]
         out = raw.new_zeros(self.travel_bytes(layout, parts))
         if raw.device.type == "cpu":
             on_host.encode(form, raw.numpy(), out.numpy(), torch.get_num_threads())
@@ -47,11 +47,11 @@ class Lossless:
         return out
 
     def decode(self, layout: BlockLayout, parts: int, index: int, travelled: Tensor, raw: Tensor) -> None:
-        form = self._form(layout, parts, index)
+        form = self._forms(layout, parts)[index]
         if raw.device.type == "cpu":
             on_host.decode(form, travelled.numpy(), raw.numpy())
         else:
             on_cuda.decode(form, travelled, raw)
 
-    def _form(self, layout: BlockLayout, parts: int, index: int) -> PartFormat:
-        return part_format(layout, parts, index, self.plain)
+    def _forms(self, layout: BlockLayout, parts: int) -> tuple[PartFormat, ...]:
+        return part_formats(layout, parts, self.plain)

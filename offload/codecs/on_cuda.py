@@ -9,12 +9,12 @@ from torch import Tensor
 
 from crossdock.offload.codecs.part_format import (
     BF16,
+    NUMBER_BITS,
     WINDOW,
     FloatFormat,
     PartFormat,
     Span,
     least_of_window,
-    sample_stride,
 )
 
 _TILE = 4096
@@ -44,15 +44,13 @@ def _encode_span(span: Span, number: int, raw: Tensor, out: Tensor) -> Tensor:
     format_ = span.format
     assert format_ is not None
     words = raw[span.start : span.stop].view(torch.int16)
-    sampled = words[:: sample_stride(span.values)].to(torch.int64) >> format_.mantissa & (format_.exponents - 1)
-    least = least_of_window(sampled, format_)
-    out[4 + number] = least
+    out[4 + number] = least = least_of_window(words, format_)
     lows, *folds = span.places
     low = words & 0xFF if format_ is not BF16 else words >> 8 & 0x80 | words & 0x7F
     out[lows : lows + span.values] = low.to(torch.uint8)
     numbers, misses = _numbers(words, least, format_)
-    contents = [numbers, (words >> 8 & 3).to(torch.uint8), (words >> 15 & 1).to(torch.uint8)]
-    for at, bits, content in zip(folds, format_.folds, contents, strict=False):
+    high = [(bits, (words >> lowest & ((1 << bits) - 1)).to(torch.uint8)) for bits, lowest in format_.high]
+    for at, (bits, content) in zip(folds, [(NUMBER_BITS, numbers), *high], strict=True):
         rows = content.view(8 // bits, -1)
         for place, row in enumerate(rows):
             out[at : at + len(row)] |= row << (bits * place)
@@ -79,7 +77,7 @@ def decode(form: PartFormat, part: Tensor, target: Tensor) -> None:
         copy_bytes[(len(copied),)](part, target, copied, TILE=_TILE)
     for number, span in enumerate(form.coded):
         if span.format is not BF16:
-            _decode_fp16(span, part, words[span.start // 2 : span.stop // 2], part[4 + number])
+            _decode_with_high_bits(span, part, words[span.start // 2 : span.stop // 2], part[4 + number])
     if form.capacity:
         places = part[form.escapes_at : form.values_at].view(torch.int32)
         values = part[form.values_at : form.nbytes].view(torch.int16)
@@ -107,19 +105,18 @@ def _tiles(form: PartFormat, device: torch.device) -> tuple[Tensor, Tensor]:
     )
 
 
-def _decode_fp16(span: Span, part: Tensor, words: Tensor, least: Tensor) -> None:
+def _decode_with_high_bits(span: Span, part: Tensor, words: Tensor, least: Tensor) -> None:
     assert span.format is not None
-    lows, *folds = span.places
+    lows, numbers, *folds = span.places
     words.copy_(part[lows : lows + span.values])
-    number, middle, sign = (
-        _unfolded(part[at : at + span.values * bits // 8], bits)
-        for at, bits in zip(folds, span.format.folds, strict=True)
-    )
+    number = _unfolded(part[numbers:], span.values, NUMBER_BITS)
     exponent = torch.where(number == 0, 0, number + (least.to(torch.int16) - 1))
-    words |= exponent << span.format.mantissa | middle << 8 | sign << 15
+    words |= exponent << span.format.mantissa
+    for at, (bits, lowest) in zip(folds, span.format.high, strict=True):
+        words |= _unfolded(part[at:], span.values, bits) << lowest
 
 
-def _unfolded(fold: Tensor, bits: int) -> Tensor:
-    """int16."""
-    wide = fold.to(torch.int16)
+def _unfolded(fold: Tensor, values: int, bits: int) -> Tensor:
+    """int16 `[values]`."""
+    wide = fold[: values * bits // 8].to(torch.int16)
     return torch.cat([wide >> (bits * row) & ((1 << bits) - 1) for row in range(8 // bits)])

@@ -11,13 +11,12 @@ from numpy.typing import NDArray
 
 from crossdock.offload.codecs.part_format import (
     BF16,
-    FP16,
+    NUMBER_BITS,
     WINDOW,
     FloatFormat,
     PartFormat,
     Span,
     least_of_window,
-    sample_stride,
 )
 
 _AT_ONCE = 1 << 16
@@ -48,13 +47,14 @@ def encode(form: PartFormat, raw: _Bytes, out: _Bytes, threads: int = 1) -> None
 def decode(form: PartFormat, part: _Bytes, target: _Bytes) -> None:
     """`target`: the part as it computes, all of it but what belongs to no tensor."""
     for number, span in enumerate(form.coded):
+        assert span.format is not None
         words = target[span.start : span.stop].view(np.uint16)
-        lows, *folds = (part[at:] for at in span.places)
+        lows, numbers, *folds = (part[at:] for at in span.places)
         below = np.uint8((int(part[4 + number]) - 1) & 0xFF)
         if span.format is BF16:
-            _decode_bf16(lows, folds[0], below, words)
+            _decode_bf16(lows, numbers, below, words)
         else:
-            _decode_fp16(lows, folds, below, words)
+            _decode_with_high_bits(span.format, lows, numbers, folds, below, words)
     for span in form.plain:
         np.copyto(target[span.start : span.stop], part[span.places[0] :][: span.stop - span.start])
     count = int(part[:4].view(np.int32)[0])
@@ -70,8 +70,7 @@ def _encode_span(span: Span, number: int, raw: _Bytes, out: _Bytes) -> _Places:
     format_ = span.format
     assert format_ is not None
     words = raw[span.start : span.stop].view(np.uint16)
-    sampled = words[:: sample_stride(span.values)] >> format_.mantissa & (format_.exponents - 1)
-    out[4 + number] = least = least_of_window(torch.from_numpy(sampled.astype(np.int64)), format_)
+    out[4 + number] = least = least_of_window(torch.from_numpy(words.view(np.int16)), format_)
     lows, *folds = (out[at:] for at in span.places)
     for start in range(0, span.values, _AT_ONCE):
         word, low = words[start : start + _AT_ONCE], lows[start : min(start + _AT_ONCE, span.values)]
@@ -80,11 +79,11 @@ def _encode_span(span: Span, number: int, raw: _Bytes, out: _Bytes) -> _Places:
             np.bitwise_and(low, 0x7F, out=low)
             np.bitwise_or(low, (word >> 8).astype(np.uint8) & np.uint8(0x80), out=low)
     escapes = [np.empty(0, np.int32)]
-    for here, target, shift in _folding(words, folds[0], 4):
+    for here, target, shift in _folding(words, folds[0], NUMBER_BITS):
         numbers, misses = _numbers(words[here], least, format_)
         escapes.append((np.flatnonzero(misses) + (span.start // 2 + here.start)).astype(np.int32))
         np.bitwise_or(target, np.left_shift(numbers, shift, out=numbers), out=target)
-    for fold, bits, lowest in zip(folds[1:], (2, 1), (8, 15), strict=False):
+    for fold, (bits, lowest) in zip(folds[1:], format_.high, strict=True):
         for here, target, shift in _folding(words, fold, bits):
             high = (words[here] >> lowest).astype(np.uint8) & np.uint8((1 << bits) - 1)
             np.bitwise_or(target, np.left_shift(high, shift, out=high), out=target)
@@ -115,9 +114,9 @@ def _folding(words: _Words, fold: _Bytes, bits: int) -> Iterator[tuple[slice, _B
 # -- decoding --------------------------------------------------------------------------------------------------------
 
 
-def _decode_bf16(lows: _Bytes, fold: _Bytes, below: np.uint8, words: _Words) -> None:
+def _decode_bf16(lows: _Bytes, numbers: _Bytes, below: np.uint8, words: _Words) -> None:
     number = np.empty(min(len(words), _AT_ONCE), np.uint8)
-    for here, folded, shift in _folding(words, fold, 4):
+    for here, folded, shift in _folding(words, numbers, NUMBER_BITS):
         word = words[here]
         exponent = _exponents(folded, shift, below, number[: len(word)])
         np.copyto(word.view(np.int16), lows[here].view(np.int8))  # the sign fills all that is above the mantissa
@@ -125,12 +124,14 @@ def _decode_bf16(lows: _Bytes, fold: _Bytes, below: np.uint8, words: _Words) -> 
         np.bitwise_or(word, np.left_shift(exponent, 7, out=exponent), out=word)
 
 
-def _decode_fp16(lows: _Bytes, folds: list[_Bytes], below: np.uint8, words: _Words) -> None:
+def _decode_with_high_bits(
+    format_: FloatFormat, lows: _Bytes, numbers: _Bytes, folds: list[_Bytes], below: np.uint8, words: _Words
+) -> None:
     np.copyto(words, lows[: len(words)])
     number = np.empty(min(len(words), _AT_ONCE), np.uint8)
-    for here, folded, shift in _folding(words, folds[0], 4):
-        words[here] |= _exponents(folded, shift, below, number[: len(folded)]) << FP16.mantissa
-    for fold, bits, lowest in zip(folds[1:], (2, 1), (8, 15), strict=True):
+    for here, folded, shift in _folding(words, numbers, NUMBER_BITS):
+        words[here] |= _exponents(folded, shift, below, number[: len(folded)]) << format_.mantissa
+    for fold, (bits, lowest) in zip(folds, format_.high, strict=True):
         for here, folded, shift in _folding(words, fold, bits):
             words[here] |= (folded >> shift & np.uint8((1 << bits) - 1)).astype(np.uint16) << lowest
 
@@ -138,7 +139,7 @@ def _decode_fp16(lows: _Bytes, folds: list[_Bytes], below: np.uint8, words: _Wor
 def _exponents(folded: _Bytes, shift: int, below: np.uint8, number: _Bytes) -> _Words:
     """Number 0 is exponent 0, number n the n-th of the window. `number`: memory to work in."""
     np.right_shift(folded, shift, out=number)
-    np.bitwise_and(number, 15, out=number)
+    np.bitwise_and(number, WINDOW, out=number)
     there = number != 0
     np.add(number, below, out=number)
     np.multiply(number, there, out=number)

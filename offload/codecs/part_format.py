@@ -34,8 +34,9 @@ import torch
 
 from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout, round_up
 
-WINDOW = 15
-"""Exponents that a span's values have a number for."""
+NUMBER_BITS = 4
+WINDOW = (1 << NUMBER_BITS) - 1
+"""Exponents that a span's values have a number for; number 0 is the exponent of zero."""
 _LEAST_VALUES = 256
 """A span of fewer is not worth a window."""
 _PER_ESCAPE = 1024
@@ -56,19 +57,19 @@ class IncompressibleError(Exception):
 class FloatFormat:
     """Above the `mantissa` bits lie the exponent's `exponent` bits and the sign.
 
-    `folds`: bits of each value in each folded row: the number's, then those that the low byte has no room for.
+    `high`: what the low byte has no room for, besides the exponent: how many bits, and the lowest of them.
     """
 
     mantissa: int
     exponent: int
-    folds: tuple[int, ...]
+    high: tuple[tuple[int, int], ...] = ()
 
     @property
     def exponents(self) -> int:
         return 1 << self.exponent
 
 
-BF16, FP16 = FloatFormat(7, 8, (4,)), FloatFormat(10, 5, (4, 2, 1))
+BF16, FP16 = FloatFormat(7, 8), FloatFormat(10, 5, ((2, 8), (1, 15)))
 _FORMATS = {torch.bfloat16: BF16, torch.float16: FP16}
 
 
@@ -129,9 +130,13 @@ class PartFormat:
             )
 
 
-@lru_cache(maxsize=4096)
-def part_format(layout: BlockLayout, parts: int, index: int, plain: frozenset[str]) -> PartFormat:
-    """Of part number `index` of `parts`; the tensors `plain` are not coded."""
+@lru_cache(maxsize=1024)
+def part_formats(layout: BlockLayout, parts: int, plain: frozenset[str]) -> tuple[PartFormat, ...]:
+    """Of each of `parts`; the tensors `plain` are not coded."""
+    return tuple(_part_format(layout, parts, index, plain) for index in range(parts))
+
+
+def _part_format(layout: BlockLayout, parts: int, index: int, plain: frozenset[str]) -> PartFormat:
     shard = layout.shard_bytes(parts)
     found: list[tuple[str, int, int, FloatFormat | None]] = []
     for entry in layout.entries:
@@ -152,22 +157,20 @@ def part_format(layout: BlockLayout, parts: int, index: int, plain: frozenset[st
 
 def _row_bytes(nbytes: int, format_: FloatFormat | None) -> list[int]:
     """Of a span's low bytes and folded rows; all are multiples of 16."""
+    if format_ is None:
+        return [nbytes]
     values = nbytes // 2
-    return [nbytes] if format_ is None else [values, *(values * bits // 8 for bits in format_.folds)]
+    return [values, *(values * bits // 8 for bits in (NUMBER_BITS, *(bits for bits, _ in format_.high)))]
 
 
-def least_of_window(sampled: torch.Tensor, format_: FloatFormat) -> int:
-    """The least exponent of the window that holds most of the sampled values; zero's has a number of its own.
+def least_of_window(words: torch.Tensor, format_: FloatFormat) -> int:
+    """The least exponent of the window that holds most values of a sample; zero's has a number of its own.
 
-    Args:
-        sampled: exponents, int64.
+    `words`: the values, int16.
     """
+    stride = max(1, len(words) // _SAMPLE) | 1  # odd, so that it meets all columns of a matrix
+    sampled = words[::stride].to(torch.int64) >> format_.mantissa & (format_.exponents - 1)
     counts = torch.bincount(sampled, minlength=format_.exponents)
     counts[0] = 0
     sums = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     return int((sums[WINDOW:] - sums[:-WINDOW])[1:].argmax()) + 1
-
-
-def sample_stride(values: int) -> int:
-    """Odd, so that it meets all columns of a matrix."""
-    return max(1, values // _SAMPLE) | 1

@@ -83,9 +83,10 @@ def make_plan(
         ConfigError: the config does not fit the model.
         LaunchError: an optional package is missing.
     """
+    plain = plain or {}
     found = _describe(config, model_dir, device)
     layout = _shard(config, found, model_dir, device)
-    return RunPlan(config, layout, _place(config, found, layout, device_bytes, plain or {}), plain or {})
+    return RunPlan(config, layout, _place(config, found, layout, device_bytes, plain), plain)
 
 
 @dataclass(frozen=True)
@@ -196,14 +197,16 @@ def _place(
     plain: Mapping[str, frozenset[str]],
 ) -> MemoryPlan:
     """Where it rests, and what passes through slots."""
-    offload, model, dtypes, parts = config.offload, found.model, layout.dtypes, layout.mesh.hsdp_shard
+    offload, model, dtypes = config.offload, found.model, layout.dtypes
     home, shared = _home(config, layout.mesh), shared_tensors(model, found.blocks)
-    blocks = tuple(
-        PlannedBlock(block.name, laid_out, home, None, codec, parts)
-        for block in found.blocks
-        for laid_out in [_layout(block, dtypes, parts, shared)]
-        for codec in [_codec(config, layout.device, home, laid_out, parts, plain.get(block.name, frozenset()))]
-    )
+
+    def planned(block: FoundBlock) -> PlannedBlock:
+        parts = layout.mesh.hsdp_shard
+        laid_out = _layout(block, dtypes, parts, shared)
+        codec = _codec(config, layout.device, home, laid_out, parts, plain.get(block.name, frozenset()))
+        return PlannedBlock(block.name, laid_out, home, None, codec, parts)
+
+    blocks = tuple(map(planned, found.blocks))
     placed = {f"{b.name}.{local}" for b in blocks for entry in b.layout.entries for local in entry.names}
     outside = tuple(fqn for fqn in _all_tensors(model) if fqn not in placed)
     others: Sequence[ComponentNeed] = ()

@@ -20,6 +20,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from crossdock.offload.codecs.codec import decoded
 from crossdock.offload.memory.layout import BlockLayout
 from crossdock.offload.stream.block import StreamedBlock
 from crossdock.offload.stream.block_stream import BlockStream
@@ -271,12 +272,9 @@ class ArrivalWatch:
         block = next((block for block in self._stream.blocks if block.name == name), None)
         if block is None or not isinstance(block.source, Tensor):
             return WrongBytes(step, name)
-        held, (start, stop) = block.source, ranges[name]
-        if not block.codec.in_place:
-            parts = block.layout.slot_bytes // (stop - start)
-            travelled = held[: block.codec.travel_bytes(block.layout, parts)]
-            held = held.new_zeros(stop - start)
-            block.codec.decode(block.layout, parts, start // (stop - start), travelled, held)
+        start, stop = ranges[name]
+        parts, index = block.layout.slot_bytes // (stop - start), start // (stop - start)
+        held = decoded(block.codec, block.layout, parts, index, block.source)
         return WrongBytes(step, name, self._check.first_difference(block, held, start, stop))
 
 

@@ -7,11 +7,13 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from crossdock.offload.codecs.codec import decoded
 from crossdock.offload.codecs.part_format import IncompressibleError
 from crossdock.offload.live.discovery import move_plain_tensors
 from crossdock.offload.memory.host_memory import FOR_A_RUN, GIB, HostMemoryError, host_memory, require
@@ -162,17 +164,17 @@ class WeightLoader:
         Raises:
             EncodingRefused: of some tensors there would be more bytes: all that are known of.
         """
-        encodes = any(not block.codec.in_place for block in self._memory.blocks)
-        if store is None and not encodes:
+        if store is None and all(block.codec.in_place for block in self._memory.blocks):
             return
+        by_rank = exchange(refused, self._mesh.world)
+        if not any(by_rank):
+            return
+        if store is not None:
+            store.close()
         plain = dict(self._plan.plain)
-        for found in exchange(dict(refused), self._mesh.world):
-            for block, names in found.items():
-                plain[block] = plain.get(block, frozenset()) | names
-        if plain != dict(self._plan.plain):
-            if store is not None:
-                store.close()
-            raise EncodingRefused(plain)
+        for block, names in chain.from_iterable(found.items() for found in by_rank):
+            plain[block] = plain.get(block, frozenset()) | names
+        raise EncodingRefused(plain)
 
     def _is_there(self, block: PlannedBlock) -> bool:
         """Its bytes are the page cache's, or were found in the store."""
@@ -288,9 +290,7 @@ class WeightLoader:
         Raises:
             RuntimeError: it does not decode to what was encoded.
         """
-        found = torch.zeros_like(raw)
-        travelled = held[: block.codec.travel_bytes(block.layout, block.parts)]
-        block.codec.decode(block.layout, block.parts, place, travelled, found)
+        found = decoded(block.codec, block.layout, block.parts, place, held)
         if not torch.equal(found, raw):
             byte = int((found != raw).nonzero()[0])
             name = self._memory.tensor_at(block.name, place * len(raw) + byte)
