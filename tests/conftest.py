@@ -155,7 +155,7 @@ def gang_of() -> Iterator[Callable[[int], Gang]]:
 def ray_gang_of() -> Iterator[Callable[[int], Gang]]:
     """World size -> a running gang of Ray actors, started on first use and shared by all tests."""
     ray = pytest.importorskip("ray", reason="ray is not installed: the torchrun tests cover the same layouts")
-    from crossdock.launch.gangs.ray_gang import RayGang
+    from crossdock.launch.gangs.ray.gang import RayGang
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     gangs: dict[int, RayGang] = {}
@@ -172,6 +172,7 @@ def ray_gang_of() -> Iterator[Callable[[int], Gang]]:
             )
         if world_size not in gangs:
             gangs[world_size] = RayGang(RunConfig().launch, world_size, "cpu")
+            gangs[world_size].begin([("diffusers", "WanPipeline"), ("diffusers", "NoSuchPipeline")])
             gangs[world_size].start()
         return gangs[world_size]
 

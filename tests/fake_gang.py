@@ -85,6 +85,9 @@ class FakeGang:
         self.draw: Callable[[RequestItem, GenerateRequest], Any] = lambda item, asked: item.prompt
         self._rank = FakeRank(self)
 
+    def begin(self, classes: object = ()) -> None:
+        pass
+
     def start(self) -> None:
         self.restart()
 

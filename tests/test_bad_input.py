@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from crossdock.launch.engine.engine import choose_device
+from crossdock.launch.gangs.choose import choose_device
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import CheckpointError, ConfigError, LaunchError, RequestError, UserError
 from crossdock.runtime.models.checkpoint import MODULAR_INDEX, read_model_index

@@ -51,6 +51,9 @@ class HereGang:
         self._plant = plant
         self._edit = edit
 
+    def begin(self, classes: object = ()) -> None:
+        pass
+
     def start(self) -> None:
         pass
 

@@ -116,7 +116,7 @@ def _faulty_class(launcher: str) -> type[Any]:
     if launcher == "local":
         return FaultyLocalGang
     pytest.importorskip("ray", reason="ray is not installed: local gangs meet the same faults")
-    from crossdock.launch.gangs.ray_gang import RayGang
+    from crossdock.launch.gangs.ray.gang import RayGang
 
     class FaultyRayGang(Faulty, RayGang):
         def pid(self, rank: int) -> int:

@@ -34,7 +34,7 @@ import json, shutil, sys
 from pathlib import Path
 from ray.cluster_utils import Cluster
 from crossdock.launch import Engine
-from crossdock.launch.gangs.ray_gang import RayGang
+from crossdock.launch.gangs.ray.gang import RayGang
 from crossdock.runtime import RunConfig
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 2**27})

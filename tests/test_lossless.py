@@ -278,11 +278,22 @@ def test_a_tensor_that_would_not_get_smaller_travels_as_it_is(
     assert 0.74 < encoded["held_bytes"] / encoded["plain_bytes"] < 0.80
 
 
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"offload": {"layerwise": True, "codec": "lossless"}}, "in float32 it makes nothing much smaller; set dtype"),
+        ({"dtype": "bfloat16", "offload": {"codec": "lossless"}}, "nothing rests elsewhere or travels; set offload"),
+    ],
+)
+def test_a_codec_that_would_do_nothing_is_refused(config: dict[str, Any], reason: str, flux2_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"offload\.codec: found lossless, but {reason}.*, or codec: none"):
+        make_plan(RunConfig.parse(config), flux2_dir, "cpu")
+
+
 def test_what_is_not_worth_it_is_not_encoded(flux2_dir: Path) -> None:
-    """fp32 as it is; what stays on the device as it computes; and nothing without being asked for."""
+    """fp32 as it is; and nothing without being asked for."""
     for config in (
-        {"offload": {"layerwise": True, "codec": "lossless"}},
-        {"dtype": "bfloat16", "offload": {"codec": "lossless"}},
+        {"offload": {"layerwise": True, "codec": "auto"}},
         {"dtype": "bfloat16", "offload": {"layerwise": True, "codec": "auto"}},
         {"dtype": "bfloat16", "offload": {"layerwise": True}},
     ):

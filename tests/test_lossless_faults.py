@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import faults_in_codes as faults
 import pytest
 import torch
-from faults_in_steps import BLOCK
+from faults_in_steps import BLOCK, block_of
 from faults_in_weights import Plant
 from judged_run import STEPS, HereGang, Run
 
 from crossdock.offload.codecs import on_host
+from crossdock.offload.codecs.part_format import part_formats
+from crossdock.parallel.mesh import MeshShape
 from crossdock.runtime.config.schema import RunConfig
+from crossdock.runtime.contract.coverage import same_bits
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.rank.worker import RankWorker
 from tiers import not_quick
@@ -61,6 +65,29 @@ def test_every_fault_is_caught(flux2_dir: Path) -> None:
 
 def _name(plant: Plant) -> str:
     return next(name for name, value in vars(faults).items() if value is plant)
+
+
+def test_tables_are_compared_and_what_they_do_not_decide_is_not(flux2_dir: Path) -> None:
+    """Ranks that have encoded the same part with other tables do not start; all else is compared as it arrives."""
+    plan = _plan(flux2_dir)
+    with Run(plan, HereGang()) as run:
+        block = block_of(run.gang.worker)
+        (form,) = part_formats(block.layout, 1, block.codec.plain)
+        (healthy,) = run.ask(RankWorker.report)
+        two = replace(plan, layout=replace(plan.layout, mesh=MeshShape(dp=2)))
+        assert list(same_bits(two, [healthy, replace(healthy, rank=1)])) == []
+        for place, told in (
+            (4, True),
+            (form.values_at, True),
+            (form.escapes_at, True),
+            (form.coded[0].places[0], False),
+        ):
+            block.source[place] ^= 1
+            (changed,) = run.ask(RankWorker.report)
+            block.source[place] ^= 1
+            found = list(same_bits(two, [healthy, replace(changed, rank=1)]))
+            assert {one.where for one in found} == ({f"{BLOCK}: windows and escapes"} if told else set())
+            assert {one.rank for one in found} == ({0, 1} if told else set())
 
 
 @pytest.mark.parametrize("wrong", ["window", "escape", "number"])

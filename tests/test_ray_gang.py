@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,71 @@ from typing import Any
 import pytest
 
 from crossdock.launch.engine.engine import Engine
-from crossdock.runtime.config.schema import RunConfig
+from crossdock.runtime.config.schema import LaunchConfig, RunConfig
 from crossdock.runtime.contract.result import CompositionError
-from crossdock.runtime.errors import RankError
+from crossdock.runtime.errors import ConfigError, LaunchError, RankError
 from crossdock.runtime.watch.gang import Gang
+from fake_gang import FakeGang
+
+
+def test_ranks_have_imported_what_was_named_at_the_begin(ray_gang_of: Callable[[int], Gang]) -> None:
+    """Also where one of the names does not exist."""
+
+    def imported(worker: Any) -> bool:
+        import sys
+
+        return "diffusers.pipelines.wan.pipeline_wan" in sys.modules
+
+    assert ray_gang_of(2).collective_rpc(imported, timeout_s=60) == [True, True]
+
+
+@pytest.mark.parametrize("starts", [False, True])
+def test_it_begins_beside_its_caller(starts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who closes it meanwhile waits for the Ray that comes up, to end it; nothing is placed in it then. Who starts it
+    hears what went wrong.
+    """
+    ray = pytest.importorskip("ray")
+    from crossdock.launch.gangs.ray import gang as module
+
+    goes_on, done = threading.Event(), list[str]()
+
+    def connect(config: LaunchConfig, ranks: int) -> bool:
+        assert goes_on.wait(30)
+        return True
+
+    def place(deadline: float) -> None:
+        done.append("place")
+        raise LaunchError("no place")
+
+    monkeypatch.setattr(module, "connect", connect)
+    monkeypatch.setattr(ray, "shutdown", lambda: done.append("shutdown"))
+    gang = module.RayGang(RunConfig().launch, 1, "cpu")
+    monkeypatch.setattr(gang, "_place", place)
+    gang.begin()
+    threading.Timer(0.2, goes_on.set).start()
+    if starts:
+        with pytest.raises(LaunchError, match="no place"):
+            gang.start()
+    else:
+        gang.close()
+    assert done == (["place", "shutdown"] if starts else ["shutdown"])
+    assert gang._beginning is None
+
+
+@pytest.mark.parametrize("begins", [RuntimeError("no more processes"), None])
+def test_ranks_that_began_are_ended_where_the_plan_is_refused(begins: Exception | None, flux2_dir: Path) -> None:
+    class Began(FakeGang):
+        def begin(self, classes: object = ()) -> None:
+            assert ("diffusers", "Flux2KleinPipeline") in list(classes)  # type: ignore[call-overload]
+            if begins is not None:
+                raise begins
+
+    gang = Began()
+    config = RunConfig.parse({"parallel": {"tp_degree": 7}})
+    with pytest.raises(RuntimeError if begins else ConfigError):
+        Engine.start(config, flux2_dir, make_gang=lambda *_: gang)
+    assert gang.closed
+    assert gang.starts == 0
 
 
 def test_a_rank_that_raises_names_itself(ray_gang_of: Callable[[int], Gang]) -> None:

@@ -18,7 +18,7 @@ from tiers import thorough
 pytest.importorskip("ray")
 
 import ray_cluster
-from crossdock.launch.gangs import ray_gang
+from crossdock.launch.gangs.ray import cluster
 
 ADDRESS = "192.0.2.1:6379"
 MODE = "RAY_AUTH_MODE"
@@ -55,28 +55,28 @@ def test_what_is_sent(
         return wanted is not None and wanted != (here if mode == "token" else None)
 
     tokens = SimpleNamespace(has_token=lambda ignore_auth_mode: here is not None)
-    monkeypatch.setattr(ray_gang, "_refuses", refuses)
+    monkeypatch.setattr(cluster, "_refuses", refuses)
     loader = SimpleNamespace(instance=lambda: tokens)
-    monkeypatch.setattr(ray_gang, "_native", SimpleNamespace(AuthenticationTokenLoader=loader))
+    monkeypatch.setattr(cluster, "_native", SimpleNamespace(AuthenticationTokenLoader=loader))
     if " " in sent:
         with pytest.raises(LaunchError, match=f"launch.ray_address: the Ray cluster at {ADDRESS} {sent}"):
-            ray_gang._agree_on_a_token(ADDRESS, 5)
+            cluster._agree_on_a_token(ADDRESS, 5)
     else:
-        ray_gang._agree_on_a_token(ADDRESS, 5)
+        cluster._agree_on_a_token(ADDRESS, 5)
         assert os.environ[MODE] == sent
 
 
 def test_what_was_chosen_is_not_for_the_next_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     for asked in ({}, {MODE: "token"}):
         monkeypatch.setattr(os, "environ", dict(asked))
-        with ray_gang._own_token_mode():
+        with cluster._own_token_mode():
             os.environ[MODE] = "disabled"
         assert os.environ == asked
 
 
 _DRIVER = """
 import os, sys, ray
-from crossdock.launch.gangs.ray_gang import connect
+from crossdock.launch.gangs.ray.cluster import connect
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import LaunchError
 

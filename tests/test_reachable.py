@@ -84,15 +84,15 @@ def test_what_takes_too_long_keeps_nobody_from_leaving() -> None:
 def test_ray_loses_its_patience_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """It does not raise then: it exits."""
     ray = pytest.importorskip("ray")
-    from crossdock.launch.gangs import ray_gang
-    from crossdock.launch.gangs.ray_gang import RayGang
+    from crossdock.launch.gangs.ray import cluster
+    from crossdock.launch.gangs.ray.gang import RayGang
 
     def init(**options: object) -> None:
         raise SystemExit(15)
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr(ray_gang, "_agree_on_a_token", lambda address, timeout_s: None)  # which waits for itself
+    monkeypatch.setattr(cluster, "_agree_on_a_token", lambda address, timeout_s: None)  # which waits for itself
     with _listener() as address:
         gang = RayGang(RunConfig.parse({"launch": {"ray_address": address}}).launch, 1, "cpu")
         with pytest.raises(LaunchError, match=f"no Ray cluster answers at {address} .no answer.; start one"):

@@ -40,6 +40,9 @@ class InProcessGang:
         self.closed = False
         self.worker = RankWorker(0, 1, torch.device("cpu"))
 
+    def begin(self, classes: object = ()) -> None:
+        pass
+
     def start(self) -> None:
         self.restart()
 

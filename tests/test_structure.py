@@ -1,5 +1,5 @@
 """The halls and the rooms in them, and who may import whom: launch -> runtime -> parallel, offload, and one way between
-the rooms of each; ray in two modules; small rooms, small files.
+the rooms of each; ray in two rooms; small rooms, small files.
 """
 
 from __future__ import annotations
@@ -69,12 +69,13 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "console": set(),
         "gangs/ranks": set(),
         "gangs/local": {"gangs/ranks"},
-        "gangs": {"console", "gangs/ranks", "gangs/local"},
+        "gangs/ray": {"gangs/ranks"},
+        "gangs": {"console", "gangs/ranks", "gangs/local", "gangs/ray"},
         "hub": set(),
         "engine": {"gangs", "gangs/ranks", "hub"},
         "video_file": set(),
-        "serve": {"engine", "gangs", "gangs/ranks", "hub"},
-        "serve/web": {"engine", "serve", "video_file"},
+        "serve": {"engine", "gangs", "gangs/ranks", "gangs/ray", "hub"},
+        "serve/web": {"engine", "serve", "gangs", "video_file"},
         "commands": {"console", "hub", "gangs", "engine", "serve/web", "video_file"},
         "cli": {"console", "commands", "gangs", "gangs/ranks"},
         "torchrun": {"console", "hub", "gangs", "commands"},
@@ -169,7 +170,7 @@ def test_ray_is_imported_where_actors_are_made() -> None:
         for path in _modules(room)
         if any(name.split(".")[0] == "ray" for name in _imports(path))
     }
-    assert users == {"launch/gangs/ray_gang.py", "launch/serve/replicas.py"}
+    assert users == {"launch/gangs/ray/cluster.py", "launch/gangs/ray/gang.py", "launch/serve/replicas.py"}
 
 
 @not_quick

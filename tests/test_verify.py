@@ -275,6 +275,20 @@ FAULTS = (
         "read from another block", "single-owner", CUT.partition(".att")[0], _read_from_the_next, (*STREAMED, "hsdp")
     ),
     Fault("never read", "single-owner", "never read", lambda r: _home(r, 1, read=()), (*STREAMED, "hsdp")),
+    Fault(
+        "another code",
+        "same-bits",
+        "noise_refiner.0: expected code none, found code x",
+        lambda r: _home(r, 0, code="x"),
+        ANY,
+    ),
+    Fault(
+        "other tables",
+        "same-bits",
+        "noise_refiner.0: windows and escapes: expected checksum 0x0",
+        lambda r: _home(r, 0, tables=7),
+        ("layerwise_ulysses2_ring2",),
+    ),
     Fault("outside in a slot", "no-alias", OUTSIDE, lambda r: _tensor(r, OUTSIDE, span=_over(r.slots[1])), STREAMED),
     Fault(
         "outside over a weight",

@@ -20,8 +20,7 @@ from crossdock.launch.engine.ranks import Ranks
 from crossdock.launch.engine.recovery import RPC_S, Fault, Snapshots, Survived, brief
 from crossdock.launch.engine.request_queue import RequestQueue
 from crossdock.launch.engine.request_run import RequestHandle, RequestRun
-from crossdock.launch.gangs.choose import MakeGang, choose_gang, choose_launcher
-from crossdock.launch.gangs.ranks.environment import check_gpus
+from crossdock.launch.gangs.choose import MakeGang, choose_device, choose_gang, choose_launcher, classes_of
 from crossdock.launch.hub.locate import model_directory
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.result import ContractResult
@@ -112,7 +111,7 @@ class Engine:
             model_dir: or a hub id, `org/name[@revision]`; what is not here yet is fetched.
             gang: a started gang to run on; it is left running at `close`.
             make_gang: without `gang`, makes the engine's own; by default the one that `launch.launcher` names.
-            first_request: what is asked for first, where that is known; refused before anything is started.
+            first_request: what is asked for first, where that is known; refused before anything is loaded.
             probe: compare every byte that arrives on the devices with the checkpoint, and `probe` the numbers; these
                 also where a layout rests on what was inferred.
             rehearse: stream every block once, to compare what arrives here and not in the first step; `probe` does.
@@ -126,14 +125,21 @@ class Engine:
         """
         device = choose_device(config)
         directory = model_directory(model_dir, notify or (lambda line: None), without=config.single_files)
-        plan = make_plan(config, directory, device)
-        if first_request is not None:
-            check_request(plan, first_request)
+        ranks = gang or (make_gang or choose_gang(choose_launcher(config)))(config.launch, config.world_size, device)
+        try:
+            if gang is None:
+                ranks.begin(classes_of(directory))  # which takes longer than the plan
+                if waiting is not None:
+                    waiting("importing", 0, 0)
+            plan = make_plan(config, directory, device)
+            if first_request is not None:
+                check_request(plan, first_request)
+        except BaseException:
+            if gang is None:
+                ranks.close()
+            raise
         if notify is not None and (inferred := what_is_inferred(plan)):
             notify(inferred[0])
-        ranks = gang or (make_gang or choose_gang(choose_launcher(config)))(config.launch, config.world_size, device)
-        if gang is None and waiting is not None:
-            waiting("importing", 0, 0)
         engine = cls(plan, ranks, gang is None, notify, probe, rehearse or probe, waiting)
         try:
             engine._ranks.start(survived := Survived())
@@ -380,17 +386,3 @@ class Engine:
 
 def _split(batches: Iterable[Tensor | None]) -> list[Tensor]:
     return [one for batch in batches if batch is not None for one in torch.split(batch, 1)]
-
-
-def choose_device(config: RunConfig) -> str:
-    """ "cuda" or "cpu", from `launch.device`.
-
-    Raises:
-        LaunchError: more ranks than GPUs, on this machine; a cluster is asked when the gang starts.
-    """
-    wanted, gpus = config.launch.device, torch.cuda.device_count()
-    remote = config.launch.ray_address is not None
-    device = ("cuda" if gpus else "cpu") if wanted == "auto" else wanted
-    if device == "cuda" and not remote:
-        check_gpus(config.world_size)
-    return device

@@ -55,6 +55,24 @@ def choose_launcher(config: RunConfig, command: Command = "crossdock", verb: str
     return "ray" if wanted == "ray" or (there and several) else "local"
 
 
+def choose_device(config: RunConfig) -> str:
+    """ "cuda" or "cpu", from `launch.device`.
+
+    Raises:
+        LaunchError: more ranks than GPUs, on this machine; a cluster is asked when the gang starts.
+    """
+    import torch
+
+    from crossdock.launch.gangs.ranks.environment import check_gpus
+
+    wanted, gpus = config.launch.device, torch.cuda.device_count()
+    remote = config.launch.ray_address is not None
+    device = ("cuda" if gpus else "cpu") if wanted == "auto" else wanted
+    if device == "cuda" and not remote:
+        check_gpus(config.world_size)
+    return device
+
+
 def choose_gang(launcher: Launcher) -> MakeGang:
     """Imports what that launcher needs, and nothing else."""
     if launcher == "local":
@@ -62,7 +80,7 @@ def choose_gang(launcher: Launcher) -> MakeGang:
 
         return LocalGang
     if launcher == "ray":
-        from crossdock.launch.gangs.ray_gang import RayGang
+        from crossdock.launch.gangs.ray.gang import RayGang
 
         return RayGang
     from crossdock.launch.gangs.torchrun_gang import TorchrunGang
@@ -78,10 +96,10 @@ def begin_early(config: RunConfig, model: str) -> None:
         if choose_launcher(config) == "local":
             from crossdock.launch.gangs.local.process import begin
 
-            begin(config.world_size, config.launch.device, _classes(Path(model)))
+            begin(config.world_size, config.launch.device, classes_of(Path(model)))
 
 
-def _classes(model_dir: Path) -> list[tuple[str, str]]:
+def classes_of(model_dir: Path) -> list[tuple[str, str]]:
     """Library and class of the pipeline and its components; of what is no such directory, none."""
     try:
         index = parse_json(read_bounded(model_dir / "model_index.json", _INDEX_BYTES).decode())

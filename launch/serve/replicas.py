@@ -29,7 +29,8 @@ from crossdock.launch.engine.engine import Engine
 from crossdock.launch.engine.generation import Generation
 from crossdock.launch.engine.progress import Notify, Preview, Progress
 from crossdock.launch.gangs.ranks.reachable import GIVEN_UP, within
-from crossdock.launch.gangs.ray_gang import RayGang, connect
+from crossdock.launch.gangs.ray.cluster import connect
+from crossdock.launch.gangs.ray.gang import RayGang
 from crossdock.launch.hub.locate import fetch_here
 from crossdock.launch.serve.scheduler import DrainingError
 from crossdock.launch.serve.service import Service, State

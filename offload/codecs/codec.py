@@ -48,6 +48,9 @@ class Codec(Protocol):
             raw: uint8 `[slot_bytes / parts]`; bytes that belong to no tensor may stay what they are.
         """
 
+    def tables(self, layout: BlockLayout, parts: int, index: int, held: Tensor) -> Tensor:
+        """Of the held bytes of part number `index` those that say how the others are read; uint8."""
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -67,6 +70,9 @@ class Identity:
 
     def decode(self, layout: BlockLayout, parts: int, index: int, travelled: Tensor, raw: Tensor) -> None:
         """Nothing to do: the bytes are there."""
+
+    def tables(self, layout: BlockLayout, parts: int, index: int, held: Tensor) -> Tensor:
+        return held[:0]
 
 
 IDENTITY = Identity()

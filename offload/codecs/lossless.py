@@ -53,5 +53,10 @@ class Lossless:
         else:
             on_cuda.decode(form, travelled, raw)
 
+    def tables(self, layout: BlockLayout, parts: int, index: int, held: Tensor) -> Tensor:
+        """The windows and the escapes."""
+        form = self._forms(layout, parts)[index]
+        return torch.cat([held[: form.windows_end], held[form.escapes_at : form.nbytes]])
+
     def _forms(self, layout: BlockLayout, parts: int) -> tuple[PartFormat, ...]:
         return part_formats(layout, parts, self.plain)

@@ -108,6 +108,10 @@ class PartFormat:
         return tuple(span for span in self.spans if span.format is None)
 
     @property
+    def windows_end(self) -> int:
+        return 4 + len(self.coded)
+
+    @property
     def values_at(self) -> int:
         return self.escapes_at + 4 * self.capacity
 

@@ -1,5 +1,5 @@
-"""complete and arrives: the ranks' parts add up to the checkpoint, and what arrives on the device, and what is computed
-with in every step, is what the checkpoint has.
+"""complete, same-bits and arrives: the ranks' parts add up to the checkpoint, what is encoded is so alike, and what
+arrives on the device, and what is computed with in every step, is what the checkpoint has.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ _WRONG_BYTES = "what is at rest or the way to the device is wrong: load the mode
 _NOT_AT_REST = "what rests was written to: load the model again; if it stays, look at the host's memory"
 _ON_THE_WAY = "a load was left out or wrong, or was written over: look for a hook or an extension, else report it"
 _FILE = "load the model again, and leave its files alone while it is in use (or use offload.host: shared)"
+_ENCODED_ALIKE = "what rests was written to, or encoded by another version: load the model again on all nodes"
 _OTHER_FILE = "the checkpoint differs between nodes: copy it again"
 
 
@@ -101,6 +102,20 @@ def _shards_cover(plan: RunPlan, by_rank: dict[int, RankReport]) -> Iterator[Vio
                 elif home.rest is not None and home.rest.nbytes != held[home.block]:
                     wanted, rests = f"{held[home.block]} bytes at rest", f"{home.rest.nbytes} bytes"
                     yield Violation("complete", rank, home.block, wanted, rests, REPORT_IT)
+
+
+def same_bits(plan: RunPlan, reports: Sequence[RankReport]) -> Iterator[Violation]:
+    """Every block rests in the plan's code, and ranks that hold the same part of it have encoded it alike."""
+    codes = {block.name: block.codec.name for block in plan.memory.blocks}
+    tables: dict[tuple[str, int, int, int], dict[int, int]] = defaultdict(dict)
+    for report in reports:
+        tp = plan.layout.mesh.coordinates(report.rank)["tp"]
+        for home in report.homes:
+            if (code := codes.get(home.block, home.code)) != home.code:
+                yield Violation("same-bits", report.rank, home.block, f"code {code}", f"code {home.code}", REPORT_IT)
+            tables[home.block, tp, home.start, home.stop][report.rank] = home.tables
+    for (block, *_), found in tables.items():
+        yield from outvoted("same-bits", f"{block}: windows and escapes", found, _ENCODED_ALIKE)
 
 
 def _replicas_agree(reports: Sequence[RankReport]) -> Iterator[Violation]:

@@ -12,7 +12,7 @@ from typing import Protocol
 from crossdock.offload.stream.trace import TraceEvent
 from crossdock.runtime.contract.aliasing import no_alias
 from crossdock.runtime.contract.collectives import Issued, same_collectives
-from crossdock.runtime.contract.coverage import all_compared, all_equal, arrives, complete
+from crossdock.runtime.contract.coverage import all_compared, all_equal, arrives, complete, same_bits
 from crossdock.runtime.contract.ordering import (
     all_rehearsed,
     in_order,
@@ -31,6 +31,7 @@ CHECKS: dict[str, Callable[[RunPlan, Sequence[RankReport]], Iterable[Violation]]
     "same-schedule": same_schedule,
     "single-owner": single_owner,
     "complete": complete,
+    "same-bits": same_bits,
     "no-alias": no_alias,
     "in-order": in_order,
     "same-collectives": lambda plan, reports: same_collectives(plan.layout, reports),

@@ -69,6 +69,18 @@ def transformer_files(config: RunConfig, transformers: Sequence[str]) -> dict[st
     return {name: Path(file) for name, file in config.single_files.items()}
 
 
+def check_codec(config: RunConfig, blocks: Sequence[PlannedBlock]) -> None:
+    """Where a codec is asked for, there is something that it makes smaller."""
+    if config.offload.codec != "lossless" or not all(block.codec.in_place for block in blocks):
+        return
+    if not any(block.home.streamed for block in blocks):
+        reason = "nothing rests elsewhere or travels; set offload.layerwise: true or parallel.hsdp"
+    else:
+        dtypes = {str(entry.dtype).removeprefix("torch.") for block in blocks for entry in block.layout.entries}
+        reason = f"in {', '.join(sorted(dtypes))} it makes nothing much smaller; set dtype: bfloat16"
+    raise ConfigError(f"found lossless, but {reason}, or codec: none", "offload.codec")
+
+
 def check_pages(blocks: Sequence[PlannedBlock], stored: Mapping[str, StoredTensor]) -> None:
     """Bytes as they are stored can be streamed only where they are the bytes to be held."""
     for block in blocks:

@@ -48,6 +48,7 @@ from crossdock.runtime.models.transformers import (
 )
 from crossdock.runtime.plan.checks import (
     check_attention,
+    check_codec,
     check_degree,
     check_guidance,
     check_pages,
@@ -207,6 +208,8 @@ def _place(
         return PlannedBlock(block.name, laid_out, home, None, codec, parts)
 
     blocks = tuple(map(planned, found.blocks))
+    if not plain:
+        check_codec(config, blocks)
     placed = {f"{b.name}.{local}" for b in blocks for entry in b.layout.entries for local in entry.names}
     outside = tuple(fqn for fqn in _all_tensors(model) if fqn not in placed)
     others: Sequence[ComponentNeed] = ()

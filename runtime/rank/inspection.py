@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from xxhash import xxh3_64_intdigest
 
 from crossdock.offload.live.discovery import named_plain_tensors
 from crossdock.offload.live.foreign import foreign_mechanisms
 from crossdock.offload.live.resting import is_resting
 from crossdock.offload.memory.layout import local_part
+from crossdock.offload.stream.block import StreamedBlock
 from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.plan.memory_plan import PlannedBlock
@@ -147,9 +149,20 @@ def record_homes(
             memory_span(stays[block.name]) if block.name in stays else None,
             () if isinstance(block.source, Tensor) else memory_spans(piece.source for piece in block.source),
             reads.get(block.name, ()),
+            block.codec.name,
+            _tables(planned[block.name], block, ranges[block.name][0]),
         )
         for block in stream.blocks
     )
+
+
+def _tables(planned: PlannedBlock, block: StreamedBlock, start: int) -> int:
+    """`start`: of the bytes of its slot that this rank holds."""
+    if not isinstance(block.source, Tensor) or block.codec.in_place:
+        return 0
+    index = start // planned.layout.shard_bytes(planned.parts)
+    tables = block.codec.tables(planned.layout, planned.parts, index, block.source)
+    return xxh3_64_intdigest(tables.cpu().numpy().tobytes())
 
 
 def device_weight_bytes(models: Iterable[nn.Module], device: torch.device) -> int:

@@ -60,7 +60,8 @@ class HomeRecord:
     """Where one block rests. `start` and `stop` are the bytes of its `slot_bytes` that this rank holds, maybe encoded.
 
     `rest` is where it lies, None in the page cache, where it is scattered: `pages`. `stays` is the device memory that
-    the block has for itself, None where it shares a slot. `read` is what the copies of its loads really read in the
+    the block has for itself, None where it shares a slot. `code` is the name of what encodes it, `tables` a checksum of
+    the bytes that say how the others are read. `read` is what the copies of its loads really read in the
     request, or those of the last one before it.
     """
 
@@ -74,6 +75,8 @@ class HomeRecord:
     stays: MemorySpan | None
     pages: tuple[MemorySpan, ...]
     read: tuple[MemorySpan, ...]
+    code: str
+    tables: int
 
     @property
     def held_bytes(self) -> int:

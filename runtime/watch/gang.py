@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from crossdock.runtime.reports.status import RankStatus
@@ -27,6 +27,14 @@ class Gang(Protocol):
         """The rank that this process is, where every rank runs the program that calls: all have to make the same calls
         in the same order. None: the ranks are elsewhere, and any thread may call, one at a time, but for `rpc` and
         `close`, which may come while a collective call is under way.
+        """
+
+    def begin(self, classes: Sequence[tuple[str, str]] = ()) -> None:
+        """Let the ranks come up and import while the caller does something else. `start` waits for them, and says what
+        is wrong; it does not need this, and `close` is owed after either.
+
+        Args:
+            classes: library and name of what the ranks are going to need.
         """
 
     def start(self) -> None:

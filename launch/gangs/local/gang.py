@@ -53,6 +53,10 @@ class LocalGang:
     can_restart = True
     own_rank = None
 
+    def begin(self, classes: Sequence[tuple[str, str]] = ()) -> None:
+        if self._server is None:
+            self._server = begun(self.world_size, self._device, classes)
+
     def start(self) -> None:
         if self._device == "cuda":
             check_gpus(self.world_size)
@@ -62,9 +66,9 @@ class LocalGang:
         deadline = time.monotonic() + self._config.timeouts.launch_s
         try:
             self._end_ranks()
-            if self._server is None:
-                self._server = begun(self.world_size, self._device)
-                self._server.await_up(deadline)
+            self.begin()
+            assert self._server is not None
+            self._server.await_up(deadline)
             self._ranks = _Ranks(self._server, self.world_size, self._device)
             self._meet(deadline)
         except RankError:  # may be tried again, with the same server

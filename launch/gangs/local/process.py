@@ -47,10 +47,10 @@ def begin(world_size: int, device: str, classes: Iterable[tuple[str, str]]) -> N
     _early[world_size, device] = ServerProcess(forked_environment(world_size, device), list(classes))
 
 
-def begun(world_size: int, device: str) -> ServerProcess:
+def begun(world_size: int, device: str, classes: Iterable[tuple[str, str]] = ()) -> ServerProcess:
     """The one that was started early, or a new one."""
     early = _early.pop((world_size, device), None) or _early.pop((world_size, "auto"), None)
-    return early or ServerProcess(forked_environment(world_size, device))
+    return early or ServerProcess(forked_environment(world_size, device), list(classes))
 
 
 def _imported() -> set[str]:

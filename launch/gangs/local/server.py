@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 import cloudpickle
 
 from crossdock.launch.gangs.local.channel import ANSWER, CALL, ERROR, HEADER, PACKET_BYTES
-from crossdock.launch.gangs.ranks.host import RankHost
+from crossdock.launch.gangs.ranks.host import RankHost, import_classes
 from crossdock.runtime.errors import CrossdockError, RankError
 from crossdock.runtime.rank.weights.kept_stores import ANSWER_S, KeptStores, StoreHolder
 from crossdock.runtime.watch.faults import rank_error
@@ -53,9 +53,7 @@ def main(control: int, launcher: int, modules: Sequence[str], classes: Sequence[
     for number in (signal.SIGTERM, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     _import(("torch", "diffusers", "transformers", *modules))
-    for library, name in classes:
-        with contextlib.suppress(Exception):
-            getattr(importlib.import_module(library), name)
+    import_classes(classes)
     _name("server")
     with socket.socket(fileno=control) as connection:
         connection.send(b'{"number": 0}')

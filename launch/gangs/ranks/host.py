@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
@@ -16,6 +18,13 @@ from crossdock.runtime.rank.weights.kept_stores import StoreHolder
 from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.reports.status import RankStatus
 from crossdock.runtime.watch.faults import rank_error
+
+
+def import_classes(classes: Sequence[tuple[str, str]]) -> None:
+    """Library and name of each. What is not there is said where it is needed."""
+    for library, name in classes:
+        with contextlib.suppress(Exception):
+            getattr(importlib.import_module(library), name)
 
 
 class RankHost:

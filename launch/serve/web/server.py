@@ -19,9 +19,10 @@ from types import FrameType
 
 import uvicorn
 
-from crossdock.launch.engine.engine import Engine, choose_device
+from crossdock.launch.engine.engine import Engine
 from crossdock.launch.engine.generation import Generation
 from crossdock.launch.engine.progress import Notify
+from crossdock.launch.gangs.choose import choose_device
 from crossdock.launch.serve.job_runner import JobRunner
 from crossdock.launch.serve.jobs import JobStore
 from crossdock.launch.serve.metrics import Metrics

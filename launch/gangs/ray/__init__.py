@@ -1,0 +1,1 @@
+"""Ranks that are Ray's actors, on one machine or in a cluster."""
