@@ -240,6 +240,12 @@ def test_no_bit_of_a_picture_changes(layout: str, gang_of: Callable[[int], Gang]
                 share = other[figure] / one[figure]
                 print(f"rank {one['rank']}: {figure} {share:.3f} of plain")
                 assert share <= 0.76
+        for name, plain_bytes in one["components"].items():
+            coded = other["components"][name]
+            shares = [coded[each] / plain_bytes[each] for each in ("held_bytes", "h2d_bytes")]
+            print(f"rank {one['rank']}: {name} at rest {shares[0]:.3f}, copied {shares[1]:.3f} of plain")
+            assert coded["slot_bytes"] == plain_bytes["slot_bytes"]
+            assert max(shares) < 1 if name == "text_encoder" else shares == [1, 1]  # VAEs rest as they compute
 
 
 def _with_noise(checkpoint: Path, copy: Path) -> tuple[Path, str, str]:

@@ -15,9 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from crossdock.offload.memory.layout import BlockLayout
+from crossdock.offload.memory.layout import BlockLayout, TensorEntry
 
 
 class Codec(Protocol):
@@ -48,6 +49,9 @@ class Codec(Protocol):
             raw: uint8 `[slot_bytes / parts]`; bytes that belong to no tensor may stay what they are.
         """
 
+    def tensor_bytes(self, layout: BlockLayout, entry: TensorEntry, held: Tensor) -> Tensor:
+        """One tensor of a block of one part, which rests in `held` on the host: its bytes there, or a copy; uint8."""
+
     def tables(self, layout: BlockLayout, parts: int, index: int, held: Tensor) -> Tensor:
         """Of the held bytes of part number `index` those that say how the others are read; uint8."""
 
@@ -71,6 +75,9 @@ class Identity:
     def decode(self, layout: BlockLayout, parts: int, index: int, travelled: Tensor, raw: Tensor) -> None:
         """Nothing to do: the bytes are there."""
 
+    def tensor_bytes(self, layout: BlockLayout, entry: TensorEntry, held: Tensor) -> Tensor:
+        return held[entry.offset : entry.offset + entry.nbytes]
+
     def tables(self, layout: BlockLayout, parts: int, index: int, held: Tensor) -> Tensor:
         return held[:0]
 
@@ -78,7 +85,7 @@ class Identity:
 IDENTITY = Identity()
 
 
-def staging_bytes(codec: Codec, layout: BlockLayout, parts: int) -> int:
+def staging_bytes(codec: Codec, layout: BlockLayout, parts: int = 1) -> int:
     """Device memory in which a block's travelled bytes wait to be decoded."""
     return 0 if codec.in_place else parts * codec.travel_bytes(layout, parts)
 
@@ -88,6 +95,27 @@ def decode_all(codec: Codec, layout: BlockLayout, parts: int, travelled: Tensor,
     size, shard = codec.travel_bytes(layout, parts), layout.shard_bytes(parts)
     for index in range(parts):
         codec.decode(layout, parts, index, travelled[index * size :][:size], slot[index * shard :][:shard])
+
+
+class WrongCodeError(RuntimeError):
+    """What was encoded does not decode to what it was; `byte` is the first that differs."""
+
+    def __init__(self, codec: Codec, byte: int) -> None:
+        super().__init__(f"codec {codec.name} does not decode to the bytes that it has encoded")
+        self.byte = byte
+
+
+def encoded(codec: Codec, layout: BlockLayout, parts: int, index: int, raw: Tensor) -> Tensor:
+    """`Codec.encode`, and the check that it decodes to `raw`, all of it.
+
+    Raises:
+        WrongCodeError: it does not.
+    """
+    held = codec.encode(layout, parts, index, raw)
+    found = decoded(codec, layout, parts, index, held)
+    if not torch.equal(found, raw):
+        raise WrongCodeError(codec, int((found != raw).nonzero()[0]))
+    return held
 
 
 def decoded(codec: Codec, layout: BlockLayout, parts: int, index: int, held: Tensor) -> Tensor:

@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 
 from crossdock.offload.codecs import on_cuda, on_host
+from crossdock.offload.codecs.codec import IDENTITY, Codec
 from crossdock.offload.codecs.part_format import PartFormat, part_formats
-from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout, round_up
+from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout, TensorEntry, round_up
+
+WORTH_ENCODING = 0.95
+"""A block is encoded where what travels is at most this share of it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,14 @@ class Lossless:
         else:
             on_cuda.decode(form, travelled, raw)
 
+    def tensor_bytes(self, layout: BlockLayout, entry: TensorEntry, held: Tensor) -> Tensor:
+        (form,) = self._forms(layout, 1)
+        out = torch.empty(round_up(entry.nbytes, ALIGNMENT), dtype=torch.uint8)
+        for span in form.spans:
+            if span.name == entry.name:
+                on_host.decode_span(form, span, held.numpy(), out.numpy())
+        return out[: entry.nbytes]
+
     def tables(self, layout: BlockLayout, parts: int, index: int, held: Tensor) -> Tensor:
         """The windows and the escapes."""
         form = self._forms(layout, parts)[index]
@@ -60,3 +72,10 @@ class Lossless:
 
     def _forms(self, layout: BlockLayout, parts: int) -> tuple[PartFormat, ...]:
         return part_formats(layout, parts, self.plain)
+
+
+def lossless(layout: BlockLayout, parts: int = 1, plain: frozenset[str] = frozenset()) -> Codec:
+    """For a block: `Lossless`, where that is worth it."""
+    codec = Lossless(plain)
+    worth = codec.travel_bytes(layout, parts) <= WORTH_ENCODING * layout.shard_bytes(parts)
+    return codec if worth else IDENTITY

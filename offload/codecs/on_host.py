@@ -46,20 +46,26 @@ def encode(form: PartFormat, raw: _Bytes, out: _Bytes, threads: int = 1) -> None
 
 def decode(form: PartFormat, part: _Bytes, target: _Bytes) -> None:
     """`target`: the part as it computes, all of it but what belongs to no tensor."""
-    for number, span in enumerate(form.coded):
-        assert span.format is not None
-        words = target[span.start : span.stop].view(np.uint16)
-        lows, numbers, *folds = (part[at:] for at in span.places)
-        below = np.uint8((int(part[4 + number]) - 1) & 0xFF)
-        if span.format is BF16:
-            _decode_bf16(lows, numbers, below, words)
-        else:
-            _decode_with_high_bits(span.format, lows, numbers, folds, below, words)
-    for span in form.plain:
-        np.copyto(target[span.start : span.stop], part[span.places[0] :][: span.stop - span.start])
+    for span in form.spans:
+        _decode_span(form, span, part, target[span.start : span.stop])
+    places, values = _escapes(form, part)
+    target.view(np.uint16)[places] = values
+
+
+def decode_span(form: PartFormat, span: Span, part: _Bytes, target: _Bytes) -> None:
+    """`target`: the span alone, as it computes."""
+    _decode_span(form, span, part, target)
+    if span.format is not None:
+        places, values = _escapes(form, part)
+        mine = slice(*np.searchsorted(places, (span.start // 2, span.stop // 2)))
+        target.view(np.uint16)[places[mine] - span.start // 2] = values[mine]
+
+
+def _escapes(form: PartFormat, part: _Bytes) -> tuple[_Places, _Words]:
+    """Their places, in ascending order, and their values."""
     count = int(part[:4].view(np.int32)[0])
     places = part[form.escapes_at :][: 4 * count].view(np.int32)
-    target.view(np.uint16)[places] = part[form.values_at :][: 2 * count].view(np.uint16)
+    return places, part[form.values_at :][: 2 * count].view(np.uint16)
 
 
 # -- encoding --------------------------------------------------------------------------------------------------------
@@ -112,6 +118,20 @@ def _folding(words: _Words, fold: _Bytes, bits: int) -> Iterator[tuple[slice, _B
 
 
 # -- decoding --------------------------------------------------------------------------------------------------------
+
+
+def _decode_span(form: PartFormat, span: Span, part: _Bytes, target: _Bytes) -> None:
+    """All of it but its escapes."""
+    if span.format is None:
+        np.copyto(target, part[span.places[0] :][: len(target)])
+        return
+    words = target.view(np.uint16)
+    lows, numbers, *folds = (part[at:] for at in span.places)
+    below = np.uint8((int(part[4 + form.number_of[span]]) - 1) & 0xFF)
+    if span.format is BF16:
+        _decode_bf16(lows, numbers, below, words)
+    else:
+        _decode_with_high_bits(span.format, lows, numbers, folds, below, words)
 
 
 def _decode_bf16(lows: _Bytes, numbers: _Bytes, below: np.uint8, words: _Words) -> None:

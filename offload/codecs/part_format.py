@@ -104,6 +104,11 @@ class PartFormat:
         return tuple(span for span in self.spans if span.format is not None)
 
     @cached_property
+    def number_of(self) -> dict[Span, int]:
+        """Of each coded span."""
+        return {span: number for number, span in enumerate(self.coded)}
+
+    @cached_property
     def plain(self) -> tuple[Span, ...]:
         return tuple(span for span in self.spans if span.format is None)
 

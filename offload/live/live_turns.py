@@ -65,7 +65,13 @@ class LiveTurns(Turns):
         super().__init__(blocks)
         self._device, self._engine = device, engine
         self._states = [
-            _State(list(_leaves(block)), block.tensors(), block.apart(), list(_statistics(block))) for block in blocks
+            _State(
+                list(_leaves(block)),
+                block.tensors(),
+                block.apart() if block.rests_plain else [],
+                list(_statistics(block)),
+            )
+            for block in blocks
         ]
         key = RemovableHandle(OrderedDict()).id
         shared = Counter(id(module) for block in blocks if block.is_called for module in block.module.modules())
@@ -135,7 +141,7 @@ class LiveTurns(Turns):
         return before != state.host_versions
 
     def hosts(self, index: int) -> Sequence[Tensor]:
-        """The block's tensors where they rest, one per entry of its layout."""
+        """The block's tensors where they rest, one per entry of its layout; empty: it rests encoded."""
         return self._states[index].hosts
 
     def finish(self) -> None:

@@ -17,22 +17,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from types import TracebackType
 from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from crossdock.offload.codecs.codec import IDENTITY
+from crossdock.offload.codecs.codec import IDENTITY, Codec, encoded, staging_bytes
+from crossdock.offload.codecs.part_format import IncompressibleError
 from crossdock.offload.live.discovery import (
     FoundBlock,
     PlainTensor,
     discover_blocks,
     move_plain_tensors,
-    shared_storage,
 )
 from crossdock.offload.live.foreign import refuse_foreign
 from crossdock.offload.live.live_turns import Instead, LiveTurns
+from crossdock.offload.live.parts import codec_of, component_layouts, held_bytes
 from crossdock.offload.live.resting import ATTACHED, LiveModelError, Place, lay_down, take_up
 from crossdock.offload.memory.arena import Arena
 from crossdock.offload.memory.copy_engine import CopyEngine, make_copy_engine
@@ -76,6 +78,9 @@ class LayerwiseOffloader:
             model moves as one.
         outside: what belongs to no block stays on the device ("resident"), or is there inside `present` ("held").
         arena: device memory that is shared with other components; by default memory of its own.
+        codec: "lossless" lets blocks of bf16 and fp16 weights rest and travel as fewer bytes, decoded in their slots to
+            the same bits; those that it makes smaller, and that hold no DTensor. Their tensors at rest are read, not
+            written.
 
     Raises:
         DiscoveryError: the block lists are not to be found, or make no sense.
@@ -96,14 +101,19 @@ class LayerwiseOffloader:
         outside: Literal["resident", "held"] = "resident",
         arena: Arena | None = None,
         engine: CopyEngine | None = None,
+        codec: Literal["none", "lossless"] = "none",
     ) -> None:
         refuse_foreign(model, device)
         found = [] if stacks is not None and not stacks else discover_blocks(model, stacks)
         layouts, rest = component_layouts(model, found)
+        codecs = [codec_of(layout, codec == "lossless") for layout in layouts]
         sizes = [layout.slot_bytes for layout in layouts]
+        travel_sizes = [each.travel_bytes(layout, 1) for each, layout in zip(codecs, layouts, strict=True)]
+        staging = max(map(staging_bytes, codecs, layouts), default=0)
         if budget_bytes is not None:
-            budget_bytes = _for_blocks(budget_bytes, rest.slot_bytes, minimum_bytes(sizes, (prefetch,)))
-        self._residency = plan_residency(sizes, assumed_costs(sizes), budget_bytes, (prefetch,))
+            budget_bytes = _for_blocks(budget_bytes, rest.slot_bytes + staging, minimum_bytes(sizes, (prefetch,)))
+        costs = assumed_costs(sizes, travel_sizes)
+        self._residency = plan_residency(sizes, costs, budget_bytes, (prefetch,), travel_sizes)
         self._order = tuple(range(len(sizes)))
         self._budget_bytes, self._prefetch = budget_bytes, prefetch
         self._device = device
@@ -116,10 +126,10 @@ class LayerwiseOffloader:
         self._engine = engine or make_copy_engine(device)
         with ExitStack() as undo:
             undo.callback(self._give_back)
-            blocks = self._place(model, found, layouts, rest)
+            blocks = self._place(model, found, layouts, rest, codecs)
             self._plain = move_plain_tensors(model, device)
             if arena is None and budget_bytes is not None:  # all of it: another choice may need more than this one
-                arena = Arena(min(budget_bytes, sum(sizes)) + (rest.slot_bytes if self._held else 0), device)
+                arena = Arena(min(budget_bytes, sum(sizes)) + staging + (rest.slot_bytes if self._held else 0), device)
             turns = LiveTurns(blocks, device, self._engine, lambda index: self.stream.turn(index))
             self.stream = BlockStream(
                 blocks,
@@ -174,7 +184,7 @@ class LayerwiseOffloader:
         costs = measured_costs(self.stream.trace(), [block.name for block in blocks], travel_sizes)
         if costs is None:
             return None
-        better = plan_residency(sizes, costs, self._budget_bytes, (self._prefetch,))
+        better = plan_residency(sizes, costs, self._budget_bytes, (self._prefetch,), travel_sizes)
         if order == self._order:  # else the slots are not even in the order of the run
             now_s = steady_step_s(costs, self._residency.resident, self._residency.schedule)
             if better.step_s > now_s * (1 - WORTHWHILE):
@@ -270,14 +280,22 @@ class LayerwiseOffloader:
         self.remove()
 
     def _place(
-        self, model: nn.Module, found: Sequence[FoundBlock], layouts: Sequence[BlockLayout], rest: BlockLayout
+        self,
+        model: nn.Module,
+        found: Sequence[FoundBlock],
+        layouts: Sequence[BlockLayout],
+        rest: BlockLayout,
+        codecs: Sequence[Codec],
     ) -> list[StreamedBlock]:
         """The bytes of the blocks and of the rest, copied to where they will rest."""
-        needed = sum(map(held_bytes, [*layouts, *([rest] if self._held else [])]))
+        needed = sum(map(held_bytes, layouts, codecs)) + (held_bytes(rest) if self._held else 0)
         require(needed, f"{type(model).__name__}: a host copy of its weights", host_memory(), _WAY_OUT)
-        blocks = [self._on_host(block.name, block.module, layout) for block, layout in zip(found, layouts, strict=True)]
+        blocks = [
+            self._on_host(block.name, block.module, layout, codec)
+            for block, layout, codec in zip(found, layouts, codecs, strict=True)
+        ]
         if self._held:
-            return [*blocks, self._on_host(OUTSIDE, model, rest, is_called=False)]
+            return [*blocks, self._on_host(OUTSIDE, model, rest, IDENTITY, is_called=False)]
         return [*blocks, _on_device(model, rest, self._device)]
 
     def _lend(self, blocks: Sequence[StreamedBlock], turns: LiveTurns) -> None:
@@ -285,73 +303,67 @@ class LayerwiseOffloader:
         lent = [
             _Lent(tensor, local_part(tensor).device, entry, block, host, partial(turns.finish_block, index))
             for index, block in enumerate(blocks)
-            for entry, tensor, host in zip(block.layout.entries, block.tensors(), turns.hosts(index), strict=True)
+            for entry, tensor, host in zip_longest(block.layout.entries, block.tensors(), turns.hosts(index))
         ]
         self.stream.attach()
         for tensor in lent:
             self._lent.append(tensor)
             tensor.lend(self._device)
 
-    def _on_host(self, name: str, module: nn.Module, layout: BlockLayout, is_called: bool = True) -> StreamedBlock:
-        """One store per block, so that `remove` never holds the model twice."""
-        store = HostStore.create(held_bytes(layout), name="crossdock-component")
+    def _on_host(
+        self, name: str, module: nn.Module, layout: BlockLayout, codec: Codec, is_called: bool = True
+    ) -> StreamedBlock:
+        """One store per block, so that `remove` never holds the model twice. What the codec makes no smaller after all
+        rests as it is.
+        """
+        held = None
+        if not codec.in_place:
+            raw = torch.zeros(layout.slot_bytes, dtype=torch.uint8)
+            layout.pack(module, raw)
+            try:
+                held = encoded(codec, layout, 1, 0, raw.to(self._device))
+            except IncompressibleError:
+                codec = IDENTITY
+        store = HostStore.create(held_bytes(layout, codec), name="crossdock-component")
         self._stores.append(store)
-        layout.pack(module, store.bytes)
+        if held is None:
+            layout.pack(module, store.bytes)
+        else:
+            store.bytes.copy_(held)
         if self._device.type == "cuda":
             store.register()
-        return StreamedBlock(name, module, layout, Home.HOST, store.bytes, is_called)
+        return StreamedBlock(name, module, layout, Home.HOST, store.bytes, is_called, codec)
 
 
 @dataclass(frozen=True)
 class _Lent:
-    """A tensor of the model whose bytes rest elsewhere while the offloader is attached."""
+    """A tensor of the model whose bytes rest elsewhere while the offloader is attached.
+
+    `host`: the very memory; None where the block rests encoded.
+    """
 
     tensor: Tensor
     device: torch.device
     entry: TensorEntry
     block: StreamedBlock
 
-    host: Tensor
+    host: Tensor | None
     finish: Callable[[], None]
 
     def lend(self, device: torch.device) -> None:
-        set_local_part(self.tensor, self.host)
+        set_local_part(self.tensor, self.entry.hollow() if self.host is None else self.host)
         name = f"{self.block.name}.{self.entry.name}" if self.block.is_called else self.entry.name
-        lay_down(self.tensor, Place(name, self.host, device, self.finish))
+        lay_down(self.tensor, Place(name, self.host, self._decoded, device, self.finish))
 
     def give_back(self) -> None:
+        set_local_part(self.tensor, self.entry.of(self._bytes().to(self.device, copy=self.host is not None)))
+
+    def _bytes(self) -> Tensor:
         assert isinstance(self.block.source, Tensor)
-        raw = self.block.source[self.entry.offset : self.entry.offset + self.entry.nbytes]
-        own = raw.to(self.device, copy=True).view(self.entry.dtype)
-        set_local_part(self.tensor, own.as_strided(self.entry.shape, self.entry.stride))
+        return self.block.codec.tensor_bytes(self.block.layout, self.entry, self.block.source)
 
-
-def held_bytes(layout: BlockLayout) -> int:
-    """Of a block's, or of the outside's, host copy: a live model's weights rest as they compute."""
-    return IDENTITY.held_bytes(layout, 1)
-
-
-def component_layouts(model: nn.Module, found: Sequence[FoundBlock]) -> tuple[list[BlockLayout], BlockLayout]:
-    """Layouts of the blocks, and of everything else. Meta tensors will do.
-
-    What two blocks share, or a block and the rest, is placed once, outside: by identity of the storage, not by name.
-    """
-    shared = shared_tensors(model, found)
-    layouts = [BlockLayout.of(block.module, without=shared) for block in found]
-    inside = {id(t) for block in found for t in _tensors(block.module)} - shared
-    return layouts, BlockLayout.of(model, without=inside)
-
-
-def shared_tensors(model: nn.Module, found: Sequence[FoundBlock]) -> frozenset[int]:
-    """`id`s of the tensors whose storage belongs to more than one block, or to a block and the rest."""
-    names = {name for pair in shared_storage(model, found) for name in (pair.fqn, pair.other_fqn)}
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return frozenset(id(tensor) for name, tensor in named if name in names)
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
+    def _decoded(self) -> Tensor:
+        return self.entry.of(self._bytes())
 
 
 def _on_device(model: nn.Module, layout: BlockLayout, device: torch.device) -> StreamedBlock:

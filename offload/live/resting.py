@@ -7,14 +7,15 @@ dtype, shape or memory is refused: the block would go on being streamed as it wa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 _VIEWS = {"data", "T", "mT", "H", "mH", "real", "imag"}
 """Attributes that are tensors over the same memory; the others tell what a tensor is, not what it holds."""
@@ -31,15 +32,41 @@ class Place:
 
     Attributes:
         name: from the model.
-        host: the very memory.
+        host: the very memory; None where the block rests encoded.
+        decoded: makes a copy of it then.
         device: where it computes in its turns.
         finish: waits until what the block wrote has come back.
     """
 
     name: str
-    host: Tensor
+    host: Tensor | None
+    decoded: Callable[[], Tensor]
     device: torch.device
     finish: Callable[[], None]
+
+    def read(self) -> Tensor:
+        self.finish()
+        if self.host is not None:
+            return self.host
+        with torch.inference_mode(False):
+            return self.decoded()
+
+    def write(self, value: Tensor) -> None:
+        if self.host is None:
+            raise LiveModelError(
+                f"{self.name} rests encoded and is not written to alone: change its block inside "
+                "gathered(..., write_back=True), or attach without codec"
+            )
+        self.host.copy_(value)
+
+    def shown(self, tensor: Tensor) -> Tensor:
+        """A view of what `read` returned: where that was a copy, one that is not written to."""
+        if self.host is not None:
+            return tensor
+        with torch._C.DisableTorchFunctionSubclass():
+            shown = tensor.as_subclass(ReadOnly)
+        shown.place = self
+        return shown
 
 
 class _Resting:
@@ -74,6 +101,28 @@ class RestingBuffer(_Resting, Tensor):
     """A buffer at rest."""
 
 
+class ReadOnly(Tensor):
+    """Over a copy of what rests encoded: what was written to it would be lost, and is refused."""
+
+    place: Place
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        leaves, spec = tree_flatten((args, kwargs or {}))
+        places = {id(leaf): leaf.place for leaf in leaves if isinstance(leaf, ReadOnly)}
+        with torch._C.DisableTorchFunctionSubclass():
+            used = {id(leaf): leaf.as_subclass(Tensor) for leaf in leaves if id(leaf) in places}
+        versions = {key: tensor._version for key, tensor in used.items()}
+        plain_args, plain_kwargs = tree_unflatten([used.get(id(leaf), leaf) for leaf in leaves], spec)
+        result = func(*plain_args, **plain_kwargs)
+        for key, tensor in used.items():
+            if tensor._version != versions[key]:
+                places[key].write(tensor)
+        return _shown(result, used, places)
+
+
 ATTACHED: WeakSet[nn.Module] = WeakSet()
 """All modules of the models that are being streamed."""
 _CLASSES: dict[type, type] = {nn.Parameter: RestingParameter, Tensor: RestingBuffer}
@@ -99,8 +148,7 @@ def take_up(tensor: Tensor) -> None:
 
 def _plain(tensor: Any) -> Tensor:
     """What rests, as a plain tensor or parameter over the very memory."""
-    tensor.place.finish()
-    host: Tensor = tensor.place.host.detach()
+    host: Tensor = tensor.place.read().detach()
     return nn.Parameter(host, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else host
 
 
@@ -109,8 +157,8 @@ def _attribute(func: Any, name: str, tensor: Any, *value: Any) -> Any:
     if name == "data" and value:
         return _exchange(place, value[0])
     if name in _VIEWS:
-        place.finish()
-        return place.host.detach() if name == "data" else getattr(place.host, name)
+        rests = place.read()
+        return place.shown(rests.detach() if name == "data" else getattr(rests, name))
     if name == "device":
         return place.device
     with torch._C.DisableTorchFunctionSubclass():
@@ -119,33 +167,52 @@ def _attribute(func: Any, name: str, tensor: Any, *value: Any) -> Any:
 
 def _exchange(place: Place, value: Tensor) -> None:
     """`tensor.data = value`."""
-    host = place.host
-    if (value.dtype, value.shape) != (host.dtype, host.shape):
+    rests = place.read()
+    if (value.dtype, value.shape) != (rests.dtype, rests.shape):
         raise LiveModelError(
-            f"{place.name} is streamed as {host.dtype} {[*host.shape]} and cannot become {value.dtype} "
+            f"{place.name} is streamed as {rests.dtype} {[*rests.shape]} and cannot become {value.dtype} "
             f"{[*value.shape]}: call the offloader's remove(), change the model, attach it again"
         )
-    place.finish()
-    if value.data_ptr() != host.data_ptr():
-        host.copy_(value)
+    if value.data_ptr() != rests.data_ptr():
+        place.write(value)
 
 
 def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """With what rests in place of the tensors at rest, or with copies of it where the other tensors are.
 
-    What the function changed of a copy is written to where it rests. A view that it makes of a copy is a copy.
+    What the function changed of a copy is written to where it rests. A view that it makes of a copy is a copy; of what
+    was decoded, one that is not written to.
     """
     leaves, spec = tree_flatten((args, kwargs))
     places = {id(leaf): leaf.place for leaf in leaves if is_resting(leaf)}
     others = {leaf.device for leaf in leaves if isinstance(leaf, Tensor) and not is_resting(leaf)}
-    used: dict[int, Tensor] = {}
-    for key, place in places.items():
-        place.finish()
-        used[key] = place.host.to(place.device) if place.device in others else place.host
+    with torch.inference_mode(False):  # whose tensors do not tell when they are written to
+        used = {
+            key: place.read().to(place.device) if place.device in others else place.read()
+            for key, place in places.items()
+        }
     versions = {key: tensor._version for key, tensor in used.items()}
     plain_args, plain_kwargs = tree_unflatten([used.get(id(leaf), leaf) for leaf in leaves], spec)
     result = func(*plain_args, **plain_kwargs)
     for key, tensor in used.items():
         if tensor is not places[key].host and tensor._version != versions[key]:
-            places[key].host.copy_(tensor)
-    return next((leaf for leaf in leaves if id(leaf) in used and result is used[id(leaf)]), result)
+            places[key].write(tensor)
+    own = next((leaf for leaf in leaves if id(leaf) in used and result is used[id(leaf)]), None)
+    return _shown(result, {key: used[key] for key in used if places[key].host is None}, places) if own is None else own
+
+
+def _shown(result: Any, decoded: Mapping[int, Tensor], places: Mapping[int, Place]) -> Any:
+    """What is over the memory of a decoded copy is not written to: it would be lost."""
+    if not decoded:
+        return result
+    owners = {tensor.untyped_storage().data_ptr(): places[key] for key, tensor in decoded.items()}
+
+    def show(found: Any) -> Any:
+        if isinstance(found, np.ndarray):
+            found.flags.writeable = False
+        elif type(found) is Tensor and not found.is_meta:
+            place = owners.get(found.untyped_storage().data_ptr())
+            return found if place is None else place.shown(found)
+        return found
+
+    return tree_map(show, result)

@@ -92,15 +92,23 @@ class TensorEntry:
     def name(self) -> str:
         return self.names[0]
 
+    def of(self, raw: Tensor) -> Tensor:
+        """This rank's part of the tensor, over its bytes (uint8, `nbytes`)."""
+        return raw.view(self.dtype).as_strided(self.shape, self.stride)
+
     def view(self, memory: Tensor) -> Tensor:
         """This rank's part of the tensor inside `memory` (uint8, the block's whole byte range); no copy."""
-        raw = memory[self.offset : self.offset + self.nbytes].view(self.dtype)
-        return raw.as_strided(self.shape, self.stride)
+        return self.of(memory[self.offset : self.offset + self.nbytes])
 
     def apart(self, memory: Tensor) -> Tensor:
         """`view` in a storage of its own: `torch.save` refuses tensors of two dtypes in one."""
-        raw = from_dlpack(memory[self.offset : self.offset + self.nbytes])
-        return raw.view(self.dtype).as_strided(self.shape, self.stride)
+        return self.of(from_dlpack(memory[self.offset : self.offset + self.nbytes]))
+
+    def hollow(self) -> Tensor:
+        """A tensor of that dtype, shape and stride without memory: not to be touched."""
+        tensor = self.of(torch.empty(self.nbytes, dtype=torch.uint8))
+        tensor.untyped_storage().resize_(0)
+        return tensor
 
     def tensor(self, memory: Tensor) -> Tensor:
         """The tensor as the block holds it: `view`, made a DTensor where it is one."""

@@ -82,15 +82,20 @@ def place_component(
     arena: Arena | None,
     prefetch: int,
     decodes: bool,
+    encodes: bool = False,
 ) -> Component:
     """Without an arena what decodes stays on the device and a text encoder comes and goes; else they take turns in it.
+
+    Args:
+        decodes: it is a decoder.
+        encodes: a text encoder rests encoded.
 
     Raises:
         LaunchError: host memory has become too little since it was looked at, before loading.
     """
     if arena is None:
         return WholeComponent(module, device, stays=decodes)
-    options: dict[str, Any] = {"prefetch": prefetch, "outside": "held"}
+    options: dict[str, Any] = {"prefetch": prefetch, "outside": "held", "codec": "lossless" if encodes else "none"}
     parts = vae_parts(module) if decodes else ()
     if parts:
         options = {"prefetch": 0, "outside": "resident"}

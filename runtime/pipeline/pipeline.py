@@ -99,9 +99,9 @@ class RankPipeline:
         streamed = dict(zip(layout.transformers, transformers_in(model).values(), strict=True))
         self.pipe = _load_pipeline(layout, device, streamed | dict.fromkeys(absent))
         self._modules = {name: getattr(self.pipe, name) for name in (*layout.encoders, *layout.decoders) if first}
-        depth = plan.config.offload.depths[0]
+        where, encodes = (device, engine, arena, plan.config.offload.depths[0]), plan.memory.encodes_text
         self._components = {
-            name: place_component(name, module, device, engine, arena, depth, decodes=name in layout.decoders)
+            name: place_component(name, module, *where, decodes=name in layout.decoders, encodes=encodes)
             for name, module in self._modules.items()
         }
         for name, component in self._components.items():

@@ -12,9 +12,10 @@ import torch
 import transformers
 from torch import nn
 
+from crossdock.offload.codecs.codec import staging_bytes
 from crossdock.offload.live.discovery import DiscoveryError, FoundBlock, discover_blocks
-from crossdock.offload.live.offloader import component_layouts, held_bytes
-from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout
+from crossdock.offload.live.parts import codec_of, component_layouts, held_bytes
+from crossdock.offload.memory.layout import ALIGNMENT
 from crossdock.offload.schedule.slots import device_bytes
 from crossdock.runtime.models.build_limits import bounded
 from crossdock.runtime.models.checkpoint import StoredTensor, open_weights, read_json, stored_tensors
@@ -69,8 +70,12 @@ def component_needs(
     dtype: torch.dtype,
     prefetch: int,
     variant: str | None = None,
+    encodes: bool = False,
 ) -> tuple[ComponentNeed, ...]:
     """What the components need on the rank that runs them, in the order in which they are placed. Nothing is loaded.
+
+    Args:
+        encodes: the blocks of text encoders rest encoded, where that makes them smaller.
 
     Raises:
         CheckpointError: a component's config does not fit its class.
@@ -84,18 +89,20 @@ def component_needs(
         layouts, rest = component_layouts(module, found)
         sizes = [layout.slot_bytes for layout in layouts]
         if parts:
-            needs.append(_need(name, max(sizes), rest.slot_bytes + ALIGNMENT, layouts, module))
+            on_host = sum(held_bytes(layout) for layout in layouts)
+            needs.append(_need(name, max(sizes), rest.slot_bytes + ALIGNMENT, on_host, module))
         else:
             streamed = device_bytes(sizes, tuple(range(len(sizes))), prefetch)  # without a budget, all of it is
-            needs.append(_need(name, rest.slot_bytes + streamed, 0, [*layouts, rest], module))
+            codecs = [codec_of(layout, encodes) for layout in layouts]
+            staging = max(map(staging_bytes, codecs, layouts), default=0)
+            on_host = held_bytes(rest) + sum(map(held_bytes, layouts, codecs))
+            needs.append(_need(name, rest.slot_bytes + streamed + staging, 0, on_host, module))
     return tuple(needs)
 
 
-def _need(
-    name: str, turn_bytes: int, resident_bytes: int, on_host: Sequence[BlockLayout], module: nn.Module
-) -> ComponentNeed:
+def _need(name: str, turn_bytes: int, resident_bytes: int, host_bytes: int, module: nn.Module) -> ComponentNeed:
     loaded = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-    return ComponentNeed(name, turn_bytes, resident_bytes, sum(map(held_bytes, on_host)), loaded)
+    return ComponentNeed(name, turn_bytes, resident_bytes, host_bytes, loaded)
 
 
 def component_blocks(module: nn.Module) -> list[FoundBlock]:

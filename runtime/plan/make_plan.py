@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from crossdock.offload.codecs.codec import IDENTITY, Codec
-from crossdock.offload.codecs.lossless import Lossless
+from crossdock.offload.codecs.codec import IDENTITY
+from crossdock.offload.codecs.lossless import lossless
 from crossdock.offload.live.discovery import DiscoveryError, FoundBlock, discover_blocks
-from crossdock.offload.live.offloader import shared_tensors
+from crossdock.offload.live.parts import shared_tensors
 from crossdock.offload.memory.layout import BlockLayout
 from crossdock.offload.stream.block import Home
 from crossdock.parallel.mesh import MeshShape
@@ -61,9 +61,6 @@ from crossdock.runtime.plan.memory_plan import MemoryPlan, PlannedBlock
 from crossdock.runtime.plan.model_layout import ModelLayout
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.plan.single_file import single_file
-
-WORTH_ENCODING = 0.95
-"""A block is encoded where what travels is at most this share of it."""
 
 
 def make_plan(
@@ -200,11 +197,12 @@ def _place(
     """Where it rests, and what passes through slots."""
     offload, model, dtypes = config.offload, found.model, layout.dtypes
     home, shared = _home(config, layout.mesh), shared_tensors(model, found.blocks)
+    encodes = _encodes(config, layout.device, home)
 
     def planned(block: FoundBlock) -> PlannedBlock:
         parts = layout.mesh.hsdp_shard
         laid_out = _layout(block, dtypes, parts, shared)
-        codec = _codec(config, layout.device, home, laid_out, parts, plain.get(block.name, frozenset()))
+        codec = lossless(laid_out, parts, plain.get(block.name, frozenset())) if encodes else IDENTITY
         return PlannedBlock(block.name, laid_out, home, None, codec, parts)
 
     blocks = tuple(map(planned, found.blocks))
@@ -215,7 +213,7 @@ def _place(
     others: Sequence[ComponentNeed] = ()
     if offload.layerwise:
         components = found.encoders, found.decoders, layout.pipeline_dtype, offload.depths[0], found.variant
-        others = component_needs(layout.model_dir, found.index, *components)
+        others = component_needs(layout.model_dir, found.index, *components, encodes=encodes)
     outside_bytes = sum(_nbytes(model, fqn, dtypes) for fqn in outside) + sum(need.resident_bytes for need in others)
     if offload.host == "mmap":
         check_pages(blocks, found.stored)
@@ -239,21 +237,18 @@ def _place(
         budget_bytes,
         arena_bytes,
         {need.name: need.turn_bytes for need in others},
+        encodes and offload.layerwise,
         host_peak_bytes(others),
         outside,
         outside_bytes,
     ).scheduled(residency, passes)
 
 
-def _codec(config: RunConfig, device: str, home: Home, layout: BlockLayout, parts: int, plain: frozenset[str]) -> Codec:
-    """Between what rests of a block and its slot."""
+def _encodes(config: RunConfig, device: str, home: Home) -> bool:
+    """What rests is encoded, where that makes it smaller."""
     asked = config.offload.codec
     is_auto = asked == "auto" and device == "cuda" and home.on_host and config.offload.host == "shared"
-    if not (home.streamed and (asked == "lossless" or is_auto)):
-        return IDENTITY
-    codec = Lossless(plain)
-    worth = codec.travel_bytes(layout, parts) <= WORTH_ENCODING * layout.shard_bytes(parts)
-    return codec if worth else IDENTITY
+    return home.streamed and (asked == "lossless" or is_auto)
 
 
 def mesh_shape(config: RunConfig) -> MeshShape:

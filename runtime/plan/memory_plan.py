@@ -60,6 +60,7 @@ class MemoryPlan:
         arena_bytes: device memory that the transformer's blocks, the text encoder and the VAE use in turn; None: they
             do not take turns.
         turn_bytes: component -> how much of the arena, from its start, it uses in its turn.
+        encodes_text: text encoders rest encoded, too.
         component_host_bytes: host memory that the components that take turns need at once, on the rank that runs them.
         outside: fqns of all parameters and buffers outside the blocks; resident on the device.
         outside_bytes: of these, and of what never leaves the device of the other components.
@@ -71,6 +72,7 @@ class MemoryPlan:
     budget_bytes: int | None
     arena_bytes: int | None
     turn_bytes: Mapping[str, int]
+    encodes_text: bool
     component_host_bytes: int
     outside: tuple[str, ...]
     outside_bytes: int

@@ -17,7 +17,7 @@ from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.offload.stream.trace import TraceEvent, block_times, step_times
 from crossdock.runtime.rank.inspection import device_weight_bytes
 from crossdock.runtime.rank.weights.load import RankWeights
-from crossdock.runtime.reports.records import Measurements, Span
+from crossdock.runtime.reports.records import ComponentBytes, Measurements, Span
 
 _EVENTS_PER_BLOCK = 7
 """At most, in one pass."""
@@ -32,7 +32,10 @@ class RequestLog:
             under way, or failed, did not.
     """
 
-    def __init__(self, stream: BlockStream, skipped: int = 0) -> None:
+    def __init__(self, stream: BlockStream, others: Mapping[str, BlockStream], skipped: int = 0) -> None:
+        """`others`: what streams text encoders and VAE, by their names."""
+        self._others = others
+        self._others_before = {name: other.counters.h2d_bytes for name, other in others.items()}
         self.rehearsed = range(0)
         self._stream = stream
         self._skipped = skipped  # steps that were done before the request was resumed
@@ -117,4 +120,12 @@ class RequestLog:
             phases_s=dict(phases_s),
             steps=step_times(events, self._step_ends),
             blocks=block_times(events),
+            components={name: self._component(name, other) for name, other in self._others.items()},
+        )
+
+    def _component(self, name: str, stream: BlockStream) -> ComponentBytes:
+        return ComponentBytes(
+            held_bytes=sum(block.held_bytes for block in stream.blocks if block.home.streamed),
+            slot_bytes=sum(block.layout.slot_bytes for block in stream.blocks if block.home.streamed),
+            h2d_bytes=stream.counters.h2d_bytes - self._others_before[name],
         )

@@ -47,12 +47,13 @@ class RequestState:
         counts = shard_lengths(len(items), mesh.shape.dp)
         first = sum(counts[:replica]) if counts[replica] else 0
         snapshot = of_replica(resume, replica, mesh.shape.dp)
+        streams = {name: stream for name, (_, stream) in loaded.pipeline.components.items() if stream is not None}
         return cls(
             items[first : first + max(counts[replica], 1)],
             leads and counts[replica] > 0,
             request.keep_every if leads and loaded.plan.layout.spec.resumes else 0,
             snapshot,
-            RequestLog(loaded.stream, snapshot.step if snapshot is not None else 0),
+            RequestLog(loaded.stream, streams, snapshot.step if snapshot is not None else 0),
         )
 
     def keep(self, end: StepEnd) -> None:

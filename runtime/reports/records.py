@@ -216,6 +216,17 @@ class WeightsRecord:
 
 
 @dataclass(frozen=True)
+class ComponentBytes:
+    """Of a text encoder's or a VAE's blocks that rest in a rank's host memory: bytes at rest, bytes as they compute,
+    and bytes that were copied to the device in the request.
+    """
+
+    held_bytes: int
+    slot_bytes: int
+    h2d_bytes: int
+
+
+@dataclass(frozen=True)
 class Measurements:
     """One rank's row of `report.json`, for one request. Sizes in bytes, times in ms; None where there is no CUDA.
 
@@ -223,7 +234,8 @@ class Measurements:
     `host_pss_bytes` is its proportional share of them, shared pages divided by their users, as it was at the end of the
     first request after a load. `spare_device_bytes` was free even at the peak. `steps` and `blocks` are totals per
     step, and per block over the request, of the copy lane, the gather lane and the compute stream; their `wait_ms` is
-    the exposed part of copying, and their `misses` add up to `misses` unless a load failed.
+    the exposed part of copying, and their `misses` add up to `misses` unless a load failed. `components`: of the
+    transformer's neighbours, what the rank runs of them and streams.
     """
 
     rank: int
@@ -245,6 +257,7 @@ class Measurements:
     phases_s: dict[str, float]
     steps: list[BlockTimes]
     blocks: dict[str, BlockTimes]
+    components: dict[str, ComponentBytes]
 
 
 @dataclass(frozen=True)

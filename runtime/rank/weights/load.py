@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from crossdock.offload.codecs.codec import decoded
+from crossdock.offload.codecs.codec import WrongCodeError, encoded
 from crossdock.offload.codecs.part_format import IncompressibleError
 from crossdock.offload.live.discovery import move_plain_tensors
 from crossdock.offload.memory.host_memory import FOR_A_RUN, GIB, HostMemoryError, host_memory, require
@@ -279,22 +279,11 @@ class WeightLoader:
         raw = torch.zeros(stop - start, dtype=torch.uint8)  # what lies between tensors is the same on all ranks
         self._fill(block, raw, start, stop)
         place = start // len(raw) if len(raw) else 0
-        raw = raw.to(self._device)
-        held = block.codec.encode(block.layout, block.parts, place, raw)
-        self._check_encoded(block, place, held, raw)
-        source.copy_(held)
-
-    def _check_encoded(self, block: PlannedBlock, place: int, held: Tensor, raw: Tensor) -> None:
-        """Of what arrives later, some rows are compared with the files; here all of them.
-
-        Raises:
-            RuntimeError: it does not decode to what was encoded.
-        """
-        found = decoded(block.codec, block.layout, block.parts, place, held)
-        if not torch.equal(found, raw):
-            byte = int((found != raw).nonzero()[0])
-            name = self._memory.tensor_at(block.name, place * len(raw) + byte)
-            raise RuntimeError(f"{name}: codec {block.codec.name} does not decode to the bytes that it has encoded")
+        try:
+            source.copy_(encoded(block.codec, block.layout, block.parts, place, raw.to(self._device)))
+        except WrongCodeError as error:
+            name = self._memory.tensor_at(block.name, place * len(raw) + error.byte)
+            raise RuntimeError(f"{name}: {error}") from None
 
     def _fill(self, block: PlannedBlock, target: Tensor, start: int, stop: int) -> None:
         """Bytes [start, stop) of the block into `target` (uint8, stop - start long)."""
