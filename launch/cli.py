@@ -61,6 +61,17 @@ def make_checkpoint_command(
     Console(highlight=False, soft_wrap=True).print(f"wrote a tiny {family} checkpoint to {directory}", markup=False)
 
 
+@app.command("pack")
+def pack_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL_DIR", help=MODEL_HELP)],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty directory to write.")],
+) -> None:
+    """Write a copy whose transformer takes three quarters of the bytes: `codec: lossless` starts from it at once."""
+    from crossdock.launch.commands.pack import run_pack
+
+    run_pack(model, directory)
+
+
 @app.command("models")
 def models_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")] = False,

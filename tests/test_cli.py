@@ -226,7 +226,7 @@ def test_both_entry_points_share_the_options() -> None:
     assert isinstance(plain, typer.core.TyperGroup)
     assert isinstance(full, typer.core.TyperGroup)
     assert set(plain.commands) == {"generate"}
-    more = {"check", "make-checkpoint", "config-schema", "models", "serve", "timeline"}
+    more = {"check", "make-checkpoint", "config-schema", "models", "pack", "serve", "timeline"}
     assert set(full.commands) == {"generate", *more}
     names = [[option.name for option in group.commands["generate"].params] for group in (plain, full)]
     assert names[0] == names[1]

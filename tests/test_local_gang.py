@@ -297,6 +297,9 @@ def test_a_process_that_was_started_early(flux2_dir: Path) -> None:
     (early,) = local_process._early.values()
     gang = LocalGang(RunConfig().launch, 1, "cpu")
     try:
+        gang.begin()
+        assert early.end_ranks()
+        assert early._number == 0, "it was asked for something before it was up"
         gang.start()
         assert gang._server is early
         assert not local_process._early

@@ -34,7 +34,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "models": {"errors", "config"},
         "models/families": {"errors", "models", "models/inferred"},
         "models/inferred": {"errors", "config", "models"},
-        "models/tiny": {"errors", "models", "models/families"},
+        "models/tiny": {"errors", "config", "models", "models/families"},
         "plan": {"errors", "request", "config", "models", "models/families", "models/inferred"},
         "reports": {"media", "plan"},
         "contract": {"errors", "models", "plan", "reports"},

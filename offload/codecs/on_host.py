@@ -39,16 +39,14 @@ def encode(form: PartFormat, raw: _Bytes, out: _Bytes, threads: int = 1) -> None
     for span in form.plain:
         out[span.places[0] :][: span.stop - span.start] = raw[span.start : span.stop]
     places = np.concatenate([np.empty(0, np.int32), *found])
-    out[:4].view(np.int32)[0] = len(places)
-    out[form.escapes_at :][: 4 * len(places)].view(np.int32)[:] = places
-    out[form.values_at :][: 2 * len(places)].view(np.uint16)[:] = raw.view(np.uint16)[places]
+    put_escapes(form, out, places, raw.view(np.uint16)[places])
 
 
 def decode(form: PartFormat, part: _Bytes, target: _Bytes) -> None:
     """`target`: the part as it computes, all of it but what belongs to no tensor."""
     for span in form.spans:
         _decode_span(form, span, part, target[span.start : span.stop])
-    places, values = _escapes(form, part)
+    places, values = escapes(form, part)
     target.view(np.uint16)[places] = values
 
 
@@ -56,16 +54,23 @@ def decode_span(form: PartFormat, span: Span, part: _Bytes, target: _Bytes) -> N
     """`target`: the span alone, as it computes."""
     _decode_span(form, span, part, target)
     if span.format is not None:
-        places, values = _escapes(form, part)
+        places, values = escapes(form, part)
         mine = slice(*np.searchsorted(places, (span.start // 2, span.stop // 2)))
         target.view(np.uint16)[places[mine] - span.start // 2] = values[mine]
 
 
-def _escapes(form: PartFormat, part: _Bytes) -> tuple[_Places, _Words]:
+def escapes(form: PartFormat, part: _Bytes) -> tuple[_Places, _Words]:
     """Their places, in ascending order, and their values."""
     count = int(part[:4].view(np.int32)[0])
     places = part[form.escapes_at :][: 4 * count].view(np.int32)
     return places, part[form.values_at :][: 2 * count].view(np.uint16)
+
+
+def put_escapes(form: PartFormat, part: _Bytes, places: _Places, values: _Words) -> None:
+    """There is room for them."""
+    part[:4].view(np.int32)[0] = len(places)
+    part[form.escapes_at :][: 4 * len(places)].view(np.int32)[:] = places
+    part[form.values_at :][: 2 * len(places)].view(np.uint16)[:] = values
 
 
 # -- encoding --------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from crossdock.offload.codecs.packed import PACKED, packed_in
 from crossdock.runtime.config.bounded_files import parse_json, printable, read_bounded
 from crossdock.runtime.errors import CheckpointError
 
@@ -62,6 +63,7 @@ class StoredTensor:
 
     Attributes:
         rows: what it is put together of, along dim 0, where it is not a tensor of the file as a whole.
+        packed: where it is stored as `crossdock pack` encodes it, the digest of what it decodes to.
     """
 
     file: Path
@@ -69,6 +71,7 @@ class StoredTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     rows: tuple[Rows, ...] = ()
+    packed: str = ""
 
 
 def read_json(path: Path, limit_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -345,11 +348,26 @@ def stored_in(file: Path, opened: Any) -> dict[str, StoredTensor]:
     if (count := len(opened.keys())) > MAX_TENSORS:
         raise CheckpointError(f"{file}: holds {count} tensors; no file of a model has more than {MAX_TENSORS}")
     slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-    return {
+    found = {
         name: StoredTensor(file, name, dtype, tuple(part.get_shape()))
         for name, part in slices.items()
         if (dtype := _DTYPES.get(part.get_dtype())) is not None
     }
+    packed = (opened.metadata() or {}).get(PACKED)
+    return found if packed is None else found | _unpacked(file, packed, found)
+
+
+def _unpacked(file: Path, metadata: str, found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Of a packed file, what its packed tensors decode to.
+
+    Raises:
+        CheckpointError: it does not have the bytes that this takes.
+    """
+    try:
+        packed = packed_in(parse_json(metadata), {name: each.shape for name, each in found.items()})
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not what pack writes: {printable(str(error)[:200])}; pack it again") from None
+    return {name: StoredTensor(file, name, each.dtype, each.shape, packed=each.digest) for name, each in packed.items()}
 
 
 def check_tensors(model: nn.Module, stored: Mapping[str, StoredTensor], folder: Path) -> None:

@@ -93,6 +93,11 @@ def check_pages(blocks: Sequence[PlannedBlock], stored: Mapping[str, StoredTenso
                     "not lie together there; use host: shared",
                     "offload.host",
                 )
+            if there is not None and there.packed:
+                raise ConfigError(
+                    f"found mmap, but {there.file} is packed, and what computes does not lie in it; use host: shared",
+                    "offload.host",
+                )
             if there is not None and there.dtype != entry.dtype:
                 raise ConfigError(
                     f"found mmap, but {full[0]} is stored as {there.dtype} and held as {entry.dtype}: bytes "

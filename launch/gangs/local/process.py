@@ -149,7 +149,7 @@ class ServerProcess:
 
     def end_ranks(self) -> bool:
         """False: the server is gone, and they are gone with it, or does not answer."""
-        return self._ask({"do": "end"}) is not None
+        return not self._up or self._ask({"do": "end"}) is not None  # it still imports: there are none
 
     def close(self) -> None:
         """End the server; a rank ends with it."""

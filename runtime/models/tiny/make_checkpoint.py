@@ -11,14 +11,13 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crossdock.runtime.errors import CheckpointError, RequestError
+from crossdock.runtime.config.new_directory import new_directory
+from crossdock.runtime.errors import RequestError
 from crossdock.runtime.models.checkpoint import MODULAR_INDEX
 from crossdock.runtime.models.tiny.parts import TinyRecipe
 from crossdock.runtime.models.tiny.recipes import SPEC_OF_RECIPE, TINY
@@ -44,7 +43,7 @@ def make_checkpoint(recipe: str, directory: Path, seed: int = 0) -> None:
         recipe: the name of a family that has one, or of one of its recipes.
     """
     _check_recipe(recipe)
-    with _new_directory(directory) as staging:
+    with new_directory(directory) as staging:
         pipeline = _build(recipe, seed)
         with _no_progress_bars():
             pipeline.save_pretrained(staging, max_shard_size=TRANSFORMER_SHARD_SIZE)
@@ -55,27 +54,6 @@ def _check_recipe(name: str) -> None:
         close = difflib.get_close_matches(name, TINY, n=1)
         hint = f" did you mean {close[0]}?" if close else ""
         raise RequestError(f"family: found {name!r};{hint} allowed: {', '.join(TINY)}")
-
-
-@contextmanager
-def _new_directory(directory: Path) -> Iterator[Path]:
-    """A sibling to write into, renamed to `directory` at the end; removed when the body raises."""
-    if directory.is_dir() and any(directory.iterdir()):
-        raise CheckpointError(f"{directory}: is not empty; give a new directory, or empty this one")
-    if directory.exists() and not directory.is_dir():
-        raise CheckpointError(f"{directory}: is a file; give a directory")
-    staging = directory.parent / f".{directory.name}.{os.getpid()}.partial"
-    try:
-        staging.mkdir()
-    except OSError as error:
-        raise CheckpointError(f"{directory.parent}: cannot write here: {error.strerror}") from None
-    try:
-        yield staging
-        staging.rename(directory)
-    except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -30,6 +30,7 @@ from crossdock.runtime.plan.memory_plan import PlannedBlock
 from crossdock.runtime.plan.plan import RunPlan
 from crossdock.runtime.rank.weights.kept_stores import StoreHolder
 from crossdock.runtime.rank.weights.mmap_pages import CheckpointPages
+from crossdock.runtime.rank.weights.packed_parts import PackedParts
 from crossdock.runtime.rank.weights.source import WeightSource
 
 
@@ -112,6 +113,7 @@ class WeightLoader:
         self._told = told
         self._slices = plan.layout.slices_of(mesh.rank)
         self._files = WeightSource(plan.layout.stored)
+        self._packed = PackedParts(plan.layout.stored, self._slices, self._files)
         self._unstored = non_persistent_buffers(model)
         self._buffers = {fqn: model.get_buffer(fqn) for fqn in self._unstored}
         self._found_filled = False
@@ -277,19 +279,23 @@ class WeightLoader:
             self._fill(block, source, start, stop)
             return
         raw = torch.zeros(stop - start, dtype=torch.uint8)  # what lies between tensors is the same on all ranks
-        self._fill(block, raw, start, stop)
         place = start // len(raw) if len(raw) else 0
+        if (taken := self._packed.of(block, place, start, stop)) is not None:
+            self._fill(block, raw, start, stop, without=taken.names)
+            source.copy_(taken.part(raw))
+            return
+        self._fill(block, raw, start, stop)
         try:
             source.copy_(encoded(block.codec, block.layout, block.parts, place, raw.to(self._device)))
         except WrongCodeError as error:
             name = self._memory.tensor_at(block.name, place * len(raw) + error.byte)
             raise RuntimeError(f"{name}: {error}") from None
 
-    def _fill(self, block: PlannedBlock, target: Tensor, start: int, stop: int) -> None:
-        """Bytes [start, stop) of the block into `target` (uint8, stop - start long)."""
+    def _fill(self, block: PlannedBlock, target: Tensor, start: int, stop: int, without: Collection[str] = ()) -> None:
+        """Bytes [start, stop) of the block into `target` (uint8, stop - start long), but those of some tensors."""
         for entry in block.layout.entries:
             low, high = max(entry.offset, start), min(entry.offset + entry.nbytes, stop)
-            if low >= high:
+            if low >= high or entry.name in without:
                 continue
             fqn = f"{block.name}.{entry.name}"
             size = entry.dtype.itemsize

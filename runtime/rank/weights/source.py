@@ -10,9 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from crossdock.offload.codecs.packed import PackedTensor, Piece
 from crossdock.parallel.tensor import TensorSlice
 from crossdock.runtime.errors import CheckpointError
 from crossdock.runtime.models.checkpoint import Rows, StoredTensor, open_weights, stored_in
@@ -40,28 +43,40 @@ class WeightSource:
         opened = self._open(fqn)
         if not stored.shape:
             return opened.get_tensor(stored.name)  # type: ignore[no-any-return]
-        cut = _JoinedRows(opened, stored.rows) if stored.rows else opened.get_slice(stored.name)
         if last is None:
             last = part.size if part is not None and part.dim == 0 else stored.shape[0]
+        if stored.packed:
+            return _cut(_PackedRows(self.packed(fqn), stored.shape), part, first, last)
+        return _cut(
+            _JoinedRows(opened, stored.rows) if stored.rows else opened.get_slice(stored.name), part, first, last
+        )
+
+    def packed(self, fqn: str) -> PackedTensor:
+        """A tensor that is stored encoded."""
+        stored = self._stored[fqn]
+        held = self._open(fqn).get_tensor(stored.name)
+        return PackedTensor(stored.dtype, math.prod(stored.shape), held)
+
+    def fields(self, fqn: str, part: TensorSlice | None, start: int, stop: int) -> Piece:
+        """As `flat`, of a tensor that is stored encoded, and not decoded."""
+        packed, shape = self.packed(fqn), self._stored[fqn].shape
+        width, first, last = _rows_of(shape, part, start, stop)
+        place = slice(start - first * width, stop - first * width)
         if part is None:
-            return cut[first:last]
-        if part.dim == 1:
-            return torch.cat([cut[first:last, start:stop] for start, stop in part.ranges], dim=1)
-        pieces, offset = [], 0
-        for start, stop in part.ranges:
-            low, high = max(first - offset, 0), min(last - offset, stop - start)
-            if low < high:
-                pieces.append(cut[start + low : start + high])
-            offset += stop - start
-        return torch.cat(pieces)
+            return packed, packed.fields(start, stop)
+        full = math.prod(shape[1:])
+        low = min(low for low, _ in part.ranges) if part.dim == 0 else first
+        high = max(high for _, high in part.ranges) if part.dim == 0 else last
+
+        def cut(field: NDArray[np.uint8]) -> NDArray[np.uint8]:
+            rows = torch.from_numpy(field.reshape(high - low, *shape[1:]))
+            return _cut(_Shifted(rows, low), part, first, last).reshape(-1).numpy()[place]
+
+        return packed, packed.fields(low * full, high * full).each(cut)
 
     def flat(self, fqn: str, part: TensorSlice | None, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the (sliced) tensor in C order, as a 1-d tensor; reads only their rows."""
-        shape = list(self._stored[fqn].shape)
-        if part is not None:
-            shape[part.dim] = part.size
-        width = max(math.prod(shape[1:]), 1)
-        first, last = start // width, -(-stop // width)
+        width, first, last = _rows_of(self._stored[fqn].shape, part, start, stop)
         return self.rows(fqn, part, first, last).reshape(-1)[start - first * width : stop - first * width]
 
     def mapped(self, fqn: str) -> Tensor:
@@ -82,6 +97,54 @@ class WeightSource:
     def close(self) -> None:
         """Let go of the files; what was read stays. Another read opens them again."""
         self._files.clear()
+
+
+def _rows_of(shape: Sequence[int], part: TensorSlice | None, start: int, stop: int) -> tuple[int, int, int]:
+    """Of elements [start, stop) of a (sliced) tensor: how many are in a row, and their rows [first, last)."""
+    sizes = list(shape)
+    if part is not None:
+        sizes[part.dim] = part.size
+    width = max(math.prod(sizes[1:]), 1)
+    return width, start // width, -(-stop // width)
+
+
+def _cut(cut: Any, part: TensorSlice | None, first: int, last: int) -> Tensor:
+    """Rows [first, last) of `part`. `cut`: is cut by a slice of rows, and one of columns."""
+    if part is None:
+        return cut[first:last]  # type: ignore[no-any-return]
+    if part.dim == 1:
+        return torch.cat([cut[first:last, start:stop] for start, stop in part.ranges], dim=1)
+    pieces, offset = [], 0
+    for start, stop in part.ranges:
+        low, high = max(first - offset, 0), min(last - offset, stop - start)
+        if low < high:
+            pieces.append(cut[start + low : start + high])
+        offset += stop - start
+    return torch.cat(pieces)
+
+
+class _PackedRows:
+    """Rows of a tensor that is stored encoded, cut as those of another are; only they are read."""
+
+    def __init__(self, packed: PackedTensor, shape: Sequence[int]) -> None:
+        self._packed, self._shape = packed, shape
+
+    def __getitem__(self, index: slice | tuple[slice, slice]) -> Tensor:
+        rows, *others = index if isinstance(index, tuple) else (index,)
+        width = math.prod(self._shape[1:])
+        found = self._packed.read(rows.start * width, rows.stop * width).reshape(-1, *self._shape[1:])
+        return found[(slice(None), *others)]
+
+
+class _Shifted:
+    """Some rows of a tensor, from `first` on, cut by their numbers in it."""
+
+    def __init__(self, rows: Tensor, first: int) -> None:
+        self._rows, self._first = rows, first
+
+    def __getitem__(self, index: slice | tuple[slice, slice]) -> Tensor:
+        rows, *others = index if isinstance(index, tuple) else (index,)
+        return self._rows[(slice(rows.start - self._first, rows.stop - self._first), *others)]
 
 
 class _JoinedRows:
