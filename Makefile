@@ -12,11 +12,12 @@ PROMPT ?= a red apple
 
 .PHONY: demo quick test test-all test-gpu test-faults bench bench-gpu lint typecheck clean
 
-.venv/.installed: pyproject.toml .ci/constraints.txt .ci/oracles.txt
+.venv/.installed: pyproject.toml .ci/constraints.txt .ci/oracles.txt .ci/peft.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) "torch==$$(sed -n 's/^torch==//p' .ci/constraints.txt)"
 	$(PIP) -c .ci/constraints.txt -e ".[replicas,serve,dev]"
 	$(PIP) --no-deps -r .ci/oracles.txt
+	$(PIP) --no-deps --upgrade --target .venv/peft -r .ci/peft.txt
 	touch $@
 
 demo: .venv/.installed

@@ -18,6 +18,7 @@ from crossdock.launch.commands.options import (
     CONFIG_HELP,
     MODEL_HELP,
     ConfigFile,
+    LoraFiles,
     Outputs,
     SecondFile,
     TransformerFile,
@@ -136,12 +137,13 @@ def serve_command(
     ray_address: Annotated[str | None, typer.Option(help="Cluster for the ranks; else launch.ray_address.")] = None,
     transformer: TransformerFile = None,
     transformer_2: SecondFile = None,
+    lora: LoraFiles = None,
 ) -> None:
     """Answer HTTP requests like OpenAI's image API, until SIGTERM."""
     from crossdock.launch.commands.serve import run_serve
 
     run_serve(
-        ConfigFile(config, transformer, transformer_2),
+        ConfigFile(config, transformer, transformer_2, lora or ()),
         model,
         host=host,
         port=port,

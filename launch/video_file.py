@@ -11,7 +11,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 
 from crossdock.runtime.errors import RequestError
-from crossdock.runtime.media import Audio, Video
+from crossdock.runtime.reports.media import Audio, Video
 
 CRF = "12"
 """Constant rate factor of H.264: 0 is lossless, 18 looks it, 23 is the encoder's default."""

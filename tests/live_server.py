@@ -22,7 +22,7 @@ import psutil
 from PIL import Image, ImageChops
 from processes import descendants
 
-from crossdock.runtime.media import Media
+from crossdock.runtime.reports.media import Media
 
 CONFIG = Path(__file__).parents[1] / "launch" / "configs" / "layerwise.yaml"
 LIMIT_S = 240.0

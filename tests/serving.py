@@ -27,8 +27,8 @@ from crossdock.launch.serve.web.desk import Desk
 from crossdock.launch.serve.web.schemas import Defaults
 from crossdock.launch.serve.web.server import ServeOptions, listen, queue_for
 from crossdock.launch.video_file import write_video
-from crossdock.runtime.media import Video
 from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.reports.media import Video
 from crossdock.runtime.request import GenerateRequest, RequestItem
 from fake_gang import LIMIT_S, FakeGang
 

@@ -13,7 +13,7 @@ from crossdock.runtime.config.yaml_file import config_schema, load_config
 from crossdock.runtime.errors import ConfigError
 
 BUILTIN = Path(__file__).parent.parent / "launch" / "configs"
-KEYS = "parallel, offload, launch, verify, dtype, transformer, transformer_2"
+KEYS = "parallel, offload, launch, verify, dtype, transformer, transformer_2, loras"
 WORLD_SIZES = {
     "single": 1,
     "layerwise": 1,
@@ -80,6 +80,22 @@ MISTAKES = {
     "list for a section": (
         "offload:\n- layerwise\n",
         ":1: offload: found a list; allowed: a section with the keys layerwise, prefetch, device_budget, host, codec",
+    ),
+    "a section for a list": (
+        "loras: {path: a.safetensors}\n",
+        ":1: loras: found a section; allowed: a list, of which each is a section with the keys path, scale, component",
+    ),
+    "text in a list of sections": (
+        "loras:\n- path: a.safetensors\n- b.safetensors\n",
+        ':3: loras.1: found "b.safetensors" (a string); allowed: a section with the keys path, scale, component',
+    ),
+    "a wrong key in a list": (
+        "loras:\n- path: a.safetensors\n  scale: 1\n- path: b.safetensors\n  scail: 2.0\n",
+        ":5: loras.1.scail: unknown key; did you mean scale? allowed: path, scale, component",
+    ),
+    "a wrong value in a list": (
+        "loras:\n- {path: a.safetensors, scale: much}\n",
+        ':2: loras.0.scale: found "much" (a string); allowed: a number',
     ),
     "nothing for a section": (
         "offload:\n",
@@ -279,6 +295,7 @@ def test_schema_describes_every_key() -> None:
         "dtype",
         "transformer",
         "transformer_2",
+        "loras",
     }
     for section in (schema, *schema["$defs"].values()):
         assert section["additionalProperties"] is False

@@ -20,7 +20,7 @@ from crossdock.launch.cli import app
 from crossdock.launch.commands.options import run_app
 from crossdock.launch.engine.engine import Engine
 from crossdock.runtime.config.yaml_file import load_config
-from crossdock.runtime.media import Media
+from crossdock.runtime.reports.media import Media
 from crossdock.runtime.request import GenerateRequest, RequestItem
 from live_server import CONFIG, LIMIT_S, Server, pictures_of, same_pictures, server, until
 

@@ -20,7 +20,7 @@ from crossdock.launch.commands.options import Outputs
 from crossdock.launch.commands.outputs import write_outputs
 from crossdock.launch.video_file import write_video
 from crossdock.runtime.errors import RequestError
-from crossdock.runtime.media import Audio, Video
+from crossdock.runtime.reports.media import Audio, Video
 from layouts import CONFIGS
 from reference import PROMPT, reference
 from tiers import thorough

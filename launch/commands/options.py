@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from inspect import Parameter, Signature, signature
@@ -18,7 +18,7 @@ from crossdock.launch.console import INTERRUPTED, complain_on_stderr
 from crossdock.launch.hub.locate import model_directory
 from crossdock.launch.hub.names import hub_name
 from crossdock.launch.hub.progress import fetch_bar
-from crossdock.runtime.config.schema import RunConfig
+from crossdock.runtime.config.schema import LoraConfig, RunConfig
 from crossdock.runtime.config.yaml_file import load_config
 from crossdock.runtime.errors import CheckpointError, CrossdockError, RequestError
 from crossdock.runtime.request import GenerateRequest, RequestItem
@@ -72,6 +72,7 @@ class ConfigFile:
     path: Path
     transformer: Path | None = None
     transformer_2: Path | None = None
+    loras: Sequence[str] = ()
 
     @cached_property
     def config(self) -> RunConfig:
@@ -81,9 +82,19 @@ class ConfigFile:
             ConfigError: see `load_config`.
         """
         given = {"transformer": self.transformer, "transformer_2": self.transformer_2}
-        return load_config(self.path).model_copy(
-            update={key: str(file.absolute()) for key, file in given.items() if file}
-        )
+        config, update = load_config(self.path), {key: str(file.absolute()) for key, file in given.items() if file}
+        return config.model_copy(update=update | {"loras": (*config.loras, *map(_lora, self.loras))})
+
+
+def _lora(given: str) -> LoraConfig:
+    """`PATH[:SCALE]`."""
+    path, _, scale = given.rpartition(":")
+    try:
+        return LoraConfig(path=path, scale=float(scale)) if path else LoraConfig(path=given)
+    except ValueError:  # the colon belongs to the path, or the scale is no number
+        if path and not Path(given).exists():
+            raise RequestError(f"--lora {given}: found {scale!r} for a scale; allowed: PATH or PATH:NUMBER") from None
+        return LoraConfig(path=given)
 
 
 CONFIG_HELP = "YAML file with the layout; see `config-schema`."
@@ -96,6 +107,12 @@ TransformerFile = Annotated[
     ),
 ]
 SecondFile = Annotated[Path | None, typer.Option(metavar="FILE", help="The same for transformer_2.")]
+LoraFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora", metavar="PATH[:SCALE]", help="A LoRA adapter beside those of the config; may be given several times."
+    ),
+]
 MODEL_HELP = "Checkpoint directory in the diffusers format, or org/name[@revision] of the Hugging Face hub."
 RunGenerate = Callable[[ConfigFile, str, GenerateRequest, Outputs, bool], None]
 """Takes the config file, the model's directory or name, the request and the outputs, all checked; whether to probe."""
@@ -134,6 +151,7 @@ def build_app(run: RunGenerate) -> typer.Typer:
         probe: Annotated[bool, typer.Option("--probe", help=f"Before anything is drawn: {_PROBE}")] = False,
         transformer: TransformerFile = None,
         transformer_2: SecondFile = None,
+        lora: LoraFiles = None,
         **options: Any,
     ) -> None:
         """Draw one picture, or make one video, for each prompt."""
@@ -141,7 +159,7 @@ def build_app(run: RunGenerate) -> typer.Typer:
         outputs = Outputs(out, latents, report, trace)
         request.validate()
         outputs.check(len(request.pictures))
-        source = ConfigFile(config, transformer, transformer_2)
+        source = ConfigFile(config, transformer, transformer_2, lora or ())
         check_inputs(source, model)
         run(source, model, request, outputs, probe)
 
@@ -179,9 +197,10 @@ def add_check(app: typer.Typer, run: RunCheck) -> typer.Typer:
         as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
         transformer: TransformerFile = None,
         transformer_2: SecondFile = None,
+        lora: LoraFiles = None,
     ) -> None:
         """Load the model and verify that sharding and offloading compose; nothing is drawn."""
-        source = ConfigFile(config, transformer, transformer_2)
+        source = ConfigFile(config, transformer, transformer_2, lora or ())
         check_inputs(source, model)
         run(source, model, probe, as_json)
 

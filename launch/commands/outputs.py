@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from crossdock.launch.commands.options import Outputs
 from crossdock.launch.engine.generation import Generation
 from crossdock.launch.video_file import write_video
-from crossdock.runtime.media import Video
+from crossdock.runtime.reports.media import Video
 from crossdock.runtime.reports.trace_file import chrome_trace
 
 

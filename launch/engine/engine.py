@@ -22,6 +22,7 @@ from crossdock.launch.engine.request_queue import RequestQueue
 from crossdock.launch.engine.request_run import RequestHandle, RequestRun
 from crossdock.launch.gangs.choose import MakeGang, choose_device, choose_gang, choose_launcher, classes_of
 from crossdock.launch.hub.locate import model_directory
+from crossdock.runtime.adapters.lora import described
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.contract.result import ContractResult
 from crossdock.runtime.errors import ConfigError, EngineClosedError, RankError, RequestCancelled, RequestTimeout
@@ -378,6 +379,7 @@ class Engine:
             # verdict: what schedule_note was called before, for one version
             "schedule": {**self.plan.memory.schedule_report(note), "verdict": note},
             "inferred": list(what_is_inferred(self.plan)),
+            "loras": described(self.plan.layout.loras),
             "composition": self._ranks.coordinator.composition,
             "faults": [asdict(fault) for fault in faults],
             "phases_s": {phase: round(seconds, 4) for phase, seconds in phases.items()},

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from crossdock.runtime.media import Media
+from crossdock.runtime.reports.media import Media
 from crossdock.runtime.reports.records import RankTrace
 
 

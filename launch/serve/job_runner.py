@@ -12,7 +12,7 @@ from pathlib import Path
 from crossdock.launch.serve.jobs import Job, JobStore
 from crossdock.launch.serve.scheduler import DrainingError, QueueFullError, Scheduler, Work
 from crossdock.runtime.errors import CrossdockError, RequestCancelled, RequestError
-from crossdock.runtime.media import Media, Video
+from crossdock.runtime.reports.media import Media, Video
 from crossdock.runtime.request import GenerateRequest
 
 LOG = logging.getLogger("crossdock.serve")

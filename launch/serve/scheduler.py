@@ -21,7 +21,7 @@ from torch import Tensor
 from crossdock.launch.engine.generation import Generation
 from crossdock.launch.engine.progress import Preview, Progress
 from crossdock.runtime.errors import CrossdockError, RequestCancelled, RequestError
-from crossdock.runtime.media import Media
+from crossdock.runtime.reports.media import Media
 from crossdock.runtime.request import GenerateRequest
 
 TRIES = 2

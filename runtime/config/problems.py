@@ -86,16 +86,16 @@ def _key_path(details: ErrorDetails, schema: dict[str, object]) -> KeyPath:
     """Where the problem is, without the branches of unions that pydantic adds to it."""
     path = tuple(str(part) for part in details["loc"])
     for length in range(1, len(path)):
-        if "properties" not in _node_at(schema, path[:length]):
+        if not {"properties", "items"} & _node_at(schema, path[:length]).keys():
             return path[:length]
     return path
 
 
 def _node_at(schema: dict[str, object], path: KeyPath) -> dict[str, Any]:
-    """The JSON schema of one key; an optional section is looked through."""
+    """The JSON schema of one key, or of a list's item; an optional section is looked through."""
     node: Mapping[str, Any] = schema
     for key in path:
-        node = _resolve(node["properties"][key], schema)
+        node = _resolve(node["items"] if "items" in node else node["properties"][key], schema)
         for choice in node.get("anyOf", ()):
             resolved = _resolve(choice, schema)
             if "properties" in resolved:
@@ -119,6 +119,8 @@ def _allowed(node: dict[str, Any], schema: dict[str, Any]) -> str:
         return str(node["const"])
     if "properties" in node:
         return f"a section with the keys {', '.join(node['properties'])}"
+    if "items" in node:
+        return f"a list, of which each is {_allowed(_resolve(node['items'], schema), schema)}"
     if node.get("type") == "boolean":
         return "true or false"
     limits = " and ".join(f"{word} {node[key]:g}" for key, word in _RANGE_WORDS.items() if key in node)

@@ -259,6 +259,21 @@ class VerifyConfig(Section):
     )
 
 
+class LoraConfig(Section):
+    """An adapter that is merged into a transformer's weights as they are read."""
+
+    path: str = Field(description="Its .safetensors file, or the directory that has it; under Ray on every node.")
+    scale: float = Field(default=1.0, allow_inf_nan=False, description="How much of it.")
+    component: Literal["transformer", "transformer_2"] = Field(
+        default="transformer", description="Which transformer, where there are two."
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _found_from_everywhere(cls, path: str) -> str:
+        return os.path.abspath(os.path.expanduser(path))
+
+
 class RunConfig(Section):
     """Everything about a run except the model directory and the request."""
 
@@ -275,6 +290,9 @@ class RunConfig(Section):
         "the place of the checkpoint's.",
     )
     transformer_2: str | None = Field(default=None, description="The same for the second one, where there are two.")
+    loras: tuple[LoraConfig, ...] = Field(
+        default=(), strict=False, description="LoRA adapters, in diffusers', PEFT's, kohya's or ComfyUI's names."
+    )
 
     @field_validator("transformer", "transformer_2")
     @classmethod

@@ -132,7 +132,7 @@ class _Document:
         if isinstance(node, yaml.MappingNode) and node.tag == _MAP_TAG:
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode) and node.tag == _SEQUENCE_TAG:
-            return [self._value(item, path) for item in node.value]
+            return [self._item(item, (*path, str(number))) for number, item in enumerate(node.value)]
         try:
             value: Hashable = self._loader.construct_object(node)
         except yaml.YAMLError:
@@ -144,6 +144,10 @@ class _Document:
             self.problems.append(Problem(path, f"not a value: a number of {value.bit_length()} bits"))
             return None
         return value
+
+    def _item(self, node: yaml.Node, path: KeyPath) -> Any:
+        self.lines[path] = node.start_mark.line + 1
+        return self._value(node, path)
 
     def line_of(self, path: KeyPath) -> int:
         """The line of the key, or of the closest section around it that the file has."""

@@ -5,6 +5,7 @@ Names with a leading underscore may change with any release of it. In this hall 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, Protocol
 
@@ -111,6 +112,30 @@ def single_file_converter(class_name: str) -> Callable[..., Mapping[str, Tensor]
     found: Callable[..., Mapping[str, Tensor]] | None
     found = SINGLE_FILE_LOADABLE_CLASSES.get(class_name, {}).get("checkpoint_mapping_fn")
     return found
+
+
+LoraState = tuple[dict[str, Tensor], dict[str, float]]
+"""A LoRA's tensors in PEFT's names, and the alphas that were found beside them."""
+
+
+def lora_converter(pipeline: str) -> Callable[[Mapping[str, Tensor]], LoraState] | None:
+    """What gives the tensors of a LoRA for this pipeline PEFT's names."""
+    import diffusers
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    read = getattr(getattr(diffusers, pipeline, None), "lora_state_dict", None)
+    if read is None:
+        return None
+    apart = "return_alphas" in inspect.signature(read).parameters
+
+    def convert(state: Mapping[str, Tensor]) -> LoraState:
+        found = read(dict(state), return_alphas=True) if apart else (read(dict(state)), None)
+        tensors: dict[str, Tensor] = found[0]
+        if any(".lora.down" in name or "lora_linear_layer" in name for name in tensors):
+            tensors = convert_unet_state_dict_to_peft(tensors)
+        return tensors, found[1] or {}
+
+    return convert
 
 
 def register_attention(name: str, attention: Callable[..., Tensor]) -> object:

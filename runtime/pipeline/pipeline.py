@@ -23,7 +23,6 @@ from crossdock.offload.stream.block_stream import BlockStream
 from crossdock.parallel.guidance import GuidanceParallelism
 from crossdock.parallel.mesh import Mesh
 from crossdock.runtime.errors import CheckpointError, LaunchError
-from crossdock.runtime.media import Media, media_of
 from crossdock.runtime.models.checkpoint import index_file
 from crossdock.runtime.models.diffusers_api import Pipeline, working_on
 from crossdock.runtime.models.foreign_code import component_to_blame, unasked
@@ -40,6 +39,7 @@ from crossdock.runtime.pipeline.replicate import replicated
 from crossdock.runtime.pipeline.snapshot import Snapshot, beginning_at
 from crossdock.runtime.plan.model_layout import ModelLayout
 from crossdock.runtime.plan.plan import RunPlan
+from crossdock.runtime.reports.media import Media, media_of
 from crossdock.runtime.reports.records import Span
 from crossdock.runtime.request import GenerateRequest, RequestItem
 

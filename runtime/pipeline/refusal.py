@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from crossdock.runtime.media import Media
+from crossdock.runtime.reports.media import Media
 from crossdock.runtime.request import GenerateRequest
 
 _LIBRARIES = ("diffusers", "transformers")

@@ -10,6 +10,7 @@ from torch import nn
 
 from crossdock.parallel.tensor import tensor_slices
 from crossdock.parallel.xfuser_attention import xfuser_installed, xfuser_limits
+from crossdock.runtime.adapters.lora import Lora
 from crossdock.runtime.config.schema import RunConfig
 from crossdock.runtime.errors import ConfigError, LaunchError
 from crossdock.runtime.models.checkpoint import StoredTensor
@@ -81,11 +82,16 @@ def check_codec(config: RunConfig, blocks: Sequence[PlannedBlock]) -> None:
     raise ConfigError(f"found lossless, but {reason}, or codec: none", "offload.codec")
 
 
-def check_pages(blocks: Sequence[PlannedBlock], stored: Mapping[str, StoredTensor]) -> None:
+def check_pages(blocks: Sequence[PlannedBlock], stored: Mapping[str, StoredTensor], loras: Sequence[Lora] = ()) -> None:
     """Bytes as they are stored can be streamed only where they are the bytes to be held."""
     for block in blocks:
         for entry in block.layout.entries:
             full = [f"{block.name}.{each}" for each in entry.names]
+            if changed := next((each for each in full for lora in loras if each in lora.targets), None):
+                raise ConfigError(
+                    f"found mmap, but {changed} is changed by an adapter; use host: shared",
+                    "offload.host",
+                )
             there = next((stored[each] for each in full if each in stored), None)
             if there is not None and len(there.rows) > 1:
                 raise ConfigError(

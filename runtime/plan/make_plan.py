@@ -22,8 +22,9 @@ from crossdock.offload.memory.layout import BlockLayout
 from crossdock.offload.stream.block import Home
 from crossdock.parallel.mesh import MeshShape
 from crossdock.parallel.tensor import TensorParallelism, TensorSlice
+from crossdock.runtime.adapters.lora import Lora, planned_lora
 from crossdock.runtime.config.schema import RunConfig
-from crossdock.runtime.errors import CheckpointError
+from crossdock.runtime.errors import CheckpointError, ConfigError
 from crossdock.runtime.models.checkpoint import (
     StoredTensor,
     check_components,
@@ -100,6 +101,7 @@ class _FoundModel:
     stored: Mapping[str, StoredTensor]
     blocks: Sequence[FoundBlock]
     variant: str | None
+    loras: tuple[Lora, ...]
 
     @property
     def settings(self) -> list[Mapping[str, Any]]:
@@ -129,7 +131,25 @@ def _describe(config: RunConfig, model_dir: Path, device: str) -> _FoundModel:
         check_attention(transformer, spec, config, device)
     check_guidance(spec, config)
     blocks = transformer_blocks(model, spec)
-    return _FoundModel(spec, index, transformers, encoders, decoders, model, stored, blocks, variant)
+    loras = _loras(config, spec, model, transformers)
+    return _FoundModel(spec, index, transformers, encoders, decoders, model, stored, blocks, variant, loras)
+
+
+def _loras(config: RunConfig, spec: ModelSpec, model: nn.Module, names: Sequence[str]) -> tuple[Lora, ...]:
+    """The adapters, which fit.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    found, whole = [], dict(zip(names, transformers_in(model).items(), strict=True))
+    for number, asked in enumerate(config.loras):
+        key = f"loras.{number}"
+        if asked.component not in whole:
+            raise ConfigError(f"found {asked.component}; the checkpoint has {', '.join(names)}", f"{key}.component")
+        prefix, transformer = whole[asked.component]
+        file = asked.path, asked.scale, f"{key}.path"
+        found.append(planned_lora(*file, asked.component, prefix, spec.pipeline, transformer))
+    return tuple(found)
 
 
 def _stored(
@@ -184,6 +204,7 @@ def _shard(config: RunConfig, found: _FoundModel, model_dir: Path, device: str) 
         scale.features,
         not any(settings.get(name) == value for name, value in spec.unguided.items() for settings in found.settings),
         found.variant,
+        found.loras,
     )
 
 
@@ -216,7 +237,7 @@ def _place(
         others = component_needs(layout.model_dir, found.index, *components, encodes=encodes)
     outside_bytes = sum(_nbytes(model, fqn, dtypes) for fqn in outside) + sum(need.resident_bytes for need in others)
     if offload.host == "mmap":
-        check_pages(blocks, found.stored)
+        check_pages(blocks, found.stored, found.loras)
     passes = tuple(
         tuple(index for index, block in enumerate(blocks) if home.streamed and block.name.startswith(prefix))
         for prefix in prefixes(found.transformers)

@@ -10,6 +10,7 @@ import torch
 
 from crossdock.parallel.mesh import MeshShape
 from crossdock.parallel.tensor import TensorSlice
+from crossdock.runtime.adapters.lora import Lora
 from crossdock.runtime.models.checkpoint import StoredTensor
 from crossdock.runtime.models.spec import ModelSpec
 
@@ -30,6 +31,7 @@ class ModelLayout:
         frame_multiple: videos have a multiple of this, and one more, frames.
         decoder_features: features that the decoder has of each pixel, at least.
         guided: whether its guidance does something.
+        loras: adapters that are merged into the transformers' weights.
         variant: of the weight files, where some component has no other: `fp16` of `model.fp16.safetensors`.
     """
 
@@ -49,6 +51,7 @@ class ModelLayout:
     decoder_features: int
     guided: bool = True
     variant: str | None = None
+    loras: tuple[Lora, ...] = ()
 
     def slices_of(self, rank: int) -> Mapping[str, TensorSlice]:
         """`slices` of one rank."""

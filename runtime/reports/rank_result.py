@@ -8,8 +8,8 @@ from torch import Tensor
 
 from crossdock.offload.stream.trace import TraceEvent
 from crossdock.parallel.group import GroupRecord
-from crossdock.runtime.media import Media
 from crossdock.runtime.plan.memory_plan import MemoryPlan
+from crossdock.runtime.reports.media import Media
 from crossdock.runtime.reports.records import (
     ArrivalRecord,
     Measurements,

@@ -15,7 +15,7 @@ from crossdock.launch.serve.scheduler import Scheduler, Work
 from crossdock.launch.serve.service import Service
 from crossdock.launch.serve.web.errors import ApiError
 from crossdock.launch.serve.web.schemas import Defaults
-from crossdock.runtime.media import Media
+from crossdock.runtime.reports.media import Media
 from crossdock.runtime.request import GenerateRequest
 
 

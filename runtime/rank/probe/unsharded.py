@@ -66,7 +66,7 @@ class UnshardedModel:
     def __init__(self, plan: RunPlan, device: torch.device, exact: bool = False) -> None:
         """`exact`: with float32 in place of shorter numbers."""
         self._plan, self._device, self._exact = plan, device, exact
-        self._source = WeightSource(plan.layout.stored)
+        self._source = WeightSource(plan.layout.stored, plan.layout.loras)
         model = build_transformers(plan.layout.spec.transformer, plan.layout.model_dir, plan.layout.transformers)
         self._transformers = transformers_in(model)
         self._weights = self._take_away(model)

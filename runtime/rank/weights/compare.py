@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class WeightCheck:
         self._full = full
         self._slices = layout.slices_of(rank)
         self._unstored = non_persistent_buffers(model)
-        self._source = WeightSource(layout.stored)  # its own: nothing that the loader has read or kept
+        self._source = WeightSource(layout.stored, layout.loras)  # its own: nothing that the loader has read or kept
 
     def begin(self, stream: BlockStream, *, rehearse: bool) -> None:
         """Compare what is on the device to stay.
@@ -149,7 +149,7 @@ class WeightCheck:
             tensor = parameter.data
             if fqn in stored and stored[fqn].shape == tuple(tensor.shape):
                 rows = None if self._full else sampled_rows(f"{name}.{fqn}", tensor, None, ())
-                right = _bytes(_rows_of_part(source.rows(fqn), None, rows).to(tensor.dtype), None)
+                right = _bytes(source.picked(fqn, rows).to(tensor.dtype), None)
                 live = _bytes(tensor, rows).cpu()
                 if not torch.equal(live, right):
                     self.records.append(ArrivalRecord(f"{name}.{fqn}", right.nbytes, _crc(right), _crc(live)))
@@ -190,10 +190,10 @@ class WeightCheck:
     def _expected(self, fqn: str, rows: Tensor | None) -> Tensor:
         """Rows of this rank's part of a tensor, in the dtype in which it is held."""
         if fqn in self._unstored:
-            whole, part = self._recomputed.get_buffer(fqn), None
-        else:
-            whole, part = self._source.rows(fqn), self._slices.get(fqn)
-        return _rows_of_part(whole, part, rows).to(self._layout.dtypes[fqn])
+            whole = self._recomputed.get_buffer(fqn)
+            return (whole if rows is None else whole[rows]).to(self._layout.dtypes[fqn])
+        pick = partial(self._source.picked, fqn)
+        return _rows_of_part(pick, self._slices.get(fqn), rows).to(self._layout.dtypes[fqn])
 
     @cached_property
     def _recomputed(self) -> nn.Module:
@@ -222,14 +222,14 @@ def sampled_rows(fqn: str, tensor: Tensor, part: TensorSlice | None, cuts: Seque
     return torch.tensor(sorted(rows))
 
 
-def _rows_of_part(whole: Tensor, part: TensorSlice | None, rows: Tensor | None) -> Tensor:
-    """`rows` (None: all) of `part` of a stored tensor."""
+def _rows_of_part(pick: Callable[[Tensor | None], Tensor], part: TensorSlice | None, rows: Tensor | None) -> Tensor:
+    """`rows` (None: all) of `part` of a stored tensor, of which `pick` reads rows."""
     if part is None:
-        return whole if rows is None else whole[rows]
+        return pick(rows)
     if part.dim == 0:
         held = torch.cat([torch.arange(start, stop) for start, stop in part.ranges])
-        return whole[held if rows is None else held[rows]]
-    picked = whole if rows is None else whole[rows]
+        return pick(held if rows is None else held[rows])
+    picked = pick(rows)
     return torch.cat([picked.narrow(part.dim, start, stop - start) for start, stop in part.ranges], part.dim)
 
 

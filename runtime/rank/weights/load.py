@@ -78,6 +78,7 @@ class HostPart:
         facts: list[object] = [self.tp, self.shard, held_bytes, plan.layout.mesh.tp, plan.layout.mesh.hsdp_shard]
         facts += [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         facts += [(block.name, block.layout, block.codec.name) for block in plan.memory.blocks]
+        facts += [(str(lora.file), lora.stamp, lora.scale, lora.prefix) for lora in plan.layout.loras]
         for fact in facts:
             digest.update(repr(fact).encode())
         return digest.hexdigest()
@@ -112,7 +113,7 @@ class WeightLoader:
         self._holder = holder
         self._told = told
         self._slices = plan.layout.slices_of(mesh.rank)
-        self._files = WeightSource(plan.layout.stored)
+        self._files = WeightSource(plan.layout.stored, plan.layout.loras)
         self._packed = PackedParts(plan.layout.stored, self._slices, self._files)
         self._unstored = non_persistent_buffers(model)
         self._buffers = {fqn: model.get_buffer(fqn) for fqn in self._unstored}

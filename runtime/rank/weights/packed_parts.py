@@ -52,7 +52,8 @@ class PackedParts:
         ranges: dict[Span, _Range] = {}
         for span in form.coded:
             entry = entries[span.name]
-            fqn = next((f"{block.name}.{name}" for name in entry.names if self._is_packed(block, name)), None)
+            full = [f"{block.name}.{name}" for name in entry.names]
+            fqn = next((name for name in full if self._source.is_packed(name)), None)
             if fqn is None or self._stored[fqn].dtype != entry.dtype:
                 return None
             first, count = (start + span.start - entry.offset) // 2, entry.nbytes // 2
@@ -60,10 +61,6 @@ class PackedParts:
             whole = (first, last) == (0, count) and fqn not in self._slices
             ranges[span] = _Range(fqn, first, last, whole)
         return TakenOver(self, block, place, form, ranges)
-
-    def _is_packed(self, block: PlannedBlock, name: str) -> bool:
-        stored = self._stored.get(f"{block.name}.{name}")
-        return stored is not None and bool(stored.packed)
 
     def piece(self, of: _Range) -> Piece:
         return self._source.fields(of.fqn, self._slices.get(of.fqn), of.first, of.last)

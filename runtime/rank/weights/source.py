@@ -17,8 +17,12 @@ from torch import Tensor
 
 from crossdock.offload.codecs.packed import PackedTensor, Piece
 from crossdock.parallel.tensor import TensorSlice
+from crossdock.runtime.adapters.lora import Changes, Lora
 from crossdock.runtime.errors import CheckpointError
 from crossdock.runtime.models.checkpoint import Rows, StoredTensor, open_weights, stored_in
+
+_FEW = 64
+"""Rows that are read one by one."""
 
 
 class WeightSource:
@@ -27,8 +31,10 @@ class WeightSource:
     Files that change while they are mapped are not noticed.
     """
 
-    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, stored: Mapping[str, StoredTensor], loras: Sequence[Lora] = ()) -> None:
+        """`loras`: merged into what is read; it is float32 then."""
         self._stored = stored
+        self._changes = Changes(loras)
         self._files: dict[Path, Any] = {}
 
     def rows(self, fqn: str, part: TensorSlice | None = None, first: int = 0, last: int | None = None) -> Tensor:
@@ -45,11 +51,23 @@ class WeightSource:
             return opened.get_tensor(stored.name)  # type: ignore[no-any-return]
         if last is None:
             last = part.size if part is not None and part.dim == 0 else stored.shape[0]
+        cut: Any = opened.get_slice(stored.name)
         if stored.packed:
-            return _cut(_PackedRows(self.packed(fqn), stored.shape), part, first, last)
-        return _cut(
-            _JoinedRows(opened, stored.rows) if stored.rows else opened.get_slice(stored.name), part, first, last
-        )
+            cut = _PackedRows(self.packed(fqn), stored.shape)
+        elif stored.rows:
+            cut = _JoinedRows(opened, stored.rows)
+        return _cut(_ChangedRows(cut, self._changes, fqn) if fqn in self._changes else cut, part, first, last)
+
+    def picked(self, fqn: str, rows: Tensor | None = None) -> Tensor:
+        """Those rows of the whole tensor; None: all. Of what is decoded or merged few are, if few are asked for."""
+        is_made = self._stored[fqn].packed or fqn in self._changes
+        if rows is None or not is_made or len(rows) > _FEW:
+            return self.rows(fqn) if rows is None else self.rows(fqn)[rows]
+        return torch.cat([self.rows(fqn, None, row, row + 1) for row in rows.tolist()])
+
+    def is_packed(self, fqn: str) -> bool:
+        """What rests of it is in the file, encoded."""
+        return fqn in self._stored and bool(self._stored[fqn].packed) and fqn not in self._changes
 
     def packed(self, fqn: str) -> PackedTensor:
         """A tensor that is stored encoded."""
@@ -121,6 +139,19 @@ def _cut(cut: Any, part: TensorSlice | None, first: int, last: int) -> Tensor:
             pieces.append(cut[start + low : start + high])
         offset += stop - start
     return torch.cat(pieces)
+
+
+class _ChangedRows:
+    """Rows of a tensor with what adapters change, in float32; `base` is cut likewise."""
+
+    def __init__(self, base: Any, changes: Changes, fqn: str) -> None:
+        self._base, self._changes, self._fqn = base, changes, fqn
+
+    def __getitem__(self, index: slice | tuple[slice, slice]) -> Tensor:
+        rows, *others = index if isinstance(index, tuple) else (index,)
+        change = self._changes.rows(self._fqn, rows.start, rows.stop)[(slice(None), *others)]
+        base: Tensor = self._base[index]
+        return base.float() + change
 
 
 class _PackedRows:

@@ -1,0 +1,1 @@
+"""Adapters that change a model's weights as they are read."""
