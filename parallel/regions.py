@@ -8,7 +8,7 @@ whole, as cross-attention to text, needs no exchange.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from crossdock.parallel.arguments import Arguments, beside, hook_arguments, map_tensors
-from crossdock.parallel.attention import Ulysses
+from crossdock.parallel.attention import Ulysses, nothing
 from crossdock.parallel.group import Group
 from crossdock.parallel.sequence import SequenceLayout, gather_shards, shard_lengths, take_shard
 from crossdock.parallel.tensor import matching_modules
@@ -133,11 +133,12 @@ class Attend(Protocol):
 class SequenceParallelism:
     """What `apply` did to a model; `remove` undoes it. Knows the region that is being run, and its tokens."""
 
-    def __init__(self, attention: Attend, index: int, parts: int, group: Group) -> None:
-        self._attention = attention
-        self._index = index
-        self._parts = parts
-        self._group = group
+    def __init__(
+        self, attention: Attend, index: int, parts: int, group: Group, after_collective: Callable[[], None] = nothing
+    ) -> None:
+        """`after_collective`: called whenever heads have been scattered, or are together again."""
+        self._attention, self._after_collective = attention, after_collective
+        self._index, self._parts, self._group = index, parts, group
         self._region: SequenceRegion | None = None
         self._lengths: dict[str, int] = {}
         self._real: dict[str, Tensor] = {}
@@ -228,7 +229,9 @@ class SequenceParallelism:
             if not self.running:
                 return output
             own = self._without_copies(output.view(*output.shape[:2], -1, head_dim), tuple(self._lengths))
-            return ulysses.scatter_heads((own,), self._layout(tuple(self._lengths)).lengths)[0].flatten(2)
+            scattered = ulysses.scatter_heads((own,), self._layout(tuple(self._lengths)).lengths)[0].flatten(2)
+            self._after_collective()
+            return scattered
 
         def end(linear: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             if not self.running:
@@ -236,6 +239,7 @@ class SequenceParallelism:
             heads = linear.get_parameter("weight").shape[1] // head_dim
             own = args[0].view(*args[0].shape[:2], -1, head_dim)
             tokens = ulysses.to_tokens(own, self._layout(tuple(self._lengths)).lengths, heads)
+            self._after_collective()
             return (self._with_copies(tokens.flatten(2), tuple(self._lengths)), *args[1:])
 
         for name in scatter.before:

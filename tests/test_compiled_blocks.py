@@ -191,7 +191,7 @@ def parallel(case: Case, mesh: Mesh, callback: AtRunTime) -> nn.Module:
             ring_degree=shape.ring,
             after_collective=callback,
         )
-        sequence = SequenceParallelism(attention, shape.sequence_index(mesh.rank), shape.sequence, group)
+        sequence = SequenceParallelism(attention, shape.sequence_index(mesh.rank), shape.sequence, group, callback)
         sequence.apply(model, case.regions)
         AttentionBinding(model, sequence)
     return model

@@ -54,7 +54,8 @@ class ModelParallelism:
         group, shape = mesh.groups["sequence"], mesh.shape
         assert group is not None
         attention = make_attention(plan, mesh, after_collective)
-        sequence = SequenceParallelism(attention, shape.sequence_index(mesh.rank), shape.sequence, group)
+        place = shape.sequence_index(mesh.rank), shape.sequence, group
+        sequence = SequenceParallelism(attention, *place, after_collective)
         self._undo.append(sequence.remove)
         sequence.apply(transformer, plan.layout.spec.regions)
         self._undo.append(AttentionBinding(transformer, sequence).remove)
