@@ -32,6 +32,7 @@ from crossdock.runtime.models.transformers import build_transformers, transforme
 from crossdock.runtime.plan.make_plan import make_plan
 from crossdock.runtime.rank.weights import load
 from crossdock.runtime.rank.weights.source import WeightSource
+from crossdock.runtime.rank.worker import RankWorker
 from crossdock.runtime.watch.gang import Gang
 from layouts import CONFIGS
 from reference import EVEN_SIZE, PROMPT, TOLERANCE, max_error, reference_latents
@@ -190,13 +191,18 @@ BITS: dict[str, dict[str, Any]] = {
 def test_every_bit_is_that_of_the_merged_checkpoint(layout: str, merged: tuple[Path, Path]) -> None:
     """Also where all bytes that arrive are compared: the check reads base and adapter itself."""
     file, model = merged
-    latents = []
-    for directory, loras in ((DEMO, [{"path": str(file), "scale": 2.0}]), (model, [])):
-        plan = make_plan(_config(loras, dtype="bfloat16", **BITS[layout]), directory, "cpu")
-        with Run(plan, HereGang(), all_rows=True) as run:
-            request = rank_request(PROMPT, steps=1, height=48, width=48, guidance_scale=3.0)
-            latents.append(run.gang.worker.generate(request).latents)
-    assert torch.equal(*latents)
+    assert torch.equal(_latents(DEMO, file, **BITS[layout]), _latents(model, None, **BITS[layout]))
+
+
+def _latents(directory: Path, file: Path | None, **parsed: Any) -> Tensor:
+    loras = [] if file is None else [{"path": str(file), "scale": 2.0}]
+    plan = make_plan(_config(loras, dtype="bfloat16", **parsed), directory, "cpu")
+    request = rank_request(PROMPT, steps=1, height=48, width=48, guidance_scale=3.0)
+    with Run(plan, HereGang(), all_rows=True) as run:
+        (result,) = run.ask(RankWorker.generate, request)
+        run.coordinator.review([result])
+        latents: Tensor = result.latents
+        return latents
 
 
 def test_from_a_packed_checkpoint(merged: tuple[Path, Path], tmp_path: Path) -> None:
@@ -209,6 +215,8 @@ def test_from_a_packed_checkpoint(merged: tuple[Path, Path], tmp_path: Path) -> 
     source = WeightSource(one.stored, one.loras)
     for fqn in one.stored:
         assert torch.equal(source.rows(fqn).to(torch.bfloat16), other.rows(fqn)), fqn
+    encoded = BITS["layerwise, encoded"]
+    assert torch.equal(_latents(tmp_path / "packed", file, **encoded), _latents(model, None, **encoded))
 
 
 def test_any_rows_of_any_part(flux2_dir: Path, tmp_path: Path) -> None:

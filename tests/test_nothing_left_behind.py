@@ -76,8 +76,10 @@ class Watched:
         self.output += out
         return self.process.returncode
 
-    def survivors(self, patience_s: float = 20.0) -> list[str]:
-        """Processes that are still there, after they had time to end."""
+    def survivors(self, patience_s: float = 60.0) -> list[str]:
+        """Processes that are still there, after they had time to end: an agent of Ray's looks for its parent once it has
+        imported, which takes long where others import as well.
+        """
         gone, alive = psutil.wait_procs(list(self.family.values()), timeout=patience_s)
         del gone
         return [" ".join(process.cmdline()[:4]) for process in alive if process.status() != psutil.STATUS_ZOMBIE]
