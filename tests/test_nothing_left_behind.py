@@ -77,8 +77,8 @@ class Watched:
         return self.process.returncode
 
     def survivors(self, patience_s: float = 60.0) -> list[str]:
-        """Processes that are still there, after they had time to end: an agent of Ray's looks for its parent once it has
-        imported, which takes long where others import as well.
+        """Processes that are still there, after they had time to end: one of Ray's agents looks for its parent when it
+        has imported, which takes long where others import as well.
         """
         gone, alive = psutil.wait_procs(list(self.family.values()), timeout=patience_s)
         del gone
