@@ -61,6 +61,21 @@ def test_it_begins_beside_its_caller(starts: bool, monkeypatch: pytest.MonkeyPat
     assert gang._beginning is None
 
 
+def test_a_ray_that_does_not_come_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    from crossdock.launch.gangs.ray import gang as module
+
+    ends = threading.Event()
+    monkeypatch.setattr(module, "connect", lambda *_: ends.wait(30))
+    monkeypatch.setattr(module, "_CLOSE_S", 0.1)
+    gang = module.RayGang(RunConfig.parse({"launch": {"timeouts": {"launch_s": 0.3}}}).launch, 1, "cpu")
+    gang.begin()
+    with pytest.raises(LaunchError, match=r"Ray did not come up within 0\.3 s"):
+        gang.start()
+    gang.close()
+    ends.set()
+
+
 @pytest.mark.parametrize("begins", [RuntimeError("no more processes"), None])
 def test_ranks_that_began_are_ended_where_the_plan_is_refused(begins: Exception | None, flux2_dir: Path) -> None:
     class Began(FakeGang):

@@ -149,10 +149,12 @@ class RayGang:
         deadline = time.monotonic() + self._config.timeouts.launch_s
         beginning, self._beginning = self._beginning, None
         try:
-            if beginning is not None:
-                beginning.result(deadline - time.monotonic())
-            else:
+            if beginning is None:
                 self._bring_up()
+            elif beginning.ended(deadline - time.monotonic()):
+                beginning.result(0)
+            else:
+                raise LaunchError(f"Ray did not come up within {self._config.timeouts.launch_s:g} s")
             places = [actor.where.remote() for actor in self._actors]
             self._places = await_results(_Actors(self._actors), places, deadline)
             self._keep_stores()
@@ -185,8 +187,8 @@ class RayGang:
         beginning, self._beginning = self._beginning, None
         if beginning is not None:
             self._closing.set()
-            beginning.ended(_CLOSE_S)
-            self._closing.clear()
+            if beginning.ended(_CLOSE_S):
+                self._closing.clear()
         self._end_actors()
         while self._stores:
             with contextlib.suppress(Exception):
