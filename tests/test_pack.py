@@ -103,6 +103,9 @@ def test_parts_are_put_together_of_packed_tensors(dtype: torch.dtype, parts: int
         put_together(form, pieces, raw, travelled[-1])
         if parts == 1:
             assert torch.equal(travelled[-1], codec.encode(layout, 1, 0, raw))
+            as_they_lie = torch.zeros_like(travelled[-1])
+            put_together(form, {span: (held, None) for span, (held, _) in pieces.items()}, raw, as_they_lie)
+            assert torch.equal(as_they_lie, travelled[-1])
     slot = torch.zeros_like(memory)
     decode_all(codec, layout, parts, torch.cat(travelled), slot)
     assert torch.equal(slot, memory)
@@ -140,6 +143,7 @@ def test_all_is_there_and_smaller(packed: Path) -> None:
             assert torch.equal(one.flat(name, part, start, stop), other.flat(name, part, start, stop))
             if each.packed:
                 held, fields = one.fields(name, part, start, stop)
+                assert fields is not None, "it is not whole"
                 words = torch.from_numpy(held.composed(fields).view(np.int16))
                 assert torch.equal(words, _bits(other.flat(name, part, start, stop))), (name, part)
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -152,10 +153,21 @@ class PackedTensor:
         """The least exponent of its window."""
         return int(self._part[4])
 
+    @property
+    def escapes(self) -> tuple[NDArray[np.int32], _Words]:
+        """Their places, and their values."""
+        return on_host.escapes(self._form, self._part)
+
+    def copy_rows(self, span: Span, part: _Bytes) -> None:
+        """All but the window and the escapes, to where the rows of `span`, of the same length, lie in `part`."""
+        bounds = [*self._span.places, self._form.escapes_at]
+        for at, (start, stop) in zip(span.places, pairwise(bounds), strict=True):
+            part[at : at + stop - start] = self._part[start:stop]
+
     def fields(self, start: int, stop: int) -> Fields:
         """Of values [start, stop)."""
         lows, numbers, *highs = self._span.places
-        places, values = on_host.escapes(self._form, self._part)
+        places, values = self.escapes
         mine = slice(*np.searchsorted(places, (start, stop)))
         escaped = None
         if mine.start < mine.stop:
@@ -201,8 +213,8 @@ class PackedTensor:
         return np.concatenate(found) if len(found) != 1 else found[0]
 
 
-Piece = tuple[PackedTensor, Fields]
-"""What a packed tensor has of a span's values; after them, the span has zeros."""
+Piece = tuple[PackedTensor, Fields | None]
+"""What a packed tensor has of a span's values, None: all, as it lies; after them, the span has zeros."""
 
 
 def put_together(form: PartFormat, pieces: Mapping[Span, Piece], raw: Tensor, out: Tensor) -> None:
@@ -221,6 +233,12 @@ def put_together(form: PartFormat, pieces: Mapping[Span, Piece], raw: Tensor, ou
     for number, span in enumerate(form.coded):
         packed, fields = pieces[span]
         part[4 + number] = packed.least
+        if fields is None:
+            packed.copy_rows(span, part)
+            escapes, of_escapes = packed.escapes
+            found.append((escapes + span.start // 2).astype(np.int32))
+            values.append(of_escapes)
+            continue
         at, numbers, *highs = span.places
         part[at : at + len(fields.low)] = fields.low
         _fold(fields.numbers, part[numbers:], span.values, NUMBER_BITS)

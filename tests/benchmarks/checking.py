@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Annotated, Any
 from unittest.mock import patch
 
+import torch
 import typer
 from diffusers import Flux2Transformer2DModel
 from figures import median_interval, verdict
@@ -73,13 +74,13 @@ def main(
                 _show_parts(console, found, [_parts(engine, steps, size) for _ in range(rounds)])
 
 
-def make_large_checkpoint(directory: Path, heads: int) -> None:
+def make_large_checkpoint(directory: Path, heads: int, dtype: torch.dtype = torch.float32) -> None:
     """A FLUX.2 pipeline whose transformer is large enough for its load to count."""
     make_checkpoint("flux2-klein", directory)
     tiny = Flux2Transformer2DModel.from_pretrained(directory / "transformer")
     large = Flux2Transformer2DModel.from_config({**tiny.config, **SHAPE, "num_attention_heads": heads})
     shutil.rmtree(directory / "transformer")
-    large.save_pretrained(directory / "transformer")
+    large.to(dtype).save_pretrained(directory / "transformer")
 
 
 # -- loads -----------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def main(
     _alone(rounds)
     with tempfile.TemporaryDirectory() as name:
         model, packed = Path(name) / "model", Path(name) / "packed"
-        make_large_checkpoint(model, heads)
+        make_large_checkpoint(model, heads, torch.bfloat16)
         packed.mkdir()
         began = time.perf_counter()
         before, after = pack_checkpoint(model, packed, ["transformer"], lambda *_: None)

@@ -3,9 +3,9 @@
     python tests/benchmarks/first_picture.py [--rounds 5] [--heads 0]
 
 Both are started as programs in turn, on one rank or in one process, with the files in the page cache, and write the
-same picture: of the trained demo model, and with `--heads` of a random model in the format of FLUX.2 [klein] (25: 8.7 GB
-in float32, in which it computes one step without guidance: a core takes half a minute for it). Both have as many compute
-threads as a rank has. Where crossdock's time goes says its report.
+same picture: of the trained demo model, and with `--heads` of a random model in the format of FLUX.2 [klein] (25: 8.7
+GB in float32, in which it computes one step without guidance: a core takes half a minute for it). Both have as many
+compute threads as a rank has. Where crossdock's time goes says its report.
 """
 
 from __future__ import annotations

@@ -81,7 +81,8 @@ class WeightSource:
         width, first, last = _rows_of(shape, part, start, stop)
         place = slice(start - first * width, stop - first * width)
         if part is None:
-            return packed, packed.fields(start, stop)
+            whole = (start, stop) == (0, math.prod(shape))
+            return packed, None if whole else packed.fields(start, stop)
         full = math.prod(shape[1:])
         low = min(low for low, _ in part.ranges) if part.dim == 0 else first
         high = max(high for _, high in part.ranges) if part.dim == 0 else last
