@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from crossdock.runtime.errors import LaunchError
@@ -42,40 +42,27 @@ GIVEN_UP = "crossdock-given-up"
 """The name of threads that may still wait for something when nobody waits for them any more."""
 
 
-class Beside(Generic[T]):
-    """`work` on a thread of its own, beside what the caller does meanwhile."""
-
-    def __init__(self, work: Callable[[], T]) -> None:
-        self._work = work
-        self._outcome: list[T] = []
-        self._failure: list[BaseException] = []
-        self._thread = threading.Thread(target=self._run, name=GIVEN_UP, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._outcome.append(self._work())
-        except BaseException as error:
-            self._failure.append(error)
-
-    def ended(self, timeout_s: float) -> bool:
-        """Waits for it, but not longer."""
-        self._thread.join(max(timeout_s, 0.0))
-        return not self._thread.is_alive()
-
-    def result(self, timeout_s: float) -> T:
-        """What `work` returns or raises; the thread is left to itself when the time is up.
-
-        Raises:
-            TimeoutError: it took longer than `timeout_s`.
-        """
-        if not self.ended(timeout_s):
-            raise TimeoutError(f"no answer within {timeout_s:g} s")
-        if self._failure:
-            raise self._failure[0]
-        return self._outcome[0]
-
-
 def within(timeout_s: float, work: Callable[[], T]) -> T:
-    """What `work` returns or raises, `Beside`; raises TimeoutError."""
-    return Beside(work).result(timeout_s)
+    """What `work` returns or raises. It runs on a thread of its own, which is left to itself when the time is up.
+
+    Raises:
+        TimeoutError: it took longer than `timeout_s`.
+    """
+    outcome: list[Any] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name=GIVEN_UP, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if failure:
+        raise failure[0]
+    if not outcome:
+        raise TimeoutError(f"no answer within {timeout_s:g} s")
+    result: T = outcome[0]
+    return result

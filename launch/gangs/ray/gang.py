@@ -10,7 +10,6 @@ import contextlib
 import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -21,7 +20,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from crossdock.launch.gangs.ranks.host import RankHost, import_classes
 from crossdock.launch.gangs.ranks.process_state import process_state
-from crossdock.launch.gangs.ranks.reachable import Beside
 from crossdock.launch.gangs.ranks.rendezvous import LOOPBACK
 from crossdock.launch.gangs.ranks.watcher import Watcher, await_results
 from crossdock.launch.gangs.ray.cluster import connect
@@ -33,10 +31,6 @@ from crossdock.runtime.rank.weights.load import node_id
 from crossdock.runtime.watch.gang import Notice
 
 T = TypeVar("T")
-
-
-_CLOSE_S = 20.0
-"""The longest wait for a Ray that comes up and is not wanted any more; it goes with this process then."""
 
 
 class Place(NamedTuple):
@@ -132,29 +126,26 @@ class RayGang:
         self._places: list[Place] = []  # of every rank
         self._stores: dict[str, Any] = {}  # by Ray's node: who holds the host memory there
         self._classes: tuple[tuple[str, str], ...] = ()
-        self._beginning: Beside[None] | None = None  # what `begin` has begun, until `start` or `close`
-        self._closing = threading.Event()
+        self._has_begun = False
 
     can_restart = True
     own_rank = None
 
     def begin(self, classes: Sequence[tuple[str, str]] = ()) -> None:
+        """What Ray starts ends with the thread that started it: whoever calls this waits for Ray, not for the ranks."""
         self._classes = tuple(classes)
-        self._beginning = Beside(self._bring_up)
+        self._bring_up(time.monotonic() + self._config.timeouts.launch_s)
+        self._has_begun = True
 
     def start(self) -> None:
         self.restart()
 
     def restart(self) -> None:
         deadline = time.monotonic() + self._config.timeouts.launch_s
-        beginning, self._beginning = self._beginning, None
+        has_begun, self._has_begun = self._has_begun, False
         try:
-            if beginning is None:
-                self._bring_up()
-            elif beginning.ended(deadline - time.monotonic()):
-                beginning.result(0)
-            else:
-                raise LaunchError(f"Ray did not come up within {self._config.timeouts.launch_s:g} s")
+            if not has_begun:
+                self._bring_up(deadline)
             places = [actor.where.remote() for actor in self._actors]
             self._places = await_results(_Actors(self._actors), places, deadline)
             self._keep_stores()
@@ -184,11 +175,7 @@ class RayGang:
         return result
 
     def close(self) -> None:
-        beginning, self._beginning = self._beginning, None
-        if beginning is not None:
-            self._closing.set()
-            if beginning.ended(_CLOSE_S):
-                self._closing.clear()
+        self._has_begun = False
         self._end_actors()
         while self._stores:
             with contextlib.suppress(Exception):
@@ -213,15 +200,13 @@ class RayGang:
 
     # -- starting ------------------------------------------------------------------------------------------------
 
-    def _bring_up(self) -> None:
+    def _bring_up(self, deadline: float) -> None:
         """Actors, and what they import; nobody waits for them yet."""
         self._end_actors()
-        deadline = time.monotonic() + self._config.timeouts.launch_s
         self._owns_ray = connect(self._config, self.world_size) or self._owns_ray
-        if not self._closing.is_set():
-            self._place(deadline)
-            for actor in self._actors:
-                actor.import_classes.remote(self._classes)
+        self._place(deadline)
+        for actor in self._actors:
+            actor.import_classes.remote(self._classes)
 
     def _place(self, deadline: float) -> None:
         need = {"CPU": self._config.cpus_per_rank} | ({"GPU": 1.0} if self._device == "cuda" else {})
