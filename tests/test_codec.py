@@ -179,9 +179,11 @@ def test_costs_and_traffic_are_of_what_travels() -> None:
 
 @pytest.fixture
 def packed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    return lambda: monkeypatch.setattr(
-        plan_module, "_codec", lambda config, device, home, *_: PACKED if home.streamed else IDENTITY
-    )
+    def packed() -> None:
+        monkeypatch.setattr(plan_module, "_encodes", lambda config, device, home: home.streamed)
+        monkeypatch.setattr(plan_module, "lossless", lambda *_: PACKED)
+
+    return packed
 
 
 def _plan(directory: Path, **offload: Any) -> RunPlan:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout, round_up
+from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout, TensorEntry, round_up
 
 HEADER = 12
 KEY = 0x5A
@@ -57,6 +57,14 @@ class Packed:
         for start, stop in used:
             raw[start:stop] = packed[at : at + stop - start] ^ KEY
             at += stop - start
+
+    def tensor_bytes(self, layout: BlockLayout, entry: TensorEntry, held: Tensor) -> Tensor:
+        raw = torch.zeros(layout.slot_bytes, dtype=torch.uint8)
+        self.decode(layout, 1, 0, held[: self.travel_bytes(layout, 1)], raw)
+        return raw[entry.offset : entry.offset + entry.nbytes]
+
+    def tables(self, layout: BlockLayout, parts: int, index: int, held: Tensor) -> Tensor:
+        return held[:HEADER]
 
 
 PACKED = Packed()

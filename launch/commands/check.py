@@ -31,6 +31,7 @@ PROMISES = {
     "same-schedule": "every rank streams the same blocks in the same order through the same slots",
     "single-owner": "every parameter and buffer has exactly one home, and nobody else moves it",
     "complete": "the ranks' parts add up to the checkpoint exactly once; replicas are equal",
+    "same-bits": "blocks rest in the planned code; ranks that hold the same part have the same tables",
     "no-alias": "blocks share no memory, unless it stays on the device",
     "in-order": "load, gather, compute, free; no slot is overwritten under its reader",
     "same-collectives": "the ranks of a group issue the same collectives in the same order",
