@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from crossdock.offload.codecs.codec import IDENTITY
 from crossdock.offload.memory.copy_engine import CpuCopyEngine
 from crossdock.offload.memory.layout import ALIGNMENT, aligned_bytes
 from crossdock.offload.stream.block import StreamedBlock
@@ -395,6 +396,18 @@ def outside_in_a_slot(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
         _rebind(worker.loaded.model, OUTSIDE, memory)
 
     _when_loaded(patch, misplace)
+
+
+def another_code(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:
+    """A block rests in a code that was not planned."""
+    load_blocks = WeightLoader.load_blocks
+
+    def in_another(loader: WeightLoader) -> Any:
+        weights, other = load_blocks(loader), replace(IDENTITY, name="another")
+        weights.blocks = [replace(block, codec=other) if block.name == BLOCK else block for block in weights.blocks]
+        return weights
+
+    patch.setattr(WeightLoader, "load_blocks", in_another)
 
 
 def one_place_at_rest(worker: RankWorker, patch: pytest.MonkeyPatch) -> None:

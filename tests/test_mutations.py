@@ -224,6 +224,9 @@ MUTATIONS = (
         mutations.outside_in_a_slot,
         needs="streamed",
     ),
+    Mutation(
+        "another code", (), "same-bits", BLOCK, ("layerwise_tp2", "hsdp"), mutations.another_code, needs="streamed"
+    ),
     Mutation("one place at rest", (16,), "no-alias", NEXT, ("layerwise_tp2", "hsdp"), mutations.one_place_at_rest),
     Mutation("slots overlap", (16,), "no-alias", "slot", OFFLOAD, mutations.slots_overlap, needs="streamed"),
     Mutation(

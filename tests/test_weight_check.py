@@ -503,6 +503,7 @@ class _Case:
             slices_of=lambda rank: slices,
             mesh=mesh,
             dtypes={name: value.dtype for name, value in model.named_buffers()},
+            loras=(),
         )
         home = Home.HOST if shards == 1 else Home.HOST_SHARD
         self._block = StreamedBlock("b", block, self.layout, home, ())
