@@ -41,7 +41,7 @@ from crossdock.launch.gangs.ray.gang import RayGang
 from crossdock.runtime.config.schema import RunConfig
 gang = RayGang(RunConfig().launch, 1, "cpu")
 gang.begin([("diffusers", "WanPipeline")])
-time.sleep(3)
+time.sleep(3)  # what would end with a thread of `begin` is gone by then
 if sys.argv[1] == "True":
     gang.start()
     print("SAID", gang.collective_rpc(lambda worker: worker.rank, timeout_s=60))

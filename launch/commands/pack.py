@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
+from rich.filesize import decimal
 
 from crossdock.launch.commands.bars import waiting_line
 from crossdock.launch.commands.options import located
 from crossdock.runtime.config.new_directory import new_directory
 from crossdock.runtime.config.schema import RunConfig
-from crossdock.runtime.models.checkpoint import component_names, read_model_index
 from crossdock.runtime.models.families import spec_for
-from crossdock.runtime.models.transformers import transformer_names
 from crossdock.runtime.rank.weights.pack_checkpoint import pack_checkpoint
 
 
@@ -24,12 +23,8 @@ def run_pack(model: str, out: Path) -> None:
     """
     console = Console(highlight=False, soft_wrap=True)
     model_dir = located(model, console, RunConfig())
-    names = transformer_names(spec_for(model_dir).transformers, component_names(read_model_index(model_dir)))
+    spec = spec_for(model_dir)
     with waiting_line(console) as tell, new_directory(out) as staging:
-        before, after = pack_checkpoint(model_dir, staging, names, tell)
-    sizes = f"{_told(after)} in place of {_told(before)} ({after / before:.3f})"
+        before, after = pack_checkpoint(model_dir, staging, spec.transformers, tell)
+    sizes = f"{decimal(after)} in place of {decimal(before)} ({after / before:.3f})"
     console.print(f"wrote {out}: its transformer takes {sizes}", markup=False)
-
-
-def _told(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10**8 else f"{nbytes / 1e6:.2f} MB"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from crossdock.offload.codecs import on_host
 from crossdock.offload.codecs.codec import encoded
-from crossdock.offload.codecs.lossless import WORTH_ENCODING, Lossless
+from crossdock.offload.codecs.lossless import Lossless, lossless
 from crossdock.offload.codecs.part_format import BF16, NUMBER_BITS, PartFormat, Span, part_formats
 from crossdock.offload.memory.layout import ALIGNMENT, BlockLayout, TensorEntry, round_up
 
@@ -86,9 +86,8 @@ def packed_layout(dtype: torch.dtype, values: int) -> BlockLayout:
 def packed_bytes(dtype: torch.dtype, values: int) -> int | None:
     """How many a tensor takes; None: it is not packed, as that would not make it smaller."""
     layout = packed_layout(dtype, values)
-    (form,) = part_formats(layout, 1, frozenset())
-    nbytes = Lossless().travel_bytes(layout, 1)
-    return nbytes if form.coded and nbytes <= WORTH_ENCODING * layout.slot_bytes else None
+    codec = lossless(layout)
+    return None if codec.in_place else codec.travel_bytes(layout, 1)
 
 
 def pack(tensor: Tensor) -> Tensor:

@@ -140,9 +140,9 @@ class LiveTurns(Turns):
         state.host_versions = source._version + sum([host._version for host in state.hosts])
         return before != state.host_versions
 
-    def hosts(self, index: int) -> Sequence[Tensor]:
-        """The block's tensors where they rest, one per entry of its layout; empty: it rests encoded."""
-        return self._states[index].hosts
+    def hosts(self, index: int) -> Sequence[Tensor | None]:
+        """The block's tensors where they rest, one per entry of its layout; None: it rests encoded."""
+        return self._states[index].hosts or [None] * len(self.blocks[index].layout.entries)
 
     def finish(self) -> None:
         for index in range(len(self.blocks)):

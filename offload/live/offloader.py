@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 from types import TracebackType
 from typing import Literal, Self
 
@@ -303,7 +302,7 @@ class LayerwiseOffloader:
         lent = [
             _Lent(tensor, local_part(tensor).device, entry, block, host, partial(turns.finish_block, index))
             for index, block in enumerate(blocks)
-            for entry, tensor, host in zip_longest(block.layout.entries, block.tensors(), turns.hosts(index))
+            for entry, tensor, host in zip(block.layout.entries, block.tensors(), turns.hosts(index), strict=True)
         ]
         self.stream.attach()
         for tensor in lent:

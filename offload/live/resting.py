@@ -15,7 +15,7 @@ from weakref import WeakSet
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 _VIEWS = {"data", "T", "mT", "H", "mH", "real", "imag"}
 """Attributes that are tensors over the same memory; the others tell what a tensor is, not what it holds."""
@@ -114,13 +114,7 @@ class ReadOnly(Tensor):
         places = {id(leaf): leaf.place for leaf in leaves if isinstance(leaf, ReadOnly)}
         with torch._C.DisableTorchFunctionSubclass():
             used = {id(leaf): leaf.as_subclass(Tensor) for leaf in leaves if id(leaf) in places}
-        versions = {key: tensor._version for key, tensor in used.items()}
-        plain_args, plain_kwargs = tree_unflatten([used.get(id(leaf), leaf) for leaf in leaves], spec)
-        result = func(*plain_args, **plain_kwargs)
-        for key, tensor in used.items():
-            if tensor._version != versions[key]:
-                places[key].write(tensor)
-        return _shown(result, used, places)
+        return _shown(_called(func, leaves, spec, used, places), used, places)
 
 
 ATTACHED: WeakSet[nn.Module] = WeakSet()
@@ -191,14 +185,22 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             key: place.read().to(place.device) if place.device in others else place.read()
             for key, place in places.items()
         }
+    result = _called(func, leaves, spec, used, places)
+    own = next((leaf for leaf in leaves if id(leaf) in used and result is used[id(leaf)]), None)
+    return _shown(result, {key: used[key] for key in used if places[key].host is None}, places) if own is None else own
+
+
+def _called(
+    func: Any, leaves: Sequence[Any], spec: TreeSpec, used: Mapping[int, Tensor], places: Mapping[int, Place]
+) -> Any:
+    """With `used` in place of the leaves that have these `id`s; what was changed of a copy goes to where it rests."""
     versions = {key: tensor._version for key, tensor in used.items()}
-    plain_args, plain_kwargs = tree_unflatten([used.get(id(leaf), leaf) for leaf in leaves], spec)
-    result = func(*plain_args, **plain_kwargs)
+    args, kwargs = tree_unflatten([used.get(id(leaf), leaf) for leaf in leaves], spec)
+    result = func(*args, **kwargs)
     for key, tensor in used.items():
         if tensor is not places[key].host and tensor._version != versions[key]:
             places[key].write(tensor)
-    own = next((leaf for leaf in leaves if id(leaf) in used and result is used[id(leaf)]), None)
-    return _shown(result, {key: used[key] for key in used if places[key].host is None}, places) if own is None else own
+    return result
 
 
 def _shown(result: Any, decoded: Mapping[int, Tensor], places: Mapping[int, Place]) -> Any:

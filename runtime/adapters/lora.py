@@ -90,7 +90,7 @@ def planned_lora(
     Raises:
         ConfigError: it cannot be read, or does not fit; the first tensor that does not is named.
     """
-    file = _the_file(Path(path).expanduser(), key)
+    file = _the_file(Path(path), key)
     changes = _read(file, key, pipeline, component)
     for module, change in changes.items():
         _check_fits(file, key, module, change, transformer)

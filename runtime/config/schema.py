@@ -12,13 +12,15 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from crossdock.runtime.config.problems import problems_of, refusal
 from crossdock.runtime.errors import ConfigError
 
 Degree = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+FilePath = Annotated[str, AfterValidator(lambda path: path and os.path.abspath(os.path.expanduser(path)))]
+"""Found from everywhere, also by ranks."""
 
 AUTO_DEPTHS = (1, 2, 3, 4)
 """What `prefetch: auto` chooses from."""
@@ -262,16 +264,11 @@ class VerifyConfig(Section):
 class LoraConfig(Section):
     """An adapter that is merged into a transformer's weights as they are read."""
 
-    path: str = Field(description="Its .safetensors file, or the directory that has it; under Ray on every node.")
+    path: FilePath = Field(description="Its .safetensors file, or the directory that has it; under Ray on every node.")
     scale: float = Field(default=1.0, allow_inf_nan=False, description="How much of it.")
     component: Literal["transformer", "transformer_2"] = Field(
         default="transformer", description="Which transformer, where there are two."
     )
-
-    @field_validator("path")
-    @classmethod
-    def _found_from_everywhere(cls, path: str) -> str:
-        return os.path.abspath(os.path.expanduser(path))
 
 
 class RunConfig(Section):
@@ -284,20 +281,17 @@ class RunConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Type of weights and computation; auto: what most of the checkpoint is stored in."
     )
-    transformer: str | None = Field(
+    transformer: FilePath | None = Field(
         default=None,
         description="A .safetensors file, in diffusers', its publisher's or ComfyUI's names, whose transformer takes "
         "the place of the checkpoint's.",
     )
-    transformer_2: str | None = Field(default=None, description="The same for the second one, where there are two.")
+    transformer_2: FilePath | None = Field(
+        default=None, description="The same for the second one, where there are two."
+    )
     loras: tuple[LoraConfig, ...] = Field(
         default=(), strict=False, description="LoRA adapters, in diffusers', PEFT's, kohya's or ComfyUI's names."
     )
-
-    @field_validator("transformer", "transformer_2")
-    @classmethod
-    def _found_from_everywhere(cls, file: str | None) -> str | None:
-        return file and os.path.abspath(os.path.expanduser(file))
 
     @property
     def single_files(self) -> dict[str, str]:

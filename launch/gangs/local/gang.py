@@ -68,7 +68,8 @@ class LocalGang:
             self._end_ranks()
             self.begin()
             assert self._server is not None
-            self._server.await_up(deadline)
+            if not self._server.is_up:
+                self._server.await_up(deadline)
             self._ranks = _Ranks(self._server, self.world_size, self._device)
             self._meet(deadline)
         except RankError:  # may be tried again, with the same server

@@ -64,7 +64,7 @@ def _end_early() -> None:
 
 
 class ServerProcess:
-    """The process that forks ranks, which imports meanwhile; see `await_up`.
+    """The process that forks ranks, which imports meanwhile, until it `is_up`; see `await_up`.
 
     Raises:
         LaunchError: it cannot be started.
@@ -98,7 +98,7 @@ class ServerProcess:
             if isinstance(error, OSError):
                 raise LaunchError(f"the process that starts the ranks cannot be started: {error}") from None
             raise
-        self._up = False
+        self.is_up = False
 
     def await_up(self, deadline: float) -> None:
         """It has imported what the launcher has by now. Of the libraries that import their parts late, the parts.
@@ -107,9 +107,9 @@ class ServerProcess:
             LaunchError: it did not come up.
         """
         try:
-            if not self._up and self._receive(deadline - time.monotonic()) is None:
+            if self._receive(deadline - time.monotonic()) is None:
                 raise LaunchError(f"the process that starts the ranks did not come up: {self._tail()}")
-            self._up = True
+            self.is_up = True
             later = sorted(_imported() - self._brought)
             while later:
                 part, later = later[:_AT_ONCE], later[_AT_ONCE:]
@@ -149,7 +149,7 @@ class ServerProcess:
 
     def end_ranks(self) -> bool:
         """False: the server is gone, and they are gone with it, or does not answer."""
-        return not self._up or self._ask({"do": "end"}) is not None  # it still imports: there are none
+        return not self.is_up or self._ask({"do": "end"}) is not None  # it still imports: there are none
 
     def close(self) -> None:
         """End the server; a rank ends with it."""

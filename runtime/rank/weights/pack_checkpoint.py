@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,8 +27,8 @@ from crossdock.runtime.models.checkpoint import (
     read_model_index,
     stored_tensors,
     variant_of,
-    weight_files,
 )
+from crossdock.runtime.models.transformers import transformer_names
 from crossdock.runtime.rank.weights.packed_parts import packed_digest
 from crossdock.runtime.rank.weights.source import WeightSource
 
@@ -40,22 +41,23 @@ Tell = Callable[[str, int, int], None]
 """Gets what is done, and of how many bytes it is done, and of how many in all."""
 
 
-def pack_checkpoint(model_dir: Path, out: Path, names: Sequence[str], tell: Tell) -> tuple[int, int]:
+def pack_checkpoint(model_dir: Path, out: Path, transformers: Sequence[str], tell: Tell) -> tuple[int, int]:
     """Write a packed copy of a model; its transformers' bytes before and after.
 
     Args:
         out: an empty directory.
-        names: of the transformers.
+        transformers: what the family calls them.
 
     Raises:
         CheckpointError: the model is incomplete, or has nothing to encode; or the disk is full.
         OSError: a file cannot be written.
     """
-    index = read_model_index(model_dir)
-    variant = variant_of([model_dir / name for name in component_names(index) if (model_dir / name).is_dir()])
+    components = component_names(read_model_index(model_dir))
+    names = transformer_names(transformers, components)
+    variant = variant_of([model_dir / name for name in components if (model_dir / name).is_dir()])
     stored = {name: stored_tensors(model_dir / name, variant) for name in names}
     _check(model_dir, stored)
-    _copy_the_rest(model_dir, out, component_names(index), names, variant)
+    _copy_the_rest(model_dir, out, components, names)
     packed = [_pack_component(out / name, stored[name], tell) for name in names]
     before, after = (sum(sizes) for sizes in zip(*packed, strict=True))
     return before, after
@@ -72,21 +74,16 @@ def _check(model_dir: Path, stored: Mapping[str, Mapping[str, StoredTensor]]) ->
         )
 
 
-def _copy_the_rest(
-    model_dir: Path, out: Path, components: Sequence[str], transformers: Sequence[str], variant: str | None
-) -> None:
+def _copy_the_rest(model_dir: Path, out: Path, components: Sequence[str], transformers: Sequence[str]) -> None:
     """All but the transformers' weights, and but weights that lie beside the components."""
-    for path in sorted(model_dir.iterdir()):
-        if path.is_file() and path.suffix not in _WEIGHTS:
-            shutil.copyfile(path, out / path.name)
-        elif path.is_dir() and path.name in components and path.name not in transformers:
-            shutil.copytree(path, out / path.name)
-    for name in transformers:
-        (out / name).mkdir()
-        weights = {file.name for file in weight_files(model_dir / name, variant)}
-        for path in sorted((model_dir / name).iterdir()):
-            if path.is_file() and path.name not in weights and ".safetensors" not in path.name:
-                shutil.copyfile(path, out / name / path.name)
+    for name in set(components) - set(transformers):
+        if (model_dir / name).is_dir():
+            shutil.copytree(model_dir / name, out / name)
+    for folder in ("", *transformers):
+        (out / folder).mkdir(exist_ok=True)
+        for path in (model_dir / folder).iterdir():
+            if path.is_file() and path.suffix not in _WEIGHTS and ".safetensors." not in path.name:  # their index
+                shutil.copyfile(path, out / folder / path.name)
 
 
 @dataclass(frozen=True)
@@ -134,13 +131,12 @@ def _in_turn(pool: ThreadPoolExecutor, given: Sequence[tuple[str, Tensor, Stored
 
 
 def _pack_one(name: str, tensor: Tensor, stored: StoredTensor) -> _Packed:
-    if packed_bytes(stored.dtype, _values(stored)) is None:
-        return _Packed(name, tensor.contiguous(), None)
-    try:
-        raw = tensor.contiguous().reshape(-1).view(torch.uint8)
-        return _Packed(name, pack(tensor), PackedAs(stored.dtype, stored.shape, packed_digest(raw)))
-    except IncompressibleError:
-        return _Packed(name, tensor.contiguous(), None)
+    tensor = tensor.contiguous()
+    if packed_bytes(stored.dtype, _values(stored)) is not None:
+        with suppress(IncompressibleError):
+            digest = packed_digest(tensor.reshape(-1).view(torch.uint8))
+            return _Packed(name, pack(tensor), PackedAs(stored.dtype, stored.shape, digest))
+    return _Packed(name, tensor, None)
 
 
 def _files(stored: Mapping[str, StoredTensor]) -> list[list[str]]:

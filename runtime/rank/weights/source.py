@@ -51,11 +51,13 @@ class WeightSource:
             return opened.get_tensor(stored.name)  # type: ignore[no-any-return]
         if last is None:
             last = part.size if part is not None and part.dim == 0 else stored.shape[0]
-        cut: Any = opened.get_slice(stored.name)
+        cut: Any
         if stored.packed:
             cut = _PackedRows(self.packed(fqn), stored.shape)
         elif stored.rows:
             cut = _JoinedRows(opened, stored.rows)
+        else:
+            cut = opened.get_slice(stored.name)
         return _cut(_ChangedRows(cut, self._changes, fqn) if fqn in self._changes else cut, part, first, last)
 
     def picked(self, fqn: str, rows: Tensor | None = None) -> Tensor:
